@@ -1,0 +1,100 @@
+// lminf: a Λ-shaped KV cache for llama.cpp, the whole C API
+//
+// A context made with these parameters attends, at stream position i, to
+//
+//   key j with i - j <  n_local                    at its true distance i - j
+//   key j with i - j >= n_local and j < n_global   at distance max_distance, the same for all of them
+//
+// and to nothing else (LM-Infinite, Han et al., NAACL 2024, doi 10.18653/v1/2024.naacl-long.222).
+// Memory and time per token are bounded by n_global + n_local, the stream has no end.
+//
+// Two kinds of position appear below:
+//
+//   stream position   int64_t    counts from the first token of the sequence, never wraps
+//   graph position    llama_pos  what llama_batch.pos carries: small, moved back by whole blocks now and then
+//                                ("rebased"), so that RoPE angles stay exact in f32. Only differences matter.
+//
+// All functions belong to the thread that owns the context, as in llama.h.
+
+#pragma once
+
+#include "llama.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// where a sink (one of the first n_global tokens) stands for a query that it has left the window of
+enum lminf_sink_mode {
+    LMINF_SINK_CEILING = 0, // at distance max_distance, all of them: LM-Infinite, the rule
+    LMINF_SINK_ORDER   = 1, // in their order right before the window: StreamingLLM's positions inside the cache
+    LMINF_SINK_TRUE    = 2, // at their true, ever growing distance
+};
+
+struct lminf_params {
+    int32_t n_global;     // sinks kept, 0 or more
+    int32_t n_local;      // window, 1 or more
+    int32_t max_distance; // distance ceiling, 1 or more; 0: n_local
+    int32_t n_slack;      // at least so many tokens can be rolled back, 0 or more; -1: 64
+    int32_t sink_mode;    // enum lminf_sink_mode
+    int32_t pos_bound;    // graph positions stay below this; 0: chosen
+};
+
+struct lminf_info {
+    int64_t stream_pos;     // tokens processed: the stream position of the next token
+    int64_t n_evicted;      // tokens no query can see any more
+    int32_t n_sink;         // sinks stored, at most n_global
+    int32_t n_window;       // window cells in use (window and slack)
+    int32_t n_cells;        // window cells allocated, per sequence
+    int32_t n_rollback;     // tokens that seq_rm can take back right now
+    int32_t n_rebase;       // times the graph positions were moved back
+    int32_t max_graph_pos;  // largest graph position ever used by this context
+    int32_t pos_bound;      // what max_graph_pos stays below
+    uint64_t kv_bytes;      // bytes of all KV buffers, window and sinks, all sequences
+};
+
+// n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0
+LLAMA_API struct lminf_params lminf_default_params(void);
+
+// why a model cannot run with these parameters, in one sentence that names its architecture; NULL if nothing speaks
+// against it. A few models are only found out when their graph is built: then the context is refused the same way.
+// The text is valid until the next call in this thread.
+LLAMA_API const char * lminf_refusal(const struct llama_model * model);
+
+// a context with a Λ cache, or NULL (see lminf_last_error). params.n_ctx only bounds the batch, as it sizes nothing here;
+// several sequences (n_seq_max > 1) need kv_unified = false and have a stream each
+LLAMA_API struct llama_context * lminf_init_from_model(
+        struct llama_model * model, struct llama_context_params params, struct lminf_params lminf);
+
+// the same for callers that reach llama_init_from_model only through a wrapper: the next context that this thread
+// makes gets these parameters; NULL takes them back. False if they make no sense
+LLAMA_API bool lminf_set_next(const struct lminf_params * params);
+
+// one sentence about what went wrong in the last lminf or llama_init_from_model call of this thread, "" if nothing did
+LLAMA_API const char * lminf_last_error(void);
+
+// false for a context without a Λ cache; every function below then returns false, -1 or 0 as well
+LLAMA_API bool lminf_enabled(const struct llama_context * ctx);
+
+// the parameters with every default filled in
+LLAMA_API bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params);
+
+LLAMA_API bool lminf_get_info(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_info * info);
+
+// Makes room for n_tokens more (at most n_batch), rebasing if needed, and returns the graph position of the first of
+// them. Call it before llama_decode if you fill llama_batch.pos yourself; with llama_batch.pos == NULL it is done for you.
+LLAMA_API llama_pos lminf_next_pos(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
+
+// Forgets all tokens from this stream position on. False, and nothing changed, if the older cells that the next query
+// needs are gone. llama_memory_seq_rm does the same in graph positions.
+LLAMA_API bool lminf_rollback(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
+
+// lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
+LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,203 @@
+// the C functions of lminf.h, and how parameters travel from there into a new context
+
+#include "lminf.h"
+#include "lminf-memory.h"
+
+#include "llama-context.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+
+static thread_local lminf_cparams next_params;
+static thread_local std::string   last_error;
+
+std::string lminf_set_error(std::string msg) {
+    last_error = std::move(msg);
+    return last_error;
+}
+
+lminf_cparams lminf_take_next() {
+    const lminf_cparams res = next_params;
+    next_params = lminf_cparams();
+    return res;
+}
+
+uint32_t lminf_n_ctx_rope(const llama_cparams & cparams) {
+    const auto & lminf = cparams.lminf;
+
+    return lminf.enabled ? std::max(lminf.n_local, lminf.max_distance) : cparams.n_ctx_seq;
+}
+
+lminf_memory * lminf_get_memory(const llama_context * lctx) {
+    if (!lctx || !lctx->get_cparams().lminf.enabled) {
+        return nullptr;
+    }
+    return static_cast<lminf_memory *>(lctx->get_memory());
+}
+
+void lminf_before_decode(llama_context & lctx, const llama_batch & batch) {
+    auto * mem = lminf_get_memory(&lctx);
+    if (!mem || batch.pos) {
+        return;
+    }
+
+    std::map<llama_seq_id, int32_t> n_tokens;
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        n_tokens[batch.n_seq_id ? batch.seq_id[i][0] : 0]++;
+    }
+    for (const auto & [seq_id, n] : n_tokens) {
+        if (mem->is_valid(seq_id)) {
+            mem->make_room(lctx, seq_id, n);
+        }
+    }
+}
+
+// NULL if the parameters make sense
+static const char * check_params(const lminf_params & params) {
+    if (params.n_global < 0) {
+        return "n_global must be 0 or more";
+    }
+    if (params.n_local < 1) {
+        return "n_local must be 1 or more";
+    }
+    if (params.max_distance < 0) {
+        return "max_distance must be 1 or more, or 0 for n_local";
+    }
+    if (params.n_slack < -1) {
+        return "n_slack must be 0 or more, or -1 for the default";
+    }
+    if (params.sink_mode < LMINF_SINK_CEILING || params.sink_mode > LMINF_SINK_TRUE) {
+        return "sink_mode must be one of enum lminf_sink_mode";
+    }
+    if (params.pos_bound < 0) {
+        return "pos_bound must be 1 or more, or 0 to have it chosen";
+    }
+    return nullptr;
+}
+
+//
+// lminf.h
+//
+
+lminf_params lminf_default_params() {
+    return {
+        /*.n_global     =*/ 10,
+        /*.n_local      =*/ 4096,
+        /*.max_distance =*/ 0,
+        /*.n_slack      =*/ -1,
+        /*.sink_mode    =*/ LMINF_SINK_CEILING,
+        /*.pos_bound    =*/ 0,
+    };
+}
+
+bool lminf_set_next(const lminf_params * params) {
+    next_params = lminf_cparams();
+    last_error.clear();
+
+    if (!params) {
+        return true;
+    }
+    if (const char * why = check_params(*params)) {
+        lminf_set_error(why);
+        return false;
+    }
+
+    next_params.enabled      = true;
+    next_params.n_global     = params->n_global;
+    next_params.n_local      = params->n_local;
+    next_params.max_distance = params->max_distance > 0 ? params->max_distance : params->n_local;
+    next_params.n_slack      = params->n_slack >= 0 ? params->n_slack : 64;
+    next_params.pos_bound    = params->pos_bound;
+    next_params.sink_mode    = (lminf_sink_mode) params->sink_mode;
+
+    return true;
+}
+
+llama_context * lminf_init_from_model(llama_model * model, llama_context_params params, lminf_params lminf) {
+    if (!lminf_set_next(&lminf)) {
+        return nullptr;
+    }
+
+    llama_context * res = llama_init_from_model(model, params);
+
+    next_params = lminf_cparams();
+    if (!res && last_error.empty()) {
+        lminf_set_error("llama.cpp could not make the context: its log says why");
+    }
+
+    return res;
+}
+
+const char * lminf_last_error() {
+    return last_error.c_str();
+}
+
+bool lminf_enabled(const llama_context * ctx) {
+    return lminf_get_memory(ctx) != nullptr;
+}
+
+bool lminf_get_params(const llama_context * ctx, lminf_params * params) {
+    const auto * mem = lminf_get_memory(ctx);
+    if (!mem) {
+        return false;
+    }
+
+    const auto & p = mem->get_params();
+    *params = { p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound };
+
+    return true;
+}
+
+// the memory, if the context has one and the sequence exists there
+static lminf_memory * get_memory(const llama_context * ctx, llama_seq_id seq_id) {
+    auto * mem = lminf_get_memory(ctx);
+    if (!mem) {
+        lminf_set_error("the context has no Λ cache");
+        return nullptr;
+    }
+    if (!mem->is_valid(seq_id)) {
+        lminf_set_error(format("sequence %d does not exist in this context", seq_id));
+        return nullptr;
+    }
+    return mem;
+}
+
+bool lminf_get_info(const llama_context * ctx, llama_seq_id seq_id, lminf_info * info) {
+    const auto * mem = get_memory(ctx, seq_id);
+    if (!mem) {
+        return false;
+    }
+
+    *info = mem->get_info(seq_id);
+
+    return true;
+}
+
+llama_pos lminf_next_pos(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
+    auto * mem = get_memory(ctx, seq_id);
+
+    return mem ? mem->make_room(*ctx, seq_id, n_tokens) : -1;
+}
+
+bool lminf_rollback(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos) {
+    auto * mem = get_memory(ctx, seq_id);
+    if (!mem) {
+        return false;
+    }
+
+    const auto & stream = mem->get_stream(seq_id);
+    if (stream_pos <= stream.start) {
+        return mem->seq_rm(seq_id, -1, -1);
+    }
+
+    const llama_pos pos = mem->graph_pos(seq_id, stream_pos);
+
+    return pos > 0 && mem->seq_rm(seq_id, pos, -1);
+}
+
+bool lminf_seq_start(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos) {
+    auto * mem = get_memory(ctx, seq_id);
+
+    return mem && mem->seq_start(seq_id, stream_pos);
+}

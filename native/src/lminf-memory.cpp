@@ -1,0 +1,669 @@
+#include "lminf-memory.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+// keys and values of sinks are few: they are kept at the cache's own precision, and at f16 where that is quantized
+static ggml_type sink_type(ggml_type type) {
+    return ggml_is_quantized(type) ? GGML_TYPE_F16 : type;
+}
+
+// llama.cpp checks this with flash attention only, and reads broken rows without
+static void check_blocks(ggml_type type, const char * name, uint32_t n_embd_head) {
+    if (n_embd_head % ggml_blck_size(type) != 0) {
+        throw std::runtime_error(lminf_set_error(format(
+            "a KV cache of type %s comes in blocks of %d, which heads of %s size %u are no multiple of: choose f16",
+            ggml_type_name(type), (int) ggml_blck_size(type), name, n_embd_head)));
+    }
+}
+
+// stops a window that cannot fit from being zeroed page by page until the system gives up
+static void check_memory(const llama_model & model, const llama_memory_params & params, uint64_t n_rows, bool offload,
+        const std::vector<int32_t> & layers) {
+    std::map<ggml_backend_dev_t, uint64_t> need;
+
+    for (const int32_t il : layers) {
+        ggml_backend_dev_t dev = offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+
+        need[dev] += n_rows*(ggml_row_size(params.type_k, model.hparams.n_embd_k_gqa(il)) +
+                             ggml_row_size(params.type_v, model.hparams.n_embd_v_gqa(il)));
+    }
+
+    for (const auto & [dev, size] : need) {
+        size_t free  = 0;
+        size_t total = 0;
+        ggml_backend_dev_memory(dev, &free, &total);
+
+        if (total > 0 && size > total) {
+            throw std::runtime_error(lminf_set_error(format(
+                "the window needs %.1f GiB of KV cache on %s, which has %.1f GiB in all: choose a smaller n_local or a smaller KV type",
+                size/1024.0/1024.0/1024.0, ggml_backend_dev_name(dev), total/1024.0/1024.0/1024.0)));
+        }
+    }
+}
+
+//
+// lminf_memory
+//
+
+lminf_memory::lminf_memory(
+        const llama_model         & model,
+        const llama_memory_params & params_mem,
+        const llama_cparams       & cparams,
+        const layer_filter_cb     & filter) :
+    hparams(model.hparams), params(cparams.lminf), n_seq_max(cparams.n_seq_max), n_ubatch(cparams.n_ubatch) {
+
+    // padded as llama.cpp pads its own caches; what the padding adds is more slack
+    const int64_t n_cells_min = (int64_t) params.n_local + params.n_slack + n_ubatch;
+    if (n_cells_min > std::numeric_limits<int32_t>::max()/2) {
+        throw std::runtime_error(lminf_set_error(format("n_local = %d is more cells than a KV cache can index", params.n_local)));
+    }
+    n_cells = GGML_PAD(n_cells_min, 256);
+
+    n_sink_rows = GGML_PAD(params.n_global, 8);
+
+    std::vector<int32_t> layers;
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        if (hparams.has_kv(il) && (!filter || filter(il))) {
+            layers.push_back(il);
+        }
+    }
+
+    for (const int32_t il : layers) {
+        check_blocks(params_mem.type_k, "key",   hparams.n_embd_head_k(il));
+        check_blocks(params_mem.type_v, "value", hparams.n_embd_head_v(il));
+    }
+    check_memory(model, params_mem, (uint64_t) (n_cells + n_sink_rows)*n_seq_max, cparams.offload_kqv, layers);
+
+    params.n_slack = n_cells - n_ubatch - params.n_local;
+
+    // RoPE angles are f32, so a smaller bound is more exact; but every rebase rounds the keys in the window once more.
+    // With this one two thirds of the keys are never touched, and no key twice.
+    const int64_t bound_min = (int64_t) n_cells + cparams.n_batch + lminf_stream::block;
+    if (params.pos_bound == 0) {
+        params.pos_bound = 3*(int64_t) n_cells + cparams.n_batch;
+    } else if (params.pos_bound < bound_min) {
+        throw std::runtime_error(lminf_set_error(format(
+            "pos_bound = %d is too small: this window and batch need %d", params.pos_bound, (int) bound_min)));
+    }
+
+    // the cache's own sliding window is wider than the rule's by the slack: it decides what is recycled, the mask what is seen
+    window = std::make_unique<llama_kv_cache>(
+            model, hparams, params_mem.type_k, params_mem.type_v, !cparams.flash_attn, cparams.offload_kqv,
+            /*unified =*/ false, n_cells, n_seq_max, /*n_pad =*/ 1,
+            params.n_local + params.n_slack, LLAMA_SWA_TYPE_STANDARD,
+            /*mem_other =*/ nullptr, filter, /*reuse =*/ nullptr, /*share =*/ nullptr);
+
+    streams.resize(n_seq_max);
+
+    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
+
+    for (const int32_t il : layers) {
+        ggml_backend_buffer_type_t buft = cparams.offload_kqv
+            ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+
+        if (ctx_map.find(buft) == ctx_map.end()) {
+            const ggml_init_params params_ctx = {
+                /*.mem_size   =*/ 2*(1 + n_seq_max)*layers.size()*ggml_tensor_overhead(),
+                /*.mem_buffer =*/ nullptr,
+                /*.no_alloc   =*/ true,
+            };
+            ctx_map[buft] = ggml_init(params_ctx);
+            ctxs_bufs.emplace_back(ggml_context_ptr(ctx_map[buft]), nullptr);
+        }
+
+        sink_layer layer = { il, nullptr, nullptr, {}, {}, {} };
+
+        const auto new_store = [&](const char * name, ggml_type type, uint32_t n_embd_gqa, std::vector<ggml_tensor *> & seqs) {
+            ggml_tensor * t = ggml_new_tensor_3d(ctx_map[buft], sink_type(type), n_embd_gqa, get_n_store_rows(), n_seq_max);
+            ggml_format_name(t, "sink_%s_l%d", name, il);
+            for (uint32_t s = 0; s < n_seq_max; ++s) {
+                seqs.push_back(ggml_view_2d(ctx_map[buft], t, t->ne[0], t->ne[1], t->nb[1], s*t->nb[2]));
+            }
+            return t;
+        };
+
+        layer.k = new_store("k", params_mem.type_k, hparams.n_embd_k_gqa(il), layer.k_seq);
+        layer.v = new_store("v", params_mem.type_v, hparams.n_embd_v_gqa(il), layer.v_seq);
+
+        map_layer_ids[il] = sinks.size();
+        sinks.push_back(std::move(layer));
+    }
+
+    for (const auto & [buft, ctx] : ctx_map) {
+        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft));
+        if (!buf) {
+            throw std::runtime_error(lminf_set_error("failed to allocate the sink store"));
+        }
+        // masked rows are multiplied by zero, so they must not hold NaN
+        ggml_backend_buffer_clear(buf.get(), 0);
+
+        for (auto & ctx_buf : ctxs_bufs) {
+            if (ctx_buf.first.get() == ctx) {
+                ctx_buf.second = std::move(buf);
+                break;
+            }
+        }
+    }
+
+    LLAMA_LOG_INFO("%s: n_global = %d, n_local = %d, max_distance = %d, n_slack = %d, n_cells = %u, pos_bound = %d\n",
+            __func__, params.n_global, params.n_local, params.max_distance, params.n_slack, n_cells, params.pos_bound);
+}
+
+//
+// batches
+//
+
+llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    GGML_UNUSED(embd_all);
+
+    const auto failed = [] { return std::make_unique<lminf_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
+
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> ubatches;
+    while (true) {
+        auto ubatch = n_seq_max == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            if (ubatch.n_seq_id[i] != 1) {
+                LLAMA_LOG_ERROR("%s: a token belongs to %d sequences, but each has a stream of its own\n", __func__, ubatch.n_seq_id[i]);
+                return failed();
+            }
+            if (ubatch.pos[i] < 0 || ubatch.pos[i] >= params.pos_bound) {
+                LLAMA_LOG_ERROR("%s: position %d is outside of [0, %d): ask lminf_next_pos for each batch's first position\n",
+                        __func__, ubatch.pos[i], params.pos_bound);
+                return failed();
+            }
+        }
+
+        ubatches.push_back(std::move(ubatch));
+    }
+
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return failed();
+    }
+
+    auto sinfos = window->prepare(ubatches);
+    if (sinfos.empty()) {
+        return failed();
+    }
+
+    return std::make_unique<lminf_memory_context>(this, std::move(sinfos), std::move(ubatches));
+}
+
+llama_memory_context_ptr lminf_memory::init_full() {
+    return std::make_unique<lminf_memory_context>(this);
+}
+
+void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i], ubatch.pos[i], params.n_global);
+
+        max_graph_pos = std::max(max_graph_pos, ubatch.pos[i]);
+    }
+}
+
+// the window's own pending work, and the sinks' share of sequence copies
+class lminf_memory_update : public llama_memory_context_i {
+public:
+    lminf_memory_update(lminf_memory * mem, llama_context * lctx, bool optimize) :
+        mem(mem), lctx(lctx), inner(mem->window->init_update(lctx, optimize)), copies(std::move(mem->pending_copies)) {
+        mem->pending_copies.clear();
+    }
+
+    bool next() override { return false; }
+
+    bool apply() override {
+        const bool res = inner->get_status() != LLAMA_MEMORY_STATUS_SUCCESS || inner->apply();
+
+        if (!copies.empty()) {
+            llama_synchronize(lctx);
+            mem->copy_sinks(copies);
+        }
+
+        return res;
+    }
+
+    const llama_ubatch & get_ubatch() const override { return inner->get_ubatch(); }
+
+    llama_memory_status get_status() const override {
+        return copies.empty() ? inner->get_status() : LLAMA_MEMORY_STATUS_SUCCESS;
+    }
+
+private:
+    lminf_memory  * mem;
+    llama_context * lctx;
+
+    llama_memory_context_ptr inner;
+
+    std::vector<lminf_memory::seq_copy> copies;
+};
+
+llama_memory_context_ptr lminf_memory::init_update(llama_context * lctx, bool optimize) {
+    this->lctx = lctx;
+
+    return std::make_unique<lminf_memory_update>(this, lctx, optimize);
+}
+
+void lminf_memory::copy_sinks(const std::vector<seq_copy> & copies) {
+    for (const auto & copy : copies) {
+        for (const auto & layer : sinks) {
+            ggml_backend_tensor_copy(layer.k_seq[copy.src], layer.k_seq[copy.dst]);
+            ggml_backend_tensor_copy(layer.v_seq[copy.src], layer.v_seq[copy.dst]);
+        }
+    }
+}
+
+//
+// positions
+//
+
+llama_pos lminf_memory::make_room(llama_context & lctx, llama_seq_id seq_id, int32_t n_tokens) {
+    auto & stream = streams[seq_id];
+
+    if (n_tokens < 0 || (uint32_t) n_tokens > lctx.n_batch()) {
+        lminf_set_error(format("%d tokens do not fit into one batch of n_batch = %u", n_tokens, lctx.n_batch()));
+        return -1;
+    }
+
+    if (!stream.begun) {
+        return (llama_pos) (stream.start - stream.origin);
+    }
+
+    const llama_pos next = window->seq_pos_max(seq_id) + 1;
+    if (next + n_tokens <= params.pos_bound) {
+        return next;
+    }
+
+    const llama_pos shift = lminf_stream::rebase_shift(window->seq_pos_min(seq_id));
+    GGML_ASSERT(next + n_tokens - shift <= params.pos_bound);
+
+    window->seq_add(seq_id, 0, -1, -shift);
+    stream.origin += shift;
+    n_rebase++;
+
+    // rotate the keys now: nothing may read the cache between the new positions and the new keys
+    lctx.memory_update(false);
+
+    return next - shift;
+}
+
+bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
+    if (stream_pos < 0 || streams[seq_id].begun) {
+        lminf_set_error("a stream position can only be set to 0 or more, on an empty sequence");
+        return false;
+    }
+
+    // graph positions begin anywhere within a block, as they would after a rebase
+    streams[seq_id]        = lminf_stream();
+    streams[seq_id].start  = stream_pos;
+    streams[seq_id].origin = stream_pos - stream_pos % lminf_stream::block;
+
+    return true;
+}
+
+llama_pos lminf_memory::graph_pos(llama_seq_id seq_id, int64_t stream_pos) const {
+    const int64_t pos = stream_pos - streams[seq_id].origin;
+
+    return (llama_pos) std::clamp<int64_t>(pos, -1, std::numeric_limits<llama_pos>::max());
+}
+
+llama_pos lminf_memory::rollback_min(llama_seq_id seq_id) const {
+    const int64_t pos_min   = window->seq_pos_min(seq_id);
+    const int64_t pos_start = streams[seq_id].pos_start();
+
+    // nothing has been recycled yet: any token can be the last one
+    if (pos_min <= pos_start) {
+        return (llama_pos) pos_start;
+    }
+
+    return (llama_pos) (pos_min + params.n_local - 1);
+}
+
+bool lminf_memory::can_truncate(llama_seq_id seq_id, llama_pos p0) const {
+    return p0 <= std::max<int64_t>(0, streams[seq_id].pos_start()) || p0 >= rollback_min(seq_id);
+}
+
+lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
+    const auto & stream = streams[seq_id];
+
+    lminf_info info = {};
+
+    const llama_pos next = window->seq_pos_max(seq_id) + 1;
+
+    if (stream.begun) {
+        const int64_t n_tokens  = stream.index(next);
+        const int64_t n_outside = std::max<int64_t>(0, n_tokens - (params.n_local - 1));
+
+        info.stream_pos = stream.origin + next;
+        info.n_evicted  = n_outside - std::min<int64_t>(n_outside, stream.n_sink);
+        info.n_sink     = stream.n_sink;
+        info.n_window   = window->get_cells(seq_id).get_used();
+        info.n_rollback = (int32_t) std::max<int64_t>(0, next - std::max<int64_t>(rollback_min(seq_id), stream.pos_start()));
+    } else {
+        info.stream_pos = stream.start;
+    }
+
+    info.n_cells       = n_cells;
+    info.n_rebase      = n_rebase;
+    info.max_graph_pos = max_graph_pos;
+    info.pos_bound     = params.pos_bound;
+
+    for (const auto & [_, size] : memory_breakdown()) {
+        info.kv_bytes += size;
+    }
+
+    return info;
+}
+
+//
+// sequences
+//
+
+void lminf_memory::clear(bool data) {
+    window->clear(data);
+
+    std::fill(streams.begin(), streams.end(), lminf_stream());
+
+    if (data) {
+        for (auto & [_, buf] : ctxs_bufs) {
+            ggml_backend_buffer_clear(buf.get(), 0);
+        }
+    }
+}
+
+bool lminf_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    GGML_ASSERT(seq_id < (llama_seq_id) n_seq_max);
+
+    const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
+
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    const auto is_empty = [&](llama_seq_id s) { return p0 >= p1 || p0 > window->seq_pos_max(s); };
+
+    // all or nothing: refuse before anything is changed
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        const bool leaves_hole = p1 <= window->seq_pos_max(s);
+        if (!is_empty(s) && (leaves_hole || !can_truncate(s, p0))) {
+            return false;
+        }
+    }
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        const bool is_whole = p0 <= std::max<int64_t>(0, streams[s].pos_start()) && p1 > window->seq_pos_max(s);
+
+        if (is_whole) {
+            window->seq_rm(s, -1, -1);
+            streams[s] = lminf_stream();
+        } else if (!is_empty(s)) {
+            window->seq_rm(s, p0, -1);
+            streams[s].truncate(p0);
+        }
+    }
+
+    return true;
+}
+
+void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    GGML_ASSERT(is_valid(seq_id_src) && is_valid(seq_id_dst));
+
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+
+    const bool from_start = p0 <= std::max<int64_t>(0, streams[seq_id_src].pos_start());
+    const bool to_end     = p1 < 0 || p1 > window->seq_pos_max(seq_id_src);
+
+    if (!from_start || (!to_end && !can_truncate(seq_id_src, p1))) {
+        LLAMA_LOG_ERROR("%s: [%d, %d) of sequence %d cannot be copied: its tokens attend to others that would not be\n",
+                __func__, p0, p1, seq_id_src);
+        return;
+    }
+
+    window->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+    streams[seq_id_dst] = streams[seq_id_src];
+    pending_copies.push_back({ seq_id_src, seq_id_dst });
+
+    // the cells' contents are copied by the next update: do it now, so that a state written next is whole
+    if (lctx) {
+        lctx->memory_update(false);
+    }
+
+    if (!to_end) {
+        seq_rm(seq_id_dst, p1, -1);
+    }
+}
+
+void lminf_memory::seq_keep(llama_seq_id seq_id) {
+    GGML_ASSERT(is_valid(seq_id));
+
+    for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
+        if (s != seq_id) {
+            seq_rm(s, -1, -1);
+        }
+    }
+}
+
+void lminf_memory::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    LLAMA_LOG_ERROR("%s: positions [%d, %d) of sequence %d cannot be shifted by %d: a stream keeps its own\n", __func__, p0, p1, seq_id, shift);
+}
+
+void lminf_memory::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    LLAMA_LOG_ERROR("%s: positions [%d, %d) of sequence %d cannot be divided by %d: a stream keeps its own\n", __func__, p0, p1, seq_id, d);
+}
+
+llama_pos lminf_memory::seq_pos_min(llama_seq_id seq_id) const {
+    return window->seq_pos_min(seq_id);
+}
+
+llama_pos lminf_memory::seq_pos_max(llama_seq_id seq_id) const {
+    return window->seq_pos_max(seq_id);
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() const {
+    auto res = window->memory_breakdown();
+    for (const auto & [_, buf] : ctxs_bufs) {
+        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    }
+    return res;
+}
+
+//
+// state
+//
+
+namespace {
+
+constexpr uint32_t state_magic   = 0x464e4d4c; // "LMNF"
+constexpr uint32_t state_version = 1;
+
+// everything that must agree is in front, so that a foreign state is refused before anything is changed
+struct state_header {
+    uint32_t magic;
+    uint32_t version;
+    int32_t  n_global;
+    int32_t  n_local;
+    int32_t  max_distance;
+    int32_t  sink_mode;
+    int32_t  type_k;
+    int32_t  type_v;
+    int32_t  n_layer;
+    int32_t  n_stream; // of the cache
+    int32_t  n_seq;    // sequences that follow
+};
+
+struct state_seq {
+    int64_t origin;
+    int64_t start;
+    int32_t n_sink;
+    int32_t begun;
+    int32_t n_used; // window cells
+    int32_t pos_max;
+};
+
+}
+
+static state_header make_header(const lminf_cparams & params, const llama_kv_cache & window, int32_t n_layer, int32_t n_seq) {
+    return {
+        state_magic, state_version,
+        params.n_global, params.n_local, params.max_distance, params.sink_mode,
+        window.type_k(), window.type_v(), n_layer, (int32_t) window.get_n_stream(), n_seq,
+    };
+}
+
+void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (!pending_copies.empty()) {
+        throw std::runtime_error(lminf_set_error("a sequence was copied before anything was decoded: decode first, then save"));
+    }
+
+    const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
+
+    const state_header header = make_header(params, *window, sinks.size(), s1 - s0);
+    io.write(&header, sizeof(header));
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        const auto & stream = streams[s];
+        const state_seq seq = {
+            stream.origin, stream.start, stream.n_sink, stream.begun ? 1 : 0,
+            (int32_t) window->get_cells(s).get_used(), window->seq_pos_max(s),
+        };
+        io.write(&seq, sizeof(seq));
+    }
+
+    window->state_write(io, seq_id, flags);
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        if (streams[s].n_sink == 0) {
+            continue;
+        }
+        for (const auto & layer : sinks) {
+            io.write_tensor(layer.k_seq[s], 0, streams[s].n_sink*layer.k->nb[1]);
+            io.write_tensor(layer.v_seq[s], 0, streams[s].n_sink*layer.v->nb[1]);
+        }
+    }
+}
+
+void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
+
+    const auto refuse = [](const char * why) {
+        throw std::runtime_error(lminf_set_error(std::string("the saved state does not fit: ") + why));
+    };
+
+    state_header header;
+    io.read(&header, sizeof(header));
+
+    const state_header expected = make_header(params, *window, sinks.size(), s1 - s0);
+
+    if (header.magic != expected.magic || header.version != expected.version) {
+        refuse("it was not made by this version of the Λ cache");
+    }
+    if (header.n_global     != expected.n_global     || header.n_local   != expected.n_local ||
+        header.max_distance != expected.max_distance || header.sink_mode != expected.sink_mode) {
+        refuse("it was made with another n_global, n_local, max_distance or sink_mode");
+    }
+    if (header.type_k != expected.type_k || header.type_v != expected.type_v) {
+        refuse("it was made with another KV type");
+    }
+    if (header.n_layer != expected.n_layer || header.n_stream != expected.n_stream || header.n_seq != expected.n_seq) {
+        refuse("it was made with another number of layers or sequences");
+    }
+
+    std::vector<lminf_stream> streams_new(s1 - s0);
+
+    for (auto & stream : streams_new) {
+        state_seq seq;
+        io.read(&seq, sizeof(seq));
+
+        if (seq.n_used < 0 || seq.n_used > (int32_t) n_cells) {
+            refuse("it holds more cells than this cache has");
+        }
+        if (seq.n_sink < 0 || seq.n_sink > params.n_global || seq.start < 0 || seq.origin < 0 ||
+            (seq.begun && (seq.pos_max < 0 || seq.origin + seq.pos_max < seq.start))) {
+            refuse("its positions make no sense");
+        }
+
+        stream.origin = seq.origin;
+        stream.start  = seq.start;
+        stream.n_sink = seq.n_sink;
+        stream.begun  = seq.begun != 0;
+    }
+
+    for (llama_seq_id s = s0; s < s1; ++s) {
+        streams[s] = lminf_stream();
+    }
+
+    // an exception leaves the sequence empty, as the cache does with its own cells
+    window->state_read(io, seq_id, flags);
+
+    try {
+        for (llama_seq_id s = s0; s < s1; ++s) {
+            const auto & stream = streams_new[s - s0];
+            if (stream.n_sink == 0) {
+                continue;
+            }
+            for (const auto & layer : sinks) {
+                io.read_tensor(layer.k_seq[s], 0, stream.n_sink*layer.k->nb[1]);
+                io.read_tensor(layer.v_seq[s], 0, stream.n_sink*layer.v->nb[1]);
+            }
+        }
+    } catch (...) {
+        window->state_clear(seq_id);
+        throw;
+    }
+
+    std::copy(streams_new.begin(), streams_new.end(), streams.begin() + s0);
+}
+
+//
+// lminf_memory_context
+//
+
+lminf_memory_context::lminf_memory_context(llama_memory_status status) : llama_kv_cache_context(status) {}
+
+lminf_memory_context::lminf_memory_context(lminf_memory * mem) :
+    llama_kv_cache_context(mem->window.get()), mem(mem), stores_sinks(mem->params.n_global > 0) {
+    spans.push_back({ 0, mem->n_seq_max });
+}
+
+lminf_memory_context::lminf_memory_context(lminf_memory * mem, slot_info_vec_t sinfos, std::vector<llama_ubatch> ubatches) :
+    llama_kv_cache_context(mem->window.get(), sinfos, std::move(ubatches)), mem(mem) {
+    for (const auto & sinfo : sinfos) {
+        spans.push_back({ sinfo.s0, sinfo.s1 - sinfo.s0 + 1 });
+    }
+}
+
+bool lminf_memory_context::next() {
+    i_ubatch++;
+
+    return llama_kv_cache_context::next();
+}
+
+bool lminf_memory_context::apply() {
+    const auto & ubatch = get_ubatch();
+
+    mem->apply_ubatch(ubatch);
+
+    stores_sinks = false;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        stores_sinks |= mem->streams[ubatch.seq_id[i][0]].index(ubatch.pos[i]) < mem->params.n_global;
+    }
+
+    return llama_kv_cache_context::apply();
+}

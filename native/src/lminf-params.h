@@ -1,0 +1,35 @@
+// the parameters of a context as the graph and the memory see them: one field of llama_cparams, off by default
+
+#pragma once
+
+#include "lminf.h"
+
+#include <cstdint>
+#include <string>
+
+struct llama_context;
+struct llama_cparams;
+
+struct lminf_cparams {
+    bool enabled = false;
+
+    int32_t n_global     = 0; // G
+    int32_t n_local      = 0; // L
+    int32_t max_distance = 0; // D
+    int32_t n_slack      = 0;
+    int32_t pos_bound    = 0; // 0: the memory chooses
+
+    lminf_sink_mode sink_mode = LMINF_SINK_CEILING;
+};
+
+// what lminf_set_next left for this thread's next context, taken once
+lminf_cparams lminf_take_next();
+
+// rebases every sequence of a batch that leaves its positions to llama.cpp, before they are filled in
+void lminf_before_decode(llama_context & lctx, const llama_batch & batch);
+
+// the context size that picks long or short RoPE factors: the largest distance a query can meet, as the stream has none
+uint32_t lminf_n_ctx_rope(const llama_cparams & cparams);
+
+// one sentence for lminf_last_error, also logged; returns it for a throw
+std::string lminf_set_error(std::string msg);

@@ -1,0 +1,48 @@
+// one sequence's place in its endless stream: 64-bit stream positions against small graph positions
+
+#pragma once
+
+#include "llama.h"
+
+#include <algorithm>
+#include <cstdint>
+
+struct lminf_stream {
+    int64_t origin = 0; // stream position of graph position 0; grows by whole blocks
+    int64_t start  = 0; // stream position of the first token
+
+    int32_t n_sink = 0; // sinks stored: tokens [start, start + n_sink)
+    bool    begun  = false;
+
+    // the how-manyth token of the stream stands at this graph position
+    int64_t index(llama_pos pos) const {
+        return origin + pos - start;
+    }
+
+    // graph position of the first token: far below 0 once the stream has been rebased
+    int64_t pos_start() const {
+        return start - origin;
+    }
+
+    // tokens [p0, p1] of the sequence are in the cache from now on
+    void append(llama_pos p0, llama_pos p1, int32_t n_global) {
+        if (!begun) {
+            begun = true;
+            start = origin + p0;
+        }
+        n_sink = (int32_t) std::min<int64_t>(n_global, index(p1) + 1);
+    }
+
+    // tokens from graph position p0 on are gone
+    void truncate(llama_pos p0) {
+        n_sink = (int32_t) std::min<int64_t>(n_sink, index(p0));
+    }
+
+    // whole blocks only, so that a key is re-rotated at most once in its life
+    static constexpr llama_pos block = 256;
+
+    // how far graph positions can move back while pos_min, the oldest in use, stays at 0 or above
+    static llama_pos rebase_shift(llama_pos pos_min) {
+        return pos_min - pos_min % block;
+    }
+};
