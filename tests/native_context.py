@@ -1,0 +1,157 @@
+"""A bare llama.cpp context with a Λ cache, for tests that look below the Llama class: several sequences, raw states."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from os import PathLike, fsencode
+from types import TracebackType
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from reference.transformer import nll_from_logits
+
+from lminf_edge.native import Info, Params
+
+SILENT = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
+
+F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # enum ggml_type
+SINK_MODES = ("ceiling", "order", "true")  # enum lminf_sink_mode
+
+_lib = llama_cpp.llama_cpp._lib
+_lib.lminf_get_info.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(Info))
+_lib.lminf_get_params.argtypes = (ctypes.c_void_p, ctypes.POINTER(Params))
+_lib.lminf_last_error.restype = ctypes.c_char_p
+_lib.lminf_next_pos.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
+_lib.lminf_refusal.argtypes = (ctypes.c_void_p,)
+_lib.lminf_refusal.restype = ctypes.c_char_p
+_lib.lminf_rollback.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
+_lib.lminf_rollback.restype = ctypes.c_bool
+_lib.lminf_seq_start.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
+_lib.lminf_seq_start.restype = ctypes.c_bool
+_lib.lminf_set_next.argtypes = (ctypes.POINTER(Params),)
+_lib.lminf_set_next.restype = ctypes.c_bool
+
+
+def last_error() -> str:
+    return (_lib.lminf_last_error() or b"").decode()
+
+
+class NativeContext:
+    """n_local None: llama.cpp's own cache of n_ctx cells."""
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        n_local: int | None,
+        n_global: int = 0,
+        *,
+        max_distance: int = 0,
+        mode: str = "ceiling",
+        n_slack: int = 0,
+        pos_bound: int = 0,
+        n_ubatch: int = 64,
+        n_ctx: int = 256,
+        n_seq_max: int = 1,
+        type_k: int = F32,
+        type_v: int = F32,
+        flash_attn: bool = False,
+        n_threads: int = 2,
+    ) -> None:
+        llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
+        self.context = self.model = None
+        self.n_seq_max = n_seq_max
+
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(fsencode(path), model_params)
+        if self.model is None:
+            raise RuntimeError(f"llama.cpp does not load {path}")
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = max(n_ctx, n_ubatch) * n_seq_max
+        params.n_batch = params.n_ubatch = n_ubatch
+        params.n_seq_max = n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k, params.type_v = type_k, type_v
+        params.flash_attn_type = int(flash_attn)  # enum llama_flash_attn_type
+        if n_local is not None:
+            lminf = Params(n_global, n_local, max_distance, n_slack, SINK_MODES.index(mode), pos_bound)
+            if not _lib.lminf_set_next(ctypes.byref(lminf)):
+                raise ValueError(last_error())
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        if self.context is None:
+            raise ValueError(last_error())
+
+        self.is_lminf = n_local is not None
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.n_batch = n_ubatch
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def __enter__(self) -> NativeContext:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.context is not None:
+            llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+    def next_pos(self, seq_id: int, n_tokens: int) -> int:
+        if self.is_lminf:
+            return int(_lib.lminf_next_pos(self.context, seq_id, n_tokens))
+        return int(llama_cpp.llama_memory_seq_pos_max(self.memory, seq_id)) + 1
+
+    def decode(self, *runs: tuple[int, Sequence[int] | npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """Logits [n_tokens, n_vocab] of one batch that holds a run of tokens for each (sequence, tokens)."""
+        batch = llama_cpp.llama_batch_init(self.n_batch * max(1, len(runs)), 0, 1)
+        try:
+            i = 0
+            for seq_id, tokens in runs:
+                pos = self.next_pos(seq_id, len(tokens))
+                for j, token in enumerate(tokens):
+                    batch.token[i], batch.pos[i], batch.logits[i] = int(token), pos + j, 1
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq_id
+                    i += 1
+            batch.n_tokens = i
+            if llama_cpp.llama_decode(self.context, batch):
+                raise RuntimeError("llama_decode failed")
+            rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.context), shape=(i, self.n_vocab))
+            return np.array(rows, dtype=np.float32)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+
+    def feed(self, tokens: npt.NDArray[np.int32], seq_id: int = 0) -> npt.NDArray[np.float32]:
+        """Logits of any number of tokens, in batches."""
+        parts = [self.decode((seq_id, tokens[i : i + self.n_batch])) for i in range(0, len(tokens), self.n_batch)]
+        return np.concatenate(parts)
+
+    def token_nll(self, tokens: npt.NDArray[np.int32], seq_id: int = 0) -> npt.NDArray[np.float64]:
+        """[n_tokens - 1]: nats of each token but the first."""
+        parts = []
+        for i in range(0, len(tokens) - 1, self.n_batch):
+            block = tokens[i : min(i + self.n_batch, len(tokens) - 1)]
+            logits = self.decode((seq_id, block))
+            parts.append(nll_from_logits(logits, tokens[i + 1 : i + 1 + len(block)]))
+        return np.concatenate(parts)
+
+    def info(self, seq_id: int = 0) -> Info:
+        info = Info()
+        assert _lib.lminf_get_info(self.context, seq_id, ctypes.byref(info))
+        return info
+
+    def rollback(self, stream_pos: int, seq_id: int = 0) -> bool:
+        return bool(_lib.lminf_rollback(self.context, seq_id, stream_pos))
+
+    def seq_start(self, stream_pos: int, seq_id: int = 0) -> bool:
+        return bool(_lib.lminf_seq_start(self.context, seq_id, stream_pos))
+
+    def save(self, seq_id: int = 0) -> bytes:
+        size = llama_cpp.llama_state_seq_get_size(self.context, seq_id)
+        buffer = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data(self.context, buffer, size, seq_id) == size
+        return bytes(buffer)
+
+    def load(self, state: bytes, seq_id: int = 0) -> bool:
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        return bool(llama_cpp.llama_state_seq_set_data(self.context, buffer, len(state), seq_id))

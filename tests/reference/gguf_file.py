@@ -1,0 +1,55 @@
+"""GGUF files as plain Python: a metadata dictionary and float64 tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A model file in memory.
+
+    metadata: every key of the file, arrays as lists.
+    tensors: by name, dequantized, slowest dimension first: a matrix is [n_out, n_in].
+    """
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Array]
+
+
+def read(path: str | PathLike[str]) -> GGUFFile:
+    """Read the file at `path`, whatever its tensor types (all become float64)."""
+    reader = GGUFReader(path)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors}
+    return GGUFFile(metadata, tensors)
+
+
+def copy_as_f32(source: str | PathLike[str], target: str | PathLike[str]) -> None:
+    """Write `source` to `target` with every tensor as f32.
+
+    ggml rounds activations to the type it multiplies a quantized or f16 weight in. A copy in f32 has no such noise, so
+    it can be compared with the reference to the last digits.
+    """
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

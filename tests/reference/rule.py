@@ -1,0 +1,133 @@
+"""The Λ-attention rule, and attention that follows it.
+
+LM-Infinite (Han et al., NAACL 2024, doi 10.18653/v1/2024.naacl-long.222), section 3: query i attends to key j <= i
+
+    i - j <  n_local                   at its true distance i - j
+    i - j >= n_local and j < n_global  at one fixed distance, the ceiling
+    otherwise                          not at all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from reference.gguf_file import Array
+
+Positions = npt.NDArray[np.int64]
+Mode = Literal["ceiling", "order", "true"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who attends to whom, and how far apart they seem; `Rule()` is plain causal attention.
+
+    n_local: window in tokens, the query counted; None for no window at all.
+    n_global: sinks, the first tokens of the stream.
+    max_distance: the ceiling in tokens, n_local by default.
+    mode: where a sink stands for a query whose window it has left.
+        ceiling: at max_distance, all of them (LM-Infinite).
+        order: in order right before the window, min(i, n_global + n_local - 1) - j (StreamingLLM's cache positions).
+        true: at its true distance i - j.
+    """
+
+    n_local: int | None = None
+    n_global: int = 0
+    max_distance: int | None = None
+    mode: Mode = "ceiling"
+
+    @property
+    def ceiling(self) -> int | None:
+        """The distance ceiling in tokens, None without a window."""
+        return self.n_local if self.max_distance is None else self.max_distance
+
+    def sink_positions(self, i: Positions, j: Positions) -> tuple[Positions, Positions]:
+        """Positions that queries i and sinks j take for each other, so that their difference is the rule's distance."""
+        if self.n_local is None or self.ceiling is None:
+            raise ValueError("a rule without a window has no sinks apart")
+        if self.mode == "ceiling":
+            return np.full_like(i, self.ceiling), np.zeros_like(j)
+        if self.mode == "order":
+            return np.minimum(i, self.n_global + self.n_local - 1), j
+        return i, j
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position encoding: pair k of the first dimensions of a head turns by position * frequencies[k].
+
+    frequencies: [n_rot / 2], radians per token. Empty for a layer without RoPE.
+    adjacent: pairs are (2k, 2k + 1), otherwise (k, k + n_rot / 2).
+    magnitude: factor on the rotated dimensions (YaRN and LongRoPE).
+    """
+
+    frequencies: Array
+    adjacent: bool = False
+    magnitude: float = 1.0
+
+    def rotate(self, x: Array, positions: Positions) -> Array:
+        """Turn the heads x[n_tokens, n_head, head_size] to positions[n_tokens]; returns a new array."""
+        n = len(self.frequencies)
+        angles = positions[:, None, None] * self.frequencies
+        cos, sin = self.magnitude * np.cos(angles), self.magnitude * np.sin(angles)
+        first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if self.adjacent else (slice(0, n), slice(n, 2 * n))
+        turned = np.array(x)
+        turned[..., first] = x[..., first] * cos - x[..., second] * sin
+        turned[..., second] = x[..., first] * sin + x[..., second] * cos
+        return turned
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    rule: Rule,
+    rope: Rope,
+    slopes: Array,
+    score: Callable[[Array], Array],
+    block: int = 256,
+) -> Array:
+    """Attention over a whole stream, by blocks of queries so that memory and time follow the window.
+
+    q: [n_tokens, n_head, head_size], k and v: [n_tokens, n_head_kv, head_size], all before RoPE. Query heads
+    h * n_head / n_head_kv and following share key head h.
+    slopes: [n_head], ALiBi: -slope * distance is added to a score; zeros without ALiBi.
+    score: what becomes of q.k before ALiBi and softmax (scaling, capping).
+    block: queries handled at once.
+    Returns [n_tokens, n_head, head_size].
+    """
+    n_tokens, n_head, head_size = q.shape
+    n_head_kv = k.shape[1]
+    stream = np.arange(n_tokens)
+    slopes = slopes.reshape(n_head_kv, -1, 1, 1)
+    n_local = n_tokens if rule.n_local is None else rule.n_local
+
+    def scores(q_rows: Array, q_pos: Positions, k_rows: Array, k_pos: Positions) -> Array:
+        """[n_head_kv, n_group, n_queries, n_keys]"""
+        turned_q = rope.rotate(q_rows, q_pos).reshape(len(q_pos), n_head_kv, -1, head_size).transpose(1, 2, 0, 3)
+        turned_k = rope.rotate(k_rows, k_pos).transpose(1, 2, 0)[:, None]
+        return score(turned_q @ turned_k) - slopes * (q_pos[:, None] - k_pos)
+
+    out = np.empty((n_tokens, n_head, v.shape[2]))
+    for begin in range(0, n_tokens, block):
+        i = stream[begin : begin + block]
+        near = stream[max(0, begin + 1 - n_local) : begin + len(i)]
+        distance = i[:, None] - near
+        keys, seen = near, (distance >= 0) & (distance < n_local)
+        logits = scores(q[i], i, k[near], near)
+        sinks = stream[: max(0, min(rule.n_global, begin + len(i) - n_local))]
+        if len(sinks):
+            q_pos, k_pos = rule.sink_positions(i, sinks)
+            logits = np.concatenate([scores(q[i], q_pos, k[sinks], k_pos), logits], axis=-1)
+            seen = np.concatenate([i[:, None] - sinks >= n_local, seen], axis=-1)
+            keys = np.concatenate([sinks, near])
+        logits = np.where(seen, logits, -np.inf)
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        mixed = weights @ v[keys].transpose(1, 0, 2)[:, None]
+        out[i] = mixed.transpose(2, 0, 1, 3).reshape(len(i), n_head, -1)
+    return out
