@@ -57,7 +57,7 @@ class NativeContext:
         type_k: int = F32,
         type_v: int = F32,
         flash_attn: bool = False,
-        n_threads: int = 2,
+        n_threads: int = 1,
     ) -> None:
         llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
         self.context = self.model = None
@@ -71,7 +71,7 @@ class NativeContext:
 
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = max(n_ctx, n_ubatch) * n_seq_max
-        params.n_batch = params.n_ubatch = n_ubatch
+        params.n_batch, params.n_ubatch = n_ubatch * n_seq_max, n_ubatch
         params.n_seq_max = n_seq_max
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_k, type_v

@@ -85,11 +85,11 @@ lminf_memory::lminf_memory(
 
     params.n_slack = n_cells - n_ubatch - params.n_local;
 
-    // RoPE angles are f32, so a smaller bound is more exact; but every rebase rounds the keys in the window once more.
-    // With this one two thirds of the keys are never touched, and no key twice.
+    // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
+    // once more, so it is n_local tokens away at least: no key is rotated twice while a query can see it.
     const int64_t bound_min = (int64_t) n_cells + cparams.n_batch + lminf_stream::block;
     if (params.pos_bound == 0) {
-        params.pos_bound = 3*(int64_t) n_cells + cparams.n_batch;
+        params.pos_bound = bound_min + params.n_local;
     } else if (params.pos_bound < bound_min) {
         throw std::runtime_error(lminf_set_error(format(
             "pos_bound = %d is too small: this window and batch need %d", params.pos_bound, (int) bound_min)));

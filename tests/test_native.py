@@ -1,0 +1,365 @@
+"""The Λ cache below Python: sequences, rollback, states, positions, refusals, and stock llama.cpp left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from native_context import BF16, F16, F32, Q4_0, Q8_0, NativeContext, _lib, last_error
+from reference import tiny_models
+from reference.rule import Rule
+from reference.transformer import Transformer
+
+L, G = 32, 4
+TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write("llama", tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, as quantized caches need."""
+    return tiny_models.write("qwen3moe", tmp_path_factory.mktemp("native"))
+
+
+TOKENS = tiny_models.tokens(700)
+
+
+def fresh(path: Path, tokens: np.ndarray, **options: object) -> np.ndarray:
+    """Logits of the last token of a stream that is fed from its start."""
+    with NativeContext(path, L, G, **options) as context:  # type: ignore[arg-type]
+        return context.feed(tokens)[-1]
+
+
+@pytest.mark.parametrize("mode", ["ceiling", "order", "true"])
+@pytest.mark.parametrize(("n_global", "max_distance"), [(0, 0), (4, 0), (4, 16), (4, 64), (50, 0)])
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_the_rule_and_its_neighbours(tmp_path: Path, name: str, mode: str, n_global: int, max_distance: int) -> None:
+    path = tiny_models.write(name, tmp_path)
+    expected = Transformer(path).token_nll(TOKENS, Rule(L, n_global, max_distance or None, mode))  # type: ignore[arg-type]
+    with NativeContext(path, L, n_global, max_distance=max_distance, mode=mode) as context:
+        difference = np.abs(context.token_nll(TOKENS) - expected)
+    assert difference.max() < 1e-3
+    assert difference.mean() < 5e-5
+
+
+def test_window_of_one_token(llama: Path) -> None:
+    expected = Transformer(llama).token_nll(TOKENS, Rule(1, G))
+    with NativeContext(llama, 1, G) as context:
+        assert np.abs(context.token_nll(TOKENS) - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("n_ubatch", [1, 7, 64, 512])
+def test_every_batch_size_gives_the_same(llama: Path, n_ubatch: int) -> None:
+    expected = Transformer(llama).token_nll(TOKENS, Rule(L, G))
+    with NativeContext(llama, L, G, n_ubatch=n_ubatch) as context:
+        assert np.abs(context.token_nll(TOKENS) - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize(
+    ("type_k", "type_v", "bound"),
+    [("f16", "f16", 5e-3), ("bf16", "bf16", 4e-2), ("q8_0", "q8_0", 4e-2), ("q4_0", "q4_0", 0.5), ("q8_0", "f16", 4e-2), ("f32", "q8_0", 4e-2)],
+)
+def test_kv_types_stay_close_to_f32_through_rebases(wide: Path, type_k: str, type_v: str, bound: float, flash_attn: bool) -> None:
+    """Mean |ΔNLL| against f32 KV on a random model, which is harder on a cache than a trained one."""
+    if type_v.startswith("q") and not flash_attn:
+        pytest.skip("llama.cpp keeps quantized V with flash attention only")
+    expected = Transformer(wide).token_nll(TOKENS, Rule(L, G))
+    with NativeContext(wide, L, G, n_ubatch=16, type_k=TYPES[type_k], type_v=TYPES[type_v], flash_attn=flash_attn, pos_bound=528) as context:
+        assert np.abs(context.token_nll(TOKENS) - expected).mean() < bound
+        assert context.info().n_rebase >= 1
+
+
+#
+# positions
+#
+
+
+@pytest.mark.parametrize("name", list(tiny_models.MODELS))
+def test_rebasing_changes_nothing(tmp_path: Path, name: str) -> None:
+    """The same losses whether graph positions grow to 1500 or never pass 528, for each way of rotating."""
+    path = tiny_models.write(name, tmp_path)
+    tokens = tiny_models.tokens(1500)
+    with NativeContext(path, L, G, n_ubatch=16, pos_bound=1 << 20) as context:
+        expected = context.token_nll(tokens)
+        assert context.info().n_rebase == 0
+    with NativeContext(path, L, G, n_ubatch=16, pos_bound=528) as context:
+        actual = context.token_nll(tokens)
+        assert context.info().n_rebase >= 4
+        assert context.info().max_graph_pos < 528
+    assert np.abs(actual - expected).mean() < 5e-5
+
+
+@pytest.mark.parametrize("start", [1, 255, 256, 1 << 24, 1 << 33, (1 << 33) + 77, (1 << 62)])
+def test_a_stream_may_begin_anywhere(llama: Path, start: int) -> None:
+    with NativeContext(llama, L, G) as context:
+        expected = context.token_nll(TOKENS)
+    with NativeContext(llama, L, G) as context:
+        assert context.seq_start(start)
+        actual = context.token_nll(TOKENS)
+        assert context.info().stream_pos == start + len(TOKENS) - 1
+        assert context.info().max_graph_pos < context.info().pos_bound
+    assert np.abs(actual - expected).max() < 1e-3
+    assert np.abs(actual - expected).mean() < 5e-5
+
+
+def test_llama_cpp_may_number_the_tokens(llama: Path) -> None:
+    """A batch without positions, as llama_batch_get_one makes it, goes on for ever."""
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=528) as context:
+        expected = context.token_nll(TOKENS)
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=528) as context:
+        logits = []
+        for begin in range(0, len(TOKENS), 16):
+            block = TOKENS[begin : begin + 16]
+            tokens = (llama_cpp.llama_token * len(block))(*block.tolist())
+            assert llama_cpp.llama_decode(context.context, llama_cpp.llama_batch_get_one(tokens, len(block))) == 0
+            logits.append(np.array(np.ctypeslib.as_array(llama_cpp.llama_get_logits(context.context), shape=(context.n_vocab,))))
+        assert context.info().n_rebase >= 1
+        last = len(TOKENS) - len(block) - 1  # a batch ends here, and its last token is the one with logits
+        nll = np.log(np.exp(logits[-2] - logits[-2].max()).sum()) + logits[-2].max() - logits[-2][TOKENS[last + 1]]
+        assert nll == pytest.approx(expected[last], abs=1e-3)
+
+
+def test_a_position_past_the_bound_is_refused(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=528) as context:
+        context.next_pos = lambda seq_id, n_tokens: 528  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError):
+            context.decode((0, TOKENS[:1]))
+        assert context.info().stream_pos == 0
+
+
+#
+# rollback
+#
+
+
+@pytest.mark.parametrize("n_tokens", [3, 20, 33, 100, 600])
+@pytest.mark.parametrize("n_back", [1, 2, 17, 60])
+def test_after_a_rollback_the_stream_is_as_if_fresh(llama: Path, n_tokens: int, n_back: int) -> None:
+    other = TOKENS[::-1][:5]
+    kept = max(0, n_tokens - n_back)
+    expected = fresh(llama, np.concatenate([TOKENS[:kept], other]), n_slack=64, n_ubatch=16)
+    with NativeContext(llama, L, G, n_slack=64, n_ubatch=16) as context:
+        context.feed(TOKENS[:n_tokens])
+        assert context.rollback(kept)
+        assert context.info().stream_pos == kept
+        assert np.abs(context.feed(other)[-1] - expected).max() < 1e-4
+
+
+def test_the_slack_is_exactly_what_can_be_taken_back(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_slack=64, n_ubatch=16) as context:
+        context.feed(TOKENS)
+        before = context.info()
+        assert 64 <= before.n_rollback < before.n_cells
+        gone = before.stream_pos - before.n_rollback - 1
+        assert not context.rollback(gone)
+        # refused: nothing has changed
+        assert bytes(context.info()) == bytes(before)
+        expected = fresh(llama, np.concatenate([TOKENS, TOKENS[:3]]), n_slack=64, n_ubatch=16)
+        assert np.abs(context.feed(TOKENS[:3])[-1] - expected).max() < 1e-4
+        context.rollback(context.info().stream_pos - context.info().n_rollback)
+        assert context.info().n_rollback == 0
+        assert not context.rollback(context.info().stream_pos - 1)
+
+
+def test_repeated_rollbacks_never_reach_recycled_cells(llama: Path) -> None:
+    """Forward and back in random steps: a rollback either gives the fresh logits or is refused."""
+    rng = np.random.default_rng(0)
+    with NativeContext(llama, L, G, n_slack=20, n_ubatch=16, n_ctx=512) as context:
+        context.feed(TOKENS)
+        kept = TOKENS.tolist()
+        refused = 0
+        for _ in range(60):
+            new = rng.integers(3, 250, rng.integers(1, 100)).astype(np.int32)
+            context.feed(new)
+            kept += new.tolist()
+            back = int(rng.integers(0, 250))
+            if context.rollback(max(0, len(kept) - back)):
+                kept = kept[: max(0, len(kept) - back)]
+            else:
+                refused += 1
+            assert context.info().stream_pos == len(kept)
+        assert 5 < refused < 55
+        context.feed(TOKENS[:9])
+        kept += TOKENS[:9].tolist()
+        logits = context.feed(TOKENS[9:10])[-1]
+        expected = fresh(llama, np.array([*kept, TOKENS[9]], dtype=np.int32), n_slack=20, n_ubatch=16)
+        assert np.abs(logits - expected).max() < 1e-4
+
+
+def test_removing_anything_but_an_end_is_refused(llama: Path) -> None:
+    remove = llama_cpp.llama_memory_seq_rm
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        context.feed(TOKENS[:200])
+        before = bytes(context.info())
+        assert not remove(context.memory, 0, 0, 10)
+        assert not remove(context.memory, 0, 150, 160)
+        assert remove(context.memory, 0, 200, -1)  # nothing there
+        assert remove(context.memory, 0, 70, 70)
+        assert bytes(context.info()) == before
+        assert remove(context.memory, -1, 0, -1)
+        assert context.info().stream_pos == 0
+        assert np.abs(context.feed(TOKENS[:50])[-1] - fresh(llama, TOKENS[:50], n_ubatch=16)).max() < 1e-4
+
+
+#
+# several sequences
+#
+
+
+def test_sequences_have_streams_of_their_own(llama: Path) -> None:
+    one, two = TOKENS, TOKENS[::-1].copy()
+    expected_one, expected_two = fresh(llama, one[:330], n_ubatch=16), fresh(llama, two[:165], n_ubatch=16)
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=3, pos_bound=1024) as context:
+        for i in range(15):
+            context.decode((0, one[i * 11 : i * 11 + 11]), (1, two[i * 11 : i * 11 + 11]))
+        logits_two = context.decode((0, one[165:166]), (1, two[164:165]))  # positions apart, one token each
+        assert context.rollback(164, 1) and context.rollback(165, 0)
+        logits_two = context.feed(two[164:165], 1)[-1]
+        logits_one = context.feed(one[165:330], 0)[-1]
+        assert np.abs(logits_one - expected_one).max() < 1e-4
+        assert np.abs(logits_two - expected_two).max() < 1e-4
+        assert context.info(0).stream_pos == 330
+        assert context.info(1).stream_pos == 165
+        assert context.info(2).stream_pos == 0
+
+
+def test_copying_and_keeping_a_sequence(llama: Path) -> None:
+    expected = fresh(llama, TOKENS[:211], n_ubatch=16)
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=3) as context:
+        context.feed(TOKENS[:210], 0)
+        context.feed(TOKENS[50:90], 2)
+        llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
+        llama_cpp.llama_memory_seq_keep(context.memory, 1)
+        assert [context.info(s).stream_pos for s in range(3)] == [0, 210, 0]
+        assert np.abs(context.feed(TOKENS[210:211], 1)[-1] - expected).max() < 1e-4
+
+
+def test_a_copy_may_stop_short(llama: Path) -> None:
+    expected = fresh(llama, TOKENS[:211], n_ubatch=16)
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2, n_slack=32) as context:
+        context.feed(TOKENS[:230], 0)
+        llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, 0, 210)
+        assert context.info(1).stream_pos == 210
+        assert np.abs(context.feed(TOKENS[210:211], 1)[-1] - expected).max() < 1e-4
+        # what cannot be exact is not copied
+        llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, 100, 120)
+        assert context.info(1).stream_pos == 211
+
+
+def test_clearing(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        context.feed(TOKENS[:200])
+        llama_cpp.llama_memory_clear(context.memory, True)
+        assert context.info().stream_pos == context.info().n_sink == context.info().n_window == 0
+        assert np.abs(context.feed(TOKENS[:50])[-1] - fresh(llama, TOKENS[:50], n_ubatch=16)).max() < 1e-4
+
+
+#
+# states
+#
+
+
+@pytest.mark.parametrize("n_tokens", [2, 30, 300])
+def test_a_state_goes_on_in_another_context(llama: Path, n_tokens: int) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=528) as context:
+        context.feed(TOKENS[:n_tokens])
+        state = context.save()
+        expected = context.feed(TOKENS[n_tokens : n_tokens + 20])
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=528) as context:
+        context.feed(TOKENS[100:177])  # something else was there
+        assert context.load(state)
+        assert context.info().stream_pos == n_tokens
+        assert np.abs(context.feed(TOKENS[n_tokens : n_tokens + 20]) - expected).max() < 1e-5
+
+
+def test_a_state_moves_to_another_sequence(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2) as context:
+        context.feed(TOKENS[:300])
+        assert context.load(context.save(0), 1)
+        assert np.abs(context.feed(TOKENS[300:310], 0) - context.feed(TOKENS[300:310], 1)).max() < 1e-5
+
+
+def test_the_whole_context_is_saved_and_restored(llama: Path) -> None:
+    import ctypes
+
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2) as context:
+        context.feed(TOKENS[:300], 0)
+        context.feed(TOKENS[40:100], 1)
+        size = llama_cpp.llama_state_get_size(context.context)
+        state = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_get_data(context.context, state, size) == size
+        expected = [context.feed(TOKENS[:9], s) for s in range(2)]
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2) as context:
+        assert llama_cpp.llama_state_set_data(context.context, state, size) == size
+        for s in range(2):
+            assert np.abs(context.feed(TOKENS[:9], s) - expected[s]).max() < 1e-5
+
+
+@pytest.mark.parametrize("other", [{"n_local": 33}, {"n_global": 3}, {"max_distance": 16}, {"mode": "order"}, {"type_k": F16}, {"type_v": F16}])
+def test_a_foreign_state_is_refused_and_nothing_is_lost(llama: Path, other: dict[str, object]) -> None:
+    with NativeContext(llama, **{"n_local": L, "n_global": G, "n_ubatch": 16, **other}) as context:  # type: ignore[arg-type]
+        context.feed(TOKENS[:200])
+        state = context.save()
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        context.feed(TOKENS[:200])
+        assert not context.load(state)
+        assert "the saved state does not fit" in last_error()
+        assert np.abs(context.feed(TOKENS[200:201])[-1] - fresh(llama, TOKENS[:201], n_ubatch=16)).max() < 1e-4
+
+
+def test_a_state_is_as_large_as_what_is_used(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        context.feed(TOKENS[:10])
+        small = len(context.save())
+        context.feed(TOKENS[:500])
+        full = len(context.save())
+        context.feed(TOKENS)
+        assert len(context.save()) == full
+    assert small < full / 4
+
+
+#
+# parameters and models
+#
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_local": 0}, "n_local must be 1 or more"),
+        ({"n_local": -5}, "n_local must be 1 or more"),
+        ({"n_global": -1}, "n_global must be 0 or more"),
+        ({"max_distance": -1}, "max_distance must be 1 or more"),
+        ({"n_slack": -2}, "n_slack must be 0 or more"),
+        ({"pos_bound": 100}, "pos_bound = 100 is too small"),
+        ({"n_local": 1_000_000_000}, "choose a smaller n_local"),
+        ({"n_local": 2_147_483_000}, "more cells than a KV cache can index"),
+        ({"type_k": Q8_0}, "heads of key size 16"),
+    ],
+)
+def test_bad_parameters_get_one_sentence(llama: Path, options: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        NativeContext(llama, **{"n_local": L, "n_global": G, **options})  # type: ignore[arg-type]
+
+
+def test_a_failed_context_leaves_nothing_behind(llama: Path) -> None:
+    with pytest.raises(ValueError):
+        NativeContext(llama, 1_000_000_000, G)
+    with NativeContext(llama, None) as context:
+        assert not _lib.lminf_enabled(context.context)
+
+
+@pytest.mark.parametrize(("type_kv", "bound"), [(F32, 1e-5), (F16, 1e-3)])
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_until_the_window_is_full_it_is_plain_attention(llama: Path, type_kv: int, bound: float, flash_attn: bool) -> None:
+    with NativeContext(llama, None, type_k=type_kv, type_v=type_kv) as context:
+        expected = context.token_nll(TOKENS[:64])
+    with NativeContext(llama, 64, G, type_k=type_kv, type_v=type_kv, flash_attn=flash_attn) as context:
+        assert np.abs(context.token_nll(TOKENS[:64]) - expected).max() < bound
