@@ -1,0 +1,31 @@
+# Everything goes into .venv and build/. `make help` lists the targets.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint patches worktree clean
+
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+setup: ## .venv, the patched llama.cpp and this package, editable
+	@$(PYTHON) scripts/setup.py
+
+demo: setup ## stream a text far past the model's training length; FILE=path for your own text
+	@$(BIN)/lminf-edge demo $(if $(FILE),--file "$(FILE)")
+
+test: setup ## the whole test suite; ARGS="-k name" for a part of it
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+worktree: setup ## a git work tree of llama.cpp with one commit per patch, in build/worktree
+	@$(BIN)/python scripts/upstream.py worktree
+
+patches: ## regenerate patches/ from build/worktree
+	@$(BIN)/python scripts/upstream.py export
+
+clean: ## remove everything that was built or installed
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,39 @@
+"""Endless streams in constant memory: llama.cpp with the Λ-shaped attention of LM-Infinite.
+
+    from lminf_edge import Llama
+
+    llm = Llama("model.gguf", lminf=True)
+
+`Llama` is `llama_cpp.Llama` with one more argument. Importing this package points llama_cpp at the library that has
+the Λ cache, so import it first; llama_cpp itself is only loaded when `Llama` is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lminf_edge import native
+from lminf_edge.config import LMInfConfig, StreamInfo
+
+if TYPE_CHECKING:
+    from lminf_edge.checkpoint import Checkpoint, CheckpointError
+    from lminf_edge.llama import Llama
+
+__all__ = ["Checkpoint", "CheckpointError", "LMInfConfig", "Llama", "StreamInfo", "__version__"]
+
+__version__ = "0.1.0"
+
+native.prepare()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Llama":
+        native.load()  # says what is wrong, if something is, better than llama_cpp would
+        from lminf_edge.llama import Llama
+
+        return Llama
+    if name in ("Checkpoint", "CheckpointError"):
+        from lminf_edge import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

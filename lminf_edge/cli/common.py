@@ -1,0 +1,180 @@
+"""What several commands need: options, opening a model, reading a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lminf_edge.config import KV_TYPES, LMInfConfig, check_memory
+from lminf_edge.gguf_header import Header, read_header
+from lminf_edge.models import find_model
+
+if TYPE_CHECKING:
+    from lminf_edge import Llama
+
+KV_TYPE_NUMBERS = {name: number for number, (name, _, _) in KV_TYPES.items()}
+
+
+class CommandError(Exception):
+    """One sentence for the user."""
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is `least` or more."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
+        return value
+
+    return parse
+
+
+def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    text = "path of a GGUF model, or the name of an embedded one (nano)"
+    if default is not None:
+        text += f"; default {default}"
+    parser.add_argument("-m", "--model", metavar="M", required=default is None, default=default, help=text)
+
+
+def add_window(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("attention window")
+    group.add_argument(
+        "--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="first tokens kept; default 10"
+    )
+    group.add_argument(
+        "--n-local",
+        metavar="L",
+        type=whole_number(1),
+        help="last tokens kept; default: what is left of min(4096, training length)",
+    )
+    group.add_argument(
+        "--max-distance", metavar="D", type=whole_number(1), help="distance of the first tokens once they have left; default L"
+    )
+    group.add_argument(
+        "--kv-type", choices=KV_TYPE_NUMBERS, default="f16", help="number format of the cache; default f16"
+    )
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("computing")
+    group.add_argument("--stock", action="store_true", help="full attention instead: llama.cpp as it is")
+    group.add_argument("--batch", metavar="N", type=whole_number(1), default=512, help="tokens per batch; default 512")
+    group.add_argument("--threads", metavar="N", type=whole_number(1), help="default: half of the logical cores")
+    group.add_argument(
+        "--gpu-layers", metavar="N", type=whole_number(-1), default=0, help="layers on the GPU, -1 all; default 0"
+    )
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def window_config(args: argparse.Namespace) -> LMInfConfig:
+    return LMInfConfig(n_global=args.n_global, n_local=args.n_local, max_distance=args.max_distance)
+
+
+def model_header(name_or_path: str) -> tuple[str, Header]:
+    """Path and header of a model that has weights. Raises ValueError or CommandError."""
+    path = find_model(name_or_path)
+    header = read_header(path)
+    if header.n_tensors == 0:
+        raise CommandError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
+    return path, header
+
+
+def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llama:
+    """The model of the command line, with a Λ cache or, with --stock, full attention over n_ctx_stock tokens.
+
+    Raises ValueError, MemoryError or CommandError, in one sentence, if it cannot be used.
+    """
+    path, header = model_header(args.model)
+    kv_type = KV_TYPE_NUMBERS[args.kv_type]
+    settings: dict[str, Any] = {
+        "type_k": kv_type,
+        "type_v": kv_type,
+        "flash_attn": KV_TYPES[kv_type][2] > 1,  # llama.cpp has quantized values only with flash attention
+        "n_batch": args.batch,
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads,
+        "n_gpu_layers": args.gpu_layers,
+    }
+    if not args.stock:
+        return load(path, lminf=window_config(args), **settings)
+    n_ctx = n_ctx_stock or header.n_ctx_train
+    check_memory(kv_bytes(header, kv_type, n_ctx))
+    return load(path, n_ctx=n_ctx, **settings)
+
+
+def load(path: str, **settings: Any) -> Llama:
+    """A model, quietly. Raises ValueError or MemoryError, in one sentence."""
+    from lminf_edge import Llama
+    from lminf_edge.native import captured_errors
+
+    with captured_errors() as errors:
+        try:
+            return Llama(path, verbose=False, **settings)
+        except ValueError as error:
+            if settings.get("lminf") or not errors:  # with lminf the sentence is a good one already
+                raise
+            raise ValueError(errors[0]) from error
+
+
+def kv_bytes(header: Header, kv_type: int, n_cells: int) -> int:
+    """Bytes that n_cells tokens take in a KV cache, estimated from the header."""
+    _, block_bytes, block_elements = KV_TYPES[kv_type]
+    return n_cells * (header.n_embd_k + header.n_embd_v) * block_bytes // block_elements
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file, "-" for stdin. Raises CommandError if it is empty or no text."""
+    if path == "-":
+        name, data = "stdin", sys.stdin.buffer.read()
+    else:
+        name = path
+        if not Path(path).is_file():
+            raise CommandError(f"{path} is {'not a file' if Path(path).exists() else 'a file that does not exist'}.")
+        data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise CommandError(f"{name} is not a UTF-8 text.") from None
+    if "\0" in text:
+        raise CommandError(f"{name} is not a text: it contains zero bytes.")
+    if not text:
+        raise CommandError(f"{name} is empty.")
+    return text
+
+
+def tokenize(llm: Llama, text: str) -> list[int]:
+    """Tokens of a text to be measured: BOS if the model wants one, markup of special tokens taken as plain text."""
+    return list(llm.tokenize(text.encode("utf-8"), add_bos=llm._model.add_bos_token(), special=False))
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def human_bytes(n_bytes: float) -> str:
+    """"3.2 MiB" and the like."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024 or unit == "GiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 100 else f"{n_bytes:.1f} {unit}"

@@ -1,0 +1,319 @@
+"""Reads a text far past the model's training length twice, side by side: with full attention, as llama.cpp does it, and
+with the Λ cache. Shows the loss (nats per token: lower is better), the speed and the KV memory of both, live.
+
+Full attention stops at --stock-tokens, as its time and memory grow with every token; the Λ cache goes on to --tokens.
+Without --file the text is Python's own documentation.
+
+--json prints, instead of the display,
+  model, text, n_ctx_train, n_global, n_local
+  buckets   [{"start", "end", "stock", "lminf"}, ...]: of both, null where full attention had stopped,
+            {"mean_nll", "tokens_per_second", "kv_bytes" (in use at the end of the bucket)}
+  summary   what was seen, in sentences
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import math
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lminf_edge.cli.common import (
+    CommandError,
+    add_model,
+    human_bytes,
+    kv_bytes,
+    load,
+    model_header,
+    print_json,
+    read_text,
+    tokenize,
+    whole_number,
+)
+from lminf_edge.config import KV_TYPE_DEFAULT, LMInfConfig, check_memory
+
+HELP = "watch full attention and the Λ cache read past the training length"
+
+BATCH = 256  # tokens between two updates of the display
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, default="nano")
+    parser.add_argument("-f", "--file", metavar="FILE", help="UTF-8 text of your own, - for stdin")
+    parser.add_argument(
+        "--stock-tokens", metavar="N", type=whole_number(2), default=16384, help="where full attention stops; default 16384"
+    )
+    parser.add_argument("--tokens", metavar="N", type=whole_number(2), default=65536, help="where the Λ cache stops; default 65536")
+    parser.add_argument("--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="default 10")
+    parser.add_argument("--n-local", metavar="L", type=whole_number(1), help="default: what is left of the training length")
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One reader over one bucket of positions."""
+
+    mean_nll: float
+    tokens_per_second: float
+    kv_bytes: int  # in use at the end
+
+
+@dataclass(frozen=True)
+class Bucket:
+    start: int
+    end: int
+    stock: Figures | None
+    lminf: Figures
+
+
+class Reader:
+    """One of the two models at work on the text."""
+
+    def __init__(self, blocks: Iterator[tuple[int, Any]], n_scored: int) -> None:
+        self._blocks = blocks
+        self.n_scored = n_scored  # tokens it will score
+        self.position = 0
+        self.losses: list[float] = []  # sum per block of BATCH tokens
+        self.seconds: list[float] = []
+
+    @property
+    def done(self) -> bool:
+        return self.position >= self.n_scored
+
+    def step(self) -> None:
+        started = time.perf_counter()
+        start, nll = next(self._blocks)
+        self.seconds.append(time.perf_counter() - started)
+        self.losses.append(float(nll.sum()))
+        self.position = start + len(nll)
+
+    def mean_nll(self, start: int, end: int) -> float:
+        """Mean loss of positions start..end, multiples of BATCH (the last block may be shorter)."""
+        return sum(self.losses[start // BATCH : math.ceil(end / BATCH)]) / (end - start)
+
+    def rate(self, start: int, end: int) -> float:
+        return (end - start) / sum(self.seconds[start // BATCH : math.ceil(end / BATCH)])
+
+
+def run(args: argparse.Namespace) -> int:
+    from lminf_edge.evaluate import nll_blocks
+
+    path, header = model_header(args.model)
+    name, text = (args.file, read_text(args.file)) if args.file else ("Python's documentation", python_documentation())
+    settings: dict[str, Any] = {"n_batch": BATCH, "n_ubatch": BATCH}
+    config = LMInfConfig(n_global=args.n_global, n_local=args.n_local)
+    with contextlib.closing(load(path, lminf=config, **settings)) as lminf:
+        tokens = tokenize(lminf, text)[: args.tokens + 1]
+        if len(tokens) < 2:
+            raise CommandError(f"{name} is too short: it has {len(tokens)} token, and at least 2 are needed.")
+        n_stock = min(args.stock_tokens, len(tokens) - 1)
+        check_memory(kv_bytes(header, KV_TYPE_DEFAULT, n_stock))
+        with contextlib.closing(load(path, n_ctx=n_stock + 1, **settings)) as stock:
+            stock_reader = Reader(nll_blocks(stock, tokens[: n_stock + 1]), n_stock)
+            lminf_reader = Reader(nll_blocks(lminf, tokens), len(tokens) - 1)
+            screen = Screen(quiet=args.json)
+            if not args.json:
+                print(f"{name}: {len(tokens) - 1} tokens for {path}, trained on {header.n_ctx_train}.\n")
+            try:
+                while not lminf_reader.done:
+                    if not stock_reader.done:
+                        stock_reader.step()
+                    lminf_reader.step()
+                    kv_lminf = lminf.stream_info().kv_bytes
+                    kv_stock = kv_bytes(header, KV_TYPE_DEFAULT, stock_reader.position)
+                    screen.show(stock_reader, lminf_reader, kv_stock, kv_lminf)
+            except KeyboardInterrupt:
+                if lminf_reader.position == 0:
+                    raise
+            screen.leave()
+            # read before the contexts are closed; constant from the first token on
+            window = lminf.stream_info()
+    buckets = [
+        Bucket(
+            start,
+            end,
+            Figures(stock_reader.mean_nll(start, end), stock_reader.rate(start, end), kv_bytes(header, KV_TYPE_DEFAULT, end))
+            if end <= stock_reader.position
+            else None,
+            Figures(lminf_reader.mean_nll(start, end), lminf_reader.rate(start, end), window.kv_bytes),
+        )
+        for start, end in bucket_edges(header.n_ctx_train, stock_reader.position, lminf_reader.position)
+    ]
+    summary = summarize(buckets, header.n_ctx_train)
+    if args.json:
+        print_json(
+            {
+                "model": path,
+                "text": name,
+                "n_ctx_train": header.n_ctx_train,
+                "buckets": [asdict(bucket) for bucket in buckets],
+                "summary": summary,
+            }
+        )
+    else:
+        print_table(buckets)
+        print("\n" + "\n".join(summary))
+    return 0
+
+
+def bucket_edges(n_ctx_train: int, n_stock: int, n_tokens: int) -> Iterator[tuple[int, int]]:
+    """Buckets that double in size from the training length on, cut at the ends of both readers."""
+    start, end = 0, max(BATCH, n_ctx_train // BATCH * BATCH)
+    while start < n_tokens:
+        stop = min(end, n_tokens, n_stock if start < n_stock else n_tokens)
+        yield start, stop
+        start = stop
+        while end <= start:
+            end *= 2
+
+
+# --- what was seen ----------------------------------------------------------------------------------------------------
+
+
+def summarize(buckets: Sequence[Bucket], n_ctx_train: int) -> list[str]:
+    """What the numbers say, in words, and no more than that."""
+    sentences = []
+    shared = [(bucket, bucket.stock) for bucket in buckets if bucket.stock is not None]
+    last = buckets[-1]
+    if shared and shared[-1][0].end > n_ctx_train:
+        bucket, stock = shared[-1]
+        where = f"At positions {bucket.start} to {bucket.end}"
+        difference = stock.mean_nll - bucket.lminf.mean_nll
+        ratio = math.exp(abs(difference))
+        if difference > 0.02:
+            verdict = f"full attention's perplexity is {ratio:.1f} times that of the Λ cache"
+        elif difference < -0.02:
+            verdict = f"the Λ cache's perplexity is {ratio:.2f} times that of full attention"
+        else:
+            verdict = "the two predict equally well"
+        sentences.append(
+            f"{where}, {bucket.end / n_ctx_train:.0f} times the training length, {verdict} "
+            f"({stock.mean_nll:.2f} against {bucket.lminf.mean_nll:.2f} nats per token)."
+        )
+        first, first_stock = shared[0]
+        if first is not bucket:
+            sentences.append(
+                f"Since the first {first.end} tokens full attention went from {first_stock.mean_nll:.2f} to {stock.mean_nll:.2f}, "
+                f"the Λ cache from {first.lminf.mean_nll:.2f} to {bucket.lminf.mean_nll:.2f}."
+            )
+        sentences.append(
+            f"By then full attention used {human_bytes(stock.kv_bytes)} of KV memory and grows with every token; "
+            f"the Λ cache uses {human_bytes(bucket.lminf.kv_bytes)} and stays there. "
+            f"Speed: {stock.tokens_per_second:.0f} against {bucket.lminf.tokens_per_second:.0f} tokens per second."
+        )
+    else:
+        sentences.append(
+            f"The text ends within the {n_ctx_train} tokens the model was trained on: give a longer one to see a difference."
+        )
+    if last.stock is None:
+        sentences.append(
+            f"The Λ cache went on to token {last.end} at {last.lminf.mean_nll:.2f} nats and "
+            f"{last.lminf.tokens_per_second:.0f} tokens per second."
+        )
+    if last.end > n_ctx_train:
+        sentences.append("It does not remember the middle: what has left the window is gone, except for the first tokens.")
+    return sentences
+
+
+def print_table(buckets: Sequence[Bucket]) -> None:
+    print(f"{'':19}  {'nats per token':^15}   {'tokens per second':^17}   {'KV memory':^19}")
+    print(f"{'positions':>19}  {'full':>7} {'Λ':>7}   {'full':>8} {'Λ':>8}   {'full':>9} {'Λ':>9}")
+    for bucket in buckets:
+        stock, lminf = bucket.stock, bucket.lminf
+        nll, rate, kv = ("-", "-", "-") if stock is None else _cells(stock)
+        lminf_nll, lminf_rate, lminf_kv = _cells(lminf)
+        print(
+            f"{bucket.start:>8} .. {bucket.end:>7}  {nll:>7} {lminf_nll:>7}   {rate:>8} {lminf_rate:>8}   {kv:>9} {lminf_kv:>9}"
+        )
+
+
+def _cells(figures: Figures) -> tuple[str, str, str]:
+    return f"{figures.mean_nll:.2f}", f"{figures.tokens_per_second:.0f}", human_bytes(figures.kv_bytes)
+
+
+# --- live display -----------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """Redraws two lines on a terminal; elsewhere prints a plain line now and then, without control characters."""
+
+    PLAIN_EVERY = 5.0  # seconds
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._live = sys.stdout.isatty()
+        self._drawn = False
+        self._printed = time.monotonic()
+
+    def show(self, stock: Reader, lminf: Reader, kv_stock: int, kv_lminf: int) -> None:
+        if self._quiet:
+            return
+        lines = [_status("full attention", stock, kv_stock), _status("Λ cache", lminf, kv_lminf)]
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            scale = [loss / BATCH for reader in (stock, lminf) for loss in reader.losses]
+            lines = [
+                (line + "  " + sparkline(reader.losses, scale, width - len(line) - 2))[:width]
+                for line, reader in zip(lines, (stock, lminf), strict=True)
+            ]
+            up = f"\x1b[{len(lines)}F" if self._drawn else ""
+            print(up + "".join(f"\x1b[K{line}\n" for line in lines), end="", flush=True)
+            self._drawn = True
+        elif time.monotonic() - self._printed > self.PLAIN_EVERY:
+            self._printed = time.monotonic()
+            print("\n".join(lines), flush=True)
+
+    def leave(self) -> None:
+        if not self._quiet:
+            print(flush=True)
+
+
+def _status(name: str, reader: Reader, n_bytes: int) -> str:
+    recent = max(0, len(reader.losses) - 4) * BATCH
+    nll, rate = reader.mean_nll(recent, reader.position), reader.rate(recent, reader.position)
+    state = "done" if reader.done else f"{rate:.0f} tok/s"
+    return f"{name:<14}  token {reader.position:>6}  {nll:.2f} nats  {state:>11}  KV {human_bytes(n_bytes):>8}"
+
+
+def sparkline(losses: Sequence[float], scale: Sequence[float], width: int) -> str:
+    """The mean losses of blocks (sums over BATCH tokens) as a row of bars, lowest to highest of `scale`."""
+    if width < 8 or not losses:
+        return ""
+    n_columns = min(width, len(losses))
+    means = []
+    for column in range(n_columns):
+        block = losses[column * len(losses) // n_columns : (column + 1) * len(losses) // n_columns]
+        means.append(sum(block) / len(block) / BATCH)
+    low, high = min(scale), max(scale)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round((min(max(mean, low), high) - low) / ((high - low) or 1) * (len(bars) - 1))] for mean in means)
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+def python_documentation() -> str:
+    """The prose of the reference that Python brings along for help(): whole sentences, each paragraph once.
+
+    Raises CommandError where Python was installed without it.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise CommandError("This Python comes without its documentation: give a text of your own with --file.") from None
+    paragraphs: dict[str, None] = {}  # in order
+    for topic in topics.values():
+        for paragraph in re.split(r"\n\s*\n", topic):
+            words = " ".join(re.sub(r'["*`]', "", paragraph).split())
+            if len(words) > 80 and words[0].isupper() and words.endswith(".") and "::" not in words:
+                paragraphs[words] = None
+    return "\n\n".join(paragraphs)

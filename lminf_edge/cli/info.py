@@ -1,0 +1,109 @@
+"""Tells whether a GGUF model can stream without end, and what its cache costs.
+
+--json prints
+  model, architecture, n_ctx_train, supported, refusal (a sentence, or null)
+  kv_bytes_per_token: {"f16": bytes, ...} for each number format
+  window: n_global, n_local, max_distance, n_slack, n_ubatch, kv_type, kv_bytes for the settings given, as estimated
+  stock_kv_bytes: what full attention takes at its training length
+  recommended: the settings to use, as command line options
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lminf_edge.cli.common import (
+    KV_TYPE_NUMBERS,
+    add_model,
+    add_window,
+    human_bytes,
+    kv_bytes,
+    model_header,
+    print_json,
+    window_config,
+)
+from lminf_edge.config import Window, physical_memory, resolve
+from lminf_edge.gguf_header import Header
+
+HELP = "whether a model is supported, and what its cache costs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_window(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    path, header = model_header(args.model)
+    refusal = model_refusal(path)
+    window = resolve(window_config(args), None, header.n_ctx_train or 4096)
+    kv_type = KV_TYPE_NUMBERS[args.kv_type]
+    n_ubatch = window.default_ubatch()
+    report = {
+        "model": path,
+        "architecture": header.architecture,
+        "n_ctx_train": header.n_ctx_train,
+        "supported": refusal is None,
+        "refusal": refusal,
+        "kv_bytes_per_token": {name: kv_bytes(header, number, 1) for name, number in KV_TYPE_NUMBERS.items()},
+        "window": {
+            "n_global": window.n_global,
+            "n_local": window.n_local,
+            "max_distance": window.max_distance,
+            "n_slack": window.n_slack,
+            "n_ubatch": n_ubatch,
+            "kv_type": args.kv_type,
+            "kv_bytes": window.kv_bytes(header, kv_type, kv_type, n_ubatch),
+        },
+        "stock_kv_bytes": kv_bytes(header, kv_type, header.n_ctx_train),
+        "recommended": None if refusal else recommend(header, args.n_global),
+    }
+    if args.json:
+        print_json(report)
+        return 0
+    print(f"model           {path}")
+    print(f"architecture    {header.architecture}, trained on {header.n_ctx_train} tokens")
+    print(f"supported       {'yes' if refusal is None else 'no: ' + refusal}")
+    print(f"KV cache        {human_bytes(kv_bytes(header, kv_type, 1))} per token in {args.kv_type}")
+    print(
+        f"this window     first {window.n_global} and last {window.n_local} tokens: "
+        f"{human_bytes(report['window']['kv_bytes'])}, however long the stream"  # type: ignore[index]
+    )
+    print(f"full attention  {human_bytes(report['stock_kv_bytes'])} at {header.n_ctx_train} tokens")  # type: ignore[arg-type]
+    if report["recommended"]:
+        print(f"recommended     {report['recommended']}")
+    return 0
+
+
+def model_refusal(path: str) -> str | None:
+    """Why the model cannot have a Λ cache, in one sentence; None if it can. Its weights are not read."""
+    from lminf_edge import native
+
+    library = native.load()
+    from llama_cpp import llama_cpp as bindings
+    from llama_cpp._logger import set_verbose
+
+    set_verbose(False)
+
+    params = bindings.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
+    with native.captured_errors() as errors:
+        model = bindings.llama_model_load_from_file(path.encode("utf-8"), params)
+    if not model:
+        return errors[0] if errors else "llama.cpp cannot load this model."
+    try:
+        return library.refusal(model)
+    finally:
+        bindings.llama_model_free(model)
+
+
+def recommend(header: Header, n_global: int) -> str:
+    """The largest window up to 4096 tokens and the training length that takes at most a quarter of the memory."""
+    size = min(4096, header.n_ctx_train or 4096)
+    memory = physical_memory()
+    f16 = KV_TYPE_NUMBERS["f16"]
+    while memory is not None and size > 256 and kv_bytes(header, f16, size) > memory // 4:
+        size //= 2
+    n_local = max(size - n_global, 1)
+    return f"--n-global {n_global} --n-local {n_local} --kv-type f16"

@@ -1,0 +1,198 @@
+"""The parameters of the Λ cache: what the user may leave open, and how the open ones are filled in."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from lminf_edge.gguf_header import Header
+
+SinkMode = Literal["ceiling", "order", "true"]
+SINK_MODES: tuple[SinkMode, ...] = ("ceiling", "order", "true")  # their index is enum lminf_sink_mode
+
+DEFAULT_WINDOW = 4096
+DEFAULT_SLACK = 64
+MAX_WINDOW = 1 << 30
+
+# GGML type number -> (name, bytes per block, elements per block), those a KV cache may have
+KV_TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("f32", 4, 1),
+    1: ("f16", 2, 1),
+    30: ("bf16", 2, 1),
+    8: ("q8_0", 34, 32),
+    2: ("q4_0", 18, 32),
+    3: ("q4_1", 20, 32),
+    6: ("q5_0", 22, 32),
+    7: ("q5_1", 24, 32),
+    20: ("iq4_nl", 18, 32),
+}
+KV_TYPE_DEFAULT = 1
+
+
+@dataclass(frozen=True)
+class LMInfConfig:
+    """Parameters of the Λ cache (LM-Infinite, Han et al., NAACL 2024, doi 10.18653/v1/2024.naacl-long.222).
+
+    A token attends to the last `n_local` tokens at their true distances and to the first `n_global` tokens of the
+    stream, once these have left the window, at the one distance `max_distance`.
+
+    n_global       tokens kept from the start of the stream, 0 or more
+    n_local        tokens in the window; None: the rest of n_ctx, or of min(4096, training length) without n_ctx
+    max_distance   distance ceiling; None: n_local
+    n_slack        so many tokens can always be taken back, at one more cell of cache each; None: 64
+    sink_mode      "ceiling": the rule above; "order": StreamingLLM's positions inside the cache; "true": true
+                   distances. The last two are there to be compared with.
+    n_checkpoints  automatic checkpoints kept in memory so that a prompt that turns off earlier need not be read from
+                   its start again; each is as large as the used part of the cache; 0: none
+    pos_bound      for tests: graph positions stay below this; 0: chosen by the library
+
+    Raises ValueError, in one sentence, for values out of range.
+    """
+
+    n_global: int = 10
+    n_local: int | None = None
+    max_distance: int | None = None
+    n_slack: int | None = None
+    sink_mode: SinkMode = "ceiling"
+    n_checkpoints: int = 4
+    pos_bound: int = 0
+
+    def __post_init__(self) -> None:
+        _check("n_global", self.n_global, 0)
+        _check("n_local", self.n_local, 1)
+        _check("max_distance", self.max_distance, 1)
+        _check("n_slack", self.n_slack, 0)
+        _check("n_checkpoints", self.n_checkpoints, 0)
+        _check("pos_bound", self.pos_bound, 0)
+        if self.sink_mode not in SINK_MODES:
+            raise ValueError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
+
+
+@dataclass(frozen=True)
+class Window:
+    """The parameters with nothing left open."""
+
+    n_global: int
+    n_local: int
+    max_distance: int
+    n_slack: int
+    sink_mode: SinkMode
+    pos_bound: int
+
+    @property
+    def size(self) -> int:
+        """Tokens a query attends to at most: n_global + n_local."""
+        return self.n_global + self.n_local
+
+    def default_ubatch(self) -> int:
+        """Micro-batch, in tokens, when the user does not say: a quarter of the window, a power of two in 64..512.
+
+        The cache holds one micro-batch of cells beside the window, so 512 would outweigh a small window.
+        """
+        return min(512, max(64, 1 << (self.size // 4 - 1).bit_length()))
+
+    def kv_bytes(self, header: Header, type_k: int, type_v: int, n_ubatch: int) -> int:
+        """Estimated size of the cache in bytes: window, slack and one micro-batch, and the sinks."""
+        n_cells = self.n_local + self.n_slack + n_ubatch + self.n_global
+        return n_cells * (_row_bytes(type_k, header.n_embd_k) + _row_bytes(type_v, header.n_embd_v))
+
+
+@dataclass(frozen=True)
+class StreamInfo:
+    """Where a stream is and what its cache holds."""
+
+    position: int  # tokens processed since the start of the stream, without limit
+    evicted: int  # tokens no query can see any more
+    sink_cells: int  # first tokens kept
+    window_cells: int  # cells in use in the window, slack included
+    kv_bytes: int  # bytes of all KV buffers
+    rebases: int  # times the positions in the graph were moved back
+    max_graph_position: int  # largest position ever used in the graph
+    checkpoint_bytes: int  # bytes of the automatic checkpoints
+
+
+def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
+    """Fills in what `config` leaves open.
+
+    n_ctx is the attention window n_global + n_local (0: the training length), n_ctx_train the model's training length;
+    both in tokens. Raises ValueError if they contradict each other. Warns, once per call, when the window is longer
+    than what the model was trained on.
+    """
+    if n_ctx is not None:
+        _check("n_ctx", n_ctx, 0)
+    if config.n_local is not None:
+        n_local = config.n_local
+        if n_ctx is not None and n_ctx != config.n_global + n_local:
+            raise ValueError(
+                f"n_ctx={n_ctx} is not n_global + n_local = {config.n_global} + {n_local}: "
+                "give only one of n_ctx and n_local."
+            )
+    else:
+        size = min(DEFAULT_WINDOW, n_ctx_train) if n_ctx is None else n_ctx or n_ctx_train
+        n_local = size - config.n_global
+        if n_local < 1:
+            raise ValueError(
+                f"An attention window of {size} tokens leaves no room beside n_global={config.n_global}: "
+                "give a larger n_ctx or a smaller n_global."
+            )
+    window = Window(
+        n_global=config.n_global,
+        n_local=n_local,
+        max_distance=n_local if config.max_distance is None else config.max_distance,
+        n_slack=DEFAULT_SLACK if config.n_slack is None else config.n_slack,
+        sink_mode=config.sink_mode,
+        pos_bound=config.pos_bound,
+    )
+    if window.size > n_ctx_train:
+        warnings.warn(
+            f"The attention window of {window.size} tokens is longer than the {n_ctx_train} this model was trained on: "
+            "expect worse text than with a smaller n_ctx.",
+            stacklevel=3,
+        )
+    return window
+
+
+def check_kv_type(name: str, value: int | None) -> int:
+    """The GGML type number of a cache, f16 for None. Raises ValueError for a type no cache can have."""
+    if value is None:
+        return KV_TYPE_DEFAULT
+    if value not in KV_TYPES:
+        known = ", ".join(f"{number} ({kind})" for number, (kind, _, _) in KV_TYPES.items())
+        raise ValueError(f"{name}={value} is not a GGML type for a KV cache: use one of {known}.")
+    return value
+
+
+def check_memory(n_bytes: int) -> None:
+    """Raises MemoryError if a cache of this size cannot fit in this machine's memory."""
+    total = physical_memory()
+    if total is not None and n_bytes > total:
+        raise MemoryError(
+            f"The KV cache would take {n_bytes:,} bytes and this machine has {total:,} bytes of memory: "
+            "give a smaller n_ctx or n_local."
+        )
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory in this machine, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _row_bytes(kv_type: int, n_elements: int) -> int:
+    _, block_bytes, block_elements = KV_TYPES[kv_type]
+    return n_elements * block_bytes // block_elements
+
+
+def _check(name: str, value: object, least: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, not {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, not {value}.")
+    if value > MAX_WINDOW:
+        raise ValueError(f"{name} must be {MAX_WINDOW} or less, not {value}.")

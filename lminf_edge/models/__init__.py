@@ -1,0 +1,29 @@
+"""The models that come with the package, known by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+
+def embedded_models() -> dict[str, Path]:
+    """Name and path of every model that comes with the package."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.gguf"))}
+
+
+def find_model(name_or_path: str | os.PathLike[str]) -> str:
+    """The path of a model; a file of that name goes before an embedded model.
+
+    Raises ValueError if it is neither.
+    """
+    path = os.fspath(name_or_path)
+    if os.path.exists(path):
+        return path
+    models = embedded_models()
+    if path in models:
+        return str(models[path])
+    raise ValueError(
+        f"Model path does not exist: {path} (it is no embedded model either; there is {', '.join(models)})."
+    )

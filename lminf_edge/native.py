@@ -1,0 +1,229 @@
+"""Finds the patched llama.cpp, makes llama_cpp load it, and declares the functions of lminf.h."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LIBRARY_NAMES = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")
+MARK = "lminf_set_next"  # a function only the patched library has
+
+
+class Params(ctypes.Structure):
+    """struct lminf_params"""
+
+    _fields_ = (
+        ("n_global", ctypes.c_int32),
+        ("n_local", ctypes.c_int32),
+        ("max_distance", ctypes.c_int32),
+        ("n_slack", ctypes.c_int32),
+        ("sink_mode", ctypes.c_int32),
+        ("pos_bound", ctypes.c_int32),
+    )
+    n_global: int
+    n_local: int
+    max_distance: int
+    n_slack: int
+    sink_mode: int
+    pos_bound: int
+
+
+class Info(ctypes.Structure):
+    """struct lminf_info"""
+
+    _fields_ = (
+        ("stream_pos", ctypes.c_int64),
+        ("n_evicted", ctypes.c_int64),
+        ("n_sink", ctypes.c_int32),
+        ("n_window", ctypes.c_int32),
+        ("n_cells", ctypes.c_int32),
+        ("n_rollback", ctypes.c_int32),
+        ("n_rebase", ctypes.c_int32),
+        ("max_graph_pos", ctypes.c_int32),
+        ("pos_bound", ctypes.c_int32),
+        ("kv_bytes", ctypes.c_uint64),
+    )
+    stream_pos: int
+    n_evicted: int
+    n_sink: int
+    n_window: int
+    n_cells: int
+    n_rollback: int
+    n_rebase: int
+    max_graph_pos: int
+    pos_bound: int
+    kv_bytes: int
+
+
+def library_folder() -> Path | None:
+    """The folder of the patched library, None if there is none.
+
+    That is LMINF_LIB_PATH if set, else the package's own lib folder (an editable install has the package in two
+    places, the sources in one and the library in the other), else LLAMA_CPP_LIB_PATH if set.
+    """
+    override = os.environ.get("LMINF_LIB_PATH")
+    if override:
+        return Path(override)
+    spec = importlib.util.find_spec(__package__)
+    for place in (spec.submodule_search_locations if spec else None) or ():
+        folder = Path(place) / "lib"
+        if any((folder / name).exists() for name in LIBRARY_NAMES):
+            return folder
+    inherited = os.environ.get("LLAMA_CPP_LIB_PATH")
+    return Path(inherited) if inherited else None
+
+
+def prepare() -> None:
+    """Makes a later import of llama_cpp load the patched library.
+
+    Raises ImportError if llama_cpp has loaded another one already.
+    """
+    bindings = sys.modules.get("llama_cpp.llama_cpp")
+    if bindings is not None:
+        if not hasattr(getattr(bindings, "_lib", None), MARK):
+            raise ImportError(
+                "llama_cpp was imported before lminf_edge and runs a stock llama.cpp: import lminf_edge first."
+            )
+        return
+    folder = library_folder()
+    if folder is not None:
+        os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+
+
+class Native:
+    """lminf.h, with contexts and models as llama_cpp hands them out; every stream is sequence 0."""
+
+    def __init__(self, lib: Any) -> None:
+        def declare(name: str, result: Any, *arguments: Any) -> Any:
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+            return function
+
+        pointer, int32, int64, boolean = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_bool
+        self._default_params = declare("lminf_default_params", Params)
+        self._refusal = declare("lminf_refusal", ctypes.c_char_p, pointer)
+        self._set_next = declare("lminf_set_next", boolean, ctypes.POINTER(Params))
+        self._last_error = declare("lminf_last_error", ctypes.c_char_p)
+        self._enabled = declare("lminf_enabled", boolean, pointer)
+        self._get_params = declare("lminf_get_params", boolean, pointer, ctypes.POINTER(Params))
+        self._get_info = declare("lminf_get_info", boolean, pointer, int32, ctypes.POINTER(Info))
+        self._next_pos = declare("lminf_next_pos", int32, pointer, int32, int32)
+        self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
+        self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
+
+    def default_params(self) -> Params:
+        params: Params = self._default_params()
+        return params
+
+    def refusal(self, model: Any) -> str | None:
+        """Why this model cannot run with a Λ cache, in one sentence; None if nothing speaks against it."""
+        text: bytes | None = self._refusal(model)
+        return text.decode("utf-8", errors="replace") if text else None
+
+    def last_error(self) -> str:
+        """What went wrong in this thread's last call, "" if nothing did."""
+        text: bytes | None = self._last_error()
+        return (text or b"").decode("utf-8", errors="replace")
+
+    @contextlib.contextmanager
+    def next_context(self, params: Params) -> Iterator[None]:
+        """The context this thread makes inside the `with` block gets a Λ cache.
+
+        Raises ValueError if the parameters make no sense.
+        """
+        if not self._set_next(ctypes.byref(params)):
+            raise ValueError(self.last_error())
+        try:
+            yield
+        finally:
+            self._set_next(None)
+
+    def enabled(self, ctx: Any) -> bool:
+        return bool(self._enabled(ctx))
+
+    def params(self, ctx: Any) -> Params:
+        params = Params()
+        if not self._get_params(ctx, ctypes.byref(params)):
+            raise RuntimeError("This context has no Λ cache.")
+        return params
+
+    def info(self, ctx: Any) -> Info:
+        info = Info()
+        if not self._get_info(ctx, 0, ctypes.byref(info)):
+            raise RuntimeError("This context has no Λ cache.")
+        return info
+
+    def next_pos(self, ctx: Any, n_tokens: int) -> int:
+        """Makes room for n_tokens more; returns the graph position of the first, or a negative number."""
+        return int(self._next_pos(ctx, 0, n_tokens))
+
+    def rollback(self, ctx: Any, stream_pos: int) -> bool:
+        """Forgets all tokens from this stream position on; False, and nothing changed, if that is not possible."""
+        return bool(self._rollback(ctx, 0, stream_pos))
+
+    def seq_start(self, ctx: Any, stream_pos: int) -> bool:
+        """Lets the empty stream begin at this position."""
+        return bool(self._seq_start(ctx, 0, stream_pos))
+
+
+@functools.cache
+def load() -> Native:
+    """The patched library, loaded through llama_cpp.
+
+    Raises ImportError, in one sentence, if it is missing, cannot be loaded or is not the patched one.
+    """
+    prepare()
+    folder = library_folder()
+    if folder is None:
+        raise ImportError(
+            "The native library of lminf_edge is missing: reinstall the package or set LMINF_LIB_PATH to its folder."
+        )
+    if not any((folder / name).exists() for name in LIBRARY_NAMES):
+        raise ImportError(f"There is no llama.cpp library in {folder}: reinstall lminf_edge or correct LMINF_LIB_PATH.")
+    try:
+        from llama_cpp import llama_cpp as bindings
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise ImportError(f"The llama.cpp library in {folder} does not fit this llama_cpp: {error}.") from error
+    lib = bindings._lib
+    if not hasattr(lib, MARK):
+        raise ImportError(
+            f"The llama.cpp library in {folder} is a stock one, without the Λ cache: set LMINF_LIB_PATH to ours."
+        )
+    return Native(lib)
+
+
+_LOG_LEVEL_ERROR = 4
+# llama_cpp's logger still goes by an older enum ggml_log_level, in which warnings would pass as errors
+_BINDINGS_LEVEL = {0: 0, 1: 4, 2: 1, 3: 2, 4: 3, 5: 5}
+
+
+@contextlib.contextmanager
+def captured_errors() -> Iterator[list[str]]:
+    """Collects what llama.cpp logs as an error inside the `with` block, instead of printing it.
+
+    The rest still goes to llama_cpp's logger. One thread at a time, as llama.cpp has one log callback.
+    """
+    from llama_cpp import _logger
+    from llama_cpp import llama_cpp as bindings
+
+    errors: list[str] = []
+
+    @bindings.llama_log_callback  # type: ignore[untyped-decorator]
+    def callback(level: int, text: bytes, user_data: Any) -> None:
+        if level == _LOG_LEVEL_ERROR:
+            errors.append(text.decode("utf-8", errors="replace").strip())
+        else:
+            _logger.llama_log_callback(_BINDINGS_LEVEL[level], text, user_data)
+
+    bindings.llama_log_set(callback, None)
+    try:
+        yield errors
+    finally:
+        bindings.llama_log_set(_logger.llama_log_callback, None)

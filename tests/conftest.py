@@ -1,0 +1,77 @@
+"""Models and texts for the tests. What lies in the shared folder is optional: tests that need it are skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference.gguf_file import copy_as_f32
+
+from lminf_edge import Llama, LMInfConfig
+from lminf_edge.history import Tokens
+from lminf_edge.models import find_model
+
+SHARED = Path(os.environ.get("LMINF_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+
+# a few sentences of our own, so that the tests need no corpus
+TEXT = (
+    "The ferry left at six, an hour before the sun came over the hills, and nobody on board had slept. "
+    "Anna counted the lamps on the quay until they ran into one line, and then she counted the waves instead. "
+    "“You will be late,” her brother had said, “you always are”; but for once she had been early, and he had not come. "
+)
+
+MakeLlama = Callable[..., Llama]
+
+
+@pytest.fixture(scope="session")
+def nano_path() -> str:
+    """A model of 4 M parameters, trained on windows of 512 tokens."""
+    return find_model("nano")
+
+
+@pytest.fixture(scope="session")
+def stories_path() -> str:
+    """A pretrained model of 260 K parameters, trained on windows of 512 tokens."""
+    path = SHARED / "models" / "stories260K.gguf"
+    if not path.exists():
+        pytest.skip("stories260K.gguf is not in the shared folder")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def nano_f32_path(nano_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same in f32, without the noise of rounding activations: there, equal means equal to the last digits."""
+    path = tmp_path_factory.mktemp("models") / "nano-f32.gguf"
+    copy_as_f32(nano_path, path)
+    return str(path)
+
+
+@pytest.fixture
+def make_llama(nano_f32_path: str) -> Iterator[MakeLlama]:
+    """Makes models that are freed after the test: nano in f32 with a window of 64 + 4 tokens unless told otherwise."""
+    made: list[Llama] = []
+
+    def make(model: str = nano_f32_path, **kwargs: Any) -> Llama:
+        settings = {"lminf": LMInfConfig(n_global=4, n_local=64), "verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs}
+        made.append(Llama(model, **settings))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+@pytest.fixture(scope="session")
+def tokens(nano_path: str) -> Tokens:
+    """3000 tokens of text for the nano model, with its BOS in front."""
+    llm = Llama(nano_path, vocab_only=True, verbose=False)
+    piece = llm.tokenize(TEXT.encode(), add_bos=False)
+    llm.close()
+    # repeated text would be too easy to predict: a window must not look like the one before it
+    rng = np.random.default_rng(0)
+    text = np.concatenate([rng.permutation(piece) for _ in range(3000 // len(piece) + 1)])
+    return np.concatenate([[1], text])[:3000].astype(np.int32)

@@ -1,0 +1,292 @@
+"""Checkpoints: exact in another process, constant in size, and refused when anything is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MakeLlama
+
+from lminf_edge import Checkpoint, CheckpointError, Llama, LMInfConfig
+from lminf_edge.checkpoint import HEADER_BYTES, Identity, model_digest
+from lminf_edge.history import Tokens
+
+IDENTITY = Identity(b"m" * 32, 4, 64, 64, 0, 1, 1, 0)
+
+
+def small() -> Checkpoint:
+    return Checkpoint(IDENTITY, 7, 3, np.arange(5, dtype=np.int32), np.arange(9, dtype=np.uint8))
+
+
+def next_logits(llm: Llama, token: int) -> Any:
+    llm.eval([token])
+    return llm.scores[-1]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    small().save(path)
+    loaded = Checkpoint.load(path)
+    assert (loaded.identity, loaded.position, loaded.n_rollback) == (IDENTITY, 7, 3)
+    assert loaded.tokens.tolist() == [0, 1, 2, 3, 4]
+    assert loaded.state.tolist() == list(range(9))
+    assert path.stat().st_size == loaded.nbytes == HEADER_BYTES + 5 * 4 + 9
+    assert path.read_bytes() == small().to_bytes()
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+def test_every_flipped_byte_is_noticed() -> None:
+    data = small().to_bytes()
+    for i in range(len(data)):
+        for bit in (1, 128):
+            damaged = bytearray(data)
+            damaged[i] ^= bit
+            with pytest.raises(CheckpointError) as caught:
+                Checkpoint.from_bytes(bytes(damaged))
+            assert str(caught.value).endswith(".")
+            assert "\n" not in str(caught.value)
+
+
+def test_every_cut_and_every_addition_is_noticed() -> None:
+    data = small().to_bytes()
+    for n_bytes in range(len(data)):
+        with pytest.raises(CheckpointError):
+            Checkpoint.from_bytes(data[:n_bytes])
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        Checkpoint.from_bytes(data + b"x")
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            Checkpoint.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    small().save(path)
+    before = path.read_bytes()
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(OSError, match="disk full"):
+                replace(small(), position=9).save(path)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    small().save(path)
+    script = (
+        "import numpy as np, sys\n"
+        "from lminf_edge.checkpoint import Checkpoint\n"
+        "small = Checkpoint.load(sys.argv[1])\n"
+        "large = Checkpoint(small.identity, 8, 3, small.tokens, np.zeros(1 << 22, dtype=np.uint8))\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    large.save(sys.argv[1])\n"
+    )
+    for delay in (0.0, 0.005, 0.02, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        assert Checkpoint.load(path).position in (7, 8)
+
+
+def test_constant_size(make_llama: MakeLlama, tokens: Tokens) -> None:
+    llm = make_llama()
+    sizes = []
+    for end in (600, 1800, 3000):
+        llm.eval(tokens[llm.n_tokens : end])
+        sizes.append(llm.checkpoint().nbytes - 4 * end)
+    assert max(sizes) - min(sizes) < 0.01 * sizes[0]
+    assert sizes[0] < llm.stream_info().kv_bytes + 4096
+    llm.reset()
+    llm.eval(tokens[:10])
+    assert llm.checkpoint().nbytes < sizes[0] / 5  # used cells only
+
+
+def test_restore_goes_back_exactly(make_llama: MakeLlama, tokens: Tokens) -> None:
+    llm = make_llama()
+    for n_tokens in (1, 30, 100, 300, 1500):
+        llm.reset()
+        llm.eval(tokens[:n_tokens])
+        checkpoint = llm.checkpoint()
+        expected = next_logits(llm, 99)
+        llm.eval(tokens[1000:1400])
+        llm.restore(checkpoint)
+        assert llm.input_ids.tolist() == tokens[:n_tokens].tolist()
+        assert llm.stream_info().position == n_tokens
+        np.testing.assert_allclose(next_logits(llm, 99), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_type", [0, 1, 8])
+def test_restore_in_another_process(
+    make_llama: MakeLlama, tokens: Tokens, tmp_path: Path, nano_f32_path: str, kv_type: int
+) -> None:
+    llm = make_llama(type_k=kv_type, type_v=kv_type)
+    llm.eval(tokens[:700])
+    llm.checkpoint().save(tmp_path / "a.ckpt")
+    expected = next_logits(llm, 99)
+    script = (
+        "import json, sys\n"
+        "from lminf_edge import Checkpoint, Llama, LMInfConfig\n"
+        "path, model, kv_type = sys.argv[1:]\n"
+        "llm = Llama(model, lminf=LMInfConfig(n_global=4, n_local=64), verbose=False, n_threads=1,\n"
+        "            type_k=int(kv_type), type_v=int(kv_type))\n"
+        "llm.restore(Checkpoint.load(path))\n"
+        "llm.eval([99])\n"
+        "print(json.dumps([llm.stream_info().position, llm.scores[-1].tolist()]))\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a.ckpt"), nano_f32_path, str(kv_type)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    position, logits = json.loads(output)
+    assert position == 701
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_prompt_goes_on_from_a_loaded_checkpoint(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> None:
+    llm = make_llama()
+    llm.eval(tokens[:900])
+    llm.checkpoint().save(tmp_path / "a.ckpt")
+    other = make_llama()
+    other.restore(Checkpoint.load(tmp_path / "a.ckpt"))
+    assert other.stream.reach(tokens[:950]) == 900
+    expected = llm.create_completion(tokens[:950].tolist(), max_tokens=10, temperature=0.0)
+    response = other.create_completion(tokens[:950].tolist(), max_tokens=10, temperature=0.0)
+    assert response["choices"][0]["text"] == expected["choices"][0]["text"]
+
+
+def test_other_parameters_and_models_are_refused_and_nothing_changes(
+    make_llama: MakeLlama, tokens: Tokens, nano_path: str
+) -> None:
+    llm = make_llama()
+    llm.eval(tokens[:300])
+    expected = llm.scores[-1]
+    others = {
+        "n_global=5": {"lminf": LMInfConfig(n_global=5, n_local=64)},
+        "n_local=63": {"lminf": LMInfConfig(n_global=4, n_local=63)},
+        "max_distance=60": {"lminf": LMInfConfig(n_global=4, n_local=64, max_distance=60)},
+        "sink_mode=true": {"lminf": LMInfConfig(n_global=4, n_local=64, sink_mode="true")},
+        "type_k=q8_0": {"type_k": 8},
+        "flash_attn=1": {"flash_attn": True},
+        "another model": {"model": nano_path},
+        "RoPE": {"rope_freq_base": 20000.0},
+    }
+    for message, settings in others.items():
+        other = make_llama(**settings)
+        other.eval(tokens[:50])
+        with pytest.raises(CheckpointError, match=message):
+            llm.restore(other.checkpoint())
+        assert llm.stream_info().position == 300
+        assert llm.stream.fresh
+        np.testing.assert_array_equal(llm.scores[-1], expected)
+
+
+def test_other_batches_and_slack_are_not_refused(make_llama: MakeLlama, tokens: Tokens) -> None:
+    llm = make_llama()
+    llm.eval(tokens[:500])
+    checkpoint = llm.checkpoint()
+    expected = next_logits(llm, 99)
+    other = make_llama(n_batch=256, n_ubatch=128, lminf=LMInfConfig(n_global=4, n_local=64, n_slack=100))
+    other.restore(checkpoint)
+    np.testing.assert_allclose(next_logits(other, 99), expected, atol=1e-5)
+
+
+def test_a_state_the_library_refuses_leaves_the_stream_as_it_was(
+    make_llama: MakeLlama, tokens: Tokens, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llm = make_llama()
+    llm.eval(tokens[:300])
+    good = llm.checkpoint()
+    expected = next_logits(llm, 99)
+    rng = np.random.default_rng(0)
+    for n_bytes in (0, 10, 100, len(good.state) // 2, len(good.state) - 1):
+        with pytest.raises(CheckpointError, match="cannot be taken up"):
+            llm.restore(replace(good, state=good.state[:n_bytes].copy()))
+        assert llm.stream_info().position == llm.n_tokens == 301
+    for _ in range(20):
+        state = good.state.copy()
+        state[rng.integers(0, 200, size=4)] ^= rng.integers(1, 256, size=4).astype(np.uint8)
+        try:
+            llm.restore(replace(good, state=state))
+        except CheckpointError:
+            assert llm.n_tokens == 301
+        else:
+            llm.n_tokens = llm.n_tokens  # usable
+            llm.restore(good)
+            llm.eval([99])
+    llm.n_tokens = 300
+    np.testing.assert_allclose(next_logits(llm, 99), expected, atol=1e-4)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_position_that_does_not_match_is_refused(make_llama: MakeLlama, tokens: Tokens) -> None:
+    llm = make_llama()
+    llm.eval(tokens[:100])
+    with pytest.raises(CheckpointError, match="cannot be taken up"):
+        llm.restore(replace(llm.checkpoint(), position=99))
+    assert llm.stream_info().position == 100
+
+
+def test_reach() -> None:
+    checkpoint = replace(small(), tokens=np.arange(100, dtype=np.int32), n_rollback=10)
+    prompt = np.arange(200, dtype=np.int32)
+    assert checkpoint.reach(prompt) == 100
+    assert checkpoint.reach(prompt[:100]) == 99  # the last token gives the logits
+    assert checkpoint.reach(prompt[:91]) == 90
+    assert checkpoint.reach(prompt[:90]) == 0  # further back than n_rollback
+    prompt[95] = -1
+    assert checkpoint.reach(prompt) == 95
+    assert checkpoint.reach(prompt[:0]) == 0
+
+
+def test_model_digest_sees_any_part_of_a_small_file(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    data = bytearray(os.urandom(3 << 20))
+    path.write_bytes(data)
+    first = model_digest(path, {"a": 1})
+    assert model_digest(path, {"a": 1}) == first != model_digest(path, {"a": 2})
+    for at in (0, 1 << 19, len(data) - 1):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        assert model_digest(path, {"a": 1}) != first
+    path.write_bytes(data + b"x")
+    assert model_digest(path, {"a": 1}) != first
+
+
+def test_the_format(tmp_path: Path) -> None:
+    """The layout other programs may rely on, field by field."""
+    data = small().to_bytes()
+    assert data[:8] == b"LMINFCKP"
+    assert struct.unpack_from("<II", data, 8) == (1, 3)
+    assert data[16:48] == b"m" * 32
+    assert struct.unpack_from("<7i", data, 48) == (4, 64, 64, 0, 1, 1, 0)
+    assert struct.unpack_from("<qQQ", data, 76) == (7, 5, 9)
+    assert HEADER_BYTES == 100 + 32
+    assert struct.unpack_from("<5i", data, HEADER_BYTES) == (0, 1, 2, 3, 4)

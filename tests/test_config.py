@@ -1,0 +1,118 @@
+"""What LMInfConfig refuses and how the open parameters are filled in."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+from lminf_edge import LMInfConfig
+from lminf_edge.config import MAX_WINDOW, Window, check_kv_type, check_memory, physical_memory, resolve
+from lminf_edge.gguf_header import Header
+
+
+@pytest.mark.parametrize(
+    ("config", "n_ctx", "n_ctx_train", "expected"),  # expected: n_global, n_local, max_distance
+    [
+        (LMInfConfig(), None, 131072, (10, 4086, 4086)),
+        (LMInfConfig(), None, 512, (10, 502, 502)),
+        (LMInfConfig(), 256, 512, (10, 246, 246)),
+        (LMInfConfig(), 0, 512, (10, 502, 502)),
+        (LMInfConfig(n_local=100), None, 512, (10, 100, 100)),
+        (LMInfConfig(n_local=100), 110, 512, (10, 100, 100)),
+        (LMInfConfig(n_global=0), 64, 512, (0, 64, 64)),
+        (LMInfConfig(n_global=50, n_local=8), None, 512, (50, 8, 8)),
+        (LMInfConfig(n_local=100, max_distance=7), None, 512, (10, 100, 7)),
+    ],
+)
+def test_resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int, expected: tuple[int, int, int]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        window = resolve(config, n_ctx, n_ctx_train)
+    assert (window.n_global, window.n_local, window.max_distance) == expected
+    assert window.size == window.n_global + window.n_local
+    assert window.n_slack == 64
+
+
+def test_the_default_window_never_exceeds_the_training_length() -> None:
+    for n_ctx_train in (64, 512, 4096, 131072):
+        assert resolve(LMInfConfig(), None, n_ctx_train).size == min(4096, n_ctx_train)
+
+
+@pytest.mark.parametrize(("config", "n_ctx"), [(LMInfConfig(), 513), (LMInfConfig(n_local=503), None)])
+def test_a_window_beyond_the_training_length_warns_in_one_sentence(config: LMInfConfig, n_ctx: int | None) -> None:
+    with pytest.warns(UserWarning, match="513 tokens is longer than the 512") as caught:
+        assert resolve(config, n_ctx, 512).size == 513
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_global": -1}, "n_global must be 0 or more"),
+        ({"n_local": 0}, "n_local must be 1 or more"),
+        ({"n_local": -5}, "n_local must be 1 or more"),
+        ({"max_distance": 0}, "max_distance must be 1 or more"),
+        ({"n_slack": -1}, "n_slack must be 0 or more"),
+        ({"n_checkpoints": -1}, "n_checkpoints must be 0 or more"),
+        ({"pos_bound": -1}, "pos_bound must be 0 or more"),
+        ({"n_local": 4.5}, "n_local must be a whole number"),
+        ({"n_global": True}, "n_global must be a whole number"),
+        ({"n_local": MAX_WINDOW + 1}, "or less"),
+        ({"sink_mode": "none"}, "sink_mode must be one of ceiling, order, true"),
+    ],
+)
+def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        LMInfConfig(**settings)
+    assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_ctx", "message"),
+    [
+        (LMInfConfig(), 10, "leaves no room beside n_global=10"),
+        (LMInfConfig(n_global=600), None, "leaves no room"),
+        (LMInfConfig(n_local=100), 100, "n_ctx=100 is not n_global"),
+        (LMInfConfig(), -1, "n_ctx must be 0 or more"),
+    ],
+)
+def test_contradictions(config: LMInfConfig, n_ctx: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        resolve(config, n_ctx, 512)
+    assert_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(("size", "n_ubatch"), [(1, 64), (68, 64), (256, 64), (260, 128), (512, 128), (4096, 512)])
+def test_default_ubatch_is_a_quarter_of_the_window(size: int, n_ubatch: int) -> None:
+    assert Window(0, size, size, 64, "ceiling", 0).default_ubatch() == n_ubatch
+
+
+def test_kv_bytes() -> None:
+    header = Header("llama", 10, 512, n_embd_k=640, n_embd_v=640)
+    window = Window(10, 502, 502, 64, "ceiling", 0)
+    assert window.kv_bytes(header, 1, 8, 128) == (502 + 64 + 128 + 10) * (640 * 2 + 640 * 34 // 32)
+
+
+def test_kv_types() -> None:
+    assert check_kv_type("type_k", None) == 1
+    assert check_kv_type("type_k", 8) == 8
+    with pytest.raises(ValueError, match="type_v=999 is not a GGML type for a KV cache"):
+        check_kv_type("type_v", 999)
+
+
+def test_a_cache_larger_than_memory_is_refused() -> None:
+    total = physical_memory()
+    if total is None:
+        pytest.skip("this system does not tell its memory")
+    check_memory(total)
+    with pytest.raises(MemoryError, match=f"{total + 1:,} bytes"):
+        check_memory(total + 1)
+
+
+def assert_one_sentence(error: BaseException) -> None:
+    text = str(error)
+    assert text.endswith(".")
+    assert ". " not in text
+    assert "\n" not in text
