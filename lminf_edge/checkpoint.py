@@ -1,7 +1,7 @@
 """A stream at one moment, in memory or in a file.
 
-Its size is that of the used part of the cache, however long the stream, plus four bytes for each token: these let a
-later prompt be compared with what was processed.
+Its size is that of the used part of the cache, however long the stream. With it go the recent tokens and a digest for
+each block of older ones (8 bytes for 256 tokens), so that a later prompt can be compared with what was processed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lminf_edge.config import KV_TYPES, SINK_MODES
-from lminf_edge.history import Tokens, common_prefix
+from lminf_edge.history import Digests, Past, Tokens
 
 MAGIC = b"LMINFCKP"
 VERSION = 1
 
 # magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, flash_attn,
-# position, number of tokens, bytes of state; all little endian. Then the SHA-256 of this head and all that follows
-# the digest: the tokens (int32) and the state.
-_HEAD = struct.Struct("<8sII32s7iqQQ")
+# position, number of digests, of recent tokens, of bytes of state; all little endian. Then the SHA-256 of this head and
+# of all that follows it: the digests (uint64), the tokens (int32) and the state.
+_HEAD = struct.Struct("<8sII32s7iqQQQ")
 _DIGEST_BYTES = 32
 HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
 
@@ -71,26 +71,26 @@ class Checkpoint:
     identity: Identity
     position: int  # tokens processed since the start of the stream
     n_rollback: int  # tokens that could be taken back
-    tokens: Tokens  # (n_tokens,) the tokens processed
+    past: Past  # the tokens processed
     state: npt.NDArray[np.uint8]  # (n_bytes,) the used part of the cache, as llama.cpp writes it
 
     @property
     def nbytes(self) -> int:
         """Bytes this takes in memory or in a file."""
-        return HEADER_BYTES + self.tokens.nbytes + self.state.nbytes
+        return HEADER_BYTES + self.past.nbytes + self.state.nbytes
 
     def reach(self, prompt: Tokens) -> int:
         """How many tokens of `prompt` (n_tokens,) a stream restored from this need not process.
 
         The last one is always processed, as it gives the logits to go on from.
         """
-        n_tokens = min(common_prefix(self.tokens, prompt), len(prompt) - 1)
-        return max(n_tokens, 0) if len(self.tokens) - n_tokens <= self.n_rollback else 0
+        n_tokens = min(self.past.common_prefix(prompt), len(prompt) - 1)
+        return max(n_tokens, 0) if len(self.past) - n_tokens <= self.n_rollback else 0
 
     def to_bytes(self) -> bytes:
         """The contents of a checkpoint file."""
-        head, tokens = self._head(), self._tokens_le()
-        return b"".join((head, self._digest(head, tokens), tokens.tobytes(), self.state.tobytes()))
+        head, body = self._head(), self._body()
+        return b"".join((head, _digest(head, body), *(part.tobytes() for part in body)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Checkpoint:
@@ -99,35 +99,38 @@ class Checkpoint:
             raise CheckpointError("This is not a checkpoint of lminf_edge.")
         if len(data) < HEADER_BYTES:
             raise CheckpointError("The checkpoint is cut short.")
-        _, version, n_rollback, model, *parameters, position, n_tokens, n_bytes = _HEAD.unpack_from(data)
+        _, version, n_rollback, model, *parameters, position, n_digests, n_recent, n_bytes = _HEAD.unpack_from(data)
         if version != VERSION:
             raise CheckpointError(f"The checkpoint has format {version}, this version of lminf_edge reads {VERSION}.")
-        n_expected = HEADER_BYTES + 4 * n_tokens + n_bytes
+        recent_at = HEADER_BYTES + 8 * n_digests
+        state_at = recent_at + 4 * n_recent
+        n_expected = state_at + n_bytes
         if len(data) != n_expected:
             raise CheckpointError(f"The checkpoint is cut short or damaged: {len(data)} bytes instead of {n_expected}.")
-        digest = hashlib.sha256(data[: _HEAD.size])
-        digest.update(memoryview(data)[HEADER_BYTES:])
-        if digest.digest() != data[_HEAD.size : HEADER_BYTES]:
+        if _digest(data[: _HEAD.size], [memoryview(data)[HEADER_BYTES:]]) != data[_HEAD.size : HEADER_BYTES]:
             raise CheckpointError("The checkpoint is damaged: its checksum does not match.")
         return cls(
             identity=Identity(model, *parameters),
             position=position,
             n_rollback=n_rollback,
-            tokens=np.frombuffer(data, dtype="<i4", count=n_tokens, offset=HEADER_BYTES).astype(np.int32, copy=False),
-            state=np.frombuffer(data, dtype=np.uint8, offset=HEADER_BYTES + 4 * n_tokens),
+            past=Past(
+                digests=np.frombuffer(data, dtype="<u8", count=n_digests, offset=HEADER_BYTES).astype(np.uint64),
+                recent=np.frombuffer(data, dtype="<i4", count=n_recent, offset=recent_at).astype(np.int32),
+            ),
+            state=np.frombuffer(data, dtype=np.uint8, offset=state_at),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the checkpoint to a file. Whatever happens meanwhile, the file is the old one or the new one."""
         target = Path(path)
-        head, tokens = self._head(), self._tokens_le()
+        head, body = self._head(), self._body()
         unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with open(unfinished, "wb") as file:
                 file.write(head)
-                file.write(self._digest(head, tokens))
-                file.write(tokens.data)
-                file.write(self.state.data)
+                file.write(_digest(head, body))
+                for part in body:
+                    file.write(part.data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, target)
@@ -156,17 +159,20 @@ class Checkpoint:
     def _head(self) -> bytes:
         i = self.identity
         parameters = (i.n_global, i.n_local, i.max_distance, i.sink_mode, i.type_k, i.type_v, i.flash_attn)
-        sizes = (self.position, len(self.tokens), self.state.nbytes)
+        sizes = (self.position, len(self.past.digests), len(self.past.recent), self.state.nbytes)
         return _HEAD.pack(MAGIC, VERSION, self.n_rollback, i.model, *parameters, *sizes)
 
-    def _tokens_le(self) -> npt.NDArray[np.int32]:
-        return np.ascontiguousarray(self.tokens, dtype="<i4")
+    def _body(self) -> list[npt.NDArray[Any]]:
+        """What follows the head, little endian: digests, recent tokens, state."""
+        digests: Digests = np.ascontiguousarray(self.past.digests, dtype="<u8")
+        return [digests, np.ascontiguousarray(self.past.recent, dtype="<i4"), np.ascontiguousarray(self.state)]
 
-    def _digest(self, head: bytes, tokens: npt.NDArray[np.int32]) -> bytes:
-        digest = hashlib.sha256(head)
-        digest.update(tokens.data)
-        digest.update(self.state.data)
-        return digest.digest()
+
+def _digest(head: bytes, body: Iterable[npt.NDArray[Any] | memoryview]) -> bytes:
+    digest = hashlib.sha256(head)
+    for part in body:
+        digest.update(part)
+    return digest.digest()
 
 
 def model_digest(path: str | os.PathLike[str], settings: Mapping[str, Any], *other_files: str) -> bytes:

@@ -302,6 +302,7 @@ def complete(
     detokenizer = Detokenizer(llm, tokens, opening)
     scanner = StopScanner([text.encode("utf-8") for text in ([stop] if isinstance(stop, str) else stop or []) if text])
     parts: list[str] = []
+    spoken: list[int] = []  # for the cache's key
     finish_reason = "stop"  # unless max_tokens is reached
 
     def chunk(text: str, reported: list[TokenLogprobs], finish_reason: str | None = None) -> dict[str, Any]:
@@ -315,6 +316,8 @@ def complete(
             if llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
                 break
             n_completion += 1
+            if llm.cache:
+                spoken.append(token)
             piece = detokenizer.piece(token)
             entry = reporter.entry(token, piece, llm.logits_of_sample()) if reporter else None
             for part in scanner.push(piece, entry):
@@ -340,7 +343,7 @@ def complete(
         yield chunk("", [], finish_reason)
     if llm.cache:
         # the key is what the state really holds; the last token was sampled but not processed
-        llm.cache[llm._input_ids.tolist()] = llm.save_state()
+        llm.cache[(tokens + spoken)[: llm.n_tokens]] = llm.save_state()
     if stream:
         return
 

@@ -164,6 +164,11 @@ def check_kv_type(name: str, value: int | None) -> int:
     return value
 
 
+def is_quantized(kv_type: int) -> bool:
+    """Whether a cache of this GGML type comes in blocks."""
+    return KV_TYPES[kv_type][2] > 1
+
+
 def check_memory(n_bytes: int) -> None:
     """Raises MemoryError if a cache of this size cannot fit in this machine's memory."""
     total = physical_memory()

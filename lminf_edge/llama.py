@@ -26,6 +26,7 @@ from lminf_edge.config import (
     Window,
     check_kv_type,
     check_memory,
+    is_quantized,
     resolve,
 )
 from lminf_edge.gguf_header import Header, read_header
@@ -59,9 +60,10 @@ class Llama(llama_cpp.Llama):
       string or the end-of-text token ends a generation.
     - A prompt that goes on from what was processed costs its new tokens only. One that turns off earlier goes back as
       far as n_slack allows, or to an automatic checkpoint, or starts again.
+    - A quantized type_v turns flash_attn on, which llama.cpp requires for it.
     - n_ubatch, if not given, is a quarter of the window (64 to 512): the cache holds that many more cells.
-    - logits_processor and stopping_criteria see all tokens of the stream, in an array that must not be written to or
-      kept. `scores` has the logits of the last batch alone: a row per token with logits_all, else one.
+    - logits_processor and stopping_criteria see the recent tokens of the stream, at least 16384, in an array that must
+      not be written to or kept. `scores` has the logits of the last batch alone: a row per token with logits_all, else one.
       `eval_tokens` has the last n_ctx tokens; a draft model sees the same.
     - With embedding=True or vocab_only=True there is no stream to keep and the context is a stock one.
 
@@ -100,6 +102,8 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
         window = resolve(config, n_ctx, _training_length(header, kwargs.get("kv_overrides") or {}))
         type_k, type_v = check_kv_type("type_k", kwargs.get("type_k")), check_kv_type("type_v", kwargs.get("type_v"))
+        if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
+            raise ValueError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
         n_batch = int(kwargs.pop("n_batch", 512))
         n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch()))
         if not kwargs.get("n_gpu_layers"):
@@ -189,12 +193,15 @@ class Llama(llama_cpp.Llama):
         if self._stream is None:
             self._stock_n_tokens = value
         elif not self._stream.truncate(value):
-            self._process(self._stream.history.snapshot()[:value])
+            past = self._stream.history.snapshot()
+            if len(past.digests):
+                raise ValueError(f"The stream cannot go back to {value} tokens: give the whole prompt again.")
+            self._process(past.recent[:value])
 
     @property
     def input_ids(self) -> Tokens:
-        """Tokens processed (n_tokens,), read-only; good until more are."""
-        return self._stock_input_ids if self._stream is None else self._stream.history.view()
+        """The last tokens processed, at least 16384 of them, read-only; good until more are."""
+        return self._stock_input_ids if self._stream is None else self._stream.history.recent()
 
     @input_ids.setter
     def input_ids(self, value: Tokens) -> None:
@@ -303,10 +310,10 @@ class Llama(llama_cpp.Llama):
                 token = self.sample(idx=position - 1, **sampling)
                 self._sampled_at = position
                 if stopping_criteria is not None and stopping_criteria(
-                    stream.history.view()[:position], stream.logits(position - 1)
+                    self._input_ids[: position - stream.history.n_digested], stream.logits(position - 1)
                 ):
                     return
-                if position < len(stream) and stream.history.view()[position] != token:
+                if position < len(stream) and stream.history.token(position) != token:
                     self.n_tokens = position
                 sent = yield token
                 pending = [] if position < len(stream) else [token]
@@ -346,9 +353,9 @@ class Llama(llama_cpp.Llama):
         checkpoint = self._stream.checkpoint()
         data = checkpoint.to_bytes()
         return llama_cpp.LlamaState(
-            input_ids=checkpoint.tokens,
+            input_ids=checkpoint.past.recent,
             scores=np.empty((0, self._n_vocab), dtype=np.float32),
-            n_tokens=len(checkpoint.tokens),
+            n_tokens=len(checkpoint.past),
             llama_state=data,
             llama_state_size=len(data),
             seed=self._seed,

@@ -15,7 +15,7 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import Checkpoint, CheckpointError, Identity
 from lminf_edge.config import StreamInfo, Window
-from lminf_edge.history import TokenHistory, Tokens, common_prefix
+from lminf_edge.history import N_RECENT, TokenHistory, Tokens
 from lminf_edge.native import Info, Native, captured_errors
 
 Logits = npt.NDArray[np.float32]
@@ -41,7 +41,8 @@ class Stream:
         n_vocab: int,
         n_checkpoints: int,
     ) -> None:
-        self.history = TokenHistory()
+        # whatever can be taken back, or is asked for by a draft model, can be read again
+        self.history = TokenHistory(max(N_RECENT, 2 * (window.size + window.n_slack + batch._n_tokens)))
         self.fresh = False  # the context holds the logits of the last token
         self.n_rows = 0  # tokens of the last decoded batch that have logits
         self.window = window
@@ -84,7 +85,7 @@ class Stream:
     def sync(self) -> None:
         """Makes history and cache agree again, after an interrupt or after someone else touched the context."""
         n_done = self.native_info().stream_pos - self._origin
-        if 0 <= n_done <= len(self):
+        if n_done == 0 or self.history.n_digested <= n_done <= len(self):
             self.history.truncate(n_done)
         elif not self._native.rollback(self.ctx, self._origin + len(self)):
             self.clear()
@@ -158,7 +159,7 @@ class Stream:
         there and its logits are at hand.
         """
         self.sync()
-        if self.fresh and len(self) == len(prompt) == common_prefix(self.history.view(), prompt):
+        if self.fresh and len(self) == len(prompt) == self.history.common_prefix(prompt):
             return len(prompt)
         n_tokens, checkpoint = self._plan(prompt)
         if checkpoint is not None:
@@ -173,7 +174,7 @@ class Stream:
         return self._plan(prompt)[0]
 
     def _plan(self, prompt: Tokens) -> tuple[int, Checkpoint | None]:
-        n_tokens = max(0, min(common_prefix(self.history.view(), prompt), len(prompt) - 1))
+        n_tokens = max(0, min(self.history.common_prefix(prompt), len(prompt) - 1))
         if len(self) - n_tokens > self.native_info().n_rollback:
             n_tokens = 0
         best = None
@@ -199,10 +200,14 @@ class Stream:
         end = len(self) + n_tokens
         if end <= self.window.n_local + self.window.n_slack or end - self._mark <= self.window.n_slack:
             return
-        marked = self.history.view()[: self._mark + 1]
-        if not any(checkpoint.reach(marked) == self._mark for checkpoint in self._checkpoints):
+        if not any(self._leads_back(checkpoint, self._mark) for checkpoint in self._checkpoints):
             self._checkpoints.append(self.checkpoint())
         self._mark = None
+
+    def _leads_back(self, checkpoint: Checkpoint, n_tokens: int) -> bool:
+        """Whether a checkpoint allows going back to the first n_tokens of this stream."""
+        n_back = len(checkpoint.past) - n_tokens
+        return 0 <= n_back <= checkpoint.n_rollback and checkpoint.past.begins_like(self.history.view(), n_tokens)
 
     def checkpoint(self) -> Checkpoint:
         """The stream at this moment."""
@@ -241,8 +246,8 @@ class Stream:
         if n_read == 0 or self.native_info().stream_pos != checkpoint.position:
             self.clear()
             return False
-        self.history.extend(checkpoint.tokens)
-        self._origin = checkpoint.position - len(checkpoint.tokens)
+        self.history.restore(checkpoint.past)
+        self._origin = checkpoint.position - len(checkpoint.past)
         return True
 
 

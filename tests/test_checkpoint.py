@@ -17,13 +17,20 @@ from conftest import MakeLlama
 
 from lminf_edge import Checkpoint, CheckpointError, Llama, LMInfConfig
 from lminf_edge.checkpoint import HEADER_BYTES, Identity, model_digest
-from lminf_edge.history import Tokens
+from lminf_edge.history import Digests, Past, Tokens
 
 IDENTITY = Identity(b"m" * 32, 4, 64, 64, 0, 1, 1, 0)
 
 
+NO_DIGESTS = np.empty(0, dtype=np.uint64)
+
+
+def past(n_recent: int, digests: Digests = NO_DIGESTS) -> Past:
+    return Past(digests, np.arange(n_recent, dtype=np.int32))
+
+
 def small() -> Checkpoint:
-    return Checkpoint(IDENTITY, 7, 3, np.arange(5, dtype=np.int32), np.arange(9, dtype=np.uint8))
+    return Checkpoint(IDENTITY, 7, 3, past(5, np.array([10, 11], dtype=np.uint64)), np.arange(9, dtype=np.uint8))
 
 
 def next_logits(llm: Llama, token: int) -> Any:
@@ -36,9 +43,10 @@ def test_round_trip(tmp_path: Path) -> None:
     small().save(path)
     loaded = Checkpoint.load(path)
     assert (loaded.identity, loaded.position, loaded.n_rollback) == (IDENTITY, 7, 3)
-    assert loaded.tokens.tolist() == [0, 1, 2, 3, 4]
+    assert loaded.past.digests.tolist() == [10, 11]
+    assert loaded.past.recent.tolist() == [0, 1, 2, 3, 4]
     assert loaded.state.tolist() == list(range(9))
-    assert path.stat().st_size == loaded.nbytes == HEADER_BYTES + 5 * 4 + 9
+    assert path.stat().st_size == loaded.nbytes == HEADER_BYTES + 2 * 8 + 5 * 4 + 9
     assert path.read_bytes() == small().to_bytes()
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
@@ -95,7 +103,7 @@ def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
         "import numpy as np, sys\n"
         "from lminf_edge.checkpoint import Checkpoint\n"
         "small = Checkpoint.load(sys.argv[1])\n"
-        "large = Checkpoint(small.identity, 8, 3, small.tokens, np.zeros(1 << 22, dtype=np.uint8))\n"
+        "large = Checkpoint(small.identity, 8, 3, small.past, np.zeros(1 << 22, dtype=np.uint8))\n"
         "print('ready', flush=True)\n"
         "while True:\n"
         "    large.save(sys.argv[1])\n"
@@ -254,7 +262,7 @@ def test_a_position_that_does_not_match_is_refused(make_llama: MakeLlama, tokens
 
 
 def test_reach() -> None:
-    checkpoint = replace(small(), tokens=np.arange(100, dtype=np.int32), n_rollback=10)
+    checkpoint = replace(small(), past=past(100), n_rollback=10)
     prompt = np.arange(200, dtype=np.int32)
     assert checkpoint.reach(prompt) == 100
     assert checkpoint.reach(prompt[:100]) == 99  # the last token gives the logits
@@ -287,6 +295,6 @@ def test_the_format(tmp_path: Path) -> None:
     assert struct.unpack_from("<II", data, 8) == (1, 3)
     assert data[16:48] == b"m" * 32
     assert struct.unpack_from("<7i", data, 48) == (4, 64, 64, 0, 1, 1, 0)
-    assert struct.unpack_from("<qQQ", data, 76) == (7, 5, 9)
-    assert HEADER_BYTES == 100 + 32
-    assert struct.unpack_from("<5i", data, HEADER_BYTES) == (0, 1, 2, 3, 4)
+    assert struct.unpack_from("<qQQQ", data, 76) == (7, 2, 5, 9)
+    assert HEADER_BYTES == 108 + 32
+    assert struct.unpack_from("<2Q5i", data, HEADER_BYTES) == (10, 11, 0, 1, 2, 3, 4)
