@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint patches worktree clean
+.PHONY: help setup stock demo test lint patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -15,7 +15,10 @@ setup: ## .venv, the patched llama.cpp and this package, editable
 demo: setup ## stream a text far past the model's training length; FILE=path for your own text
 	@$(BIN)/lminf-edge demo $(if $(FILE),--file "$(FILE)")
 
-test: setup ## the whole test suite; ARGS="-k name" for a part of it
+stock: ## llama.cpp without our patches as well, for tests and benchmarks to compare with
+	@$(PYTHON) scripts/setup.py --stock
+
+test: stock ## the whole test suite; ARGS="-k name" for a part of it
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## ruff and mypy

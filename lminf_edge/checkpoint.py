@@ -168,7 +168,8 @@ class Checkpoint:
         return [digests, np.ascontiguousarray(self.past.recent, dtype="<i4"), np.ascontiguousarray(self.state)]
 
 
-def _digest(head: bytes, body: Iterable[npt.NDArray[Any] | memoryview]) -> bytes:
+def _digest(head: bytes, body: Iterable[Any]) -> bytes:
+    """SHA-256 of the head and of the arrays or buffers that follow it."""
     digest = hashlib.sha256(head)
     for part in body:
         digest.update(part)

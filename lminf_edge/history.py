@@ -75,10 +75,11 @@ class Past:
 
     def begins_like(self, other: Past, n_tokens: int) -> bool:
         """Whether the first n_tokens of both are the same; they must end among the recent tokens of both."""
-        return all(np.array_equal(a, b) for a, b in zip(self.head(n_tokens), other.head(n_tokens), strict=True))
+        (digests, rest), (other_digests, other_rest) = self.head(n_tokens), other.head(n_tokens)
+        return np.array_equal(digests, other_digests) and np.array_equal(rest, other_rest)
 
     def common_prefix(self, prompt: Tokens) -> int:
-        """Number of tokens at the start of `prompt` (n_tokens,) that are the same; in the distant past, whole blocks."""
+        """Tokens at the start of `prompt` (n_tokens,) that are the same; in the distant past, whole blocks of them."""
         n_blocks = min(len(self.digests), len(prompt) // BLOCK)
         step = _COMPARE_BLOCK // BLOCK
         for start in range(0, n_blocks, step):
@@ -166,7 +167,7 @@ class TokenHistory:
         return int(self._recent[position - self.n_digested])
 
     def common_prefix(self, prompt: Tokens) -> int:
-        """Number of tokens at the start of `prompt` (n_tokens,) that are the same; in the distant past, whole blocks."""
+        """Tokens at the start of `prompt` (n_tokens,) that are the same; in the distant past, whole blocks of them."""
         return self.view().common_prefix(prompt)
 
     def view(self) -> Past:

@@ -63,8 +63,8 @@ class Llama(llama_cpp.Llama):
     - A quantized type_v turns flash_attn on, which llama.cpp requires for it.
     - n_ubatch, if not given, is a quarter of the window (64 to 512): the cache holds that many more cells.
     - logits_processor and stopping_criteria see the recent tokens of the stream, at least 16384, in an array that must
-      not be written to or kept. `scores` has the logits of the last batch alone: a row per token with logits_all, else one.
-      `eval_tokens` has the last n_ctx tokens; a draft model sees the same.
+      not be written to or kept. `scores` has the logits of the last batch alone: a row per token with logits_all, else
+      one. `eval_tokens` has the last n_ctx tokens; a draft model sees the same.
     - With embedding=True or vocab_only=True there is no stream to keep and the context is a stock one.
 
     Without `lminf`, this is llama_cpp.Llama, unchanged, except that model_path may name an embedded model ("nano").
@@ -124,7 +124,7 @@ class Llama(llama_cpp.Llama):
                 # n_ctx sizes nothing in this cache, but n_batch is cut to it
                 super().__init__(path, n_ctx=max(window.size, n_batch), n_batch=n_batch, n_ubatch=n_ubatch, **kwargs)
             except ValueError as error:
-                reason = library.last_error() or _load_failure(path, errors) or str(error)
+                reason = library.last_error() or native.load_failure(path, errors) or str(error)
                 raise ValueError(reason) from error
         assert library.enabled(self._ctx.ctx)
 
@@ -380,12 +380,3 @@ def _training_length(header: Header, overrides: dict[str, Any]) -> int:
     """Tokens the model was trained on, at most; a default if the file does not say."""
     value = overrides.get(f"{header.architecture}.context_length", header.n_ctx_train)
     return int(value) or DEFAULT_WINDOW
-
-
-def _load_failure(path: str, errors: list[str]) -> str | None:
-    """Why a model could not be loaded, from what llama.cpp logged."""
-    for error in errors:
-        _, found, reason = error.partition("error loading model: ")
-        if found:
-            return f"{path} cannot be loaded: {reason}."
-    return None

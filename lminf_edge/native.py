@@ -227,3 +227,12 @@ def captured_errors() -> Iterator[list[str]]:
         yield errors
     finally:
         bindings.llama_log_set(_logger.llama_log_callback, None)
+
+
+def load_failure(path: str, errors: list[str]) -> str | None:
+    """Why a model could not be loaded, in one sentence, from what llama.cpp logged."""
+    for error in errors:
+        _, found, reason = error.partition("error loading model: ")
+        if found:
+            return f"{path} cannot be loaded: {reason}."
+    return None

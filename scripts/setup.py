@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Sets up what `make` needs: .venv with the tools, upstream's Python half and this project, built and editable.
 
-Every step is skipped while its inputs have the contents they had when it last succeeded, so running this again costs
-a tenth of a second. Standard library only: this is what runs first on a fresh machine. Output goes to build/setup.log.
+With --stock also llama.cpp without our patches, which the tests compare ours with. Every step is skipped while its
+inputs have the contents they had when it last succeeded, so running this again costs a tenth of a second. Standard
+library only: this is what runs first on a fresh machine. Output goes to build/setup.log.
 """
 
 from __future__ import annotations
@@ -33,21 +34,20 @@ class SetupError(Exception):
 
 
 def check_machine() -> None:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (this runs before anything has checked)
         raise SetupError(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12")
     compiler = os.environ.get("CXX")
     names = shlex.split(compiler)[:1] if compiler else ["c++", "g++", "clang++"]
     if not any(map(shutil.which, names)):
         raise SetupError(
-            f"No C++ compiler found ({', '.join(names)}): install one, e.g. `apt install g++` or `xcode-select --install`."
+            f"No C++ compiler found ({', '.join(names)}): "
+            "install one, e.g. `apt install g++` or `xcode-select --install`."
         )
     if not shutil.which("git"):
         raise SetupError("git is needed to apply the patches to llama.cpp: install it, e.g. `apt install git`.")
 
 
-def run(
-    command: Sequence[str], failure: str, env: Mapping[str, str] | None = None, progress: bool = False
-) -> None:
+def run(command: Sequence[str], failure: str, env: Mapping[str, str] | None = None, progress: bool = False) -> None:
     """Runs a command with its output in the log; `progress` shows ninja's count of finished build steps.
 
     Raises SetupError with the "error: ..." sentence that our own scripts end with, else with `failure` and what the
@@ -104,6 +104,21 @@ class Step:
         self.stamp.write_text(self.digest)
 
 
+def build_stock() -> None:
+    """llama.cpp without our patches, in build/stock: what the tests and benchmarks compare with."""
+    inputs = [ROOT / "patches" / "upstream.txt", ROOT / "CMakeLists.txt", ROOT / "scripts" / "upstream.py"]
+    stock = Step("stock", inputs)
+    if stock.is_done():
+        return
+    print("building stock llama.cpp to compare with (once)", flush=True)
+    tools = {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"}
+    folder = str(ROOT / "build" / "stock")
+    configure = ["cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja", "-DLMINF_STOCK=ON"]
+    run([*configure, f"-DPython_EXECUTABLE={PYTHON}"], "Could not configure stock llama.cpp.", env=tools)
+    run(["cmake", "--build", folder], "The build of stock llama.cpp failed.", env=tools, progress=True)
+    stock.done()
+
+
 def setup() -> None:
     pyproject = ROOT / "pyproject.toml"
     pin = ROOT / "patches" / "upstream.txt"
@@ -154,6 +169,8 @@ INDEX_FAILURE = "pip could not install what is needed: can the package index be 
 def main() -> int:
     try:
         setup()
+        if "--stock" in sys.argv[1:]:
+            build_stock()
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 """The pinned upstream and the patches on top of it.
 
     upstream.py fetch      download the pinned sdist, unpack its llama.cpp, apply patches/   (CMake calls this)
+                           with --stock: the same without patches, to compare with
     upstream.py worktree   make a git work tree of the pin, one commit per patch, to edit the patches in
     upstream.py export     regenerate patches/ from that work tree                            (make patches)
 
@@ -49,10 +50,10 @@ def patch_files() -> list[Path]:
     return sorted(PATCHES.glob("*.patch"))
 
 
-def series_stamp() -> str:
+def series_stamp(patches: Sequence[Path]) -> str:
     """Changes whenever the pin, a patch or the list of unpacked parts does."""
     digest = hashlib.sha256(repr((pin(), BUILD_PARTS)).encode())
-    for patch in patch_files():
+    for patch in patches:
         digest.update(patch.name.encode() + b"\0" + patch.read_bytes())
     return digest.hexdigest()
 
@@ -123,9 +124,9 @@ def git_checked(tree: Path, *args: str) -> str:
     return result.stdout
 
 
-def apply_patches(tree: Path) -> None:
+def apply_patches(tree: Path, patches: Sequence[Path]) -> None:
     """Applies the series in order, without fuzz; what is in `tree` already is left alone."""
-    for patch in patch_files():
+    for patch in patches:
         if git(tree, "apply", "--reverse", "--check", str(patch)).returncode == 0:
             continue
         result = git(tree, "apply", "--whitespace=nowarn", str(patch))
@@ -147,22 +148,23 @@ def mirror(source: Path, dest: Path) -> None:
             os.utime(dest / path)
 
 
-def fetch(dest: Path) -> None:
-    """Leaves dest/llama.cpp patched and dest/NAME-VERSION.tar.gz, the sdist it came from."""
+def fetch(dest: Path, stock: bool) -> None:
+    """Leaves dest/llama.cpp patched, or dest/stock as it is, and dest/NAME-VERSION.tar.gz, the sdist it came from."""
     dest.mkdir(parents=True, exist_ok=True)
-    stamp = dest / "stamp"
-    wanted = series_stamp()
+    name, patches = ("stock", []) if stock else ("llama.cpp", patch_files())
+    stamp = dest / f"{name}.stamp"
+    wanted = series_stamp(patches)
     if stamp.exists() and stamp.read_text() == wanted:
         return
     sdist = download(dest)
     with tempfile.TemporaryDirectory(dir=dest, prefix="unpack-") as fresh:
         tree = Path(fresh) / "llama.cpp"
         unpack(sdist, tree, BUILD_PARTS)
-        apply_patches(tree)
+        apply_patches(tree, patches)
         stamp.unlink(missing_ok=True)
-        mirror(tree, dest / "llama.cpp")
+        mirror(tree, dest / name)
     stamp.write_text(wanted)
-    print(f"llama.cpp of {pin()[0]} with {len(patch_files())} patches is in {dest}", flush=True)
+    print(f"llama.cpp of {pin()[0]} with {len(patches)} patches is in {dest / name}", flush=True)
 
 
 IDENTITY = ("-c", "user.name=lminf-edge", "-c", "user.email=lminf-edge@localhost", "-c", "commit.gpgsign=false")
@@ -201,11 +203,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("command", choices=["fetch", "worktree", "export"])
     parser.add_argument("--dest", type=Path, default=ROOT / "build" / "upstream", help="where the sdist is unpacked")
+    parser.add_argument("--stock", action="store_true", help="fetch it without the patches")
     parser.add_argument("--tree", type=Path, default=ROOT / "build" / "worktree", help="the git work tree")
     args = parser.parse_args()
     try:
         if args.command == "fetch":
-            fetch(args.dest)
+            fetch(args.dest, args.stock)
         elif args.command == "worktree":
             worktree(args.dest, args.tree)
         else:

@@ -56,7 +56,13 @@ def make_llama(nano_f32_path: str) -> Iterator[MakeLlama]:
     made: list[Llama] = []
 
     def make(model: str = nano_f32_path, **kwargs: Any) -> Llama:
-        settings = {"lminf": LMInfConfig(n_global=4, n_local=64), "verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs}
+        settings = {
+            "lminf": LMInfConfig(n_global=4, n_local=64),
+            "verbose": False,
+            "n_threads": 1,
+            "n_threads_batch": 1,
+            **kwargs,
+        }
         made.append(Llama(model, **settings))
         return made[-1]
 

@@ -92,7 +92,9 @@ class NativeContext:
     def __enter__(self) -> NativeContext:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.context is not None:
             llama_cpp.llama_free(self.context)
         llama_cpp.llama_model_free(self.model)

@@ -51,7 +51,9 @@ class Probe:
     def state(self) -> None:
         size = llama_cpp.llama_state_get_size(self.context)
         buffer = (ctypes.c_uint8 * size)()
-        self.digest.update(str((size, llama_cpp.llama_state_get_data(self.context, buffer, size))).encode() + bytes(buffer))
+        self.digest.update(
+            str((size, llama_cpp.llama_state_get_data(self.context, buffer, size))).encode() + bytes(buffer)
+        )
 
 
 def run(model: Any, n_seq_max: int, **settings: Any) -> str:
@@ -83,7 +85,11 @@ def main() -> None:
         for flash_attn in (0, 1):
             for n_seq_max in (1, 2):
                 for type_kv in types:
-                    settings = {"flash_attn_type": flash_attn, "type_k": type_kv, "type_v": type_kv if flash_attn else F16}
+                    settings = {
+                        "flash_attn_type": flash_attn,
+                        "type_k": type_kv,
+                        "type_v": type_kv if flash_attn else F16,
+                    }
                     print(path, n_seq_max, settings, run(model, n_seq_max, **settings), flush=True)
         llama_cpp.llama_model_free(model)
 

@@ -53,7 +53,9 @@ def test_a_million_tokens_take_little_memory() -> None:
     assert history.snapshot().nbytes < 200_000
 
 
-@pytest.mark.parametrize(("at", "expected"), [(0, 0), (255, 0), (256, 256), (700, 512), (5119, 4864), (5900, 5900), (5999, 5999)])
+@pytest.mark.parametrize(
+    ("at", "expected"), [(0, 0), (255, 0), (256, 256), (700, 512), (5119, 4864), (5900, 5900), (5999, 5999)]
+)
 def test_where_a_prompt_turns_off(at: int, expected: int) -> None:
     """To the token among the recent ones, to the block before them."""
     tokens = list(range(6000))
@@ -63,7 +65,9 @@ def test_where_a_prompt_turns_off(at: int, expected: int) -> None:
     assert history.common_prefix(as_tokens(tokens)) == expected
 
 
-@pytest.mark.parametrize(("n_tokens", "expected"), [(0, 0), (100, 0), (256, 256), (300, 256), (6000, 6000), (7000, 6000)])
+@pytest.mark.parametrize(
+    ("n_tokens", "expected"), [(0, 0), (100, 0), (256, 256), (300, 256), (6000, 6000), (7000, 6000)]
+)
 def test_a_shorter_and_a_longer_prompt(n_tokens: int, expected: int) -> None:
     assert filled(list(range(6000))).common_prefix(np.arange(n_tokens, dtype=np.int32)) == expected
 

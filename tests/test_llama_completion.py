@@ -9,6 +9,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from conftest import TEXT, MakeLlama
 
 from lminf_edge import Llama
 from lminf_edge.completion import (
@@ -19,8 +20,6 @@ from lminf_edge.completion import (
     partial_stop,
     top_tokens,
 )
-
-from conftest import TEXT, MakeLlama
 
 PROMPTS = ["Anna", TEXT[:300], "The “late” ferry —", "\n\n", "日本"]
 
@@ -130,8 +129,9 @@ def test_chat_stream(ours: Llama) -> None:
     messages: Any = [{"role": "user", "content": "Who was late?"}]
     whole: Any = ours.create_chat_completion(messages, temperature=0.0, max_tokens=20)
     chunks: Any = list(ours.create_chat_completion(messages, temperature=0.0, max_tokens=20, stream=True))
-    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == (
-        whole["choices"][0]["message"]["content"]
+    assert (
+        "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        == (whole["choices"][0]["message"]["content"])
     )
 
 
@@ -315,7 +315,11 @@ def test_logprobs_travel_with_their_text() -> None:
     entries = [TokenLogprobs(str(i), i, -1.0, {}) for i in range(3)]
     scanner = StopScanner([])
     sun = "日".encode()
-    parts = [part for piece, entry in zip([b"a", sun[:1], sun[1:]], entries, strict=True) for part in scanner.push(piece, entry)]
+    parts = [
+        part
+        for piece, entry in zip([b"a", sun[:1], sun[1:]], entries, strict=True)
+        for part in scanner.push(piece, entry)
+    ]
     assert [(part.text, part.logprobs) for part in parts] == [("a", entries[:1]), ("日", entries[1:])]
 
 
@@ -343,9 +347,7 @@ def test_detokenizer_with_a_tokenizer_that_looks_back(ours: Llama, monkeypatch: 
         def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
             raise AssertionError
 
-        def detokenize(
-            self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
-        ) -> bytes:
+        def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
             text = "_".join(words[token] for token in [*(prev_tokens or []), *tokens])
             return text[len("_".join(words[token] for token in prev_tokens or [])) :].encode()
 

@@ -45,7 +45,9 @@ class Pretrained:
         self.path = path
         self.tokens = prose_tokens(path, N_TOKENS)
         transformer = Transformer(path)
-        self.reference: Callable[[int, int], Nll] = cache(lambda n_local, n_global: transformer.token_nll(self.tokens, Rule(n_local, n_global)))
+        self.reference: Callable[[int, int], Nll] = cache(
+            lambda n_local, n_global: transformer.token_nll(self.tokens, Rule(n_local, n_global))
+        )
 
 
 @pytest.fixture(scope="module", params=["nano", "stories260K"])
@@ -76,7 +78,17 @@ def test_flash_attention_setting_does_not_matter(model: Pretrained, flash_attn: 
         check(context.token_nll(model.tokens), model.reference(256, 10))
 
 
-@pytest.mark.parametrize("rule", [Rule(256, 10, 255), Rule(256, 10, 257), Rule(255, 10), Rule(256, 9), Rule(256, 10, mode="order"), Rule(256, 10, mode="true")])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(256, 10, 255),
+        Rule(256, 10, 257),
+        Rule(255, 10),
+        Rule(256, 9),
+        Rule(256, 10, mode="order"),
+        Rule(256, 10, mode="true"),
+    ],
+)
 def test_a_wrong_rule_would_be_seen(model: Pretrained, rule: Rule) -> None:
     """The comparison above can fail: the nearest wrong rules differ by more than its bounds."""
     wrong = Transformer(model.path).token_nll(model.tokens[:3000], rule)
@@ -101,14 +113,19 @@ def stock_f16_noise(model: Pretrained) -> float:
     differences = []
     for begin in range(0, 3000, 500):
         piece = model.tokens[begin : begin + 500]
-        with NativeContext(model.path, None, n_ctx=512) as exact, NativeContext(model.path, None, n_ctx=512, type_k=F16, type_v=F16) as rounded:
+        with (
+            NativeContext(model.path, None, n_ctx=512) as exact,
+            NativeContext(model.path, None, n_ctx=512, type_k=F16, type_v=F16) as rounded,
+        ):
             differences.append(np.abs(exact.token_nll(piece) - rounded.token_nll(piece)))
     return float(np.concatenate(differences).mean())
 
 
 @pytest.mark.parametrize("name", list(tiny_models.MODELS))
 @pytest.mark.parametrize(("n_local", "n_global", "n_ubatch"), [(64, 4, 64), (48, 1, 7), (32, 10, 1), (100, 16, 512)])
-def test_every_kind_of_model_follows_the_rule(tmp_path: Path, name: str, n_local: int, n_global: int, n_ubatch: int) -> None:
+def test_every_kind_of_model_follows_the_rule(
+    tmp_path: Path, name: str, n_local: int, n_global: int, n_ubatch: int
+) -> None:
     """Random weights, twelve times the 128 tokens that the files claim as training length."""
     path = tiny_models.write(name, tmp_path)
     tokens = tiny_models.tokens(1600)

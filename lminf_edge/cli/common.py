@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from lminf_edge.models import find_model
 if TYPE_CHECKING:
     from lminf_edge import Llama
 
+MAX_BATCH = 65536
+
 KV_TYPE_NUMBERS = {name: number for number, (name, _, _) in KV_TYPES.items()}
 
 
@@ -26,19 +29,39 @@ class CommandError(Exception):
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number that is `least` or more."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number that is `least` or more and `most` or less."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
+        _check_range(value, least, most)
         return value
 
     return parse
+
+
+def number(least: float, most: float | None = None) -> Callable[[str], float]:
+    """An argparse type: a number that is `least` or more and `most` or less."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+        _check_range(value, least, most)
+        return value
+
+    return parse
+
+
+def _check_range(value: float, least: float, most: float | None) -> None:
+    if not value >= least:  # catches nan as well
+        raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
+    if most is not None and value > most:
+        raise argparse.ArgumentTypeError(f"must be {most} or less, not {value}")
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -51,7 +74,11 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
 def add_window(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("attention window")
     group.add_argument(
-        "--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="first tokens kept; default 10"
+        "--n-global",
+        metavar="G",
+        type=whole_number(0),
+        default=LMInfConfig.n_global,
+        help="first tokens kept; default 10",
     )
     group.add_argument(
         "--n-local",
@@ -60,7 +87,10 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         help="last tokens kept; default: what is left of min(4096, training length)",
     )
     group.add_argument(
-        "--max-distance", metavar="D", type=whole_number(1), help="distance of the first tokens once they have left; default L"
+        "--max-distance",
+        metavar="D",
+        type=whole_number(1),
+        help="distance of the first tokens once they have left; default L",
     )
     group.add_argument(
         "--kv-type", choices=KV_TYPE_NUMBERS, default="f16", help="number format of the cache; default f16"
@@ -70,7 +100,9 @@ def add_window(parser: argparse.ArgumentParser) -> None:
 def add_compute(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computing")
     group.add_argument("--stock", action="store_true", help="full attention instead: llama.cpp as it is")
-    group.add_argument("--batch", metavar="N", type=whole_number(1), default=512, help="tokens per batch; default 512")
+    group.add_argument(
+        "--batch", metavar="N", type=whole_number(1, MAX_BATCH), default=512, help="tokens per batch; default 512"
+    )
     group.add_argument("--threads", metavar="N", type=whole_number(1), help="default: half of the logical cores")
     group.add_argument(
         "--gpu-layers", metavar="N", type=whole_number(-1), default=0, help="layers on the GPU, -1 all; default 0"
@@ -119,15 +151,16 @@ def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llam
 def load(path: str, **settings: Any) -> Llama:
     """A model, quietly. Raises ValueError or MemoryError, in one sentence."""
     from lminf_edge import Llama
-    from lminf_edge.native import captured_errors
+    from lminf_edge.native import captured_errors, load_failure
 
     with captured_errors() as errors:
         try:
-            return Llama(path, verbose=False, **settings)
+            llm = Llama(path, verbose=False, **settings)
         except ValueError as error:
-            if settings.get("lminf") or not errors:  # with lminf the sentence is a good one already
-                raise
-            raise ValueError(errors[0]) from error
+            raise ValueError(load_failure(path, errors) or str(error)) from error
+    # llama_cpp's logger takes llama.cpp's warnings for errors, and some come when a context is freed
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+    return llm
 
 
 def kv_bytes(header: Header, kv_type: int, n_cells: int) -> int:
@@ -172,7 +205,7 @@ def print_json(value: object) -> None:
 
 
 def human_bytes(n_bytes: float) -> str:
-    """"3.2 MiB" and the like."""
+    """ "3.2 MiB" and the like."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n_bytes < 1024 or unit == "GiB":
             break

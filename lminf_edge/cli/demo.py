@@ -48,11 +48,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default="nano")
     parser.add_argument("-f", "--file", metavar="FILE", help="UTF-8 text of your own, - for stdin")
     parser.add_argument(
-        "--stock-tokens", metavar="N", type=whole_number(2), default=16384, help="where full attention stops; default 16384"
+        "--stock-tokens",
+        metavar="N",
+        type=whole_number(2),
+        default=16384,
+        help="where full attention stops; default 16384",
     )
-    parser.add_argument("--tokens", metavar="N", type=whole_number(2), default=65536, help="where the Λ cache stops; default 65536")
-    parser.add_argument("--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="default 10")
-    parser.add_argument("--n-local", metavar="L", type=whole_number(1), help="default: what is left of the training length")
+    parser.add_argument(
+        "--tokens", metavar="N", type=whole_number(2), default=65536, help="where the Λ cache stops; default 65536"
+    )
+    parser.add_argument(
+        "--seconds",
+        metavar="S",
+        type=whole_number(2),
+        default=60,
+        help="end after S seconds, full attention after half of them; default 60",
+    )
+    parser.add_argument(
+        "--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="default 10"
+    )
+    parser.add_argument(
+        "--n-local", metavar="L", type=whole_number(1), help="default: what is left of the training length"
+    )
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -89,6 +106,9 @@ class Reader:
     def done(self) -> bool:
         return self.position >= self.n_scored
 
+    def stop(self) -> None:
+        self.n_scored = self.position
+
     def step(self) -> None:
         started = time.perf_counter()
         start, nll = next(self._blocks)
@@ -124,7 +144,10 @@ def run(args: argparse.Namespace) -> int:
             if not args.json:
                 print(f"{name}: {len(tokens) - 1} tokens for {path}, trained on {header.n_ctx_train}.\n")
             try:
-                while not lminf_reader.done:
+                started = time.monotonic()
+                while not lminf_reader.done and time.monotonic() - started < args.seconds:
+                    if time.monotonic() - started > args.seconds / 2:
+                        stock_reader.stop()
                     if not stock_reader.done:
                         stock_reader.step()
                     lminf_reader.step()
@@ -141,7 +164,9 @@ def run(args: argparse.Namespace) -> int:
         Bucket(
             start,
             end,
-            Figures(stock_reader.mean_nll(start, end), stock_reader.rate(start, end), kv_bytes(header, KV_TYPE_DEFAULT, end))
+            Figures(
+                stock_reader.mean_nll(start, end), stock_reader.rate(start, end), kv_bytes(header, KV_TYPE_DEFAULT, end)
+            )
             if end <= stock_reader.position
             else None,
             Figures(lminf_reader.mean_nll(start, end), lminf_reader.rate(start, end), window.kv_bytes),
@@ -202,7 +227,8 @@ def summarize(buckets: Sequence[Bucket], n_ctx_train: int) -> list[str]:
         first, first_stock = shared[0]
         if first is not bucket:
             sentences.append(
-                f"Since the first {first.end} tokens full attention went from {first_stock.mean_nll:.2f} to {stock.mean_nll:.2f}, "
+                f"Since the first {first.end} tokens full attention went from {first_stock.mean_nll:.2f} "
+                f"to {stock.mean_nll:.2f}, "
                 f"the Λ cache from {first.lminf.mean_nll:.2f} to {bucket.lminf.mean_nll:.2f}."
             )
         sentences.append(
@@ -212,7 +238,8 @@ def summarize(buckets: Sequence[Bucket], n_ctx_train: int) -> list[str]:
         )
     else:
         sentences.append(
-            f"The text ends within the {n_ctx_train} tokens the model was trained on: give a longer one to see a difference."
+            f"The text ends within the {n_ctx_train} tokens the model was trained on: "
+            "give a longer one to see a difference."
         )
     if last.stock is None:
         sentences.append(
@@ -220,7 +247,9 @@ def summarize(buckets: Sequence[Bucket], n_ctx_train: int) -> list[str]:
             f"{last.lminf.tokens_per_second:.0f} tokens per second."
         )
     if last.end > n_ctx_train:
-        sentences.append("It does not remember the middle: what has left the window is gone, except for the first tokens.")
+        sentences.append(
+            "It does not remember the middle: what has left the window is gone, except for the first tokens."
+        )
     return sentences
 
 
@@ -232,7 +261,8 @@ def print_table(buckets: Sequence[Bucket]) -> None:
         nll, rate, kv = ("-", "-", "-") if stock is None else _cells(stock)
         lminf_nll, lminf_rate, lminf_kv = _cells(lminf)
         print(
-            f"{bucket.start:>8} .. {bucket.end:>7}  {nll:>7} {lminf_nll:>7}   {rate:>8} {lminf_rate:>8}   {kv:>9} {lminf_kv:>9}"
+            f"{bucket.start:>8} .. {bucket.end:>7}  {nll:>7} {lminf_nll:>7}   {rate:>8} {lminf_rate:>8}   "
+            f"{kv:>9} {lminf_kv:>9}"
         )
 
 
@@ -295,7 +325,9 @@ def sparkline(losses: Sequence[float], scale: Sequence[float], width: int) -> st
         means.append(sum(block) / len(block) / BATCH)
     low, high = min(scale), max(scale)
     bars = "▁▂▃▄▅▆▇█"
-    return "".join(bars[round((min(max(mean, low), high) - low) / ((high - low) or 1) * (len(bars) - 1))] for mean in means)
+    return "".join(
+        bars[round((min(max(mean, low), high) - low) / ((high - low) or 1) * (len(bars) - 1))] for mean in means
+    )
 
 
 # --- the text ---------------------------------------------------------------------------------------------------------
@@ -309,7 +341,9 @@ def python_documentation() -> str:
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise CommandError("This Python comes without its documentation: give a text of your own with --file.") from None
+        raise CommandError(
+            "This Python comes without its documentation: give a text of your own with --file."
+        ) from None
     paragraphs: dict[str, None] = {}  # in order
     for topic in topics.values():
         for paragraph in re.split(r"\n\s*\n", topic):

@@ -14,6 +14,7 @@ import argparse
 
 from lminf_edge.cli.common import (
     KV_TYPE_NUMBERS,
+    CommandError,
     add_model,
     add_window,
     human_bytes,
@@ -22,7 +23,7 @@ from lminf_edge.cli.common import (
     print_json,
     window_config,
 )
-from lminf_edge.config import Window, physical_memory, resolve
+from lminf_edge.config import physical_memory, resolve
 from lminf_edge.gguf_header import Header
 
 HELP = "whether a model is supported, and what its cache costs"
@@ -76,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def model_refusal(path: str) -> str | None:
-    """Why the model cannot have a Λ cache, in one sentence; None if it can. Its weights are not read."""
+    """Why the model cannot have a Λ cache, in one sentence; None if it can. Its weights are not read.
+
+    Raises CommandError if the file is damaged.
+    """
     from lminf_edge import native
 
     library = native.load()
@@ -91,7 +95,10 @@ def model_refusal(path: str) -> str | None:
     with native.captured_errors() as errors:
         model = bindings.llama_model_load_from_file(path.encode("utf-8"), params)
     if not model:
-        return errors[0] if errors else "llama.cpp cannot load this model."
+        reason = native.load_failure(path, errors) or f"{path} cannot be loaded."
+        if "unknown model architecture" in reason:
+            return reason
+        raise CommandError(reason)
     try:
         return library.refusal(model)
     finally:

@@ -70,7 +70,12 @@ YARN: Keys = {
 }
 # llama.cpp rounds contexts up to 256, so the short factors are only reachable below an original length of 256 or more
 LONGROPE: Keys = {"rope.scaling.original_context_length": 256, "rope.scaling.attn_factor": 1.2}
-GROK: Keys = {"embedding_scale": 1.0, "logit_scale": 0.57735, "attention.output_scale": 0.25, "attn_logit_softcapping": 4.0}
+GROK: Keys = {
+    "embedding_scale": 1.0,
+    "logit_scale": 0.57735,
+    "attention.output_scale": 0.25,
+    "attn_logit_softcapping": 4.0,
+}
 
 MODELS = {
     "llama": Shape("llama", factors=("rope_freqs",)),
