@@ -94,9 +94,13 @@ class Window:
         return min(512, max(64, 1 << (self.size // 4 - 1).bit_length()))
 
     def kv_bytes(self, header: Header, type_k: int, type_v: int, n_ubatch: int) -> int:
-        """Estimated size of the cache in bytes: window, slack and one micro-batch, and the sinks."""
-        n_cells = self.n_local + self.n_slack + n_ubatch + self.n_global
-        return n_cells * (_row_bytes(type_k, header.n_embd_k) + _row_bytes(type_v, header.n_embd_v))
+        """Size of the cache in bytes: window, slack and one micro-batch, padded as llama.cpp pads, and the sinks."""
+        n_cells = -(-(self.n_local + self.n_slack + n_ubatch) // 256) * 256
+        n_sink_rows = -(-self.n_global // 8) * 8 + 1
+        return sum(
+            n_cells * _row_bytes(kv_type, n_embd) + n_sink_rows * _row_bytes(_sink_type(kv_type), n_embd)
+            for kv_type, n_embd in ((type_k, header.n_embd_k), (type_v, header.n_embd_v))
+        )
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,10 @@ def physical_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _sink_type(kv_type: int) -> int:
+    return KV_TYPE_DEFAULT if is_quantized(kv_type) else kv_type
 
 
 def _row_bytes(kv_type: int, n_elements: int) -> int:
