@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFValueType, GGUFWriter, TokenType
 
-Keys = dict[str, int | float | str]
+Keys = dict[str, int | float | str | list[int]]
 Tensors = dict[str, npt.NDArray[np.float32]]
 
 N_VOCAB = 288
@@ -197,11 +197,21 @@ def write(name: str, folder: str | PathLike[str], seed: int = 0) -> Path:
     """Write the model `name` of MODELS to "<folder>/tiny-<name>.gguf", the same bytes for the same seed."""
     shape = MODELS[name]
     path = Path(folder) / f"tiny-{name}.gguf"
-    writer = GGUFWriter(path, shape.arch)
+    write_gguf(path, shape.arch, metadata(shape), weights(shape, np.random.default_rng(seed)))
+    return path
+
+
+def write_gguf(path: Path, arch: str, keys: Keys, tensors: Tensors) -> None:
+    """A GGUF with the tiny vocabulary; `keys` come without the architecture's prefix, but those of the tokenizer."""
+    writer = GGUFWriter(path, arch)
     # not the model's own name: llama.cpp expects certain tokens of whatever is called phi3
     writer.add_name("tiny")
-    for key, value in metadata(shape).items():
-        writer.add_key_value(f"{shape.arch}.{key}", value, VALUE_TYPES[type(value)])
+    for name, value in keys.items():
+        key = name if name.startswith("tokenizer.") else f"{arch}.{name}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, VALUE_TYPES[type(value)])
     pieces, scores, types = vocabulary()
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
@@ -209,13 +219,12 @@ def write(name: str, folder: str | PathLike[str], seed: int = 0) -> Path:
     writer.add_token_types(types)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    for tensor_name, tensor in weights(shape, np.random.default_rng(seed)).items():
-        writer.add_tensor(tensor_name, tensor)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def tokens(n_tokens: int, seed: int = 0) -> npt.NDArray[np.int32]:
