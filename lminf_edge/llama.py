@@ -126,6 +126,9 @@ class Llama(llama_cpp.Llama):
             except ValueError as error:
                 reason = library.last_error() or native.load_failure(path, errors) or str(error)
                 raise ValueError(reason) from error
+        if self.lora_path and not self._lora_adapter:  # the base class takes a null pointer for an adapter
+            reason = errors[0] if errors else "llama.cpp does not say why"
+            raise ValueError(f"{self.lora_path} cannot be loaded as an adapter: {reason}.")
         assert library.enabled(self._ctx.ctx)
 
         self._config = replace(config, n_local=window.n_local)

@@ -16,6 +16,7 @@ from conftest import TEXT, MakeLlama
 
 from lminf_edge import CheckpointError, Llama, LMInfConfig
 from lminf_edge.config import physical_memory
+from lminf_edge.gguf_header import read_header
 from lminf_edge.history import Tokens
 
 ONE_THREAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
@@ -74,6 +75,17 @@ def test_more_sinks_than_window_and_none_at_all(make_llama: MakeLlama, tokens: T
         llm.eval(tokens[:500])
         assert llm.stream_info().sink_cells == n_global
         assert llm.stream_info().evicted == 500 - (n_local - 1) - n_global
+
+
+@pytest.mark.parametrize("n_local", [1, 64, 300])
+@pytest.mark.parametrize(("type_k", "type_v"), [(0, 0), (1, 1), (8, 8), (1, 2)])
+def test_the_size_of_the_cache_is_known_beforehand(
+    make_llama: MakeLlama, nano_path: str, n_local: int, type_k: int, type_v: int
+) -> None:
+    llm = make_llama(lminf=LMInfConfig(n_global=9, n_local=n_local), type_k=type_k, type_v=type_v)
+    assert llm._window is not None
+    expected = llm._window.kv_bytes(read_header(nano_path), type_k, type_v, llm.context_params.n_ubatch)
+    assert llm.stream_info().kv_bytes == expected
 
 
 def test_quiet(make_llama: MakeLlama, capfd: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +173,13 @@ def gguf(path: Path, n_tensors: int, **values: str | int) -> str:
             data += struct.pack("<II", 4, value)
     path.write_bytes(data)
     return str(path)
+
+
+def test_files_that_are_no_adapters(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.gguf"
+    refused(ValueError, "cannot be loaded as an adapter", "nano", lora_path=str(path))
+    path.write_bytes(b"not an adapter")
+    refused(ValueError, "cannot be loaded as an adapter", "nano", lora_path=str(path))
 
 
 def test_a_vocabulary_without_weights(tmp_path: Path) -> None:

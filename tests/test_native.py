@@ -293,6 +293,19 @@ def test_a_state_goes_on_in_another_context(llama: Path, n_tokens: int) -> None:
         assert np.abs(context.feed(TOKENS[n_tokens : n_tokens + 20]) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("n_tokens", [50, 300, 1000])
+def test_a_restored_state_gives_the_same_bits(nano_path: str, n_tokens: int) -> None:
+    """Quantized weights make rounding visible: the cells must be where they were."""
+    tokens = np.random.default_rng(n_tokens).integers(3, 2000, n_tokens + 100).astype(np.int32)
+    with NativeContext(nano_path, 64, G) as context:
+        context.feed(tokens[:n_tokens])
+        state = context.save()
+        expected = context.feed(tokens[n_tokens:])
+    with NativeContext(nano_path, 64, G) as context:
+        assert context.load(state)
+        np.testing.assert_array_equal(context.feed(tokens[n_tokens:]), expected)
+
+
 def test_a_state_moves_to_another_sequence(llama: Path) -> None:
     with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2) as context:
         context.feed(TOKENS[:300])

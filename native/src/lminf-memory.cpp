@@ -504,6 +504,7 @@ struct state_header {
     int32_t  n_layer;
     int32_t  n_stream; // of the cache
     int32_t  n_seq;    // sequences that follow
+    int32_t  n_cells;  // of the cache, per sequence
 };
 
 struct state_seq {
@@ -511,17 +512,30 @@ struct state_seq {
     int64_t start;
     int32_t n_sink;
     int32_t begun;
-    int32_t n_used; // window cells
+    int32_t n_used; // window cells that are saved; their indices follow
     int32_t pos_max;
+    int32_t stream; // of the cache, that they are saved from
+    int32_t unused;
 };
 
+}
+
+// the cells that llama_kv_cache::state_write saves of one sequence, in its order
+static std::vector<uint32_t> saved_cells(const llama_kv_cells & cells, llama_seq_id seq_id, uint32_t n_swa) {
+    std::vector<uint32_t> res;
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (!cells.is_empty(i) && !llama_hparams::is_masked_swa(n_swa, LLAMA_SWA_TYPE_STANDARD, cells.pos_get(i), cells.seq_pos_max(seq_id))) {
+            res.push_back(i);
+        }
+    }
+    return res;
 }
 
 static state_header make_header(const lminf_cparams & params, const llama_kv_cache & window, int32_t n_layer, int32_t n_seq) {
     return {
         state_magic, state_version,
         params.n_global, params.n_local, params.max_distance, params.sink_mode,
-        window.type_k(), window.type_v(), n_layer, (int32_t) window.get_n_stream(), n_seq,
+        window.type_k(), window.type_v(), n_layer, (int32_t) window.get_n_stream(), n_seq, (int32_t) window.get_size(),
     };
 }
 
@@ -538,11 +552,14 @@ void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama
 
     for (llama_seq_id s = s0; s < s1; ++s) {
         const auto & stream = streams[s];
+        const auto   cells  = saved_cells(window->get_cells(s), s, params.n_local + params.n_slack);
+
         const state_seq seq = {
             stream.origin, stream.start, stream.n_sink, stream.begun ? 1 : 0,
-            (int32_t) window->get_cells(s).get_used(), window->seq_pos_max(s),
+            (int32_t) cells.size(), window->seq_pos_max(s), (int32_t) window->get_stream(s), 0,
         };
         io.write(&seq, sizeof(seq));
+        io.write(cells.data(), cells.size()*sizeof(uint32_t));
     }
 
     window->state_write(io, seq_id, flags);
@@ -587,6 +604,9 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
 
     std::vector<lminf_stream> streams_new(s1 - s0);
 
+    // where one sequence's cells were: the same places again make the same sums, to the last bit
+    llama_kv_cache::slot_info_vec_t places(window->get_n_stream());
+
     for (auto & stream : streams_new) {
         state_seq seq;
         io.read(&seq, sizeof(seq));
@@ -597,6 +617,18 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
         if (seq.n_sink < 0 || seq.n_sink > params.n_global || seq.start < 0 || seq.origin < 0 ||
             (seq.begun && (seq.pos_max < 0 || seq.origin + seq.pos_max < seq.start))) {
             refuse("its positions make no sense");
+        }
+
+        if (seq.stream < 0 || seq.stream >= expected.n_stream) {
+            refuse("its positions make no sense");
+        }
+
+        auto & place = places[seq.stream];
+        if (seq.n_used > 0) {
+            place.resize(1);
+            place.strm[0] = seq.stream;
+            place.idxs[0].resize(seq.n_used);
+            io.read(place.idxs[0].data(), seq.n_used*sizeof(uint32_t));
         }
 
         stream.origin = seq.origin;
@@ -610,7 +642,8 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
     }
 
     // an exception leaves the sequence empty, as the cache does with its own cells
-    window->state_read(io, seq_id, flags);
+    const bool same_places = seq_id >= 0 && header.n_cells == expected.n_cells;
+    window->state_read_sinfo(io, seq_id, flags, nullptr, same_places ? &places : nullptr);
 
     try {
         for (llama_seq_id s = s0; s < s1; ++s) {
