@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 
@@ -629,6 +630,11 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
             place.strm[0] = seq.stream;
             place.idxs[0].resize(seq.n_used);
             io.read(place.idxs[0].data(), seq.n_used*sizeof(uint32_t));
+
+            const auto & idxs = place.idxs[0];
+            if (std::adjacent_find(idxs.begin(), idxs.end(), std::greater_equal<>()) != idxs.end() || idxs.back() >= (uint32_t) header.n_cells) {
+                refuse("its cells make no sense");
+            }
         }
 
         stream.origin = seq.origin;
