@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def model_refusal(path: str) -> str | None:
-    """Why the model cannot have a Λ cache, in one sentence; None if it can. Its weights are not read.
+    """Why the model cannot have a Λ cache, in one sentence; None if it can.
 
-    Raises CommandError if the file is damaged.
+    Its weights are not read. Raises CommandError if the file is damaged.
     """
     from lminf_edge import native
 
@@ -88,21 +88,28 @@ def model_refusal(path: str) -> str | None:
     from llama_cpp._logger import set_verbose
 
     set_verbose(False)
-
-    params = bindings.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
+    model_params = bindings.llama_model_default_params()
+    model_params.no_alloc = True
+    model_params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
+    params = bindings.llama_context_default_params()
+    params.n_ctx = params.n_batch = 64
+    window = library.default_params()
+    window.n_local = 64
     with native.captured_errors() as errors:
-        model = bindings.llama_model_load_from_file(path.encode("utf-8"), params)
-    if not model:
-        reason = native.load_failure(path, errors) or f"{path} cannot be loaded."
-        if "unknown model architecture" in reason:
-            return reason
-        raise CommandError(reason)
-    try:
-        return library.refusal(model)
-    finally:
+        model = bindings.llama_model_load_from_file(path.encode("utf-8"), model_params)
+        if not model:
+            reason = native.load_failure(path, errors) or f"{path} cannot be loaded."
+            if "unknown model architecture" in reason:
+                return reason
+            raise CommandError(reason)
+        # some models are only found out when their graph is built, so asking lminf_refusal is not enough
+        with library.next_context(window):
+            context = bindings.llama_init_from_model(model, params)
+            refusal = None if context else library.last_error() or "llama.cpp cannot make a context for this model."
+        if context:
+            bindings.llama_free(context)
         bindings.llama_model_free(model)
+    return refusal
 
 
 def recommend(header: Header, n_global: int) -> str:

@@ -47,9 +47,10 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 failed, 2 wrong usage, 130 interrupted."""
     args = build_parser().parse_args(argv)
-    warnings.showwarning = _show_warning
     try:
-        status: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status: int = args.run(args)
         sys.stdout.flush()
         return status
     except (CommandError, ValueError, RuntimeError, MemoryError, ImportError) as error:

@@ -148,9 +148,8 @@ ggml_tensor * lminf_build_shift(
     const auto & hparams = lctx.get_model().hparams;
     const auto & rope    = lminf_get_memory(&lctx)->get_rope(il);
 
-    GGML_ASSERT(rope.known && "a cache that holds keys has had its graph built");
-
-    if (rope.n_dims == 0) {
+    // a layer without attention has never been built, one without RoPE has nothing to rotate
+    if (!rope.known || rope.n_dims == 0) {
         return nullptr;
     }
 

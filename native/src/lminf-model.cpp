@@ -58,6 +58,9 @@ static const char * find_reason(const llama_model & model) {
     if (hparams.n_pos_per_embd() > 1) {
         return "it has several positions per token (M-RoPE)";
     }
+    if (hparams.router_layer >= 0) {
+        return "it reads which adapter is on from a token that may be far back, and has left the cache by then";
+    }
     if (model.pos_embd != nullptr) {
         return "it adds learned absolute positions, which end where its training ended";
     }

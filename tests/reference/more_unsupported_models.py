@@ -1,0 +1,156 @@
+"""More tiny models that llama.cpp runs and a Λ cache cannot serve, with tensors that differ from the usual ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reference.random_model import (
+    ATTENTION,
+    FORWARD,
+    GATED,
+    HEAD,
+    N_EMBD,
+    N_FF,
+    N_HEAD,
+    N_KV,
+    OUTPUT,
+    QK_NORM,
+    Model,
+    Shapes,
+    without,
+)
+from reference.tiny_models import Keys
+
+N_LORA, N_ROT, N_EXPERT = 32, 8, 4
+N_NOPE = HEAD - N_ROT
+N_SLOT, N_RANK = 2, 4
+
+
+@dataclass(frozen=True)
+class Refused:
+    """words: in the sentence that refuses the model. at_graph: found out when the graph is built, not before."""
+
+    model: Model
+    words: str
+    at_graph: bool = False
+
+
+EXPERTS: Shapes = {
+    "ffn_norm.weight": (N_EMBD,),
+    "ffn_gate_inp.weight": (N_EXPERT, N_EMBD),
+    "ffn_gate_exps.weight": (N_EXPERT, N_FF, N_EMBD),
+    "ffn_up_exps.weight": (N_EXPERT, N_FF, N_EMBD),
+    "ffn_down_exps.weight": (N_EXPERT, N_EMBD, N_FF),
+    "ffn_gate_shexp.weight": (N_FF, N_EMBD),
+    "ffn_up_shexp.weight": (N_FF, N_EMBD),
+    "ffn_down_shexp.weight": (N_EMBD, N_FF),
+}
+# latent attention with keys and values that are expanded before they are cached
+EXPANDED: Shapes = {
+    "attn_norm.weight": (N_EMBD,),
+    "attn_q_a.weight": (N_LORA, N_EMBD),
+    "attn_q_a_norm.weight": (N_LORA,),
+    "attn_q_b.weight": (N_EMBD, N_LORA),
+    "attn_kv_a_mqa.weight": (N_LORA + N_ROT, N_EMBD),
+    "attn_kv_a_norm.weight": (N_LORA,),
+    "attn_kv_b.weight": (N_HEAD * (N_NOPE + HEAD), N_LORA),
+    "attn_output.weight": (N_EMBD, N_EMBD),
+}
+# the same with what is cached left compressed
+COMPRESSED = without(EXPANDED, "attn_kv_b") | {
+    "attn_k_b.weight": (N_HEAD, N_LORA, N_NOPE),
+    "attn_v_b.weight": (N_HEAD, HEAD, N_LORA),
+}
+DEEPSEEK2_KEYS: Keys = {
+    "attention.q_lora_rank": N_LORA,
+    "attention.kv_lora_rank": N_LORA,
+    "attention.head_count_kv": N_HEAD,
+    "rope.dimension_count": N_ROT,
+    "leading_dense_block_count": 2,
+    "expert_feed_forward_length": N_FF,
+    "expert_shared_count": 0,
+}
+
+
+def t5_tensors(n_layer: int) -> Shapes:
+    block = without(ATTENTION | FORWARD, "attn_output") | {
+        "attn_k.weight": (N_EMBD, N_EMBD),
+        "attn_v.weight": (N_EMBD, N_EMBD),
+        "attn_o.weight": (N_EMBD, N_EMBD),
+        "attn_rel_b.weight": (8, N_HEAD),
+    }
+    cross = {f"cross_{name}": shape for name, shape in block.items() if name.startswith("attn")}
+    shapes: Shapes = {"enc.output_norm.weight": (N_EMBD,), "dec.output_norm.weight": (N_EMBD,)}
+    for i in range(n_layer):
+        shapes |= {f"enc.blk.{i}.{name}": shape for name, shape in block.items()}
+        shapes |= {f"dec.blk.{i}.{name}": shape for name, shape in (block | cross).items()}
+    return shapes
+
+
+def with_adapters(shapes: Shapes) -> Shapes:
+    """Granite's switched adapters: a low-rank pair for every projection, stacked over the adapters."""
+    projections = without(shapes, "attn_norm", "ffn_norm")
+    fused = without(shapes, "attn_q", "attn_k", "attn_v") | {"attn_qkv.weight": (N_EMBD + 2 * N_KV, N_EMBD)}
+    for name, (n_out, n_in) in projections.items():
+        base = name.removesuffix(".weight")
+        fused |= {f"{base}.lora_a": (N_SLOT, N_RANK, n_in), f"{base}.lora_b": (N_SLOT, n_out, N_RANK)}
+    return fused
+
+
+MODELS = {
+    "deepseek2": Refused(
+        Model(
+            "deepseek2",
+            DEEPSEEK2_KEYS
+            | {
+                "attention.head_count_kv": 1,
+                "attention.key_length": N_LORA + N_ROT,
+                "attention.value_length": N_LORA,
+                "attention.key_length_mla": HEAD,
+                "attention.value_length_mla": HEAD,
+            },
+            OUTPUT,
+            (COMPRESSED | GATED,) * 2,
+        ),
+        "MLA",
+    ),
+    "deepseek2-expanded": Refused(
+        Model("deepseek2", DEEPSEEK2_KEYS, OUTPUT, (EXPANDED | GATED,) * 2), "MLA", at_graph=True
+    ),
+    "llada": Refused(Model("llada", {}, OUTPUT, (ATTENTION | GATED,) * 2), "not causal"),
+    "t5": Refused(
+        Model(
+            "t5",
+            {"block_count": 2, "attention.head_count_kv": N_HEAD, "attention.relative_buckets_count": 8},
+            t5_tensors(2),
+            (),
+        ),
+        "encoder",
+    ),
+    "hunyuan-moe": Refused(
+        Model(
+            "hunyuan-moe",
+            {"expert_count": N_EXPERT, "expert_used_count": 2, "expert_feed_forward_length": N_FF},
+            OUTPUT,
+            (ATTENTION | QK_NORM | EXPERTS,) * 2,
+        ),
+        "between RoPE and attention",
+        at_graph=True,
+    ),
+    # which adapter is on is read from a token that may be far back
+    "graniteswitch": Refused(
+        Model(
+            "graniteswitch",
+            {
+                "logit_scale": 1.0,
+                "adapters.count": N_SLOT - 1,
+                "adapters.lora_rank": N_RANK,
+                "adapters.token_ids_activate": [100],
+                "adapters.token_ids_substitute": [101],
+            },
+            OUTPUT,
+            (with_adapters(ATTENTION | GATED),) * 2,
+        ),
+        "adapter",
+    ),
+}

@@ -1,0 +1,473 @@
+"""The command line: what each command prints, and one sentence and the right exit status for all that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TEXT
+from reference import tiny_models
+
+from lminf_edge import Llama, LMInfConfig
+from lminf_edge.cli import main
+from lminf_edge.cli.common import human_bytes
+from lminf_edge.cli.demo import Bucket, Figures, bucket_edges, python_documentation, sparkline, summarize
+from lminf_edge.evaluate import token_nll
+
+ENTRY = Path(sys.executable).with_name("lminf-edge")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 4, encoding="utf-8")
+    return str(path)
+
+
+def run_json(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """What a command prints with --json; nothing else may be on stdout or stderr."""
+    assert main([*arguments, "--json"]) == 0
+    output = capfd.readouterr()
+    assert output.err == ""
+    return json.loads(output.out)
+
+
+# one is known by its parameters, the other is only found out when its graph is built
+UNSUPPORTED = [("llada", "not causal"), ("mistral3", "absolute position")]
+
+
+def write_unsupported(arch: str, folder: Path) -> str:
+    """The tiny llama under another name."""
+    shape = dataclasses.replace(tiny_models.MODELS["llama"], arch=arch, factors=())
+    keys = tiny_models.metadata(shape) | {"attention.temperature_scale": 0.1}
+    path = folder / f"{arch}.gguf"
+    tiny_models.write_gguf(path, arch, keys, tiny_models.weights(shape, np.random.default_rng(0)))
+    return str(path)
+
+
+# --- ppl --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_ppl_is_token_nll_by_bucket(capfd: pytest.CaptureFixture[str], text_file: str, stock: bool) -> None:
+    options = ["--n-global", "4", "--n-local", "32", "--kv-type", "f32", "--bucket", "100", "--batch", "48"]
+    report = run_json(capfd, "ppl", "-m", "nano", "-f", text_file, *options, *(["--stock"] if stock else []))
+
+    f32 = {"type_k": 0, "type_v": 0, "n_batch": 48, "verbose": False}
+    llm = Llama(
+        "nano", lminf=None if stock else LMInfConfig(n_global=4, n_local=32), n_ctx=1024 if stock else None, **f32
+    )
+    tokens = llm.tokenize((TEXT * 4).encode("utf-8"))
+    expected = token_nll(llm, tokens)
+    llm.close()
+
+    assert report["tokens"] == len(tokens) - 1 == len(expected)
+    assert report["mean_nll"] == pytest.approx(expected.mean(), abs=1e-5)
+    assert [(bucket["start"], bucket["end"]) for bucket in report["buckets"]] == [
+        (start, min(start + 100, len(expected))) for start in range(0, len(expected), 100)
+    ]
+    for bucket in report["buckets"]:
+        assert bucket["mean_nll"] == pytest.approx(expected[bucket["start"] : bucket["end"]].mean(), abs=1e-5)
+
+
+def test_ppl_of_a_text_within_the_window_is_that_of_full_attention(
+    capfd: pytest.CaptureFixture[str], text_file: str
+) -> None:
+    common = ["ppl", "-m", "nano", "-f", text_file, "--tokens", "200", "--kv-type", "f32"]
+    ours, stock = run_json(capfd, *common), run_json(capfd, *common, "--stock")
+    assert ours["mean_nll"] == pytest.approx(stock["mean_nll"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0", "q4_0"])
+def test_ppl_with_every_kv_type(capfd: pytest.CaptureFixture[str], text_file: str, kv_type: str) -> None:
+    common = ["ppl", "-m", "nano", "-f", text_file, "--n-global", "4", "--n-local", "64"]
+    exact = run_json(capfd, *common, "--kv-type", "f32")
+    report = run_json(capfd, *common, "--kv-type", kv_type)
+    assert report["mean_nll"] == pytest.approx(exact["mean_nll"], abs=0.05)
+
+
+def test_ppl_prints_a_table(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    assert main(["ppl", "-m", "nano", "-f", text_file]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d+ tokens, \d+\.\d{4} nats per token, perplexity \d+\.\d\d", lines[-1])
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_what_it_reports(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "-m", "nano", "-p", "The sea was", "-n", "40", "--seed", "7", "--ignore-eos"]
+    report = run_json(capfd, *arguments, "--n-global", "4", "--n-local", "16")
+    assert report["finish_reason"] == "length"
+    assert report["tokens"] == 40
+    assert report["stream"]["position"] == report["prompt_tokens"] + 39  # the last one is not processed any more
+    assert report["stream"]["sink_cells"] == 4
+    assert report["stream"]["evicted"] > 0
+
+    assert main([*arguments, "--n-global", "4", "--n-local", "16"]) == 0
+    output = capfd.readouterr()
+    assert output.out == report["text"] + "\n"
+    assert "generated 40 tokens" in output.err
+
+
+def test_generate_with_full_attention_is_llama_cpp(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["-m", "nano", "-p", "The sea was", "-n", "30", "--temp", "0"]
+    report = run_json(capfd, "generate", *arguments, "--stock")
+    assert report["stream"] is None
+    # within the window the Λ cache changes nothing
+    assert run_json(capfd, "generate", *arguments)["text"] == report["text"]
+
+
+def test_generate_reads_a_prompt_of_any_length(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    report = run_json(capfd, "generate", "-m", "nano", "-f", text_file, "-n", "1", "--n-global", "4", "--n-local", "60")
+    assert report["prompt_tokens"] > 300
+    assert report["stream"]["position"] == report["prompt_tokens"]
+
+
+# --- info and doctor --------------------------------------------------------------------------------------------------
+
+
+def test_info_knows_what_the_cache_will_take(capfd: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capfd, "info", "-m", "nano", "--n-global", "4", "--n-local", "100", "--kv-type", "q8_0")
+    assert report["supported"] is True
+    assert report["refusal"] is None
+    assert report["architecture"] == "llama"
+    assert report["n_ctx_train"] == 512
+    assert report["kv_bytes_per_token"]["f16"] == 2 * 5 * 2 * 64 * 2  # K and V, layers, heads, head size, bytes
+    generated = run_json(
+        capfd,
+        "generate",
+        "-m",
+        "nano",
+        "-p",
+        "x",
+        "-n",
+        "1",
+        "--n-global",
+        "4",
+        "--n-local",
+        "100",
+        "--kv-type",
+        "q8_0",
+    )
+    assert report["window"]["kv_bytes"] == pytest.approx(generated["stream"]["kv_bytes"], rel=0.02)
+    # the recommendation can be pasted
+    assert run_json(capfd, "info", "-m", "nano", *report["recommended"].split())["supported"]
+
+
+@pytest.mark.parametrize(("arch", "reason"), UNSUPPORTED)
+def test_info_says_why_a_model_is_not_supported(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, arch: str, reason: str
+) -> None:
+    report = run_json(capfd, "info", "-m", write_unsupported(arch, tmp_path))
+    assert report["supported"] is False
+    assert f"'{arch}'" in report["refusal"]
+    assert reason in report["refusal"]
+    assert report["recommended"] is None
+
+
+def test_info_of_an_architecture_nobody_knows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "unknown.gguf"
+    tiny_models.write_gguf(path, "nosuch", {"context_length": 64}, {"x": np.zeros((32, 32), dtype=np.float32)})
+    report = run_json(capfd, "info", "-m", str(path))
+    assert "unknown model architecture: 'nosuch'" in report["refusal"]
+
+
+def test_doctor_finds_nothing_wrong(capfd: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capfd, "doctor")
+    assert report["ok"] is True
+    names = [check["name"] for check in report["checks"]]
+    assert names == ["machine", "lminf-edge", "llama-cpp-python", "library", "backends", "first run"]
+
+
+def test_doctor_works_without_a_library(tmp_path: Path) -> None:
+    environment = os.environ | {"LMINF_LIB_PATH": str(tmp_path)}
+    result = subprocess.run([ENTRY, "doctor", "--json"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    report = json.loads(result.stdout)
+    assert report["ok"] is False
+    assert report["checks"][-1]["name"] == "library"
+    assert "reinstall" in report["checks"][-1]["advice"]
+    assert result.stderr == ""
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_reports_both_readers(capfd: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capfd, "demo", "--stock-tokens", "1024", "--tokens", "2048")
+    edges = [(bucket["start"], bucket["end"]) for bucket in report["buckets"]]
+    assert edges == [(0, 512), (512, 1024), (1024, 2048)]
+    within, beyond, alone = report["buckets"]
+    assert within["stock"]["mean_nll"] == pytest.approx(within["lminf"]["mean_nll"], abs=0.01)
+    assert beyond["stock"]["kv_bytes"] == 1024 * 2560
+    assert alone["stock"] is None
+    assert beyond["lminf"]["kv_bytes"] == alone["lminf"]["kv_bytes"]
+    assert report["summary"]
+
+
+def test_demo_on_a_terminal_and_elsewhere(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(python_documentation()[:6000], encoding="utf-8")
+    command = [ENTRY, "demo", "--file", str(text)]
+    plain = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", plain)  # nothing but line ends
+    assert "positions" in plain
+
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                block = os.read(ours, 65536)
+            except OSError:  # how Linux says that the other end was closed
+                break
+            if not block:
+                break
+            shown += block
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"\x1b[2F" in shown  # two lines, redrawn
+    assert b"positions" in shown
+
+
+def figures(mean_nll: float, kv_bytes: int = 1024) -> Figures:
+    return Figures(mean_nll, 100.0, kv_bytes)
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "expected"),
+    [
+        (6.0, 5.0, "full attention's perplexity is 2.7 times that of the Λ cache"),
+        (5.0, 5.1, "the Λ cache's perplexity is 1.11 times that of full attention"),
+        (5.0, 5.01, "the two predict equally well"),
+    ],
+)
+def test_demo_says_what_the_numbers_say(stock: float, ours: float, expected: str) -> None:
+    buckets = [
+        Bucket(0, 512, figures(5.0), figures(5.0)),
+        Bucket(512, 1024, figures(stock, 4096), figures(ours, 2048)),
+    ]
+    sentences = " ".join(summarize(buckets, 512))
+    assert expected in sentences
+    assert "4.0 KiB" in sentences
+    assert "went on" not in sentences
+    assert "went on to token 2048" in " ".join(summarize([*buckets, Bucket(1024, 2048, None, figures(5.0))], 512))
+
+
+def test_demo_claims_nothing_within_the_training_length() -> None:
+    (sentence,) = summarize([Bucket(0, 300, figures(5.0), figures(5.0))], 512)
+    assert "give a longer one" in sentence
+
+
+def test_buckets_meet_and_double() -> None:
+    assert list(bucket_edges(512, 1000, 3000)) == [(0, 512), (512, 1000), (1000, 1024), (1024, 2048), (2048, 3000)]
+    assert list(bucket_edges(128, 256, 256)) == [(0, 256)]
+
+
+def test_sparkline_goes_from_lowest_to_highest() -> None:
+    losses = [256.0 * value for value in range(1, 9)]
+    assert sparkline(losses, [float(value) for value in range(1, 9)], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline(losses, [1.0, 8.0], 7) == ""
+
+
+def test_documentation_is_prose() -> None:
+    text = python_documentation()
+    assert len(text) > 100_000
+    assert "::=" not in text
+
+
+def test_human_bytes() -> None:
+    assert [human_bytes(n) for n in (0, 1023, 1024, 150 * 1024, 5 << 30, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "150 KiB",
+        "5.0 GiB",
+        "5120 GiB",
+    ]
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad(tmp_path: Path, nano_path: str) -> Path:
+    """A folder of files that are not what they should be."""
+    nano = Path(nano_path).read_bytes()
+    (tmp_path / "half.gguf").write_bytes(nano[: len(nano) // 2])
+    (tmp_path / "head.gguf").write_bytes(nano[:1000])
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    (tmp_path / "text.gguf").write_bytes(b"This is no model.")
+    tiny_models.write_gguf(tmp_path / "vocabulary.gguf", "llama", {"context_length": 64}, {})
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "zero.txt").write_bytes(b"a\0b")
+    (tmp_path / "binary.txt").write_bytes(nano[:1000])
+    (tmp_path / "good.txt").write_text(TEXT, encoding="utf-8")
+    shape = tiny_models.MODELS["llama"]
+    no_bos = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_space_prefix": False}
+    weights = tiny_models.weights(shape, np.random.default_rng(0))
+    tiny_models.write_gguf(tmp_path / "nobos.gguf", "llama", tiny_models.metadata(shape) | no_bos, weights)
+    (tmp_path / "one.txt").write_text("a", encoding="utf-8")
+    return tmp_path
+
+
+PPL = ["ppl", "-m", "nano", "-f", "good.txt"]
+
+USAGE = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["chat-with-me"], "invalid choice"),
+    "no model": (["ppl", "-f", "good.txt"], "-m/--model"),
+    "no text": (["ppl", "-m", "nano"], "-f/--file"),
+    "unknown option": ([*PPL, "--frobnicate"], "--frobnicate"),
+    "negative global": ([*PPL, "--n-global", "-1"], "must be 0 or more, not -1"),
+    "no window": ([*PPL, "--n-local", "0"], "must be 1 or more, not 0"),
+    "window in words": ([*PPL, "--n-local", "many"], "must be a whole number, not 'many'"),
+    "no distance": ([*PPL, "--max-distance", "0"], "must be 1 or more"),
+    "unknown type": ([*PPL, "--kv-type", "q3"], "q4_0"),
+    "no batch": ([*PPL, "--batch", "0"], "must be 1 or more"),
+    "huge batch": ([*PPL, "--batch", "100000000"], "or less"),
+    "one token": ([*PPL, "--tokens", "1"], "must be 2 or more"),
+    "no prompt": (["generate", "-m", "nano"], "-p/--prompt"),
+    "two prompts": (["generate", "-m", "nano", "-p", "a", "-f", "good.txt"], "not allowed with"),
+    "negative tokens": (["generate", "-m", "nano", "-p", "a", "-n", "-2"], "must be -1 or more"),
+    "negative temperature": (["generate", "-m", "nano", "-p", "a", "--temp", "-0.5"], "must be 0 or more"),
+    "no temperature": (["generate", "-m", "nano", "-p", "a", "--temp", "nan"], "must be 0 or more"),
+    "large probability": (["generate", "-m", "nano", "-p", "a", "--top-p", "2"], "must be 1 or less"),
+    "doctor takes no model": (["doctor", "-m", "nano"], "unrecognized arguments"),
+}
+
+FAILURES = {
+    "no such model": (["ppl", "-m", "nosuch", "-f", "good.txt"], "does not exist: nosuch"),
+    "no such model, info": (["info", "-m", "nosuch"], "does not exist: nosuch"),
+    "a folder": (["info", "-m", "."], "is not a file"),
+    "half a model": (["ppl", "-m", "half.gguf", "-f", "good.txt"], "half.gguf cannot be loaded"),
+    "half a model, stock": (["ppl", "-m", "half.gguf", "-f", "good.txt", "--stock"], "half.gguf cannot be loaded"),
+    "half a model, info": (["info", "-m", "half.gguf"], "half.gguf cannot be loaded"),
+    "half a head": (["info", "-m", "head.gguf"], "cut short"),
+    "an empty model": (["generate", "-m", "empty.gguf", "-p", "a"], "is not a GGUF model"),
+    "a text as model": (["generate", "-m", "text.gguf", "-p", "a"], "is not a GGUF model"),
+    "a vocabulary": (["generate", "-m", "vocabulary.gguf", "-p", "a"], "without weights"),
+    "a vocabulary, stock": (["generate", "-m", "vocabulary.gguf", "-p", "a", "--stock"], "without weights"),
+    "a vocabulary, info": (["info", "-m", "vocabulary.gguf"], "without weights"),
+    "no such text": (["ppl", "-m", "nano", "-f", "nosuch.txt"], "does not exist"),
+    "a folder as text": (["ppl", "-m", "nano", "-f", "."], "is not a file"),
+    "an empty text": (["ppl", "-m", "nano", "-f", "empty.txt"], "is empty"),
+    "an empty prompt file": (["generate", "-m", "nano", "-f", "empty.txt"], "is empty"),
+    "zero bytes": (["ppl", "-m", "nano", "-f", "zero.txt"], "zero bytes"),
+    "a binary file": (["demo", "-f", "binary.txt"], "not a UTF-8 text"),
+    "sinks fill the window": ([*PPL, "--n-global", "600"], "no room"),
+    "too long a window": ([*PPL, "--n-local", "10000000000"], "or less"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_wrong_usage_is_one_sentence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bad: Path, name: str
+) -> None:
+    arguments, expected = USAGE[name]
+    monkeypatch.chdir(bad)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    _assert_one_sentence(capfd, expected)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failure_is_one_sentence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bad: Path, name: str
+) -> None:
+    arguments, expected = FAILURES[name]
+    monkeypatch.chdir(bad)
+    assert main(arguments) == 1
+    _assert_one_sentence(capfd, expected)
+
+
+def _assert_one_sentence(capfd: pytest.CaptureFixture[str], expected: str) -> None:
+    output = capfd.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+def test_a_text_of_one_token_is_too_short(capfd: pytest.CaptureFixture[str], bad: Path) -> None:
+    model = str(bad / "nobos.gguf")
+    assert main(["ppl", "-m", model, "-f", str(bad / "one.txt")]) == 1
+    _assert_one_sentence(capfd, "it has 1 token")
+
+
+@pytest.mark.parametrize(("arch", "reason"), UNSUPPORTED)
+def test_an_unsupported_model_is_refused(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, arch: str, reason: str
+) -> None:
+    assert main(["generate", "-m", write_unsupported(arch, tmp_path), "-p", "a"]) == 1
+    _assert_one_sentence(capfd, reason)
+
+
+def test_a_window_beyond_training_is_warned_of(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    assert main(["ppl", "-m", "nano", "-f", text_file, "--n-local", "1000"]) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert "512" in line
+
+
+def test_a_window_beyond_memory_is_refused(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    assert main(["ppl", "-m", "nano", "-f", text_file, "--n-local", "1000000000"]) == 1
+    assert "bytes of memory" in capfd.readouterr().err
+
+
+# --- the installed command --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate", "ppl", "info", "doctor", "demo"])
+def test_every_command_has_help(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert "--json" in capfd.readouterr().out
+
+
+def test_the_installed_command_knows_its_version() -> None:
+    result = subprocess.run([ENTRY, "--version"], check=True, capture_output=True, text=True)
+    assert re.fullmatch(r"lminf-edge \d+\.\d+\.\d+\n", result.stdout)
+
+
+def endless() -> subprocess.Popen[bytes]:
+    command = [ENTRY, "generate", "-m", "nano", "-p", "The", "-n", "-1", "--ignore-eos", "--n-local", "64"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_control_c_ends_an_endless_generation_cleanly() -> None:
+    with endless() as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(2000)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert errors.startswith(b"[prompt ")
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_closed_pipe_ends_it_quietly() -> None:
+    with endless() as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(2000)
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(timeout=30)
+    assert process.returncode == 1
+    assert errors == b""
