@@ -18,8 +18,9 @@ demo: setup ## stream a text far past the model's training length; FILE=path for
 stock: ## llama.cpp without our patches as well, for tests and benchmarks to compare with
 	@$(PYTHON) scripts/setup.py --stock
 
+# passive: where tests share the cores with other work, OpenMP threads that spin while they wait take ten times as long
 test: stock ## the whole test suite; ARGS="-k name" for a part of it
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -171,18 +171,22 @@ IDENTITY = ("-c", "user.name=lminf-edge", "-c", "user.email=lminf-edge@localhost
 
 
 def worktree(dest: Path, tree: Path) -> None:
-    """A git repository in `tree`: the pin as tag "upstream", then one commit per patch."""
+    """The whole of llama.cpp in `tree`, as a git repository to edit the patches in."""
     if tree.exists():
         raise UpstreamError(f"{tree} exists already: edit it, or delete it to start again from patches/.")
     dest.mkdir(parents=True, exist_ok=True)
     unpack(download(dest), tree, None)
+    commit_series(tree)
+    print(f"{tree}: edit and commit there (one commit per patch), then run: make patches")
+
+
+def commit_series(tree: Path) -> None:
+    """Makes `tree` a git repository: what is there, with the tag "upstream", then one commit per patch."""
     git_checked(tree, "init", "--quiet")
     git_checked(tree, "add", "--all", "--force")
     git_checked(tree, *IDENTITY, "commit", "--quiet", "--message", pin()[0])
     git_checked(tree, "tag", "upstream")
-    if patch_files():
-        git_checked(tree, *IDENTITY, "am", "--quiet", *map(str, patch_files()))
-    print(f"{tree}: edit and commit there (one commit per patch), then run: make patches")
+    git_checked(tree, *IDENTITY, "am", "--quiet", *map(str, patch_files()))
 
 
 def export(tree: Path) -> None:

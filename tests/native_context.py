@@ -82,7 +82,9 @@ class NativeContext:
                 raise ValueError(last_error())
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if self.context is None:
-            raise ValueError(last_error())
+            message = last_error()
+            _lib.lminf_set_next(None)  # llama.cpp may have failed before it took them
+            raise ValueError(message)
 
         self.is_lminf = n_local is not None
         self.memory = llama_cpp.llama_get_memory(self.context)

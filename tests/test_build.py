@@ -1,101 +1,234 @@
-"""The pin, the patches and what a fresh machine is told when something is missing."""
+"""The pin, the patches and the scripts around them: nothing drifts, and what is wrong is said in one sentence."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import io
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from lminf_edge import native
+
 ROOT = Path(__file__).resolve().parents[1]
-BUILD_FILES = ("scripts", "patches", "native", "CMakeLists.txt", "pyproject.toml", "lminf_edge/__init__.py")
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """What setup needs of this project, never set up."""
-    for name in BUILD_FILES:
-        target = tmp_path / "checkout" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target)
-        else:
-            shutil.copy(ROOT / name, target)
-    return tmp_path / "checkout"
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def run(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    # pip and git are to see nothing of this machine but what the test gives them
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "GIT_", "CXX"))}
-    return subprocess.run(
-        [sys.executable, *command], cwd=checkout, env=inherited | environment, capture_output=True, text=True
-    )
+upstream = script("upstream")
+setup = script("setup")
 
 
-def one_sentence(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    return result.stderr
+@pytest.fixture(scope="session")
+def sdist() -> Path:
+    """The pinned sdist, which `make setup` has left in build/upstream."""
+    found = list((ROOT / "build" / "upstream").glob("*.tar.gz"))
+    if not found:
+        pytest.skip("build/upstream has no sdist: make setup")
+    return found[0]
 
 
-def test_the_pin_is_one_line_and_the_dependency_is_the_same() -> None:
-    (line,) = (ROOT / "patches" / "upstream.txt").read_text().splitlines()
-    requirement, _, digest = line.partition(" --hash=sha256:")
-    assert re.fullmatch("[0-9a-f]{64}", digest)
+@pytest.fixture(scope="session")
+def pristine(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama.cpp as its authors made it. Tests that change it put it back."""
+    tree = tmp_path_factory.mktemp("upstream") / "llama.cpp"
+    upstream.unpack(sdist, tree, ("src", "ggml", "include"))
+    return tree
+
+
+# --- the pin ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pin_is_one_line_and_the_package_requires_it() -> None:
+    requirement, sha256 = upstream.pin()
+    assert len(upstream.PIN.read_text().splitlines()) == 1
+    assert len(sha256) == 64
     assert f'"{requirement}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_without_a_compiler(checkout: Path, tmp_path: Path) -> None:
-    message = one_sentence(run(checkout, "scripts/setup.py", PATH=str(tmp_path)))
-    assert message.startswith("error: No C++ compiler found")
+def test_the_pinned_bytes_are_those_that_were_built(sdist: Path) -> None:
+    assert hashlib.sha256(sdist.read_bytes()).hexdigest() == upstream.pin()[1]
 
 
-def test_without_git(checkout: Path, tmp_path: Path) -> None:
+# --- the patches ------------------------------------------------------------------------------------------------------
+
+
+def test_patches_apply_without_fuzz_or_offset_and_only_once(pristine: Path) -> None:
+    patches = upstream.patch_files()
+    assert patches
+    for patch in patches:
+        applied = upstream.git(pristine, "apply", "--verbose", str(patch))
+        assert applied.returncode == 0, applied.stderr
+        assert "offset" not in applied.stderr
+    after = tree_digest(pristine)
+    upstream.apply_patches(pristine, patches)
+    assert tree_digest(pristine) == after
+    for patch in reversed(patches):
+        upstream.git_checked(pristine, "apply", "--reverse", str(patch))
+
+
+def test_patches_say_why_they_are_there() -> None:
+    for patch in upstream.patch_files():
+        header = patch.read_text().split("\ndiff --git", 1)[0]
+        assert re.search(r"^Retired by: ", header, re.MULTILINE), patch.name
+        assert re.search(r"^Forwarded: ", header, re.MULTILINE), patch.name
+
+
+def test_patches_are_named_in_their_readme() -> None:
+    readme = (ROOT / "patches" / "README.md").read_text()
+    for patch in upstream.patch_files():
+        assert f"`{patch.name[:4]}`" in readme
+        for path in re.findall(r"^\+\+\+ b/.*/(.*)$", patch.read_text(), re.MULTILINE):
+            assert f"`{path}`" in readme, f"{patch.name} touches {path}"
+
+
+def test_a_patch_that_does_not_fit_is_named(pristine: Path, tmp_path: Path) -> None:
+    patch = tmp_path / "0001-wrong.patch"
+    patch.write_text("--- a/src/llama.cpp\n+++ b/src/llama.cpp\n@@ -1,2 +1,2 @@\n-not there\n+nor this\n context\n")
+    before = tree_digest(pristine)
+    with pytest.raises(upstream.UpstreamError, match=r"^0001-wrong\.patch does not apply to llama-cpp-python==.*\.$"):
+        upstream.apply_patches(pristine, [patch])
+    assert tree_digest(pristine) == before
+
+
+def test_patches_survive_the_way_through_a_work_tree(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `make worktree` and `make patches` do gives back the same files."""
+    tree, exported = tmp_path / "tree", tmp_path / "patches"
+    exported.mkdir()
+    # only the files that the patches touch, for speed
+    for patch in upstream.patch_files():
+        for path in re.findall(r"^--- a/(.*)$", patch.read_text(), re.MULTILINE):
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_bytes((pristine / path).read_bytes())
+    upstream.commit_series(tree)
+    monkeypatch.setattr(upstream, "PATCHES", exported)
+    upstream.export(tree)
+    assert {path.name for path in exported.iterdir()} == {path.name for path in (ROOT / "patches").glob("*.patch")}
+    for path in exported.iterdir():
+        assert path.read_text() == (ROOT / "patches" / path.name).read_text()
+
+
+def test_export_refuses_a_work_tree_with_changes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one\n")
+    with pytest.raises(upstream.UpstreamError, match="is not a work tree"):
+        upstream.export(tmp_path)
+    upstream.git_checked(tmp_path, "init", "--quiet")
+    upstream.git_checked(tmp_path, "add", "file")
+    with pytest.raises(upstream.UpstreamError, match="not committed"):
+        upstream.export(tmp_path)
+
+
+def tree_digest(tree: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in tree.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+def test_mirror_touches_only_what_differs(tmp_path: Path) -> None:
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    for folder, files in (
+        (source, {"same": "1", "changed": "2", "new/file": "3"}),
+        (dest, {"same": "1", "changed": "0", "old": "4"}),
+    ):
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+            os.utime(folder / name, (1000, 1000))
+    upstream.mirror(source, dest)
+    assert {path.name: path.read_text() for path in dest.rglob("*") if path.is_file()} == {
+        "same": "1",
+        "changed": "2",
+        "file": "3",
+    }
+    assert (dest / "same").stat().st_mtime == 1000
+    assert (dest / "changed").stat().st_mtime > 1000  # newer than what was built of it
+
+
+def isolate_pip(monkeypatch: pytest.MonkeyPatch, **settings: str) -> None:
+    for name in list(os.environ):
+        if name.startswith("PIP_"):
+            monkeypatch.delenv(name)
+    for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0", **settings}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_other_bytes_under_the_pinned_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, version = upstream.pin()[0].split("==")
+    stem = f"{name.replace('-', '_')}-{version}"
+    index, dest = tmp_path / "index", tmp_path / "dest"
+    index.mkdir()
+    dest.mkdir()
+    with tarfile.open(index / f"{stem}.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo(f"{stem}/PKG-INFO")
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
+        info.size = len(text)
+        archive.addfile(info, io.BytesIO(text))
+    isolate_pip(monkeypatch, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(index))
+    with pytest.raises(upstream.UpstreamError, match="does not have the sha256") as caught:
+        upstream.download(dest)
+    assert "\n" not in str(caught.value)
+    assert not list(dest.iterdir())
+
+
+def test_an_index_out_of_reach_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate_pip(monkeypatch, PIP_INDEX_URL="http://127.0.0.1:9/simple")
+    with pytest.raises(upstream.UpstreamError, match="check the network and pip's settings") as caught:
+        upstream.download(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_machine_without_compiler_or_git_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(setup.SetupError, match=r"^No C\+\+ compiler found"):
+        setup.check_machine()
     (tmp_path / "c++").touch(mode=0o755)
-    message = one_sentence(run(checkout, "scripts/setup.py", PATH=str(tmp_path)))
-    assert message.startswith("error: git is needed")
+    with pytest.raises(setup.SetupError, match=r"^git is needed"):
+        setup.check_machine()
+    (tmp_path / "git").touch(mode=0o755)
+    setup.check_machine()
+    monkeypatch.setenv("CXX", "nosuch++ -O2")
+    with pytest.raises(setup.SetupError, match=r"nosuch\+\+"):
+        setup.check_machine()
 
 
-def test_an_archive_with_another_hash(checkout: Path, tmp_path: Path) -> None:
-    (tmp_path / "llama_cpp_python-0.3.36.tar.gz").write_bytes(b"something else")
-    message = one_sentence(
-        run(checkout, "scripts/upstream.py", "fetch", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
-    )
-    assert "does not have the sha256 in patches/upstream.txt" in message
+# --- what was built ---------------------------------------------------------------------------------------------------
 
 
-def test_an_index_that_cannot_be_reached(checkout: Path, tmp_path: Path) -> None:
-    message = one_sentence(
-        run(checkout, "scripts/upstream.py", "fetch", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
-    )
-    assert "Could not download llama-cpp-python==0.3.36 from the package index" in message
-
-
-def test_patches_apply_to_the_pin_and_are_left_alone_when_they_are_in(checkout: Path) -> None:
-    """Without fuzz, in order; the second run changes nothing, a changed patch starts again from the pin."""
-    (sdist,) = (ROOT / "build" / "upstream").glob("*.tar.gz")
-    upstream = checkout / "build" / "upstream"
-    upstream.mkdir(parents=True)
-    shutil.copy(sdist, upstream)
-    assert run(checkout, "scripts/upstream.py", "fetch").returncode == 0
-    hooked = upstream / "llama.cpp" / "src" / "llama-graph.cpp"
-    times = {path: path.stat().st_mtime_ns for path in hooked.parent.iterdir()}
-    assert "lminf-graph.h" in hooked.read_text()
-    assert "lminf-graph.h" in (ROOT / "build/upstream/llama.cpp/src/llama-graph.cpp").read_text()
-
-    assert run(checkout, "scripts/upstream.py", "fetch").returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in hooked.parent.iterdir()} == times
-
-    (first, *_) = sorted((checkout / "patches").glob("*.patch"))
-    first.write_text(first.read_text().replace("kv_unified = false; // a stream", "kv_unified = false; // one stream"))
-    assert run(checkout, "scripts/upstream.py", "fetch").returncode == 0
-    changed = {path.name for path in hooked.parent.iterdir() if path.stat().st_mtime_ns != times[path]}
-    assert changed == {"llama-context.cpp"}  # so that ninja compiles nothing else
-
-    first.write_text(first.read_text().replace("cparams.op_offload = params.op_offload;", "something else;"))
-    message = one_sentence(run(checkout, "scripts/upstream.py", "fetch"))
-    assert f"{first.name} does not apply" in message
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names of Linux libraries")
+def test_each_library_is_installed_once_and_without_links() -> None:
+    """A wheel holds no links, and finds no library outside of its folder."""
+    folder = native.library_folder()
+    assert folder is not None
+    if folder.name != "lib":
+        pytest.skip("LMINF_LIB_PATH is set")
+    names = {path.name for path in folder.iterdir()}
+    assert {"libllama.so", "libggml.so", "libggml-base.so", "libggml-cpu.so", "LICENSE.llama.cpp"} <= names
+    assert not [path.name for path in folder.iterdir() if path.is_symlink() or ".so." in path.name]
+    loaded = subprocess.run(["ldd", folder / "libllama.so"], check=True, capture_output=True, text=True).stdout
+    assert "not found" not in loaded
+    for line in loaded.splitlines():
+        if "libggml" in line:
+            assert f"=> {folder}/libggml" in line
+    assert (folder.parent / "include" / "lminf.h").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import llama_cpp
@@ -11,6 +12,8 @@ from native_context import BF16, F16, F32, Q4_0, Q8_0, NativeContext, _lib, last
 from reference import tiny_models
 from reference.rule import Rule
 from reference.transformer import Transformer
+
+from lminf_edge.native import Params
 
 L, G = 32, 4
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
@@ -314,8 +317,6 @@ def test_a_state_moves_to_another_sequence(llama: Path) -> None:
 
 
 def test_the_whole_context_is_saved_and_restored(llama: Path) -> None:
-    import ctypes
-
     with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2) as context:
         context.feed(TOKENS[:300], 0)
         context.feed(TOKENS[40:100], 1)
@@ -395,3 +396,22 @@ def test_until_the_window_is_full_it_is_plain_attention(
         expected = context.token_nll(TOKENS[:64])
     with NativeContext(llama, 64, G, type_k=type_kv, type_v=type_kv, flash_attn=flash_attn) as context:
         assert np.abs(context.token_nll(TOKENS[:64]) - expected).max() < bound
+
+
+@pytest.mark.parametrize("vocab_only", [False, True])
+def test_the_c_entry_point(llama: Path, vocab_only: bool) -> None:
+    """lminf_init_from_model, which C programs call; the other tests come through lminf_set_next."""
+    create = _lib.lminf_init_from_model
+    create.argtypes = (ctypes.c_void_p, llama_cpp.llama_context_params, Params)
+    create.restype = ctypes.c_void_p
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.vocab_only = vocab_only
+    model = llama_cpp.llama_model_load_from_file(str(llama).encode(), model_params)
+    context = create(model, llama_cpp.llama_context_default_params(), Params(G, L, 0, -1, 0, 0))
+    if vocab_only:
+        assert context is None
+        assert "only its vocabulary was loaded" in last_error()
+    else:
+        assert _lib.lminf_enabled(ctypes.c_void_p(context))
+        llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)

@@ -179,7 +179,7 @@ def read_text(path: str) -> str:
     else:
         name = path
         if not Path(path).is_file():
-            raise CommandError(f"{path} is {'not a file' if Path(path).exists() else 'a file that does not exist'}.")
+            raise CommandError(f"{path} {'is not a file' if Path(path).exists() else 'does not exist'}.")
         data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")

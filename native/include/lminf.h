@@ -70,7 +70,8 @@ LLAMA_API struct llama_context * lminf_init_from_model(
         struct llama_model * model, struct llama_context_params params, struct lminf_params lminf);
 
 // the same for callers that reach llama_init_from_model only through a wrapper: the next context that this thread
-// makes gets these parameters; NULL takes them back. False if they make no sense
+// makes gets these parameters; NULL takes them back. False if they make no sense.
+// Call it with NULL after llama_init_from_model: one that fails early has not taken them
 LLAMA_API bool lminf_set_next(const struct lminf_params * params);
 
 // one sentence about what went wrong in the last lminf or llama_init_from_model call of this thread, "" if nothing did

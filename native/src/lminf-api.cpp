@@ -118,6 +118,11 @@ llama_context * lminf_init_from_model(llama_model * model, llama_context_params 
     if (!lminf_set_next(&lminf)) {
         return nullptr;
     }
+    if (const char * refusal = model ? lminf_refusal(model) : "there is no model") {
+        next_params = lminf_cparams();
+        lminf_set_error(refusal);
+        return nullptr;
+    }
 
     llama_context * res = llama_init_from_model(model, params);
 
