@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from reference.gguf_file import copy_as_f32
 
+# waiting threads sleep: spinning ones would starve the others on a busy machine, and in the processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.history import Tokens
 from lminf_edge.models import find_model

@@ -123,7 +123,7 @@ def test_far_positions(make_llama: MakeLlama, tokens: Tokens) -> None:
     np.testing.assert_allclose(llm.scores, near, atol=1e-4)
 
 
-def test_memory_of_a_long_answer_is_four_bytes_a_token(make_llama: MakeLlama, tokens: Tokens) -> None:
+def test_memory_of_a_long_answer_is_four_bytes_a_token_at_most(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama()
     llm.eval(tokens)
     arrays = [value for value in vars(llm).values() if isinstance(value, np.ndarray)]
