@@ -176,8 +176,7 @@ ggml_tensor * lminf_build_shift(
 // lminf_graph_input
 //
 
-static ggml_tensor * new_input(ggml_context * ctx, const char * name, ggml_tensor * t) {
-    GGML_UNUSED(ctx);
+static ggml_tensor * as_input(const char * name, ggml_tensor * t) {
     ggml_set_input(t);
     ggml_set_name(t, name);
     return t;
@@ -191,12 +190,12 @@ lminf_graph_input::lminf_graph_input(const llm_graph_context & graph, const lmin
     const int64_t n_stream    = graph.ubatch.n_seqs_unq;
     const int64_t n_sink_rows = mctx->get_memory().get_n_sink_rows();
 
-    q_shift   = new_input(ctx, "lminf_q_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
-    k_shift   = new_input(ctx, "lminf_k_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
-    sink_rows = new_input(ctx, "lminf_sink_rows", ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens));
+    q_shift   = as_input("lminf_q_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
+    k_shift   = as_input("lminf_k_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
+    sink_rows = as_input("lminf_sink_rows", ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens));
 
     // f32 even with flash attention on: an f16 ALiBi distance is only exact to 2048
-    mask = new_input(ctx, "lminf_mask", ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
+    mask = as_input("lminf_mask", ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
             n_sink_rows + mctx->get_n_kv(), n_tokens/n_stream, 1, n_stream));
 }
 
