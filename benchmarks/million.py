@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lminf_edge import Llama, LMInfConfig
+from lminf_edge.evaluate.nll import nll_from_logits
 
 
 def resident_bytes() -> int:
@@ -56,9 +57,7 @@ def stream_nll(llm: Llama, text: np.ndarray, n_tokens: int) -> Iterator[tuple[in
         n_rows = min(llm.n_batch, n_tokens - 1 - start)
         tokens = text[np.arange(start, start + n_rows + 1) % len(text)]
         stream.decode(tokens[:-1], logits_all=True)
-        logits = stream.logits_block().astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        yield start, np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(n_rows), tokens[1:]]
+        yield start, nll_from_logits(stream.logits_block(), tokens[1:])
 
 
 def main() -> None:

@@ -48,12 +48,12 @@ def nll_blocks(llm: llama_cpp.Llama, tokens: Sequence[int] | Tokens) -> Iterator
             llm._batch.set_batch(batch.tolist(), n_past=start, logits_all=True)
             llm._ctx.decode(llm._batch)
             logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm.n_vocab()))
-        yield start, _nll(logits, text[start + 1 : start + 1 + len(batch)])
+        yield start, nll_from_logits(logits, text[start + 1 : start + 1 + len(batch)])
     if stream is None:
         llm._ctx.kv_cache_clear()
 
 
-def _nll(logits: npt.NDArray[np.float32], targets: Tokens) -> Nll:
+def nll_from_logits(logits: npt.NDArray[np.float32], targets: Tokens) -> Nll:
     """-log softmax(logits)[targets] for logits (n_rows, n_vocab) and targets (n_rows,), in float64."""
     result = np.empty(len(targets))
     n_rows = max(1, _BLOCK_BYTES // (8 * logits.shape[1]))

@@ -60,10 +60,10 @@ lminf_memory::lminf_memory(
         const llama_memory_params & params_mem,
         const llama_cparams       & cparams,
         const layer_filter_cb     & filter) :
-    hparams(model.hparams), params(cparams.lminf), n_seq_max(cparams.n_seq_max), n_ubatch(cparams.n_ubatch) {
+    hparams(model.hparams), params(cparams.lminf), n_seq_max(cparams.n_seq_max) {
 
     // padded as llama.cpp pads its own caches; what the padding adds is more slack
-    const int64_t n_cells_min = (int64_t) params.n_local + params.n_slack + n_ubatch;
+    const int64_t n_cells_min = (int64_t) params.n_local + params.n_slack + cparams.n_ubatch;
     if (n_cells_min > std::numeric_limits<int32_t>::max()/2) {
         throw std::runtime_error(lminf_set_error(format("n_local = %d is more cells than a KV cache can index", params.n_local)));
     }
@@ -84,7 +84,7 @@ lminf_memory::lminf_memory(
     }
     check_memory(model, params_mem, (uint64_t) (n_cells + n_sink_rows)*n_seq_max, cparams.offload_kqv, layers);
 
-    params.n_slack = n_cells - n_ubatch - params.n_local;
+    params.n_slack = n_cells - cparams.n_ubatch - params.n_local;
 
     // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
     // once more, so it is n_local tokens away at least: no key is rotated twice while a query can see it.

@@ -101,8 +101,7 @@ public:
     ggml_tensor * get_sink_k(int32_t il) const { return sinks[map_layer_ids.at(il)].k; }
     ggml_tensor * get_sink_v(int32_t il) const { return sinks[map_layer_ids.at(il)].v; }
 
-    lminf_rope       & get_rope(int32_t il)       { return sinks[map_layer_ids.at(il)].rope; }
-    const lminf_rope & get_rope(int32_t il) const { return sinks[map_layer_ids.at(il)].rope; }
+    lminf_rope & get_rope(int32_t il) { return sinks[map_layer_ids.at(il)].rope; }
 
 private:
     friend class lminf_memory_context;
@@ -141,7 +140,6 @@ private:
     lminf_cparams params;
 
     const uint32_t n_seq_max;
-    const uint32_t n_ubatch;
 
     uint32_t n_cells;
     int64_t  n_sink_rows;
