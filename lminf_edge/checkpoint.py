@@ -21,9 +21,9 @@ from lminf_edge.config import KV_TYPES, SINK_MODES
 from lminf_edge.history import Digests, Past, Tokens
 
 MAGIC = b"LMINFCKP"
-VERSION = 1
+VERSION = 2
 
-# magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, flash_attn,
+# magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, v_transposed,
 # position, number of digests, of recent tokens, of bytes of state; all little endian. Then the SHA-256 of this head and
 # of all that follows it: the digests (uint64), the tokens (int32) and the state.
 _HEAD = struct.Struct("<8sII32s7iqQQQ")
@@ -49,13 +49,13 @@ class Identity:
     sink_mode: int
     type_k: int
     type_v: int
-    flash_attn: int
+    v_transposed: int  # how values lie in memory: stock operations without flash_attn want them transposed
 
     def check(self, other: Identity) -> None:
         """Raises CheckpointError, naming the first difference, if `other` is the identity of another kind of stream."""
         if self.model != other.model:
             raise CheckpointError("The checkpoint was made with another model, adapter or RoPE setting.")
-        for name in ("n_global", "n_local", "max_distance", "sink_mode", "type_k", "type_v", "flash_attn"):
+        for name in ("n_global", "n_local", "max_distance", "sink_mode", "type_k", "type_v", "v_transposed"):
             here, there = getattr(self, name), getattr(other, name)
             if here != there:
                 raise CheckpointError(
@@ -158,7 +158,7 @@ class Checkpoint:
 
     def _head(self) -> bytes:
         i = self.identity
-        parameters = (i.n_global, i.n_local, i.max_distance, i.sink_mode, i.type_k, i.type_v, i.flash_attn)
+        parameters = (i.n_global, i.n_local, i.max_distance, i.sink_mode, i.type_k, i.type_v, i.v_transposed)
         sizes = (self.position, len(self.past.digests), len(self.past.recent), self.state.nbytes)
         return _HEAD.pack(MAGIC, VERSION, self.n_rollback, i.model, *parameters, *sizes)
 

@@ -11,6 +11,8 @@ from lminf_edge.gguf_header import Header
 
 SinkMode = Literal["ceiling", "order", "true"]
 SINK_MODES: tuple[SinkMode, ...] = ("ceiling", "order", "true")  # their index is enum lminf_sink_mode
+Attention = Literal["auto", "fused", "stock"]
+ATTENTIONS: tuple[Attention, ...] = ("auto", "fused", "stock")  # their index is enum lminf_attention
 
 DEFAULT_WINDOW = 4096
 DEFAULT_SLACK = 64
@@ -47,6 +49,8 @@ class LMInfConfig:
     n_checkpoints  automatic checkpoints kept in memory so that a prompt that turns off earlier need not be read from
                    its start again; each is as large as the used part of the cache; 0: none
     pos_bound      for tests: graph positions stay below this; 0: chosen by the library
+    attention      "fused": one operation for sinks and window, on CPU, CUDA and Metal; "stock": operations that every
+                   ggml backend has, slower; "auto": fused where it can be. The same results but for rounding.
 
     Raises ValueError, in one sentence, for values out of range.
     """
@@ -58,6 +62,7 @@ class LMInfConfig:
     sink_mode: SinkMode = "ceiling"
     n_checkpoints: int = 4
     pos_bound: int = 0
+    attention: Attention = "auto"
 
     def __post_init__(self) -> None:
         _check("n_global", self.n_global, 0)
@@ -68,6 +73,8 @@ class LMInfConfig:
         _check("pos_bound", self.pos_bound, 0)
         if self.sink_mode not in SINK_MODES:
             raise ValueError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}.")
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Window:
     n_slack: int
     sink_mode: SinkMode
     pos_bound: int
+    attention: Attention
 
     @property
     def size(self) -> int:
@@ -115,6 +123,7 @@ class StreamInfo:
     rebases: int  # times the positions in the graph were moved back
     max_graph_position: int  # largest position ever used in the graph
     checkpoint_bytes: int  # bytes of the automatic checkpoints
+    attention: Attention  # "fused" or "stock": what computes it
 
 
 def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
@@ -148,6 +157,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         n_slack=DEFAULT_SLACK if config.n_slack is None else config.n_slack,
         sink_mode=config.sink_mode,
         pos_bound=config.pos_bound,
+        attention=config.attention,
     )
     if window.size > n_ctx_train:
         warnings.warn(

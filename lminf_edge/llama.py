@@ -19,6 +19,7 @@ from lminf_edge import native
 from lminf_edge.checkpoint import Checkpoint, Identity, model_digest
 from lminf_edge.completion import complete
 from lminf_edge.config import (
+    ATTENTIONS,
     DEFAULT_WINDOW,
     SINK_MODES,
     LMInfConfig,
@@ -117,6 +118,7 @@ class Llama(llama_cpp.Llama):
             n_slack=window.n_slack,
             sink_mode=SINK_MODES.index(window.sink_mode),
             pos_bound=window.pos_bound,
+            attention=ATTENTIONS.index(window.attention),
         )
         self._window = window
         with native.captured_errors() as errors, library.next_context(params):
@@ -138,6 +140,7 @@ class Llama(llama_cpp.Llama):
         del self._stock_input_ids, self._stock_scores
         settings = {name: getattr(self.context_params, name) for name in _ROPE_SETTINGS}
         settings.update(kv_overrides=self.kv_overrides, lora_scale=self.lora_scale if self.lora_path else None)
+        stock = ATTENTIONS[library.params(self._ctx.ctx).attention] == "stock"
         identity = Identity(
             model=model_digest(path, settings, *([self.lora_path] if self.lora_path else [])),
             n_global=window.n_global,
@@ -146,7 +149,7 @@ class Llama(llama_cpp.Llama):
             sink_mode=params.sink_mode,
             type_k=type_k,
             type_v=type_v,
-            flash_attn=self.context_params.flash_attn_type,
+            v_transposed=int(stock and not self.context_params.flash_attn_type),
         )
         self._stream = Stream(library, self._ctx, self._batch, identity, window, self._n_vocab, config.n_checkpoints)
 

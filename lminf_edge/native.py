@@ -26,6 +26,7 @@ class Params(ctypes.Structure):
         ("n_slack", ctypes.c_int32),
         ("sink_mode", ctypes.c_int32),
         ("pos_bound", ctypes.c_int32),
+        ("attention", ctypes.c_int32),
     )
     n_global: int
     n_local: int
@@ -33,6 +34,7 @@ class Params(ctypes.Structure):
     n_slack: int
     sink_mode: int
     pos_bound: int
+    attention: int
 
 
 class Info(ctypes.Structure):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import Checkpoint, CheckpointError, Identity
-from lminf_edge.config import StreamInfo, Window
+from lminf_edge.config import ATTENTIONS, StreamInfo, Window
 from lminf_edge.history import N_RECENT, TokenHistory, Tokens
 from lminf_edge.native import Info, Native, captured_errors
 
@@ -80,6 +80,7 @@ class Stream:
             rebases=info.n_rebase,
             max_graph_position=info.max_graph_pos,
             checkpoint_bytes=sum(checkpoint.state.nbytes for checkpoint in self._checkpoints),
+            attention=ATTENTIONS[self._native.params(self.ctx).attention],
         )
 
     def sync(self) -> None:

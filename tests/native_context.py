@@ -18,6 +18,7 @@ SILENT = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
 
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # enum ggml_type
 SINK_MODES = ("ceiling", "order", "true")  # enum lminf_sink_mode
+ATTENTIONS = ("auto", "fused", "stock")  # enum lminf_attention
 
 _lib = llama_cpp.llama_cpp._lib
 _lib.lminf_get_info.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(Info))
@@ -49,6 +50,7 @@ class NativeContext:
         *,
         max_distance: int = 0,
         mode: str = "ceiling",
+        attention: str = "auto",
         n_slack: int = 0,
         pos_bound: int = 0,
         n_ubatch: int = 64,
@@ -77,7 +79,7 @@ class NativeContext:
         params.type_k, params.type_v = type_k, type_v
         params.flash_attn_type = int(flash_attn)  # enum llama_flash_attn_type
         if n_local is not None:
-            lminf = Params(n_global, n_local, max_distance, n_slack, SINK_MODES.index(mode), pos_bound)
+            lminf = Params(n_global, n_local, max_distance, n_slack, SINK_MODES.index(mode), pos_bound, ATTENTIONS.index(attention))
             if not _lib.lminf_set_next(ctypes.byref(lminf)):
                 raise ValueError(last_error())
         self.context = llama_cpp.llama_init_from_model(self.model, params)

@@ -201,7 +201,7 @@ def test_other_parameters_and_models_are_refused_and_nothing_changes(
         "max_distance=60": {"lminf": LMInfConfig(n_global=4, n_local=64, max_distance=60)},
         "sink_mode=true": {"lminf": LMInfConfig(n_global=4, n_local=64, sink_mode="true")},
         "type_k=q8_0": {"type_k": 8},
-        "flash_attn=1": {"flash_attn": True},
+        "v_transposed=1": {"lminf": LMInfConfig(n_global=4, n_local=64, attention="stock")},
         "another model": {"model": nano_path},
         "RoPE": {"rope_freq_base": 20000.0},
     }

@@ -61,6 +61,7 @@ def test_a_window_beyond_the_training_length_warns_in_one_sentence(config: LMInf
         ({"n_global": True}, "n_global must be a whole number"),
         ({"n_local": MAX_WINDOW + 1}, "or less"),
         ({"sink_mode": "none"}, "sink_mode must be one of ceiling, order, true"),
+        ({"attention": "flash"}, "attention must be one of auto, fused, stock"),
     ],
 )
 def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -86,12 +87,12 @@ def test_contradictions(config: LMInfConfig, n_ctx: int | None, message: str) ->
 
 @pytest.mark.parametrize(("size", "n_ubatch"), [(1, 64), (68, 64), (256, 64), (260, 128), (512, 128), (4096, 512)])
 def test_default_ubatch_is_a_quarter_of_the_window(size: int, n_ubatch: int) -> None:
-    assert Window(0, size, size, 64, "ceiling", 0).default_ubatch() == n_ubatch
+    assert Window(0, size, size, 64, "ceiling", 0, "auto").default_ubatch() == n_ubatch
 
 
 def test_kv_bytes() -> None:
     header = Header("llama", 10, 512, n_embd_k=640, n_embd_v=640)
-    window = Window(10, 502, 502, 64, "ceiling", 0)
+    window = Window(10, 502, 502, 64, "ceiling", 0, "auto")
     # 694 cells become a multiple of 256; the sinks of a quantized cache stay in f16
     assert window.kv_bytes(header, 1, 8, 128) == 768 * (640 * 2 + 640 * 34 // 32) + (16 + 1) * 2 * 640 * 2
 

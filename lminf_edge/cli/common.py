@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import KV_TYPES, LMInfConfig, check_memory
+from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
 
@@ -95,6 +95,12 @@ def add_window(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-type", choices=KV_TYPE_NUMBERS, default="f16", help="number format of the cache; default f16"
     )
+    group.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="auto",
+        help="fused: one fast operation; stock: what every ggml backend has; default auto, fused where it can be",
+    )
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +119,9 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
 
 
 def window_config(args: argparse.Namespace) -> LMInfConfig:
-    return LMInfConfig(n_global=args.n_global, n_local=args.n_local, max_distance=args.max_distance)
+    return LMInfConfig(
+        n_global=args.n_global, n_local=args.n_local, max_distance=args.max_distance, attention=args.attention
+    )
 
 
 def model_header(name_or_path: str) -> tuple[str, Header]:

@@ -133,6 +133,9 @@ def first_run() -> Check:
             info = llm.stream_info()
     except (ValueError, RuntimeError, MemoryError) as error:
         return Check("first run", False, str(error), REINSTALL)
-    found = f"{name}: {info.position} tokens, {info.evicted} of them evicted, KV cache {human_bytes(info.kv_bytes)}"
+    found = (
+        f"{name}: {info.position} tokens, {info.evicted} of them evicted, KV cache {human_bytes(info.kv_bytes)}, "
+        f"{info.attention} attention"
+    )
     ok = bool(np.isfinite(nll).all()) and info.evicted > 0
     return Check("first run", ok, found, None if ok else REINSTALL)

@@ -2,6 +2,7 @@
 
 --json prints
   model, architecture, n_ctx_train, supported, refusal (a sentence, or null)
+  attention: what would compute it here, "fused" or "stock"; null without support
   kv_bytes_per_token: {"f16": bytes, ...} for each number format
   window: n_global, n_local, max_distance, n_slack, n_ubatch, kv_type, kv_bytes for the settings given, as estimated
   stock_kv_bytes: what full attention takes at its training length
@@ -23,7 +24,7 @@ from lminf_edge.cli.common import (
     print_json,
     window_config,
 )
-from lminf_edge.config import physical_memory, resolve
+from lminf_edge.config import ATTENTIONS, Attention, is_quantized, physical_memory, resolve
 from lminf_edge.gguf_header import Header
 
 HELP = "whether a model is supported, and what its cache costs"
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path, header = model_header(args.model)
-    refusal = model_refusal(path)
-    window = resolve(window_config(args), None, header.n_ctx_train or 4096)
     kv_type = KV_TYPE_NUMBERS[args.kv_type]
+    refusal, attention = probe(path, kv_type, args.attention)
+    window = resolve(window_config(args), None, header.n_ctx_train or 4096)
     n_ubatch = window.default_ubatch()
     report = {
         "model": path,
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         "n_ctx_train": header.n_ctx_train,
         "supported": refusal is None,
         "refusal": refusal,
+        "attention": attention,
         "kv_bytes_per_token": {name: kv_bytes(header, number, 1) for name, number in KV_TYPE_NUMBERS.items()},
         "window": {
             "n_global": window.n_global,
@@ -65,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"model           {path}")
     print(f"architecture    {header.architecture}, trained on {header.n_ctx_train} tokens")
     print(f"supported       {'yes' if refusal is None else 'no: ' + refusal}")
+    if attention:
+        print(f"attention       {attention}")
     print(f"KV cache        {human_bytes(kv_bytes(header, kv_type, 1))} per token in {args.kv_type}")
     print(
         f"this window     first {window.n_global} and last {window.n_local} tokens: "
@@ -76,10 +80,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def model_refusal(path: str) -> str | None:
-    """Why the model cannot have a Λ cache, in one sentence; None if it can.
+def probe(path: str, kv_type: int, attention: Attention) -> tuple[str | None, Attention | None]:
+    """Makes a small Λ cache for the model, without reading its weights.
 
-    Its weights are not read. Raises CommandError if the file is damaged.
+    Returns (None, what computes its attention), or (why it cannot have one, None) with a sentence. Raises CommandError
+    if the file is damaged.
     """
     from lminf_edge import native
 
@@ -93,23 +98,27 @@ def model_refusal(path: str) -> str | None:
     model_params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
     params = bindings.llama_context_default_params()
     params.n_ctx = params.n_batch = 64
+    params.type_k = params.type_v = kv_type
+    params.flash_attn_type = int(is_quantized(kv_type))  # llama.cpp has quantized values only with flash attention
     window = library.default_params()
     window.n_local = 64
+    window.attention = ATTENTIONS.index(attention)
     with native.captured_errors() as errors:
         model = bindings.llama_model_load_from_file(path.encode("utf-8"), model_params)
         if not model:
             reason = native.load_failure(path, errors) or f"{path} cannot be loaded."
             if "unknown model architecture" in reason:
-                return reason
+                return reason, None
             raise CommandError(reason)
         # some models are only found out when their graph is built, so asking lminf_refusal is not enough
         with library.next_context(window):
             context = bindings.llama_init_from_model(model, params)
             refusal = None if context else library.last_error() or "llama.cpp cannot make a context for this model."
+        chosen = ATTENTIONS[library.params(context).attention] if context else None
         if context:
             bindings.llama_free(context)
         bindings.llama_model_free(model)
-    return refusal
+    return refusal, chosen
 
 
 def recommend(header: Header, n_global: int) -> str:

@@ -34,6 +34,13 @@ enum lminf_sink_mode {
     LMINF_SINK_TRUE    = 2, // at their true, ever growing distance
 };
 
+// what computes the attention; the results are the same but for rounding
+enum lminf_attention {
+    LMINF_ATTENTION_AUTO  = 0, // the fused operation if every device that holds layers has it for this model, else stock
+    LMINF_ATTENTION_FUSED = 1, // one operation for sinks and window
+    LMINF_ATTENTION_STOCK = 2, // operations that every ggml backend has
+};
+
 struct lminf_params {
     int32_t n_global;     // sinks kept, 0 or more
     int32_t n_local;      // window, 1 or more
@@ -41,6 +48,7 @@ struct lminf_params {
     int32_t n_slack;      // at least so many tokens can be rolled back, 0 or more; -1: 64
     int32_t sink_mode;    // enum lminf_sink_mode
     int32_t pos_bound;    // graph positions stay below this; 0: chosen
+    int32_t attention;    // enum lminf_attention
 };
 
 struct lminf_info {
@@ -56,7 +64,7 @@ struct lminf_info {
     uint64_t kv_bytes;      // bytes of all KV buffers, window and sinks, all sequences
 };
 
-// n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0
+// n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO
 LLAMA_API struct lminf_params lminf_default_params(void);
 
 // why a model cannot run with these parameters, in one sentence that names its architecture; NULL if nothing speaks
@@ -80,7 +88,7 @@ LLAMA_API const char * lminf_last_error(void);
 // false for a context without a Λ cache; every function below then returns false, -1 or 0 as well
 LLAMA_API bool lminf_enabled(const struct llama_context * ctx);
 
-// the parameters with every default filled in
+// the parameters with every default filled in; attention is FUSED or STOCK, for the whole life of the context
 LLAMA_API bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params);
 
 LLAMA_API bool lminf_get_info(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_info * info);

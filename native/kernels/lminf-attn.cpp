@@ -5,13 +5,13 @@
 #include <cmath>
 #include <cstring>
 
-static bool is_kv_type(ggml_type type) {
+bool lminf_attn_is_kv_type(ggml_type type) {
     return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
 }
 
 // rows of n_embd_head contiguous elements
 static bool is_kv(const ggml_tensor * t, int64_t n_embd_head, int64_t n_rows, int64_t n_head_kv, int64_t n_stream) {
-    return is_kv_type(t->type) && t->nb[0] == ggml_type_size(t->type) &&
+    return lminf_attn_is_kv_type(t->type) && t->nb[0] == ggml_type_size(t->type) &&
         t->ne[0] == n_embd_head && t->ne[1] == n_rows && t->ne[2] == n_head_kv && t->ne[3] == n_stream;
 }
 

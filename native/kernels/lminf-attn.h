@@ -88,6 +88,9 @@ GGML_API struct lminf_attn_args lminf_attn_get_args(const struct ggml_tensor * o
 // what multiplies the mask for head h
 GGML_API float lminf_attn_slope(const struct lminf_attn_args * args, int32_t h);
 
+// a type that K or V may have
+GGML_API bool lminf_attn_is_kv_type(enum ggml_type type);
+
 // shapes and types every kernel can take; a backend may take less
 GGML_API bool lminf_attn_is_valid(const struct ggml_tensor * op);
 

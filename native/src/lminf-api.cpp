@@ -70,6 +70,9 @@ static const char * check_params(const lminf_params & params) {
     if (params.sink_mode < LMINF_SINK_CEILING || params.sink_mode > LMINF_SINK_TRUE) {
         return "sink_mode must be one of enum lminf_sink_mode";
     }
+    if (params.attention < LMINF_ATTENTION_AUTO || params.attention > LMINF_ATTENTION_STOCK) {
+        return "attention must be one of enum lminf_attention";
+    }
     if (params.pos_bound < 0) {
         return "pos_bound must be 1 or more, or 0 to have it chosen";
     }
@@ -88,6 +91,7 @@ lminf_params lminf_default_params() {
         /*.n_slack      =*/ -1,
         /*.sink_mode    =*/ LMINF_SINK_CEILING,
         /*.pos_bound    =*/ 0,
+        /*.attention    =*/ LMINF_ATTENTION_AUTO,
     };
 }
 
@@ -110,6 +114,7 @@ bool lminf_set_next(const lminf_params * params) {
     next_params.n_slack      = params->n_slack >= 0 ? params->n_slack : 64;
     next_params.pos_bound    = params->pos_bound;
     next_params.sink_mode    = (lminf_sink_mode) params->sink_mode;
+    next_params.attention    = (lminf_attention) params->attention;
 
     return true;
 }
@@ -149,7 +154,7 @@ bool lminf_get_params(const llama_context * ctx, lminf_params * params) {
     }
 
     const auto & p = mem->get_params();
-    *params = { p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound };
+    *params = { p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound, p.attention };
 
     return true;
 }

@@ -5,6 +5,8 @@
 #include "llama-impl.h"
 #include "llama-model.h"
 
+#include "lminf-attn.h"
+
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -350,7 +352,7 @@ void lminf_attn::store(ggml_tensor * v_cur) {
 }
 
 ggml_tensor * lminf_attn::readable_v(ggml_tensor * v) const {
-    return ggml_is_quantized(v->type) ? ggml_cast(graph.ctx0, v, GGML_TYPE_F32) : v;
+    return ggml_is_quantized(v->type) && !is_fused() ? ggml_cast(graph.ctx0, v, GGML_TYPE_F32) : v;
 }
 
 // the store's rows of the sequences at hand, [n_embd_head, n_sink_rows, n_head_kv, n_stream]
@@ -361,6 +363,49 @@ static ggml_tensor * view_sinks(ggml_context * ctx, ggml_tensor * t, const lminf
     return ggml_permute(ctx, res, 0, 2, 1, 3);
 }
 
+ggml_tensor * lminf_attn::view_q_sink(int64_t n_stream) const {
+    const int64_t n_tokens = q->ne[2]/n_stream;
+
+    ggml_tensor * res = ggml_view_4d(graph.ctx0, q, q->ne[0], q->ne[1], n_tokens, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tokens, 0);
+
+    return ggml_permute(graph.ctx0, res, 0, 2, 1, 3);
+}
+
+bool lminf_attn::is_fused() const {
+    return inp->mctx->get_memory().is_fused();
+}
+
+ggml_tensor * lminf_attn::build_fused(ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * head_sinks, float kq_scale) const {
+    ggml_context * ctx = graph.ctx0;
+
+    const auto & hparams = graph.hparams;
+    const auto & mem     = inp->mctx->get_memory();
+
+    ggml_tensor * q_sink = nullptr;
+    ggml_tensor * k_sink = nullptr;
+    ggml_tensor * v_sink = nullptr;
+    if (q) {
+        q_sink = view_q_sink(q_cur->ne[3]);
+        k_sink = view_sinks(ctx, mem.get_sink_k(il), inp->mctx, hparams.n_embd_head_k(il), hparams.n_head_kv(il));
+        v_sink = view_sinks(ctx, mem.get_sink_v(il), inp->mctx, hparams.n_embd_head_v(il), hparams.n_head_kv(il));
+    }
+
+    // Grok caps its scores always, and scales them for it
+    const bool  grok = graph.arch == LLM_ARCH_GROK;
+    const float cap  = grok || hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+
+    ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, inp->mask, head_sinks, q_sink, k_sink, v_sink,
+            grok ? kq_scale*hparams.f_attn_out_scale : kq_scale, hparams.f_max_alibi_bias, cap);
+
+    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+
+    if (!graph.cparams.offload_kqv) {
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur->src[0], graph.backend_cpu); // where its K and V are
+    }
+
+    return cur;
+}
+
 ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq) const {
     if (!q) {
         return kq;
@@ -368,16 +413,10 @@ ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq) const {
 
     ggml_context * ctx = graph.ctx0;
 
-    const int64_t n_stream = kq->ne[3];
-    const int64_t n_tokens = q->ne[2]/n_stream;
-
-    ggml_tensor * q_sink = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_tokens, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tokens, 0);
-    q_sink = ggml_permute(ctx, q_sink, 0, 2, 1, 3);
-
     ggml_tensor * k_sink = view_sinks(ctx, inp->mctx->get_memory().get_sink_k(il), inp->mctx,
             graph.hparams.n_embd_head_k(il), graph.hparams.n_head_kv(il));
 
-    ggml_tensor * kq_sink = ggml_mul_mat(ctx, k_sink, q_sink);
+    ggml_tensor * kq_sink = ggml_mul_mat(ctx, k_sink, view_q_sink(kq->ne[3]));
     ggml_prec_set_acc(kq_sink, GGML_PREC_F32);
     graph.cb(kq_sink, "lminf_kq_sink", il);
 

@@ -1,4 +1,5 @@
-// attention over [sinks | window] with two queries and one softmax, from stock ggml operations
+// attention over [sinks | window] with two queries and one softmax: one fused operation (native/kernels/lminf-attn.h), or
+// stock ggml operations where a backend does not have it
 //
 //   kq      = [ K_sink · q_sink | K_window · q ]       scale, soft-cap, ALiBi, mask, softmax as llama.cpp does them
 //   kqv     =   V_sink · p_sink + V_window · p_window
@@ -45,6 +46,13 @@ public:
     void begin(ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * kq_b, int il);
     void store(ggml_tensor * v_cur);
 
+    // the whole attention in one operation; the rest of this class is for stock operations
+    bool is_fused() const;
+
+    // q [n_embd_head_k, n_tokens/n_stream, n_head, n_stream], k and v alike, as flash attention takes them; head_sinks
+    // [n_head] or NULL -> [n_embd_head_v*n_head, n_tokens]
+    ggml_tensor * build_fused(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * head_sinks, float kq_scale) const;
+
     // V of the window in a type that stock operations can transpose
     ggml_tensor * readable_v(ggml_tensor * v) const;
 
@@ -57,6 +65,9 @@ public:
     ggml_tensor * mask() const { return inp->mask; }
 
 private:
+    // the second query, as build_attn_mha permutes the first: [n_embd_head_k, n_tokens/n_stream, n_head, n_stream]
+    ggml_tensor * view_q_sink(int64_t n_stream) const;
+
     const llm_graph_context & graph;
 
     lminf_graph_input * inp;

@@ -6,6 +6,8 @@
 #include "llama-io.h"
 #include "llama-model.h"
 
+#include "lminf-attn.h"
+
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -26,15 +28,17 @@ static void check_blocks(ggml_type type, const char * name, uint32_t n_embd_head
     }
 }
 
+static ggml_backend_dev_t kv_device(const llama_model & model, bool offload, int32_t il) {
+    return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
 // stops a window that cannot fit from being zeroed page by page until the system gives up
 static void check_memory(const llama_model & model, const llama_memory_params & params, uint64_t n_rows, bool offload,
         const std::vector<int32_t> & layers) {
     std::map<ggml_backend_dev_t, uint64_t> need;
 
     for (const int32_t il : layers) {
-        ggml_backend_dev_t dev = offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-
-        need[dev] += n_rows*(ggml_row_size(params.type_k, model.hparams.n_embd_k_gqa(il)) +
+        need[kv_device(model, offload, il)] += n_rows*(ggml_row_size(params.type_k, model.hparams.n_embd_k_gqa(il)) +
                              ggml_row_size(params.type_v, model.hparams.n_embd_v_gqa(il)));
     }
 
@@ -49,6 +53,45 @@ static void check_memory(const llama_model & model, const llama_memory_params & 
                 size/1024.0/1024.0/1024.0, ggml_backend_dev_name(dev), total/1024.0/1024.0/1024.0)));
         }
     }
+}
+
+// one layer's attention as a device would be asked to compute it
+static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int32_t il, ggml_type type_k, ggml_type type_v, int64_t n_sink_rows) {
+    // a device that spreads tensors over others knows how to split its own operations only
+    if (!lminf_attn_is_kv_type(type_k) || !lminf_attn_is_kv_type(type_v) || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
+        return false;
+    }
+
+    const ggml_init_params params_ctx = {
+        /*.mem_size   =*/ 16*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    const ggml_context_ptr ctx(ggml_init(params_ctx));
+
+    // any number of cells, and as many heads as the layer has
+    const auto rows = [&](ggml_type type, int64_t n_embd_head, int64_t n, int64_t n_head) {
+        return ggml_permute(ctx.get(), ggml_new_tensor_4d(ctx.get(), type, n_embd_head, n_head, n, 1), 0, 2, 1, 3);
+    };
+
+    const int64_t n_embd_k  = hparams.n_embd_head_k(il);
+    const int64_t n_embd_v  = hparams.n_embd_head_v(il);
+    const int64_t n_head    = hparams.n_head(il);
+    const int64_t n_head_kv = hparams.n_head_kv(il);
+    const int64_t n_kv      = 256;
+    const bool    has_sinks = n_sink_rows > 0;
+
+    const ggml_tensor * op = ggml_lminf_attn(ctx.get(),
+            rows(GGML_TYPE_F32, n_embd_k, 1,    n_head),
+            rows(type_k,        n_embd_k, n_kv, n_head_kv),
+            rows(type_v,        n_embd_v, n_kv, n_head_kv),
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_sink_rows + n_kv, 1), nullptr,
+            has_sinks ? rows(GGML_TYPE_F32,     n_embd_k, 1,           n_head)    : nullptr,
+            has_sinks ? rows(sink_type(type_k), n_embd_k, n_sink_rows, n_head_kv) : nullptr,
+            has_sinks ? rows(sink_type(type_v), n_embd_v, n_sink_rows, n_head_kv) : nullptr,
+            1.0f, 0.0f, 0.0f);
+
+    return ggml_backend_dev_supports_op(dev, op);
 }
 
 //
@@ -86,6 +129,18 @@ lminf_memory::lminf_memory(
 
     params.n_slack = n_cells - cparams.n_ubatch - params.n_local;
 
+    if (params.attention != LMINF_ATTENTION_STOCK) {
+        const auto it = std::find_if(layers.begin(), layers.end(), [&](int32_t il) {
+            return !has_fused(kv_device(model, cparams.offload_kqv, il), hparams, il, params_mem.type_k, params_mem.type_v, n_sink_rows);
+        });
+        if (it != layers.end() && params.attention == LMINF_ATTENTION_FUSED) {
+            throw std::runtime_error(lminf_set_error(format(
+                "there is no fused attention for layer %d of this model on %s with a KV cache of types %s and %s", *it,
+                ggml_backend_dev_name(kv_device(model, cparams.offload_kqv, *it)), ggml_type_name(params_mem.type_k), ggml_type_name(params_mem.type_v))));
+        }
+        params.attention = it == layers.end() ? LMINF_ATTENTION_FUSED : LMINF_ATTENTION_STOCK;
+    }
+
     // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
     // once more, so it is n_local tokens away at least: no key is rotated twice while a query can see it.
     const int64_t bound_min = (int64_t) n_cells + cparams.n_batch + lminf_stream::block;
@@ -98,7 +153,7 @@ lminf_memory::lminf_memory(
 
     // the cache's own sliding window is wider than the rule's by the slack: it decides what is recycled, the mask what is seen
     window = std::make_unique<llama_kv_cache>(
-            model, hparams, params_mem.type_k, params_mem.type_v, !cparams.flash_attn, cparams.offload_kqv,
+            model, hparams, params_mem.type_k, params_mem.type_v, /*v_trans =*/ !is_fused() && !cparams.flash_attn, cparams.offload_kqv,
             /*unified =*/ false, n_cells, n_seq_max, /*n_pad =*/ 1,
             params.n_local + params.n_slack, LLAMA_SWA_TYPE_STANDARD,
             /*mem_other =*/ nullptr, filter, /*reuse =*/ nullptr, /*share =*/ nullptr);

@@ -71,6 +71,8 @@ public:
 
     const lminf_cparams & get_params() const { return params; }
 
+    bool is_fused() const { return params.attention == LMINF_ATTENTION_FUSED; }
+
     // graph position for n_tokens more, after rebasing if they would not fit below the bound; -1 if they never do
     llama_pos make_room(llama_context & lctx, llama_seq_id seq_id, int32_t n_tokens);
 

@@ -20,6 +20,7 @@ struct lminf_cparams {
     int32_t pos_bound    = 0; // 0: the memory chooses
 
     lminf_sink_mode sink_mode = LMINF_SINK_CEILING;
+    lminf_attention attention = LMINF_ATTENTION_AUTO;
 };
 
 // what lminf_set_next left for this thread's next context, taken once

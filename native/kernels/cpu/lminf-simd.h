@@ -1,0 +1,204 @@
+// the few vector operations the CPU kernels are written in: AVX-512, AVX2, NEON, or plain C
+//
+//   vf       LANES floats
+//   N_ACC    accumulators that fit in registers beside their operands; a multiple of LANES
+//   vf_sums  N_ACC vectors -> the sum of each
+
+#pragma once
+
+#include "ggml.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define LMINF_SIMD_NAME "AVX-512"
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LMINF_SIMD_NAME "AVX2"
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#define LMINF_SIMD_NAME "NEON"
+#include <arm_neon.h>
+#else
+#define LMINF_SIMD_NAME "plain C"
+#endif
+
+#if defined(__GNUC__)
+#define LMINF_PREFETCH(p) __builtin_prefetch(p)
+#else
+#define LMINF_PREFETCH(p) (void) (p)
+#endif
+
+namespace lminf_simd {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+typedef __m512 vf;
+
+constexpr int LANES = 16;
+constexpr int N_ACC = 16;
+constexpr int N_REG = 32;
+
+static inline vf vf_zero()                         { return _mm512_setzero_ps(); }
+static inline vf vf_set(float x)                   { return _mm512_set1_ps(x); }
+static inline vf vf_load(const float * p)          { return _mm512_loadu_ps(p); }
+static inline void vf_store(float * p, vf x)       { _mm512_storeu_ps(p, x); }
+static inline vf vf_add(vf a, vf b)                { return _mm512_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b)                { return _mm512_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b)                { return _mm512_mul_ps(a, b); }
+static inline vf vf_max(vf a, vf b)                { return _mm512_max_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c)          { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vf_round(vf a)                    { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vf vf_scale2(vf a, vf n)             { return _mm512_scalef_ps(a, n); } // a*2^n
+
+static inline vf vf_load_f16(const uint16_t * p)   { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static inline vf vf_load_bf16(const uint16_t * p)  {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
+}
+static inline vf vf_load_i8(const int8_t * p)      { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
+
+static inline void vf_sums(const vf * a, float * res) {
+    // each step adds halves of two vectors into one: 16 lanes of one sum become 4, then 1
+    __m512 x[4];
+    for (int j = 0; j < 4; ++j) {
+        const __m512 s01 = _mm512_add_ps(_mm512_shuffle_f32x4(a[j    ], a[j +  4], 0x44), _mm512_shuffle_f32x4(a[j    ], a[j +  4], 0xEE));
+        const __m512 s23 = _mm512_add_ps(_mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x44), _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xEE));
+        x[j] = _mm512_add_ps(_mm512_shuffle_f32x4(s01, s23, 0x88), _mm512_shuffle_f32x4(s01, s23, 0xDD));
+    }
+    const __m512d y0 = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1])));
+    const __m512d y1 = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3])));
+    _mm512_storeu_ps(res, _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(y0, y1)), _mm512_castpd_ps(_mm512_unpackhi_pd(y0, y1))));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+typedef __m256 vf;
+
+constexpr int LANES = 8;
+constexpr int N_ACC = 8;
+constexpr int N_REG = 16;
+
+static inline vf vf_zero()                         { return _mm256_setzero_ps(); }
+static inline vf vf_set(float x)                   { return _mm256_set1_ps(x); }
+static inline vf vf_load(const float * p)          { return _mm256_loadu_ps(p); }
+static inline void vf_store(float * p, vf x)       { _mm256_storeu_ps(p, x); }
+static inline vf vf_add(vf a, vf b)                { return _mm256_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b)                { return _mm256_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b)                { return _mm256_mul_ps(a, b); }
+static inline vf vf_max(vf a, vf b)                { return _mm256_max_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c)          { return _mm256_fmadd_ps(a, b, c); }
+static inline vf vf_round(vf a)                    { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vf vf_scale2(vf a, vf n)             {
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
+}
+
+static inline vf vf_load_f16(const uint16_t * p)   { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+static inline vf vf_load_bf16(const uint16_t * p)  {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
+}
+static inline vf vf_load_i8(const int8_t * p)      { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
+
+static inline void vf_sums(const vf * a, float * res) {
+    const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    const __m256 hi = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    _mm256_storeu_ps(res, _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31)));
+}
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+
+typedef float32x4_t vf;
+
+constexpr int LANES = 4;
+constexpr int N_ACC = 16;
+constexpr int N_REG = 32;
+
+static inline vf vf_zero()                         { return vdupq_n_f32(0.0f); }
+static inline vf vf_set(float x)                   { return vdupq_n_f32(x); }
+static inline vf vf_load(const float * p)          { return vld1q_f32(p); }
+static inline void vf_store(float * p, vf x)       { vst1q_f32(p, x); }
+static inline vf vf_add(vf a, vf b)                { return vaddq_f32(a, b); }
+static inline vf vf_sub(vf a, vf b)                { return vsubq_f32(a, b); }
+static inline vf vf_mul(vf a, vf b)                { return vmulq_f32(a, b); }
+static inline vf vf_max(vf a, vf b)                { return vmaxq_f32(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c)          { return vfmaq_f32(c, a, b); }
+static inline vf vf_round(vf a)                    { return vrndnq_f32(a); }
+static inline vf vf_scale2(vf a, vf n)             {
+    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)));
+}
+
+static inline vf vf_load_f16(const uint16_t * p)   { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline vf vf_load_bf16(const uint16_t * p)  { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline vf vf_load_i8(const int8_t * p)      {
+    int32_t four;
+    memcpy(&four, p, sizeof(four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
+
+static inline void vf_sums(const vf * a, float * res) {
+    for (int i = 0; i < N_ACC; i += 4) {
+        vst1q_f32(res + i, vpaddq_f32(vpaddq_f32(a[i], a[i + 1]), vpaddq_f32(a[i + 2], a[i + 3])));
+    }
+}
+
+#else
+
+struct vf { float x[4]; };
+
+constexpr int LANES = 4;
+constexpr int N_ACC = 4;
+constexpr int N_REG = 16;
+
+#define LMINF_LANES(expr) vf r; for (int i = 0; i < 4; ++i) { r.x[i] = (expr); } return r
+
+static inline vf vf_zero()                         { LMINF_LANES(0.0f); }
+static inline vf vf_set(float x)                   { LMINF_LANES(x); }
+static inline vf vf_load(const float * p)          { LMINF_LANES(p[i]); }
+static inline void vf_store(float * p, vf a)       { memcpy(p, a.x, sizeof(a.x)); }
+static inline vf vf_add(vf a, vf b)                { LMINF_LANES(a.x[i] + b.x[i]); }
+static inline vf vf_sub(vf a, vf b)                { LMINF_LANES(a.x[i] - b.x[i]); }
+static inline vf vf_mul(vf a, vf b)                { LMINF_LANES(a.x[i] * b.x[i]); }
+static inline vf vf_max(vf a, vf b)                { LMINF_LANES(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }
+static inline vf vf_fma(vf a, vf b, vf c)          { LMINF_LANES(a.x[i] * b.x[i] + c.x[i]); }
+static inline vf vf_round(vf a)                    { LMINF_LANES(nearbyintf(a.x[i])); }
+static inline vf vf_scale2(vf a, vf n)             { LMINF_LANES(ldexpf(a.x[i], (int) n.x[i])); }
+
+static inline vf vf_load_f16(const uint16_t * p)   { LMINF_LANES(ggml_fp16_to_fp32(p[i])); }
+static inline vf vf_load_bf16(const uint16_t * p)  { LMINF_LANES(ggml_bf16_to_fp32({ p[i] })); }
+static inline vf vf_load_i8(const int8_t * p)      { LMINF_LANES((float) p[i]); }
+
+#undef LMINF_LANES
+
+static inline void vf_sums(const vf * a, float * res) {
+    for (int i = 0; i < N_ACC; ++i) {
+        res[i] = (a[i].x[0] + a[i].x[1]) + (a[i].x[2] + a[i].x[3]);
+    }
+}
+
+#endif
+
+static_assert(N_ACC % LANES == 0 && 16 % LANES == 0, "the kernels walk 16 elements at a time");
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87, where f32 ends, and for -inf.
+// Cody-Waite reduction to |r| <= ln(2)/2, then the polynomial of Cephes' expf (S. L. Moshier)
+static inline vf vf_exp(vf x) {
+    const vf lowest = vf_set(-87.0f);
+
+    const vf y = vf_max(x, lowest);
+    const vf n = vf_round(vf_mul(y, vf_set(1.44269504088896341f)));
+    const vf r = vf_fma(n, vf_set(2.12194440e-4f), vf_fma(n, vf_set(-0.693359375f), y));
+
+    vf p = vf_set(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set(5.0000001201e-1f));
+    p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.0f)));
+
+    // e^-87, and a little more, taken off makes the floor a true zero and costs nothing elsewhere
+    return vf_max(vf_sub(vf_scale2(p, n), vf_set(1.6459e-38f)), vf_zero());
+}
+
+} // namespace lminf_simd
