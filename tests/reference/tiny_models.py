@@ -46,7 +46,6 @@ class Shape:
     head_size: int = 16
     n_ff: int = 96
     n_expert: int = 0
-    n_expert_used: int = 2
     n_ctx: int = 128
     n_rot: int | None = None
     layer_norm: bool = False
@@ -99,7 +98,7 @@ MODELS = {
         keys=LONGROPE,
     ),
     "smollm3": Shape("smollm3", n_layer=4),
-    "grok": Shape("grok", n_expert=2, n_expert_used=2, branch_norms=True, keys=GROK),
+    "grok": Shape("grok", n_expert=2, branch_norms=True, keys=GROK),
 }
 
 
@@ -180,7 +179,8 @@ def metadata(shape: Shape) -> Keys:
         "rope.freq_base": 10000.0,
     }
     if shape.n_expert:
-        keys |= {"expert_count": shape.n_expert, "expert_used_count": shape.n_expert_used}
+        # all of them: which of two nearly equal experts a router picks is decided by the last bit
+        keys |= {"expert_count": shape.n_expert, "expert_used_count": shape.n_expert}
     return keys | shape.keys
 
 

@@ -10,10 +10,10 @@
 
 #include "lminf-attn-cpu.h"
 
-#include "lminf-rows.h"
-
-#include "ggml-cpu-impl.h"
+#include "ggml-cpu-impl.h" // first: it tells MSVC's AVX2 apart as __FMA__ and __F16C__
 #include "ggml-impl.h"
+
+#include "lminf-rows.h"
 
 #include <algorithm>
 #include <cmath>
@@ -161,9 +161,28 @@ static void merge_parts(const lminf_attn_args & args, const float * parts, int n
 // decode
 //
 
+// fetches memory in step with the work done on other memory. All at once would fill the processor's miss buffers and
+// stop the very loads it is meant to hide
+class prefetcher {
+public:
+    prefetcher(const char * data, int64_t size) : cur(data), line(data), end(data + size) {}
+
+    void advance(int64_t n) {
+        cur += n;
+        for (; line < cur && line < end; line += 64) {
+            LMINF_PREFETCH(line);
+        }
+    }
+
+private:
+    const char * cur;
+    const char * line;
+    const char * end;
+};
+
 // scores of N rows of q [N][n_embd] for n cells, res [pad16(n)][N]; cells past the last one repeat it
 template <ggml_type T, int N>
-static void scores(const char * k, int64_t nb1, int n, int n_embd, const float * q, float * res) {
+static void scores(const char * k, int64_t nb1, int n, int n_embd, const float * q, float * res, prefetcher & next) {
     constexpr int C = N_ACC/N; // cells at once
 
     for (int c0 = 0; c0 < n; c0 += C) {
@@ -177,6 +196,8 @@ static void scores(const char * k, int64_t nb1, int n, int n_embd, const float *
             acc[i] = vf_zero();
         }
         for (int e = 0; e < n_embd; e += 16) {
+            next.advance(C*get_size16<T>());
+
             vf x[C][N16];
             for (int c = 0; c < C; ++c) {
                 load16<T>(row[c], e, x[c]);
@@ -196,7 +217,7 @@ static void scores(const char * k, int64_t nb1, int n, int n_embd, const float *
 
 // acc [N][n_embd] += p [n][N] times the rows of n cells
 template <ggml_type T, int N>
-static void add_values(const char * v, int64_t nb1, int n, int n_embd, const float * p, float * acc) {
+static void add_values(const char * v, int64_t nb1, int n, int n_embd, const float * p, float * acc, prefetcher & next) {
     constexpr int U = N*N16 < N_ACC ? N_ACC/(N*N16) : 1; // so many times 16 elements at once
 
     const auto add = [&](int e, auto units) {
@@ -209,6 +230,8 @@ static void add_values(const char * v, int64_t nb1, int n, int n_embd, const flo
             }
         }
         for (int c = 0; c < n; ++c) {
+            next.advance(get_size16<T>()*units.value);
+
             vf x[M];
             for (int u = 0; u < units.value; ++u) {
                 load16<T>(v + c*nb1, e + u*16, x + u*N16);
@@ -227,17 +250,22 @@ static void add_values(const char * v, int64_t nb1, int n, int n_embd, const flo
         }
     };
 
+    // as much at once as there are accumulators for: a single chain of additions would wait for itself
     int e = 0;
-    for (; e + 16*U <= n_embd; e += 16*U) {
-        add(e, std::integral_constant<int, U>());
-    }
-    for (; e < n_embd; e += 16) {
-        add(e, std::integral_constant<int, 1>());
-    }
+    const auto add_all = [&](auto units) {
+        for (; e + 16*units.value <= n_embd; e += 16*units.value) {
+            add(e, units);
+        }
+    };
+    if constexpr (U >= 16) { add_all(std::integral_constant<int, 16>()); }
+    if constexpr (U >= 8)  { add_all(std::integral_constant<int, 8>()); }
+    if constexpr (U >= 4)  { add_all(std::integral_constant<int, 4>()); }
+    if constexpr (U >= 2)  { add_all(std::integral_constant<int, 2>()); }
+    add_all(std::integral_constant<int, 1>());
 }
 
-typedef void (*scores_t)(const char * k, int64_t nb1, int n, int n_embd, const float * q, float * res);
-typedef void (*add_values_t)(const char * v, int64_t nb1, int n, int n_embd, const float * p, float * acc);
+typedef void (*scores_t)(const char * k, int64_t nb1, int n, int n_embd, const float * q, float * res, prefetcher & next);
+typedef void (*add_values_t)(const char * v, int64_t nb1, int n, int n_embd, const float * p, float * acc, prefetcher & next);
 
 template <ggml_type T> static scores_t get_scores(int n_rows) {
     return n_rows == 1 ? scores<T, 1> : n_rows == 2 ? scores<T, 2> : scores<T, 4>;
@@ -275,6 +303,10 @@ struct row_group {
     int size;
 };
 
+static int get_padded_rows(int n_rows) {
+    return n_rows % 4 == 3 ? n_rows + 1 : n_rows;
+}
+
 static int get_row_groups(int n_rows, row_group * groups) {
     int n = 0;
     for (int r = 0; r < n_rows;) {
@@ -305,17 +337,17 @@ struct decode_state {
     float * l;
 };
 
-static size_t get_decode_state_size(int n_rows, int n_embd_k, int n_embd_v) {
-    return (size_t) pad16(n_rows)*(2*n_embd_k + n_embd_v + 2);
+static size_t get_decode_state_size(int n_padded, int n_embd_k, int n_embd_v) {
+    return pad16(n_padded*(2*n_embd_k + n_embd_v + 2));
 }
 
-static decode_state get_decode_state(float * data, int n_rows, int n_embd_k, int n_embd_v) {
+static decode_state get_decode_state(float * data, int n_padded, int n_embd_k, int n_embd_v) {
     decode_state res;
     res.q      = data;
-    res.q_sink = res.q      + pad16(n_rows)*n_embd_k;
-    res.acc    = res.q_sink + pad16(n_rows)*n_embd_k;
-    res.m      = res.acc    + pad16(n_rows)*n_embd_v;
-    res.l      = res.m      + pad16(n_rows);
+    res.q_sink = res.q      + n_padded*n_embd_k;
+    res.acc    = res.q_sink + n_padded*n_embd_k;
+    res.m      = res.acc    + n_padded*n_embd_v;
+    res.l      = res.m      + n_padded;
     return res;
 }
 
@@ -325,7 +357,7 @@ static size_t get_decode_scratch_size(const lminf_attn_args & args) {
     const int n_embd_v = pad16(args.n_embd_head_v);
     const int n_rows   = args.n_q*(args.n_head/args.n_head_kv);
 
-    return args.n_head_kv*get_decode_state_size(n_rows, n_embd_k, n_embd_v) +
+    return args.n_head_kv*get_decode_state_size(get_padded_rows(n_rows), n_embd_k, n_embd_v) +
         N_ROWS_DECODE*N_BLOCK_MAX + N_BLOCK_MAX*std::max(n_embd_k, n_embd_v);
 }
 
@@ -388,26 +420,24 @@ struct rows {
 };
 
 // as they lie in memory if a single group of query rows reads them, else converted once for all groups
-static rows get_rows(const lminf_attn_operand & t, int c0, int h, int i_stream, int n, int n_embd, int n_groups, float * buffer) {
+static rows get_rows(
+        const lminf_attn_operand & t, int c0, int h, int i_stream, int n, int n_embd, int n_groups, float * buffer, prefetcher & next) {
     const char * data = get_row(t, c0, h, i_stream);
 
     if (n_groups == 1 && n_embd % 16 == 0) {
         return { data, t.nb1, t.type };
     }
     load_rows(data, t.nb1, t.type, n, n_embd, buffer);
+    next.advance((int64_t) n*t.nb2); // what the kernels see from here on lies in the buffer
     return { (const char *) buffer, (int64_t) (pad16(n_embd)*sizeof(float)), GGML_TYPE_F32 };
 }
 
-// asks for the h-th of n_head_kv slices of the block of n cells at c0, all heads of which lie side by side
-static void prefetch_slice(const lminf_attn_operand & t, int64_t c0, int n, int n_cells, int h, int n_head_kv, int i_stream) {
+// for the block of n cells at c0, if it exists and all of its heads lie side by side
+static prefetcher get_prefetcher(const lminf_attn_operand & t, int c0, int n, int n_cells, int i_stream) {
     if (c0 + n > n_cells || t.nb1 < t.nb2) {
-        return;
+        return prefetcher(nullptr, 0);
     }
-    const int64_t size = n*t.nb1;
-    const char *  data = get_row(t, c0, 0, i_stream);
-    for (int64_t i = size*h/n_head_kv/64*64; i < size*(h + 1)/n_head_kv; i += 64) {
-        LMINF_PREFETCH(data + i);
-    }
+    return prefetcher(get_row(t, c0, 0, i_stream), n*t.nb1);
 }
 
 static void decode(const lminf_attn_args & args, float * scratch, float * parts, int ith, int nth) {
@@ -419,7 +449,8 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
     row_group groups[N_ROWS_DECODE];
     const int n_groups = get_row_groups(n_rows, groups);
 
-    const size_t n_state = get_decode_state_size(n_rows, n_embd_k, n_embd_v);
+    const int    n_padded = get_padded_rows(n_rows);
+    const size_t n_state  = get_decode_state_size(n_padded, n_embd_k, n_embd_v);
 
     float * s     = scratch + args.n_head_kv*n_state; // [n_groups][N_BLOCK_MAX][4]
     float * block = s + N_ROWS_DECODE*N_BLOCK_MAX;
@@ -432,7 +463,7 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
             float * data = scratch + h*n_state;
             std::fill_n(data, n_state, 0.0f);
 
-            const decode_state state = get_decode_state(data, n_rows, n_embd_k, n_embd_v);
+            const decode_state state = get_decode_state(data, n_padded, n_embd_k, n_embd_v);
             for (int r = 0; r < n_rows; ++r) {
                 const int head = h*n_group + r % n_group;
                 load_q(args, get_row(args.q, r/n_group, head, i_stream), state.q + r*n_embd_k);
@@ -440,7 +471,7 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
                     load_q(args, get_row(args.q_sink, r/n_group, head, i_stream), state.q_sink + r*n_embd_k);
                 }
             }
-            std::fill_n(state.m, pad16(n_rows), NO_SCORE);
+            std::fill_n(state.m, n_padded, NO_SCORE);
         }
 
         int i_block = 0; // over sinks and window: the threads take turns
@@ -463,16 +494,18 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
                     continue;
                 }
 
+                // this thread's next block
+                prefetcher next_k = get_prefetcher(part.k, c0 + n_block*nth, n, part.n, i_stream);
+                prefetcher next_v = get_prefetcher(part.v, c0 + n_block*nth, n, part.n, i_stream);
+                prefetcher none(nullptr, 0);
+
                 for (int h = 0; h < args.n_head_kv; ++h) {
-                    const decode_state state = get_decode_state(scratch + h*n_state, n_rows, n_embd_k, n_embd_v);
+                    const decode_state state = get_decode_state(scratch + h*n_state, n_padded, n_embd_k, n_embd_v);
 
-                    prefetch_slice(part.k, c0 + n_block*nth, n, part.n, h, args.n_head_kv, i_stream);
-                    prefetch_slice(part.v, c0 + n_block*nth, n, part.n, h, args.n_head_kv, i_stream);
-
-                    const rows k = get_rows(part.k, c0, h, i_stream, n, args.n_embd_head_k, n_groups, block);
+                    const rows k = get_rows(part.k, c0, h, i_stream, n, args.n_embd_head_k, n_groups, block, next_k);
                     for (int g = 0; g < n_groups; ++g) {
                         const float * q = (is_sink ? state.q_sink : state.q) + groups[g].first*n_embd_k;
-                        get_scores(k.type, groups[g].size)(k.data, k.nb1, n, n_embd_k, q, s + g*N_BLOCK_MAX*4);
+                        get_scores(k.type, groups[g].size)(k.data, k.nb1, n, n_embd_k, q, s + g*N_BLOCK_MAX*4, n_groups == 1 ? next_k : none);
                     }
 
                     bool seen = false;
@@ -501,17 +534,17 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
                         continue;
                     }
 
-                    const rows v = get_rows(part.v, c0, h, i_stream, n, args.n_embd_head_v, n_groups, block);
+                    const rows v = get_rows(part.v, c0, h, i_stream, n, args.n_embd_head_v, n_groups, block, next_v);
                     for (int g = 0; g < n_groups; ++g) {
                         float * acc = state.acc + groups[g].first*n_embd_v;
-                        get_add_values(v.type, groups[g].size)(v.data, v.nb1, n, n_embd_v, s + g*N_BLOCK_MAX*4, acc);
+                        get_add_values(v.type, groups[g].size)(v.data, v.nb1, n, n_embd_v, s + g*N_BLOCK_MAX*4, acc, n_groups == 1 ? next_v : none);
                     }
                 }
             }
         }
 
         for (int h = 0; h < args.n_head_kv; ++h) {
-            const decode_state state = get_decode_state(scratch + h*n_state, n_rows, n_embd_k, n_embd_v);
+            const decode_state state = get_decode_state(scratch + h*n_state, n_padded, n_embd_k, n_embd_v);
             for (int r = 0; r < n_rows; ++r) {
                 const int64_t row = get_row_index(args, i_stream, r/n_group, h*n_group + r % n_group);
                 float * res = parts + (ith*get_n_rows(args) + row)*get_part_size(args);

@@ -53,17 +53,17 @@ template <> inline void load16<GGML_TYPE_Q8_0>(const char * row, int i, vf * x) 
 template <> inline void load16<GGML_TYPE_Q4_0>(const char * row, int i, vf * x) {
     const block_q4_0 & block = ((const block_q4_0 *) row)[i/QK4_0];
 
-    const int shift = i%QK4_0 == 0 ? 0 : 4;
-
-    int8_t q[16];
-    for (int j = 0; j < 16; ++j) {
-        q[j] = (int8_t) ((block.qs[j] >> shift & 0xF) - 8);
-    }
-
     const vf d = vf_set(f16_to_f32(block.d));
+
+    vf_load16_i4(block.qs, i%QK4_0 == 0 ? 0 : 4, x);
     for (int j = 0; j < N16; ++j) {
-        x[j] = vf_mul(d, vf_load_i8(q + j*LANES));
+        x[j] = vf_mul(d, x[j]);
     }
+}
+
+// bytes of 16 elements
+template <ggml_type T> constexpr int get_size16() {
+    return T == GGML_TYPE_F32 ? 64 : T == GGML_TYPE_Q8_0 ? sizeof(block_q8_0)/2 : T == GGML_TYPE_Q4_0 ? sizeof(block_q4_0)/2 : 32;
 }
 
 // one row as f32, up to a multiple of 16 filled with zeros

@@ -3,6 +3,8 @@
 //   vf       LANES floats
 //   N_ACC    accumulators that fit in registers beside their operands; a multiple of LANES
 //   vf_sums  N_ACC vectors -> the sum of each
+//
+// vf_load_* convert to f32; vf_load16_i4: 16 numbers of 4 bits with their offset of 8, at `shift` of each byte
 
 #pragma once
 
@@ -13,20 +15,16 @@
 #include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define LMINF_SIMD_NAME "AVX-512"
 #include <immintrin.h>
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define LMINF_SIMD_NAME "AVX2"
 #include <immintrin.h>
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-#define LMINF_SIMD_NAME "NEON"
 #include <arm_neon.h>
-#else
-#define LMINF_SIMD_NAME "plain C"
 #endif
 
+// into the second level cache: the first has miss buffers for half of the memory's bandwidth only
 #if defined(__GNUC__)
-#define LMINF_PREFETCH(p) __builtin_prefetch(p)
+#define LMINF_PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #else
 #define LMINF_PREFETCH(p) (void) (p)
 #endif
@@ -58,6 +56,10 @@ static inline vf vf_load_bf16(const uint16_t * p)  {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
 }
 static inline vf vf_load_i8(const int8_t * p)      { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
+static inline void vf_load16_i4(const uint8_t * p, int shift, vf * res) {
+    const __m128i x = _mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i *) p), shift), _mm_set1_epi8(0xF));
+    res[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(x, _mm_set1_epi8(8))));
+}
 
 static inline void vf_sums(const vf * a, float * res) {
     // each step adds halves of two vectors into one: 16 lanes of one sum become 4, then 1
@@ -99,6 +101,12 @@ static inline vf vf_load_bf16(const uint16_t * p)  {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
 }
 static inline vf vf_load_i8(const int8_t * p)      { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) p))); }
+static inline void vf_load16_i4(const uint8_t * p, int shift, vf * res) {
+    const __m128i x = _mm_sub_epi8(
+        _mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i *) p), shift), _mm_set1_epi8(0xF)), _mm_set1_epi8(8));
+    res[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+    res[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x)));
+}
 
 static inline void vf_sums(const vf * a, float * res) {
     const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
@@ -135,6 +143,16 @@ static inline vf vf_load_i8(const int8_t * p)      {
     memcpy(&four, p, sizeof(four));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
 }
+static inline void vf_load16_i4(const uint8_t * p, int shift, vf * res) {
+    const uint8x16_t bytes = vandq_u8(vshlq_u8(vld1q_u8(p), vdupq_n_s8(-shift)), vdupq_n_u8(0xF));
+    const int8x16_t  x     = vsubq_s8(vreinterpretq_s8_u8(bytes), vdupq_n_s8(8));
+    const int16x8_t  lo    = vmovl_s8(vget_low_s8(x));
+    const int16x8_t  hi    = vmovl_s8(vget_high_s8(x));
+    res[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo)));
+    res[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(lo)));
+    res[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi)));
+    res[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(hi)));
+}
 
 static inline void vf_sums(const vf * a, float * res) {
     for (int i = 0; i < N_ACC; i += 4) {
@@ -167,6 +185,11 @@ static inline vf vf_scale2(vf a, vf n)             { LMINF_LANES(ldexpf(a.x[i], 
 static inline vf vf_load_f16(const uint16_t * p)   { LMINF_LANES(ggml_fp16_to_fp32(p[i])); }
 static inline vf vf_load_bf16(const uint16_t * p)  { LMINF_LANES(ggml_bf16_to_fp32({ p[i] })); }
 static inline vf vf_load_i8(const int8_t * p)      { LMINF_LANES((float) p[i]); }
+static inline void vf_load16_i4(const uint8_t * p, int shift, vf * res) {
+    for (int i = 0; i < 16; ++i) {
+        res[i/4].x[i%4] = (float) ((p[i] >> shift & 0xF) - 8);
+    }
+}
 
 #undef LMINF_LANES
 
