@@ -601,7 +601,7 @@ static void lminf_prefill(
             v      + (uint64_t) h_kv*args.v.nb2      + (uint64_t) group.z*args.v.nb3 :
             v_sink + (uint64_t) h_kv*args.v_sink.nb2 + (uint64_t) group.z*args.v_sink.nb3;
 
-        threadgroup_barrier(mem_flags::mem_threadgroup); // nobody needs q_sink any more
+        // nobody needs q_sink any more: the last block with scores of sinks had barriers for its values after that
         for (int e = thread_i; e < 8*n_sg*n_k4; e += n_thread) {
             const int i = (row0 + e/n_k4)/n_group;
             const int h = (row0 + e/n_k4)%n_group + h_kv*n_group;
