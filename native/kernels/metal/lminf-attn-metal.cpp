@@ -24,7 +24,7 @@ struct launch_plan {
 };
 
 // upstream's flash attention changes kernels at 20 queries as well; not measured for ours
-static const int64_t N_Q_PREFILL = 20;
+static const int32_t N_Q_PREFILL = 20;
 
 // decode: enough threadgroups for the largest GPU, but a block of cells for each simdgroup, and a lane of `combine` for each split
 static const int64_t N_THREADGROUP = 256;
@@ -34,15 +34,13 @@ static int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1)/b;
 }
 
-static launch_plan get_plan(const ggml_tensor * op) {
-    const lminf_attn_args args = lminf_attn_get_args(op);
-
-    const int64_t n_rows_all = (int64_t) args.n_q*(args.n_head/args.n_head_kv);
+static launch_plan get_plan(const lminf_attn_args & args, int32_t n_q) {
+    const int64_t n_rows_all = (int64_t) n_q*(args.n_head/args.n_head_kv);
 
     launch_plan res = {};
 
     size_t n_float;
-    if (args.n_q >= N_Q_PREFILL) {
+    if (n_q >= N_Q_PREFILL) {
         res.is_prefill = true;
         res.n_sg       = args.n_embd_head_k <= 128 ? 4 : 2;
         res.n_rows     = 8*res.n_sg;
@@ -90,13 +88,20 @@ bool lminf_attn_metal_supports(const ggml_metal_device_props * props, const ggml
         }
     }
 
-    return get_plan(op).n_shared <= props->max_theadgroup_memory_size;
+    const lminf_attn_args args = lminf_attn_get_args(op);
+    return get_plan(args, args.n_q).n_shared <= props->max_theadgroup_memory_size;
 }
 
-// floats per split and row of dst: sums of values, the maximum, the sum of weights
+// what the largest batch gets must do for every smaller one, or graphs would be allocated anew when batches alternate
 size_t lminf_attn_metal_scratch_size(const ggml_tensor * op) {
-    const launch_plan plan = get_plan(op);
-    return plan.is_prefill ? 0 : ggml_nrows(op)*plan.n_split*(op->ne[0] + 2)*sizeof(float);
+    const lminf_attn_args args = lminf_attn_get_args(op);
+
+    int64_t n_part = 0; // splits of queries
+    for (int32_t n_q = 1; n_q <= args.n_q && n_q < N_Q_PREFILL; ++n_q) {
+        n_part = std::max<int64_t>(n_part, (int64_t) n_q*get_plan(args, n_q).n_split);
+    }
+    // sums of values, the maximum, the sum of weights
+    return n_part*args.n_head*args.n_stream*(args.n_embd_head_v + 2)*sizeof(float);
 }
 
 static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, const launch_plan & plan, const lminf_attn_args & args) {
@@ -153,7 +158,7 @@ void lminf_attn_metal_encode(
         const ggml_tensor    * op,
         ggml_metal_buffer_id (*get_buffer)(const ggml_tensor * t)) {
     const lminf_attn_args args = lminf_attn_get_args(op);
-    const launch_plan     plan = get_plan(op);
+    const launch_plan     plan = get_plan(args, args.n_q);
 
     lminf_attn_metal_args kargs = {};
 
