@@ -216,11 +216,16 @@ static ggml_metal_buffer_id get_buffer(const ggml_tensor * t) {
     return t == current ? ggml_metal_buffer_id{ memory.data(), 0 } : ggml_metal_buffer_id{ t->data, 0 };
 }
 
-static bool compute(ggml_tensor * op) {
+static ggml_metal_device_props get_props() {
     ggml_metal_device_props props = {};
     props.has_simdgroup_reduction    = true;
     props.has_simdgroup_mm           = true;
     props.max_theadgroup_memory_size = 32*1024;
+    return props;
+}
+
+static bool compute(ggml_tensor * op) {
+    const auto props = get_props();
     if (!lminf_attn_metal_supports(&props, op)) {
         return false;
     }
@@ -243,11 +248,48 @@ static bool compute(ggml_tensor * op) {
     return true;
 }
 
+// what must be declined is, and a larger batch never needs less memory
+static void check_host_code(std::mt19937 & rng) {
+    const auto is_taken = [&](const attn_case & c, const ggml_metal_device_props & props) {
+        return lminf_attn_metal_supports(&props, attn_problem(c, rng).op());
+    };
+
+    const attn_case usual;
+    attn_case long_k  = usual, odd_v = usual;
+    long_k.n_embd_head_k = 264;
+    odd_v.n_embd_head_v  = 12;
+
+    auto no_reduction = get_props(), no_mm = get_props(), little = get_props();
+    no_reduction.has_simdgroup_reduction = false;
+    no_mm.has_simdgroup_mm               = false;
+    little.max_theadgroup_memory_size    = 1024;
+
+    if (!is_taken(usual, get_props()) || is_taken(long_k, get_props()) || is_taken(odd_v, get_props()) ||
+            is_taken(usual, no_reduction) || is_taken(usual, no_mm) || is_taken(usual, little)) {
+        fail("operations or devices are not declined as they should be");
+    }
+
+    size_t n_before = 0;
+    for (int32_t n_q = 1; n_q < 40; ++n_q) {
+        attn_case c = usual;
+        c.n_q  = n_q;
+        c.n_kv = 2048;
+        const attn_problem problem(c, rng);
+        const size_t n = ggml_nbytes(problem.op()) + lminf_attn_metal_scratch_size(problem.op());
+        if (n < n_before) {
+            fail("a larger batch needs less memory");
+        }
+        n_before = n;
+    }
+}
+
 int main(int argc, char ** argv) {
     const uint32_t percent = argc > 1 ? atoi(argv[1]) : 30;
 
     std::mt19937 rng = attn_seed();
     lane_rng.seed(rng());
+
+    check_host_code(rng);
 
     std::vector<attn_case> cases;
     for (const attn_case & c : attn_grid(rng)) {
