@@ -114,8 +114,10 @@ def fastest(results: Sequence[Result]) -> Result:
 class Bench:
     """Workers that have one model loaded, one for each library.
 
-    libraries: a folder for each name that contenders use; names with the same folder share a process. Raises
-    ValueError or RuntimeError, in one sentence, if a library or the model cannot be used.
+    libraries: a folder for each name that contenders use; names with the same folder share a process.
+    facts: for each name what worker.py answers to "load".
+
+    Raises ValueError or RuntimeError, in one sentence, if a library or the model cannot be used.
     """
 
     def __init__(
@@ -124,13 +126,13 @@ class Bench:
         self._header = read_header(model)
         self._workers: dict[Path, Worker] = {}
         self._folders = {name: folder.resolve() for name, folder in libraries.items()}
-        self.facts: dict[str, dict[str, Any]] = {}  # by name of a library: what worker.py's "load" answers
         request = {"model": os.fspath(model), "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
         try:
-            for name, folder in self._folders.items():
+            for folder in self._folders.values():
                 if folder not in self._workers:
                     self._workers[folder] = Worker(folder)
-                    self.facts[name] = self._workers[folder].ask("load", **request)
+            facts = {folder: worker.ask("load", **request) for folder, worker in self._workers.items()}
+            self.facts = {name: facts[folder] for name, folder in self._folders.items()}
         except BaseException:
             self.close()
             raise
