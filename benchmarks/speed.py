@@ -207,6 +207,7 @@ def main() -> int:
     names = [*EXPERIMENTS, LATENCY]
     parser.add_argument("--only", metavar="NAME", choices=names, action="append", help=", ".join(names))
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="default 2")
+    parser.add_argument("--rounds", metavar="N", type=int, help="at most N, for a first look")
     parser.add_argument("--stock-lib", metavar="DIR", type=Path, default=ROOT / "build" / "stock" / "bin")
     parser.add_argument("--models", metavar="DIR", type=Path, default=ROOT / "build" / "models")
     parser.add_argument("--out", metavar="DIR", type=Path, default=FIGURES, help="default docs/performance")
@@ -215,6 +216,7 @@ def main() -> int:
     if args.tiny and args.out == FIGURES:
         parser.error("--tiny needs --out: its figures say nothing")
     size = TINY if args.tiny else REAL
+    size = dataclasses.replace(size, most_rounds=min(size.most_rounds, args.rounds or size.most_rounds))
     try:
         native.load()
         folder = native.library_folder()

@@ -1,4 +1,4 @@
-"""Benchmarks: models of the right shape, states with as many cells as they say, complete tables. No time is asserted."""
+"""Benchmarks: models of the right shape, states with as many cells as they say, whole tables; no time is asserted."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_labels() -> None:
 
 def test_worker_says_what_is_wrong(bench: Any) -> None:
     broken = Contender("ours", "lambda", "tg", 4, 0, window=512, kv_type="q4_1")  # quantized values without fa
-    with pytest.raises(RuntimeError, match="[Ff]lash"):
+    with pytest.raises(RuntimeError, match=r"[Ff]lash"):
         bench.measure([broken], 1)
     assert bench.measure([dataclasses.replace(broken, kv_type="f16")], 1)
 
@@ -203,21 +203,8 @@ def test_latency(bench: Any) -> None:
 
 
 def test_bench_json(capfd: pytest.CaptureFixture[str]) -> None:
-    options = [
-        "--window",
-        "64",
-        "--n-gen",
-        "2",
-        "--n-prompt",
-        "8",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-        "--depth",
-        "0,300",
-    ]
-    assert main(["bench", "-m", "nano", *options, "--json"]) == 0
+    options = ["--window", "64", "--n-gen", "2", "--n-prompt", "8", "--rounds", "2", "--depth", "0,300"]
+    assert main(["bench", "-m", "nano", "--threads", "1", *options, "--json"]) == 0
     output = capfd.readouterr()
     assert output.err == ""
     report = json.loads(output.out)
