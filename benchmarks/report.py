@@ -38,7 +38,8 @@ METHOD = """## How it is measured
 
 - Terms are llama-bench's: `pp512` is a prompt of 512 tokens in one batch, `tg32` are 32 tokens one after the other,
   `@ d8192` means with 8192 tokens processed before. No sampling, random token ids, one sequence, n_batch = n_ubatch =
-  512. Each context runs once, untimed, before the first round, and its logits are checked for NaN.
+  512. Each context runs once, untimed, before its first round, and its logits are checked for NaN. Contexts are made
+  anew every two rounds, so that the place of its memory cannot favour one throughout.
 - "n_ctx 4096" is stock at the same window: a context of 4096 tokens, which the test fills to its last cell. Stock
   cannot go on from there; context shift is not part of its time.
 - "Λ, 10 + 4086" is n_global + n_local. A full window means that every cell is in use: those of the window, the slack
@@ -354,7 +355,7 @@ def page(figures: Figures) -> str:
         summary(figures),
         positions_section(figures),
         latency_section(figures),
-        METHOD.format(n_computed=256, made_up=made_up_sentence(figures)),
+        METHOD.format(n_computed=32, made_up=made_up_sentence(figures)),
         machine_section(figures),
         NOT_RUN.format(n_threads=n_threads),
         commands(figures),

@@ -155,15 +155,15 @@ def made_up(size: Size) -> list[Contender]:
 
 
 EXPERIMENTS = {
-    "decode-llama-3.2-1b": Experiment("llama-3.2-1b", 7, decode),
-    "decode-llama-3.2-1b-q8_0": Experiment("llama-3.2-1b", 7, decode_q8_0),
-    "decode-qwen3-0.6b": Experiment("qwen3-0.6b", 5, decode),
-    "decode-llama-2-7b": Experiment("llama-2-7b", 5, decode_slow),
+    "decode-llama-3.2-1b": Experiment("llama-3.2-1b", 8, decode),
+    "decode-llama-3.2-1b-q8_0": Experiment("llama-3.2-1b", 6, decode_q8_0),
+    "decode-qwen3-0.6b": Experiment("qwen3-0.6b", 4, decode),
+    "decode-llama-2-7b": Experiment("llama-2-7b", 4, decode_slow),
     "positions": Experiment("llama-3.2-1b", 4, positions),
     "far": Experiment("llama-3.2-1b", 8, far),
     "prefill": Experiment("llama-3.2-1b", 4, prefill),
     "sinks": Experiment("attention-1b", 20, sinks),
-    "made-up-cells": Experiment("qwen3-0.6b", 6, made_up),
+    "made-up-cells": Experiment("qwen3-0.6b", 4, made_up),
 }
 LATENCY = "latency"
 

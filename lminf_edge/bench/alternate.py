@@ -22,6 +22,8 @@ from lminf_edge.config import check_memory
 from lminf_edge.gguf_header import read_header
 from lminf_edge.native import LIBRARY_NAMES
 
+ROUNDS_PER_CONTEXT = 2
+
 
 class Worker:
     """A worker process (worker.py) with a library from this folder.
@@ -165,20 +167,25 @@ class Bench:
     def measure(
         self, contenders: Sequence[Contender], n_rounds: int, progress: Callable[[str], None] = lambda line: None
     ) -> list[Result]:
-        """Each contender's speeds, in the order given. All contexts exist at the same time; every round begins with
-        another contender."""
+        """Each contender's speeds, in the order given.
+
+        All contexts exist at the same time, and every round begins with another contender. They are made anew for each
+        ROUNDS_PER_CONTEXT rounds, so that the place of its memory cannot favour one throughout.
+        """
         n = len(contenders)
         speeds: list[list[float]] = [[] for _ in contenders]
-        with self._opened(contenders) as opened:
-            for round_ in range(n_rounds):
-                for i in (j % n for j in range(round_, round_ + n)):
-                    speed = contenders[i].n_tokens / opened[i][0].ask("run", id=i)["seconds"]
-                    speeds[i].append(speed)
-                    progress(
-                        f"round {round_ + 1} of {n_rounds}: {contenders[i].library}, {contenders[i].cache_label}, "
-                        f"{contenders[i].label}: {speed:.2f} tokens/s"
-                    )
-            kv_bytes = [facts["kv_bytes"] for _, facts in opened]
+        kv_bytes: list[int] = []
+        for begin in range(0, n_rounds, ROUNDS_PER_CONTEXT):
+            with self._opened(contenders) as opened:
+                kv_bytes = [facts["kv_bytes"] for _, facts in opened]
+                for round_ in range(begin, min(begin + ROUNDS_PER_CONTEXT, n_rounds)):
+                    for i in (j % n for j in range(round_, round_ + n)):
+                        speed = contenders[i].n_tokens / opened[i][0].ask("run", id=i)["seconds"]
+                        speeds[i].append(speed)
+                        progress(
+                            f"round {round_ + 1} of {n_rounds}: {contenders[i].library}, {contenders[i].cache_label}, "
+                            f"{contenders[i].label}: {speed:.2f} tokens/s"
+                        )
         return [Result(*fields) for fields in zip(contenders, kv_bytes, map(tuple, speeds), strict=True)]
 
     def latency(self, contender: Contender, n_tokens: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from lminf_edge.bench.state import stretch, stretch_lambda
 from lminf_edge.gguf_header import read_header
 
 N_BATCH = 512
-_N_PREFILL = 256  # cells that are really computed before a state is stretched
+_N_PREFILL = 32  # cells that are really computed before a state is stretched
 
 Tokens = npt.NDArray[np.int32]
 
