@@ -137,7 +137,7 @@ def prefill(size: Size) -> list[Contender]:
             for c in contenders
         ]
 
-    return prompts(ours(size, size.full_window) + ours(size, 0) + window(size) + full(size, 0))
+    return prompts(ours(size, size.full_window) + ours(size, 0, flash=OURS_FLASH[:1]) + window(size))
 
 
 def sinks(size: Size) -> list[Contender]:
