@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock demo test lint patches worktree clean
+.PHONY: help setup stock demo test lint bench bench-report patches worktree clean
 
 help: ## what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
 setup: ## .venv, the patched llama.cpp and this package, editable
 	@$(PYTHON) scripts/setup.py
@@ -24,6 +24,13 @@ test: stock ## the whole test suite; ARGS="-k name" for a part of it
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: stock ## measure docs/performance again: 20 minutes on an idle machine; ARGS="--only positions" for a part of it
+	@$(BIN)/python benchmarks/speed.py $(ARGS)
+	@$(BIN)/python benchmarks/report.py
+
+bench-report: setup ## docs/performance.md and its plot from the figures measured last, in seconds
+	@$(BIN)/python benchmarks/report.py
 
 worktree: setup ## a git work tree of llama.cpp with one commit per patch, in build/worktree
 	@$(BIN)/python scripts/upstream.py worktree

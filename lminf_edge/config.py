@@ -183,6 +183,12 @@ def is_quantized(kv_type: int) -> bool:
     return KV_TYPES[kv_type][2] > 1
 
 
+def kv_bytes(header: Header, kv_type: int, n_cells: int) -> int:
+    """Bytes that n_cells tokens take in a KV cache, estimated from the header."""
+    _, block_bytes, block_elements = KV_TYPES[kv_type]
+    return n_cells * (header.n_embd_k + header.n_embd_v) * block_bytes // block_elements
+
+
 def check_memory(n_bytes: int) -> None:
     """Raises MemoryError if a cache of this size cannot fit in this machine's memory."""
     total = physical_memory()

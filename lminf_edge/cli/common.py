@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory
+from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory, kv_bytes
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
 
@@ -169,12 +169,6 @@ def load(path: str, **settings: Any) -> Llama:
     # llama_cpp's logger takes llama.cpp's warnings for errors, and some come when a context is freed
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     return llm
-
-
-def kv_bytes(header: Header, kv_type: int, n_cells: int) -> int:
-    """Bytes that n_cells tokens take in a KV cache, estimated from the header."""
-    _, block_bytes, block_elements = KV_TYPES[kv_type]
-    return n_cells * (header.n_embd_k + header.n_embd_v) * block_bytes // block_elements
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from lminf_edge.cli.common import (
     CommandError,
     add_model,
     human_bytes,
-    kv_bytes,
     load,
     model_header,
     print_json,
@@ -37,7 +36,7 @@ from lminf_edge.cli.common import (
     tokenize,
     whole_number,
 )
-from lminf_edge.config import KV_TYPE_DEFAULT, LMInfConfig, check_memory
+from lminf_edge.config import KV_TYPE_DEFAULT, LMInfConfig, check_memory, kv_bytes
 
 HELP = "watch full attention and the Λ cache read past the training length"
 

@@ -19,12 +19,11 @@ from lminf_edge.cli.common import (
     add_model,
     add_window,
     human_bytes,
-    kv_bytes,
     model_header,
     print_json,
     window_config,
 )
-from lminf_edge.config import ATTENTIONS, Attention, is_quantized, physical_memory, resolve
+from lminf_edge.config import ATTENTIONS, Attention, is_quantized, kv_bytes, physical_memory, resolve
 from lminf_edge.gguf_header import Header
 
 HELP = "whether a model is supported, and what its cache costs"

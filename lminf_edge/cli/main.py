@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lminf_edge
-from lminf_edge.cli import demo, doctor, generate, info, ppl
+from lminf_edge.cli import bench, demo, doctor, generate, info, ppl
 from lminf_edge.cli.common import CommandError
 
-COMMANDS = (generate, ppl, info, doctor, demo)
+COMMANDS = (generate, ppl, bench, info, doctor, demo)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 

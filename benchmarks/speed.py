@@ -1,0 +1,245 @@
+"""Measures what docs/performance.md says, beside stock llama.cpp, and writes it to docs/performance/*.json.
+
+    make bench, or: .venv/bin/python benchmarks/speed.py [--only NAME]... [--threads 2]
+
+About 20 minutes on two cores; 5 GB of disk for models (build/models), and 20 GB of memory for the 7B one. Leave the
+machine alone meanwhile. benchmarks/report.py makes the page and the plot from what is written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import ROOT, describe
+
+from lminf_edge import native
+from lminf_edge.bench.alternate import Bench
+from lminf_edge.bench.contender import Contender
+from lminf_edge.bench.random_model import SHAPES, Shape, random_model
+from lminf_edge.models import find_model
+
+FIGURES = ROOT / "docs" / "performance"
+
+# settings of flash attention that ours is measured with; the first one is lminf_edge.Llama's default
+OURS_FLASH = (False, True)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is: the real thing, or small enough for a test."""
+
+    shapes: dict[str, Shape]
+    window: int = 4096
+    positions: tuple[int, ...] = (0, 1024, 2048, 4096, 8192, 32768, 1_000_000)
+    full_positions: tuple[int, ...] = (0, 1024, 2048, 4096, 8192, 16384, 32768)
+    n_gen: int = 32
+    n_gen_slow: int = 8  # for deep full attention and large models
+    n_prompt: int = 512
+    n_latency: int = 100_000
+    most_rounds: int = 1000
+
+    @property
+    def full_window(self) -> int:
+        """A stream position at which every cell of a Λ cache is in use."""
+        return 2 * self.window
+
+
+# the attention of the 1B shape with little around it, to tell small differences in attention apart
+_1B = SHAPES["llama-3.2-1b"]
+REAL = Size(SHAPES | {"attention-1b": dataclasses.replace(_1B, n_ff=256, n_vocab=512)})
+TINY = Size(
+    {
+        name: dataclasses.replace(
+            shape, n_layer=2, n_embd=64, n_head=4, n_head_kv=2, head_size=64, n_ff=96, n_vocab=300
+        )
+        for name, shape in REAL.shapes.items()
+    },
+    window=512,
+    positions=(0, 512, 2048, 1_000_000),
+    full_positions=(0, 512, 2048),
+    n_gen=2,
+    n_gen_slow=2,
+    n_prompt=64,
+    n_latency=200,
+    most_rounds=2,
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Contenders that are measured in turn, all with one model."""
+
+    shape: str
+    n_rounds: int
+    contenders: Callable[[Size], Sequence[Contender]]
+
+
+def ours(size: Size, depth: int, n_gen: int | None = None, flash: Sequence[bool] = OURS_FLASH) -> list[Contender]:
+    return [
+        Contender("ours", "lambda", "tg", n_gen or size.n_gen, depth, size.window, flash_attn=flash_attn)
+        for flash_attn in flash
+    ]
+
+
+def full(size: Size, depth: int, n_gen: int | None = None) -> list[Contender]:
+    n_tokens = n_gen or size.n_gen
+    return [Contender("stock", "full", "tg", n_tokens, depth, size.window, flash_attn=fa) for fa in (False, True)]
+
+
+def window(size: Size, n_gen: int | None = None) -> list[Contender]:
+    n_tokens = n_gen or size.n_gen
+    at = size.window - n_tokens
+    return [Contender("stock", "window", "tg", n_tokens, at, size.window, flash_attn=fa) for fa in (False, True)]
+
+
+def decode(size: Size) -> list[Contender]:
+    """Ours with a full window and an empty cache, stock with as large a context, full, and an empty one."""
+    return ours(size, size.full_window) + ours(size, 0) + window(size) + full(size, 0)
+
+
+def decode_slow(size: Size) -> list[Contender]:
+    return ours(size, size.full_window, size.n_gen_slow) + window(size, size.n_gen_slow)
+
+
+def decode_q8_0(size: Size) -> list[Contender]:
+    def quantized(contenders: Sequence[Contender]) -> list[Contender]:
+        return [dataclasses.replace(c, kv_type="q8_0") for c in contenders if c.flash_attn]
+
+    f16 = ours(size, size.full_window)
+    return f16 + quantized(ours(size, size.full_window, flash=(True,))) + quantized(window(size))
+
+
+def positions(size: Size) -> list[Contender]:
+    n_gen = size.n_gen_slow
+    streams = [contender for depth in size.positions for contender in ours(size, depth, n_gen)]
+    stock = [contender for depth in size.full_positions for contender in full(size, depth, n_gen)]
+    return streams + stock + window(size, n_gen)
+
+
+def far(size: Size) -> list[Contender]:
+    flash = OURS_FLASH[:1]
+    return ours(size, size.full_window, flash=flash) + ours(size, 1_000_000, flash=flash)
+
+
+def prefill(size: Size) -> list[Contender]:
+    def prompts(contenders: Sequence[Contender]) -> list[Contender]:
+        n = size.n_prompt
+        return [
+            dataclasses.replace(c, test="pp", n_tokens=n, depth=size.window - n if c.cache == "window" else c.depth)
+            for c in contenders
+        ]
+
+    return prompts(ours(size, size.full_window) + ours(size, 0, flash=OURS_FLASH[:1]) + window(size))
+
+
+def sinks(size: Size) -> list[Contender]:
+    """The same n_local with and without sinks, and an empty cache to take off what is not attention."""
+    (with_sinks,) = ours(size, size.full_window, flash=OURS_FLASH[:1])
+    without = dataclasses.replace(with_sinks, n_global=0, window=with_sinks.window - with_sinks.n_global)
+    return [with_sinks, without, dataclasses.replace(without, depth=0)]
+
+
+def made_up(size: Size) -> list[Contender]:
+    """Cells made up and cells really computed."""
+    small = dataclasses.replace(size, window=size.window // 4)
+    contenders = ours(small, small.full_window, flash=OURS_FLASH[:1]) + full(small, small.full_window)
+    return [dataclasses.replace(c, prefilled=prefilled) for c in contenders for prefilled in (False, True)]
+
+
+EXPERIMENTS = {
+    "decode-llama-3.2-1b": Experiment("llama-3.2-1b", 8, decode),
+    "decode-llama-3.2-1b-q8_0": Experiment("llama-3.2-1b", 6, decode_q8_0),
+    "decode-qwen3-0.6b": Experiment("qwen3-0.6b", 4, decode),
+    "decode-llama-2-7b": Experiment("llama-2-7b", 4, decode_slow),
+    "positions": Experiment("llama-3.2-1b", 4, positions),
+    "far": Experiment("llama-3.2-1b", 8, far),
+    "prefill": Experiment("llama-3.2-1b", 4, prefill),
+    "sinks": Experiment("attention-1b", 20, sinks),
+    "made-up-cells": Experiment("qwen3-0.6b", 4, made_up),
+}
+LATENCY = "latency"
+
+
+def measure(name: str, size: Size, libraries: dict[str, Path], models: Path, n_threads: int) -> dict[str, Any]:
+    """The JSON of one experiment, without the machine."""
+    experiment = EXPERIMENTS[name]
+    model = random_model(experiment.shape, size.shapes[experiment.shape], models)
+    n_rounds = min(experiment.n_rounds, size.most_rounds)
+    with Bench(libraries, model, n_threads) as bench:
+        results = bench.measure(experiment.contenders(size), n_rounds, lambda line: print(f"  {line}", flush=True))
+        facts = bench.facts
+    return {
+        "model": {"shape": experiment.shape, "weights": "q4_0", **_model_facts(facts)},
+        "n_rounds": n_rounds,
+        "system": {library: fact["system"] for library, fact in facts.items()},
+        "results": [result.as_json() for result in results],
+    }
+
+
+def measure_latency(size: Size, libraries: dict[str, Path], n_threads: int) -> dict[str, Any]:
+    """Time between tokens of one long stream of the embedded model."""
+    contender = Contender("ours", "lambda", "tg", 32, 0, 512, flash_attn=OURS_FLASH[0])
+    with Bench({"ours": libraries["ours"]}, find_model("nano"), n_threads) as bench:
+        latency = bench.latency(contender, size.n_latency)
+        facts = bench.facts
+    return {
+        "model": {"shape": "nano", "weights": "q8_0", **_model_facts(facts)},
+        "system": {library: fact["system"] for library, fact in facts.items()},
+        "contender": dataclasses.asdict(contender),
+        "latency": latency,
+    }
+
+
+def _model_facts(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"n_params": facts["ours"]["n_params"], "n_bytes": facts["ours"]["n_bytes"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = [*EXPERIMENTS, LATENCY]
+    parser.add_argument("--only", metavar="NAME", choices=names, action="append", help=", ".join(names))
+    parser.add_argument("--threads", metavar="N", type=int, default=2, help="default 2")
+    parser.add_argument("--rounds", metavar="N", type=int, help="at most N, for a first look")
+    parser.add_argument("--stock-lib", metavar="DIR", type=Path, default=ROOT / "build" / "stock" / "bin")
+    parser.add_argument("--models", metavar="DIR", type=Path, default=ROOT / "build" / "models")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=FIGURES, help="default docs/performance")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and two rounds, to see that it works")
+    args = parser.parse_args()
+    if args.tiny and args.out == FIGURES:
+        parser.error("--tiny needs --out: its figures say nothing")
+    size = TINY if args.tiny else REAL
+    size = dataclasses.replace(size, most_rounds=min(size.most_rounds, args.rounds or size.most_rounds))
+    try:
+        native.load()
+        folder = native.library_folder()
+        assert folder is not None
+        libraries = {"ours": folder, "stock": args.stock_lib}
+        args.out.mkdir(parents=True, exist_ok=True)
+        machine = describe(folder, args.stock_lib)
+        for name in args.only or names:
+            print(f"{name}", flush=True)
+            started = time.monotonic()
+            if name == LATENCY:
+                figures = measure_latency(size, libraries, args.threads)
+            else:
+                figures = measure(name, size, libraries, args.models, args.threads)
+            seconds = round(time.monotonic() - started, 1)
+            print(f"  took {seconds:.0f} s", flush=True)
+            record = {"experiment": name, "n_threads": args.threads, "seconds": seconds, **figures, "machine": machine}
+            (args.out / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    except (ValueError, RuntimeError, MemoryError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

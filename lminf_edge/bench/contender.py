@@ -1,0 +1,78 @@
+"""What is measured: one library, one kind of cache, one test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lminf_edge.config import KV_TYPES, kv_bytes
+from lminf_edge.gguf_header import Header
+
+KV_TYPE_NUMBERS = {name: number for number, (name, _, _) in KV_TYPES.items()}
+
+Cache = Literal["lambda", "full", "window"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A test as llama-bench names it, of one library with one kind of cache.
+
+    library     "ours" or "stock"
+    cache       "lambda": the Λ cache, its next token at stream position `depth`
+                "full": llama.cpp's own, of `depth` tokens, and room for the test
+                "window": llama.cpp's own, of n_ctx = window tokens, which the test fills to the last one
+    test        "pp": n_tokens in batches, "tg": one after the other
+    depth       tokens processed before the test; "window" has window - n_tokens of them
+    window      n_global + n_local of a Λ cache, n_ctx of a "window" cache
+    prefilled   the tokens before the test were really processed; else their cells are made up (see state.py)
+    """
+
+    library: str
+    cache: Cache
+    test: Literal["pp", "tg"]
+    n_tokens: int
+    depth: int
+    window: int = 4096
+    n_global: int = 10
+    flash_attn: bool = False
+    kv_type: str = "f16"
+    n_ubatch: int = 512
+    prefilled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cache == "window" and self.depth != self.window - self.n_tokens:
+            raise ValueError(f"A window of {self.window} tokens must be larger than a test of {self.n_tokens}.")
+        if self.cache == "lambda" and self.window <= self.n_global:
+            raise ValueError(f"A window of {self.window} tokens must be larger than n_global={self.n_global}.")
+
+    @property
+    def n_ctx(self) -> int:
+        """Context size, in tokens, for llama.cpp's own cache."""
+        return self.window if self.cache == "window" else self.depth + self.n_tokens
+
+    @property
+    def label(self) -> str:
+        """ "tg32 @ d4096", in llama-bench's terms."""
+        return f"{self.test}{self.n_tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+    @property
+    def cache_label(self) -> str:
+        """The kind of cache in a few words."""
+        if self.cache == "lambda":
+            return f"Λ {self.n_global} + {self.window - self.n_global}"
+        return f"n_ctx {self.window}" if self.cache == "window" else "full attention"
+
+    def stock_kv_bytes(self, header: Header) -> int:
+        """Bytes of llama.cpp's own cache, which is padded to 256 cells; what a Λ cache takes, the library says."""
+        return kv_bytes(header, KV_TYPE_NUMBERS[self.kv_type], -(-self.n_ctx // 256) * 256)
+
+    def kv_bytes_at_most(self, header: Header) -> int:
+        """Bytes that the cache may take, to know before whether all of them fit."""
+        if self.cache != "lambda":
+            return self.stock_kv_bytes(header)
+        return kv_bytes(header, KV_TYPE_NUMBERS[self.kv_type], self.window + self.n_ubatch + 512)
+
+
+def is_quantized(kv_type: str) -> bool:
+    """Whether llama.cpp needs flash attention for values of this type."""
+    return KV_TYPES[KV_TYPE_NUMBERS[kv_type]][2] > 1

@@ -1,0 +1,272 @@
+"""A process with one llama.cpp library and one model, which measures what it is told to.
+
+    LMINF_LIB_PATH=FOLDER python -m lminf_edge.bench.worker
+
+One JSON object per line on stdin, and one on stdout for each:
+
+    {"op": "load", "model": PATH, "n_threads": N, "n_gpu_layers": N}   -> {"system", "model", "n_params", "n_bytes"}
+    {"op": "open", "id": I, "contender": {...}}                        -> see Context.facts
+    {"op": "run", "id": I, "n_tokens": N}                              -> {"seconds"}; N: fewer than the contender says
+    {"op": "latency", "id": I, "n_tokens": N}                          -> see Context.latency
+    {"op": "close", "id": I}                                           -> {}
+
+What fails is answered with {"error": "one sentence"}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as bindings
+from llama_cpp._logger import set_verbose
+
+from lminf_edge import native
+from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
+from lminf_edge.bench.state import stretch, stretch_lambda
+from lminf_edge.gguf_header import read_header
+
+N_BATCH = 512
+_N_PREFILL = 32  # cells that are really computed before a state is stretched
+
+Tokens = npt.NDArray[np.int32]
+
+
+class Model:
+    """A loaded model. Raises RuntimeError, in one sentence, if the library cannot load it."""
+
+    def __init__(self, path: str, n_threads: int, n_gpu_layers: int) -> None:
+        params = bindings.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        with native.captured_errors() as errors:
+            self.model = bindings.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise RuntimeError(native.load_failure(path, errors) or f"{path} cannot be loaded.")
+        self.n_threads = n_threads
+        self.n_vocab = bindings.llama_vocab_n_tokens(bindings.llama_model_get_vocab(self.model))
+        self.header = read_header(path)
+
+    def facts(self) -> dict[str, Any]:
+        description = ctypes.create_string_buffer(128)
+        bindings.llama_model_desc(self.model, description, 128)
+        return {
+            "system": bindings.llama_print_system_info().decode().strip(),
+            "model": description.value.decode(),
+            "n_params": bindings.llama_model_n_params(self.model),
+            "n_bytes": bindings.llama_model_size(self.model),
+        }
+
+
+class Context:
+    """A context that stands ready for its contender's test.
+
+    Raises RuntimeError, in one sentence, if the library refuses it or it is not in the state it should be in.
+    """
+
+    def __init__(self, model: Model, contender: Contender) -> None:
+        self._model, self._contender = model, contender
+        self._rng = np.random.default_rng(0)
+        self._native = native.load() if contender.cache == "lambda" else None
+        params = bindings.llama_context_default_params()
+        params.n_ctx = contender.window if self._native else contender.n_ctx
+        params.n_ctx = max(params.n_ctx, N_BATCH) if self._native else params.n_ctx
+        params.n_batch = min(N_BATCH, params.n_ctx)
+        params.n_ubatch = min(contender.n_ubatch, params.n_batch)
+        params.n_threads = params.n_threads_batch = model.n_threads
+        params.type_k = params.type_v = KV_TYPE_NUMBERS[contender.kv_type]
+        params.flash_attn_type = int(contender.flash_attn)
+        self._n_batch = int(params.n_batch)
+        with native.captured_errors() as errors:
+            if self._native:
+                lminf = self._native.default_params()
+                lminf.n_global, lminf.n_local = contender.n_global, contender.window - contender.n_global
+                with self._native.next_context(lminf):
+                    self.ctx = bindings.llama_init_from_model(model.model, params)
+            else:
+                self.ctx = bindings.llama_init_from_model(model.model, params)
+        if not self.ctx:
+            reason = self._native.last_error() if self._native else ""
+            raise RuntimeError(reason or (errors[0] if errors else "llama.cpp cannot make a context for this model."))
+        self._memory = bindings.llama_get_memory(self.ctx)
+        try:
+            self._fill()
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        bindings.llama_free(self.ctx)
+
+    def facts(self) -> dict[str, Any]:
+        """KV bytes, stream position and, of a Λ cache, the cells in use."""
+        if self._native is None:
+            return {
+                "kv_bytes": self._contender.stock_kv_bytes(self._model.header),
+                "stream_pos": bindings.llama_memory_seq_pos_max(self._memory, 0) + 1,
+            }
+        info = self._native.info(self.ctx)
+        return {
+            "kv_bytes": info.kv_bytes,
+            "stream_pos": info.stream_pos,
+            "n_sink": info.n_sink,
+            "n_window": info.n_window,
+            "n_cells": info.n_cells,
+        }
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
+
+    def run(self, n_tokens: int | None = None) -> float:
+        """Seconds that the test takes, or one of n_tokens."""
+        contender = self._contender
+        tokens = self._tokens(n_tokens or contender.n_tokens)
+        self._rewind()
+        step = 1 if contender.test == "tg" else self._n_batch
+        started = time.perf_counter()
+        self._decode(tokens, step)
+        return time.perf_counter() - started
+
+    def latency(self, n_tokens: int) -> dict[str, Any]:
+        """Seconds between tokens of one stream: median, 99th percentile, maximum, total."""
+        tokens = self._tokens(n_tokens)
+        before = self._native.info(self.ctx).n_rebase if self._native else 0
+        ends = np.empty(n_tokens + 1)
+        ends[0] = time.perf_counter()
+        for i in range(n_tokens):
+            self._decode(tokens[i : i + 1], 1)
+            ends[i + 1] = time.perf_counter()
+        seconds = np.diff(ends)
+        return {
+            "n_tokens": n_tokens,
+            "median": float(np.median(seconds)),
+            "p99": float(np.quantile(seconds, 0.99)),
+            "max": float(seconds.max()),
+            "seconds": float(ends[-1] - ends[0]),
+            "n_rebase": self._native.info(self.ctx).n_rebase - before if self._native else 0,
+        }
+
+    def _tokens(self, n_tokens: int) -> Tokens:
+        return self._rng.integers(0, self._model.n_vocab, n_tokens, dtype=np.int32)
+
+    def _decode(self, tokens: Tokens, step: int) -> None:
+        """Processes tokens, contiguous int32 (n_tokens,), `step` at a time, and waits for the last logits."""
+        first = tokens.ctypes.data
+        for start in range(0, len(tokens), step):
+            n = min(step, len(tokens) - start)
+            pointer = ctypes.cast(first + 4 * start, ctypes.POINTER(ctypes.c_int32))
+            result = bindings.llama_decode(self.ctx, bindings.llama_batch_get_one(pointer, n))
+            if result != 0:
+                raise RuntimeError(f"llama_decode returned {result}.")
+        bindings.llama_synchronize(self.ctx)
+
+    def _rewind(self) -> None:
+        """Takes back what a test before this one added. A Λ cache that is full just goes on: it stays as full."""
+        depth = self._contender.depth
+        if self._native is None:
+            done = bindings.llama_memory_seq_rm(self._memory, 0, depth, -1)
+        elif self._native.info(self.ctx).stream_pos == depth:
+            done = True
+        else:
+            info = self._native.info(self.ctx)
+            done = info.n_window == info.n_cells or self._native.rollback(self.ctx, depth)
+        if not done:
+            raise RuntimeError(f"The cache cannot go back to {depth} tokens.")
+
+    def _warm_up(self) -> None:
+        """Touches all memory that the test will touch, and sees that the model computes numbers."""
+        self.run(2 if self._contender.test == "tg" and self._contender.n_tokens > 2 else None)
+        logits = np.ctypeslib.as_array(bindings.llama_get_logits_ith(self.ctx, -1), shape=(self._model.n_vocab,))
+        if not np.isfinite(logits).all():
+            raise RuntimeError("The model's logits are not finite numbers.")
+        self._rewind()
+
+    # --- getting there ------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        contender, depth = self._contender, self._contender.depth
+        n_computed = max(_N_PREFILL, contender.n_global)
+        if depth == 0:
+            return
+        if contender.prefilled or depth <= n_computed:
+            self._decode(self._tokens(depth), self._n_batch)
+        else:
+            self._decode(self._tokens(n_computed), self._n_batch)
+            state = self._save()
+            self._restore(stretch_lambda(state, depth) if self._native else stretch(state, depth))
+        self._check_filled()
+
+    def _check_filled(self) -> None:
+        contender, depth = self._contender, self._contender.depth
+        first = bindings.llama_memory_seq_pos_min(self._memory, 0)
+        last = bindings.llama_memory_seq_pos_max(self._memory, 0)
+        if self._native is None:
+            is_right = (first, last) == (0, depth - 1)
+        else:
+            info = self._native.info(self.ctx)
+            n_cells = min(depth, info.n_cells)
+            is_right = info.stream_pos == depth and info.n_sink == min(depth, contender.n_global)
+            # after prefill some cells may be free again: a batch takes its cells all at once
+            is_right = is_right and (contender.prefilled or info.n_window == last - first + 1 == n_cells)
+        if not is_right:
+            raise RuntimeError(f"The cache does not hold a stream of {depth} tokens.")
+
+    def _save(self) -> bytes:
+        size = bindings.llama_state_seq_get_size(self.ctx, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        if bindings.llama_state_seq_get_data(self.ctx, buffer, size, 0) != size:
+            raise RuntimeError("The state of the sequence cannot be read.")
+        return bytes(buffer)
+
+    def _restore(self, state: bytearray) -> None:
+        bindings.llama_memory_clear(self._memory, False)
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        with native.captured_errors() as errors:
+            n_read = bindings.llama_state_seq_set_data(self.ctx, buffer, len(state), 0)
+        if n_read != len(state):
+            raise RuntimeError(errors[0] if errors else "The state of the sequence cannot be restored.")
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends this process as well, without a traceback
+    # the library's own output must not get between the answers
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    set_verbose(False)
+    model: Model | None = None
+    contexts: dict[int, Context] = {}
+
+    def answer(op: str, request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal model
+        if op == "load":
+            model = Model(request["model"], request["n_threads"], request["n_gpu_layers"])
+            return model.facts()
+        assert model is not None
+        number = request["id"]
+        if op == "open":
+            contexts[number] = Context(model, Contender(**request["contender"]))
+            return contexts[number].facts()
+        if op == "run":
+            return {"seconds": contexts[number].run(request.get("n_tokens"))}
+        if op == "latency":
+            return contexts[number].latency(request["n_tokens"])
+        contexts.pop(number).close()
+        return {}
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = answer(request.pop("op"), request)
+        except (ValueError, RuntimeError, MemoryError, ImportError) as error:
+            reply = {"error": str(error)}
+        print(json.dumps(reply), file=answers)
+
+
+if __name__ == "__main__":
+    main()
