@@ -79,7 +79,8 @@ class NativeContext:
         params.type_k, params.type_v = type_k, type_v
         params.flash_attn_type = int(flash_attn)  # enum llama_flash_attn_type
         if n_local is not None:
-            lminf = Params(n_global, n_local, max_distance, n_slack, SINK_MODES.index(mode), pos_bound, ATTENTIONS.index(attention))
+            sink_mode, kind = SINK_MODES.index(mode), ATTENTIONS.index(attention)
+            lminf = Params(n_global, n_local, max_distance, n_slack, sink_mode, pos_bound, kind)
             if not _lib.lminf_set_next(ctypes.byref(lminf)):
                 raise ValueError(last_error())
         self.context = llama_cpp.llama_init_from_model(self.model, params)
