@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
 PIN = PATCHES / "upstream.txt"
 
-# what libllama and ggml are built from; the rest of the 170 MB is models, tools and documentation
-BUILD_PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", "vendor")
+# what libllama and ggml are built from, and the test of ggml's operations; the rest of the 170 MB is models, tools and
+# documentation
+BUILD_PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", "tests/test-backend-ops.cpp", "vendor")
 
 
 class UpstreamError(Exception):
@@ -91,13 +92,13 @@ def pip_failure(requirement: str, stderr: str) -> str:
 
 
 def unpack(sdist: Path, dest: Path, parts: Sequence[str] | None) -> None:
-    """The sdist's vendor/llama.cpp into `dest`: the named top level entries, or everything."""
+    """The sdist's vendor/llama.cpp into `dest`: the named files and folders, or everything."""
     with tarfile.open(sdist) as archive:
         for member in archive:
             path = member.name.split("/")[1:]
             if not member.isfile() or path[:2] != ["vendor", "llama.cpp"] or path[2] == ".git":
                 continue
-            if parts is not None and path[2] not in parts:
+            if parts is not None and path[2] not in parts and "/".join(path[2:]) not in parts:
                 continue
             target = dest.joinpath(*path[2:])
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -292,7 +292,7 @@ def test_the_format(tmp_path: Path) -> None:
     """The layout other programs may rely on, field by field."""
     data = small().to_bytes()
     assert data[:8] == b"LMINFCKP"
-    assert struct.unpack_from("<II", data, 8) == (1, 3)
+    assert struct.unpack_from("<II", data, 8) == (2, 3)
     assert data[16:48] == b"m" * 32
     assert struct.unpack_from("<7i", data, 48) == (4, 64, 64, 0, 1, 1, 0)
     assert struct.unpack_from("<qQQQ", data, 76) == (7, 2, 5, 9)

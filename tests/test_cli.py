@@ -84,8 +84,12 @@ def test_ppl_of_a_text_within_the_window_is_that_of_full_attention(
     capfd: pytest.CaptureFixture[str], text_file: str
 ) -> None:
     common = ["ppl", "-m", "nano", "-f", text_file, "--tokens", "200", "--kv-type", "f32"]
-    ours, stock = run_json(capfd, *common), run_json(capfd, *common, "--stock")
-    assert ours["mean_nll"] == pytest.approx(stock["mean_nll"], abs=1e-5)
+    stock = run_json(capfd, *common, "--stock")
+    same_operations = run_json(capfd, *common, "--attention", "stock")
+    assert same_operations["mean_nll"] == pytest.approx(stock["mean_nll"], abs=1e-5)
+    # other operations round differently, and activations quantized to 8 bits make that visible
+    fused = run_json(capfd, *common, "--attention", "fused")
+    assert fused["mean_nll"] == pytest.approx(stock["mean_nll"], abs=5e-3)
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0", "q4_0"])

@@ -2,7 +2,7 @@
 "@ dN" means with N tokens processed before.
 
 At each depth the Λ cache is measured beside full attention and, past the window, beside llama.cpp with n_ctx = window;
-each without and with flash attention (fa), in turn, round by round. Speeds are tokens per second: the median of the
+these without and with flash attention (fa), in turn, round by round. Speeds are tokens per second: the median of the
 rounds, the least and the most. A ratio compares the faster setting of each side, taken round by round.
 
 The cells before a test are made up from a few real ones, as time does not depend on what they hold. Without --stock-lib
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from lminf_edge import native
     from lminf_edge.bench.alternate import Bench, fastest, ratio
     from lminf_edge.bench.random_model import find_shape, random_model
-    from lminf_edge.cli.info import model_refusal
+    from lminf_edge.cli.info import probe
 
     native.load()
     ours = native.library_folder()
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         name = model = model_header(args.model)[0]
     _, header = model_header(model)
-    refusal = model_refusal(model)
+    refusal, _ = probe(model, KV_TYPE_NUMBERS[args.kv_type], "auto")
     if refusal:
         raise CommandError(refusal)
     window = args.window or min(DEFAULT_WINDOW, header.n_ctx_train or DEFAULT_WINDOW)
@@ -162,5 +162,5 @@ def plan(
             yield [
                 Contender(library, cache, test, n_tokens, at, window, n_global, fa, kv_type)
                 for library, cache, at in caches
-                for fa in flash
+                for fa in (flash[:1] if cache == "lambda" else flash)  # the fused attention is neither
             ]

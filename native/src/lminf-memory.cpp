@@ -57,6 +57,9 @@ static void check_memory(const llama_model & model, const llama_memory_params & 
 
 // one layer's attention as a device would be asked to compute it
 static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int32_t il, ggml_type type_k, ggml_type type_v, int64_t n_sink_rows) {
+    if (hparams.n_head_kv(il) == 0) {
+        return true; // a layer without attention
+    }
     // a device that spreads tensors over others knows how to split its own operations only
     if (!lminf_attn_is_kv_type(type_k) || !lminf_attn_is_kv_type(type_v) || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
         return false;

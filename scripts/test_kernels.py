@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Builds and runs the operation tests of the fused attention, on everything this machine has or can stand in for.
+
+    test_kernels.py [--require] [NAME]...
+
+    device      on ggml's own devices, by ggml: the CPU, and a GPU if llama.cpp was built for one
+    cpu         the CPU kernels compiled for plain C, AVX2, AVX-512 (or NEON, on ARM)
+    sanitize    those for plain C and AVX2 again, under AddressSanitizer and UndefinedBehaviorSanitizer
+    neon        cross-compiled for ARM, under qemu-user
+    cuda        the CUDA kernels as C++ on the CPU
+    nvcc        the CUDA kernels compiled by nvcc for compute capability 7.5, 8.0, 8.9 and 9.0
+    metal       the Metal kernels as C++ on the CPU
+    upstream    llama.cpp's test-backend-ops for the operations near ours, on the patched library
+
+What cannot run here is skipped and says so; with --require that is a failure. Build folders are kept in build/. Standard
+library only, beside the cmake and ninja that make setup installs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / ".venv" / "bin"
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+# the operations whose code or neighbours the patches touch, and those the stock path is made of
+UPSTREAM_OPS = "FLASH_ATTN_EXT,SOFT_MAX,ROPE,CONCAT,SET_ROWS,MUL_MAT"
+
+
+class Skipped(Exception):
+    """Why a test cannot run here, in one sentence."""
+
+
+class Failed(Exception):
+    """What failed, in one sentence."""
+
+
+def need(program: str, package: str) -> str:
+    found = shutil.which(program)
+    if not found:
+        raise Skipped(f"{program} is not installed (Debian: {package})")
+    return found
+
+
+def run(command: Sequence[str | Path], quiet: bool = False, **env: str) -> None:
+    """Runs a command; `quiet` shows its output only if it fails."""
+    path = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, **env},
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        text=True,
+    )
+    if result.returncode:
+        if quiet:
+            print(result.stdout[-10000:])
+        raise Failed(f"{Path(command[0]).name} ended with status {result.returncode}")
+
+
+def build(folder: str, targets: Sequence[str], *options: str) -> Path:
+    """Configures and builds in build/`folder`; returns where the programs are."""
+    where = ROOT / "build" / folder
+    python = f"-DPython_EXECUTABLE={TOOLS / 'python'}"
+    run(["cmake", "-S", ROOT, "-B", where, "-G", "Ninja", "-DLMINF_TESTS=ON", python, *options], quiet=True)
+    run(["cmake", "--build", where, "--target", *targets], quiet=True)
+    return where / "bin"
+
+
+def cpu_supports(flag: str) -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.exists() or flag in cpuinfo.read_text().split()
+
+
+def cpu_variants() -> list[str]:
+    if not IS_X86:
+        return ["neon"]
+    return ["plain"] + [name for name, flag in (("avx2", "avx2"), ("avx512", "avx512bw")) if cpu_supports(flag)]
+
+
+def test_device() -> None:
+    run([build("kernels", ["test-attn"]) / "test-attn"])
+
+
+def test_cpu() -> None:
+    variants = cpu_variants()
+    programs = build("kernels", [f"test-attn-cpu-{variant}" for variant in variants])
+    for variant in variants:
+        run([programs / f"test-attn-cpu-{variant}"])
+    if IS_X86 and "avx512" not in variants:
+        raise Skipped("this processor has no AVX-512 (the others passed)")
+
+
+def test_sanitize() -> None:
+    variants = [variant for variant in cpu_variants() if variant != "avx512"]
+    options = ("-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DGGML_SANITIZE_ADDRESS=ON", "-DGGML_SANITIZE_UNDEFINED=ON")
+    programs = build("sanitize", [f"test-attn-cpu-{variant}" for variant in variants], *options)
+    for variant in variants:
+        run([programs / f"test-attn-cpu-{variant}", "50"])
+
+
+def test_neon() -> None:
+    if not IS_X86:
+        raise Skipped("this is ARM already: cpu runs them")
+    compiler = need("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")
+    emulator = shutil.which("qemu-aarch64") or need("qemu-aarch64-static", "qemu-user-static")
+    programs = build(
+        "neon",
+        ["test-attn-cpu-neon"],
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_C_COMPILER={compiler.removesuffix('g++')}gcc",
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+        "-DGGML_NATIVE=OFF",
+        "-DGGML_OPENMP=OFF",
+    )
+    run([emulator, "-L", "/usr/aarch64-linux-gnu", programs / "test-attn-cpu-neon", "40"])
+
+
+def test_cuda() -> None:
+    run([build("kernels", ["test-attn-cuda-emulated"]) / "test-attn-cuda-emulated"])
+
+
+def test_metal() -> None:
+    run([build("kernels", ["test-attn-metal-emulated"]) / "test-attn-metal-emulated"])
+
+
+def test_nvcc() -> None:
+    need("nvcc", "nvidia-cuda-toolkit")
+    run([sys.executable, ROOT / "scripts" / "check_cuda.py"])
+
+
+def test_upstream() -> None:
+    program = build("kernels", ["test-backend-ops"]) / "test-backend-ops"
+    run([program, "test", "-b", "CPU", "-o", UPSTREAM_OPS], quiet=True)
+
+
+TESTS: dict[str, Callable[[], None]] = {
+    "device": test_device,
+    "cpu": test_cpu,
+    "sanitize": test_sanitize,
+    "neon": test_neon,
+    "cuda": test_cuda,
+    "nvcc": test_nvcc,
+    "metal": test_metal,
+    "upstream": test_upstream,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", metavar="NAME", nargs="*", choices=[*TESTS, []], help="default: all of them")
+    parser.add_argument("--require", action="store_true", help="what cannot run here is a failure")
+    args = parser.parse_args()
+
+    results: list[tuple[str, str]] = []
+    failed = False
+    for name in args.names or TESTS:
+        print(f"--- {name}", flush=True)
+        started = time.monotonic()
+        try:
+            TESTS[name]()
+            results.append((name, f"passed in {time.monotonic() - started:.0f} s"))
+        except Skipped as why:
+            results.append((name, f"NOT RUN: {why}"))
+            failed = failed or args.require
+        except Failed as why:
+            results.append((name, f"FAILED: {why}"))
+            failed = True
+    print()
+    for name, result in results:
+        print(f"{name:<9} {result}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
