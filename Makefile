@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock demo test lint bench bench-report patches worktree clean
+.PHONY: help setup stock demo test test-kernels lint bench bench-report patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -21,6 +21,9 @@ stock: ## llama.cpp without our patches as well, for tests and benchmarks to com
 # passive: where tests share the cores with other work, OpenMP threads that spin while they wait take ten times as long
 test: stock ## the whole test suite; ARGS="-k name" for a part of it
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+
+test-kernels: setup ## the attention kernels against float64, on and for everything at hand; ARGS="cpu neon" for some
+	@$(PYTHON) scripts/test_kernels.py $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

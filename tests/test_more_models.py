@@ -43,17 +43,20 @@ def run_stock(path: Path) -> None:
         assert llama_cpp.llama_decode(context.context, batch) == 0
 
 
+@pytest.mark.parametrize("attention", ["fused", "stock"])
 @pytest.mark.parametrize("name", list(more_models.MODELS))
-def test_inside_the_window_it_is_stock(tmp_path: Path, name: str) -> None:
+def test_inside_the_window_it_is_stock(tmp_path: Path, name: str, attention: str) -> None:
     path = write(name, tmp_path)
-    assert np.abs(logits(path, 64, 4) - logits(path, None)).max() < tolerance(name)
+    assert np.abs(logits(path, 64, 4, attention=attention) - logits(path, None)).max() < tolerance(name)
 
 
+@pytest.mark.parametrize("attention", ["fused", "stock"])
 @pytest.mark.parametrize("name", list(more_models.MODELS))
-def test_sinks_at_their_true_distance_are_stock(tmp_path: Path, name: str) -> None:
+def test_sinks_at_their_true_distance_are_stock(tmp_path: Path, name: str, attention: str) -> None:
     """Sinks and window together hold every token, so the second query sees what stock attention sees."""
     path = write(name, tmp_path)
-    assert np.abs(logits(path, 8, 52, mode="true") - logits(path, None)).max() < tolerance(name)
+    ours = logits(path, 8, 52, mode="true", attention=attention)
+    assert np.abs(ours - logits(path, None)).max() < tolerance(name)
 
 
 @pytest.mark.parametrize("name", list(more_models.MODELS))

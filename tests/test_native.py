@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
-from native_context import BF16, F16, F32, Q4_0, Q8_0, NativeContext, _lib, last_error
+from native_context import ATTENTIONS, BF16, F16, F32, Q4_0, Q8_0, NativeContext, _lib, last_error
 from reference import tiny_models
 from reference.rule import Rule
 from reference.transformer import Transformer
@@ -76,16 +77,16 @@ def test_every_batch_size_gives_the_same(llama: Path, n_ubatch: int) -> None:
         ("f32", "q8_0", 4e-2),
     ],
 )
+@pytest.mark.parametrize("attention", ["fused", "stock"])
 def test_kv_types_stay_close_to_f32_through_rebases(
-    wide: Path, type_k: str, type_v: str, bound: float, flash_attn: bool
+    wide: Path, type_k: str, type_v: str, bound: float, flash_attn: bool, attention: str
 ) -> None:
     """Mean |ΔNLL| against f32 KV on a random model, which is harder on a cache than a trained one."""
     if type_v.startswith("q") and not flash_attn:
         pytest.skip("llama.cpp keeps quantized V with flash attention only")
     expected = Transformer(wide).token_nll(TOKENS, Rule(L, G))
-    with NativeContext(
-        wide, L, G, n_ubatch=16, type_k=TYPES[type_k], type_v=TYPES[type_v], flash_attn=flash_attn, pos_bound=528
-    ) as context:
+    settings: dict[str, Any] = {"type_k": TYPES[type_k], "type_v": TYPES[type_v], "flash_attn": flash_attn}
+    with NativeContext(wide, L, G, n_ubatch=16, pos_bound=528, attention=attention, **settings) as context:
         assert np.abs(context.token_nll(TOKENS) - expected).mean() < bound
         assert context.info().n_rebase >= 1
 
@@ -387,14 +388,19 @@ def test_a_failed_context_leaves_nothing_behind(llama: Path) -> None:
         assert not _lib.lminf_enabled(context.context)
 
 
-@pytest.mark.parametrize(("type_kv", "bound"), [(F32, 1e-5), (F16, 1e-3)])
+# with an f16 cache llama.cpp rounds queries to f16 as well, which the fused attention does not
+@pytest.mark.parametrize(
+    ("type_kv", "attention", "bound"),
+    [(F32, "stock", 1e-5), (F16, "stock", 1e-3), (F32, "fused", 1e-5), (F16, "fused", 1e-2)],
+)
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_until_the_window_is_full_it_is_plain_attention(
-    llama: Path, type_kv: int, bound: float, flash_attn: bool
+    llama: Path, type_kv: int, attention: str, bound: float, flash_attn: bool
 ) -> None:
     with NativeContext(llama, None, type_k=type_kv, type_v=type_kv) as context:
         expected = context.token_nll(TOKENS[:64])
-    with NativeContext(llama, 64, G, type_k=type_kv, type_v=type_kv, flash_attn=flash_attn) as context:
+    settings: dict[str, Any] = {"type_k": type_kv, "type_v": type_kv, "flash_attn": flash_attn}
+    with NativeContext(llama, 64, G, attention=attention, **settings) as context:
         assert np.abs(context.token_nll(TOKENS[:64]) - expected).max() < bound
 
 
@@ -407,7 +413,7 @@ def test_the_c_entry_point(llama: Path, vocab_only: bool) -> None:
     model_params = llama_cpp.llama_model_default_params()
     model_params.vocab_only = vocab_only
     model = llama_cpp.llama_model_load_from_file(str(llama).encode(), model_params)
-    context = create(model, llama_cpp.llama_context_default_params(), Params(G, L, 0, -1, 0, 0))
+    context = create(model, llama_cpp.llama_context_default_params(), Params(G, L, 0, -1, 0, 0, 0))
     if vocab_only:
         assert context is None
         assert "only its vocabulary was loaded" in last_error()
@@ -415,3 +421,42 @@ def test_the_c_entry_point(llama: Path, vocab_only: bool) -> None:
         assert _lib.lminf_enabled(ctypes.c_void_p(context))
         llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
+
+
+#
+# what computes the attention
+#
+
+
+def chosen(context: NativeContext) -> str:
+    params = Params()
+    assert _lib.lminf_get_params(context.context, ctypes.byref(params))
+    return ATTENTIONS[params.attention]
+
+
+def test_the_fused_attention_is_chosen_where_it_can_be(llama: Path, wide: Path) -> None:
+    for attention, expected in (("auto", "fused"), ("fused", "fused"), ("stock", "stock")):
+        with NativeContext(llama, L, G, attention=attention) as context:
+            assert chosen(context) == expected
+    with NativeContext(llama, L, 0) as context:
+        assert chosen(context) == "fused"
+    q5_0 = {"type_k": 6, "type_v": 6, "flash_attn": True}  # a type the operation does not take
+    with NativeContext(wide, L, G, **q5_0) as context:
+        assert chosen(context) == "stock"
+    with pytest.raises(ValueError, match=r"no fused attention for layer 0 of this model on CPU .* q5_0 and q5_0"):
+        NativeContext(wide, L, G, attention="fused", **q5_0)
+
+
+@pytest.mark.parametrize("attention", ["fused", "stock"])
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_sequences_side_by_side_are_what_they_are_alone(llama: Path, attention: str, n_threads: int) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16, attention=attention) as context:
+        alone = context.feed(TOKENS[:200])
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=3, attention=attention, n_threads=n_threads) as context:
+        together = [
+            context.decode((0, TOKENS[i : i + 16]), (1, TOKENS[i : i + 16]), (2, TOKENS[i : i + 16]))
+            for i in range(0, 192, 16)
+        ]
+    for seq_id in range(3):
+        logits = np.concatenate([block[16 * seq_id : 16 * (seq_id + 1)] for block in together])
+        assert np.abs(logits - alone[:192]).max() < 1e-3

@@ -10,6 +10,7 @@ import pydoc_data.topics
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -72,9 +73,10 @@ def test_pretrained_model_follows_the_rule(model: Pretrained, n_local: int, n_gl
         check(context.token_nll(model.tokens), model.reference(n_local, n_global))
 
 
+@pytest.mark.parametrize("attention", ["fused", "stock"])
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_flash_attention_setting_does_not_matter(model: Pretrained, flash_attn: bool) -> None:
-    with NativeContext(model.path, 256, 10, flash_attn=flash_attn) as context:
+def test_what_computes_the_attention_does_not_matter(model: Pretrained, attention: str, flash_attn: bool) -> None:
+    with NativeContext(model.path, 256, 10, attention=attention, flash_attn=flash_attn) as context:
         check(context.token_nll(model.tokens), model.reference(256, 10))
 
 
@@ -96,12 +98,14 @@ def test_a_wrong_rule_would_be_seen(model: Pretrained, rule: Rule) -> None:
     assert difference.max() > 2e-3
 
 
+@pytest.mark.parametrize("attention", ["fused", "stock"])
 @pytest.mark.parametrize(("type_kv", "bound"), [(F16, 2e-3), (Q8_0, 2e-2), (Q4_0, 0.2)])
-def test_smaller_kv_types_stay_near(model: Pretrained, type_kv: int, bound: float) -> None:
+def test_smaller_kv_types_stay_near(model: Pretrained, type_kv: int, bound: float, attention: str) -> None:
     """Measured: nano f16 2e-4, q8_0 3e-3, q4_0 5e-2; stories260K has heads of 8, too small for the quantized types."""
     if "stories260K" in model.path.name and type_kv != F16:
         pytest.skip("its heads are smaller than a block")
-    with NativeContext(model.path, 256, 10, type_k=type_kv, type_v=type_kv, flash_attn=True) as context:
+    settings: dict[str, Any] = {"type_k": type_kv, "type_v": type_kv, "flash_attn": True, "attention": attention}
+    with NativeContext(model.path, 256, 10, **settings) as context:
         difference = np.abs(context.token_nll(model.tokens) - model.reference(256, 10))
     if "stories260K" in model.path.name:
         bound = max(bound, 2 * stock_f16_noise(model))
@@ -131,5 +135,6 @@ def test_every_kind_of_model_follows_the_rule(
     tokens = tiny_models.tokens(1600)
     gelu = name in ("gptneox", "phi2", "mpt", "grok")
     expected = Transformer(path).token_nll(tokens, Rule(n_local, n_global))
-    with NativeContext(path, n_local, n_global, n_ubatch=n_ubatch) as context:
-        check(context.token_nll(tokens), expected, max_mean=1e-4 if gelu else 5e-5)
+    for attention in ("fused", "stock"):
+        with NativeContext(path, n_local, n_global, n_ubatch=n_ubatch, attention=attention) as context:
+            check(context.token_nll(tokens), expected, max_mean=1e-4 if gelu else 5e-5)
