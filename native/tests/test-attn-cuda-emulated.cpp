@@ -1,0 +1,109 @@
+// GGML_OP_LMINF_ATTN's CUDA kernels, run on the CPU, against float64: for machines without a GPU (with one: test-attn)
+//
+// Needs native/kernels/lminf-attn.cpp, attn-cases.cpp, emulate/lanes.cpp and ggml-base; includes from native/kernels and
+// native/tests. About a minute on one core.
+
+#include "attn-cases.h"
+
+#include "emulate/cuda.h"
+
+#include "../kernels/cuda/lminf-attn-launch.cuh"
+
+#include <cstdio>
+#include <map>
+#include <string>
+
+static std::mt19937 device_rng; // of the order in which lanes run
+
+static std::map<std::string, int> n_launches;
+
+static bool compute(ggml_tensor * op) {
+    if (!lminf_attn_is_valid(op) || !lminf_cuda_can(op)) {
+        return false;
+    }
+
+    // devices small and large: different numbers of splits
+    const int n_sm = 1 << device_rng() % 9;
+
+    const lminf_cuda_plan plan = lminf_cuda_get_plan(lminf_attn_get_args(op), n_sm);
+    if (plan.n_shared > LMINF_CUDA_MAX_SHARED) {
+        fprintf(stderr, "%d bytes of shared memory\n", plan.n_shared);
+        return false;
+    }
+
+    std::vector<float> scratch(plan.n_scratch, NAN);
+
+    lminf_cuda_launch(plan, scratch.data(), [&](auto * kernel, const uint32_t * grid, int n_threads, int n_shared, const lminf_cuda_params & params) {
+        lanes::launch({ grid[0], grid[1], grid[2] }, { (uint32_t) n_threads, 1, 1 }, n_shared, device_rng, [&] { kernel(params); });
+    });
+
+    ++n_launches[(plan.tiles ? "tiles of " : "rows ") + std::to_string(plan.n_rows) + (plan.params.n_split > 1 ? ", split" : "")];
+
+    return true;
+}
+
+// every case is large enough for what it tests and no larger: emulation is slow
+static std::vector<attn_case> small_grid(std::mt19937 & rng) {
+    std::vector<attn_case> res;
+
+    for (attn_case c : attn_grid(rng)) {
+        const int64_t work = (int64_t) c.n_q*c.n_head*c.n_stream*(c.n_sink + c.n_kv)*(c.n_embd_head_k + c.n_embd_head_v);
+        if (work < 3000000) {
+            res.push_back(c);
+        }
+    }
+
+    // the tile kernel: types that it takes, in all four places
+    const ggml_type types[]   = { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
+    const int32_t   heads[][2] = { { 8, 8 }, { 40, 40 }, { 64, 64 }, { 80, 80 }, { 96, 96 }, { 112, 112 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 64, 96 } };
+    for (const auto & head : heads) {
+        for (int i = 0; i < 6; ++i) {
+            attn_case c;
+            c.n_embd_head_k = head[0];
+            c.n_embd_head_v = head[1];
+            for (ggml_type * t : { &c.type_k, &c.type_v, &c.type_k_sink, &c.type_v_sink }) {
+                const bool is_k = t == &c.type_k || t == &c.type_k_sink;
+                *t = types[rng() % 3];
+                if ((is_k ? head[0] : head[1]) % ggml_blck_size(*t) != 0) {
+                    *t = GGML_TYPE_F16;
+                }
+            }
+            static const int32_t groups[] = { 1, 2, 3, 4, 5, 7, 8, 12, 16 };
+            const int32_t n_group = groups[rng() % 9];
+            c.n_head_kv     = 1 + rng() % 2;
+            c.n_head        = n_group*c.n_head_kv;
+            c.n_q           = (33 + rng() % 70 + n_group - 1)/n_group;
+            c.n_stream      = 1 + rng() % 4/3;
+            c.n_sink        = (int32_t[]) { 0, 1, 8, 37, 64 }[rng() % 5];
+            c.n_kv          = (int32_t[]) { 1, 31, 64, 100, 190 }[rng() % 5];
+            c.max_bias      = rng() % 4 == 0 ? 8.0f  : 0.0f;
+            c.logit_softcap = rng() % 4 == 0 ? 15.0f : 0.0f;
+            c.sharpness     = (float[]) { 0.1f, 1.0f, 8.0f }[rng() % 3];
+            c.head_sinks    = rng() % 4 == 0;
+            c.mask          = (attn_mask_kind) (rng() % ATTN_MASK_COUNT);
+            res.push_back(c);
+        }
+    }
+    return res;
+}
+
+int main() {
+    std::mt19937 rng = attn_seed();
+    device_rng.seed(rng());
+
+    int status = attn_run("CUDA kernels on the CPU", small_grid(rng), rng, compute);
+
+    for (const auto & [kernel, n] : n_launches) {
+        printf("  %-20s %4d\n", kernel.c_str(), n);
+    }
+    // as for sizes and devices above, each must have had its turn
+    for (const char * kernel : { "rows 1", "rows 2", "rows 4", "rows 8", "rows 16", "tiles of 32", "tiles of 64" }) {
+        for (const char * split : { "", ", split" }) {
+            if (n_launches.count(std::string(kernel) + split) == 0) {
+                printf("not tested: %s%s\n", kernel, split);
+                status = 1;
+            }
+        }
+    }
+    return status;
+}
