@@ -57,6 +57,11 @@ static __device__ __forceinline__ float lminf_int8(uint32_t word, int i) {
 
 template <int TYPE> struct lminf_cuda_type;
 
+// how many of them a lane has under way: 64 bytes
+static __host__ __device__ constexpr int lminf_n_loads(int type) {
+    return type == GGML_TYPE_F32 ? 2 : 4;
+}
+
 template <> struct lminf_cuda_type<GGML_TYPE_F32> {
     static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
         r.a = *(const uint4 *) (row + 4*e);
@@ -131,6 +136,20 @@ template <> struct lminf_cuda_type<GGML_TYPE_Q4_0> {
     }
 };
 
+template <int TYPE> struct lminf_cuda_constant { static constexpr int value = TYPE; };
+
+// calls f with the type as a constant
+template <typename F>
+static __device__ __forceinline__ void lminf_with_type(int type, const F & f) {
+    switch (type) {
+        case GGML_TYPE_F32:  f(lminf_cuda_constant<GGML_TYPE_F32>());  break;
+        case GGML_TYPE_F16:  f(lminf_cuda_constant<GGML_TYPE_F16>());  break;
+        case GGML_TYPE_BF16: f(lminf_cuda_constant<GGML_TYPE_BF16>()); break;
+        case GGML_TYPE_Q8_0: f(lminf_cuda_constant<GGML_TYPE_Q8_0>()); break;
+        case GGML_TYPE_Q4_0: f(lminf_cuda_constant<GGML_TYPE_Q4_0>()); break;
+    }
+}
+
 //
 // what both kernels share
 //
@@ -184,11 +203,11 @@ static __device__ __forceinline__ float lminf_norm(const lminf_attn_args & args,
     return scale/(sum*scale + expf(sink - max_all));
 }
 
-// the sinks' or the window's part of a split
+// the sinks' or the window's part of a split; by value, as a pointer to a parameter would move all of them to local memory
 struct lminf_cuda_section {
-    const lminf_attn_operand * q;
-    const lminf_attn_operand * k;
-    const lminf_attn_operand * v;
+    lminf_attn_operand q;
+    lminf_attn_operand k;
+    lminf_attn_operand v;
 
     int begin;     // cells
     int end;
@@ -201,9 +220,9 @@ static __device__ __forceinline__ lminf_cuda_section lminf_get_section(const lmi
 
     lminf_cuda_section res;
     if (is_window) {
-        res = { &p.args.q, &p.args.k, &p.args.v, max(begin - p.n_sink_pad, 0), min(end - p.n_sink_pad, p.args.n_kv), p.args.n_sink };
+        res = { p.args.q, p.args.k, p.args.v, max(begin - p.n_sink_pad, 0), min(end - p.n_sink_pad, p.args.n_kv), p.args.n_sink };
     } else {
-        res = { &p.args.q_sink, &p.args.k_sink, &p.args.v_sink, begin, min(end, p.args.n_sink), 0 };
+        res = { p.args.q_sink, p.args.k_sink, p.args.v_sink, begin, min(end, p.args.n_sink), 0 };
     }
     return res;
 }
@@ -225,30 +244,46 @@ static __device__ __forceinline__ int64_t lminf_out_index(const lminf_attn_args 
 // shared memory; in the second it is 8 elements of V, of which a warp sees 32/lanes_v cells at a time.
 //
 
+// Hides where x comes from. What follows from the lane alone, for every type and load, nvcc would compute once and keep in
+// registers through the loop over the cells; there are none to spare.
+static __device__ __forceinline__ int lminf_opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // elements e0, e0 + 1, ... of the open cells' K into shared memory, n8 times 8 of them
 template <int TYPE>
 static __device__ __forceinline__ void lminf_stage_k(float * stage, const char * k, int64_t nb1, uint32_t open, int e0, int n8, int lane) {
-    constexpr int N = LMINF_CUDA_STAGE/8;
+    constexpr int LANES = LMINF_CUDA_STAGE/8; // per cell
+    constexpr int N     = lminf_n_loads(TYPE);
 
-    const int i8 = lane % N;
+    lane = lminf_opaque(lane);
 
-    lminf_cuda_raw raw[N];
+    const int i8 = lane % LANES;
+
+    const char * row = k + lane/LANES*nb1; // advanced, not computed anew: nvcc would keep every product in a register
+
+#pragma unroll 1
+    for (int cell0 = lane/LANES; cell0 < LMINF_CUDA_TILE; cell0 += N*(LMINF_CUDA_WARP/LANES)) {
+        lminf_cuda_raw raw[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const int cell = lane/N + i*(LMINF_CUDA_WARP/N);
-        if ((open >> cell & 1) && i8 < n8) {
-            lminf_cuda_type<TYPE>::load(raw[i], k + cell*nb1, e0 + 8*i8);
+        for (int i = 0; i < N; ++i) {
+            const int cell = cell0 + i*(LMINF_CUDA_WARP/LANES);
+            if ((open >> cell & 1) && i8 < n8) {
+                lminf_cuda_type<TYPE>::load(raw[i], row, e0 + 8*i8);
+            }
+            row += LMINF_CUDA_WARP/LANES*nb1;
         }
-    }
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const int cell = lane/N + i*(LMINF_CUDA_WARP/N);
-        if ((open >> cell & 1) && i8 < n8) {
-            float x[8];
-            lminf_cuda_type<TYPE>::to_float(raw[i], e0 + 8*i8, x);
-            float4 * to = (float4 *) (stage + cell*LMINF_CUDA_STAGE_LD + 8*i8);
-            to[0] = make_float4(x[0], x[1], x[2], x[3]);
-            to[1] = make_float4(x[4], x[5], x[6], x[7]);
+        for (int i = 0; i < N; ++i) {
+            const int cell = cell0 + i*(LMINF_CUDA_WARP/LANES);
+            if ((open >> cell & 1) && i8 < n8) {
+                float x[8];
+                lminf_cuda_type<TYPE>::to_float(raw[i], e0 + 8*i8, x);
+                float4 * to = (float4 *) (stage + cell*LMINF_CUDA_STAGE_LD + 8*i8);
+                to[0] = make_float4(x[0], x[1], x[2], x[3]);
+                to[1] = make_float4(x[4], x[5], x[6], x[7]);
+            }
         }
     }
 }
@@ -257,11 +292,16 @@ static __device__ __forceinline__ void lminf_stage_k(float * stage, const char *
 template <int TYPE, int N_ROWS>
 static __device__ __forceinline__ void lminf_add_v(
         float (&acc)[N_ROWS][8], const float * prob, const char * v, int64_t nb1, uint32_t open, int n_embd, int lanes_v, int lane) {
-    constexpr int N = 4; // loads under way
+    constexpr int N = lminf_n_loads(TYPE);
+
+    lane = lminf_opaque(lane);
 
     const int e       = lane % lanes_v*8;
     const int n_cells = LMINF_CUDA_WARP/lanes_v; // at a time
 
+    const char * row = v + lane/lanes_v*nb1;
+
+#pragma unroll 1
     for (int cell0 = lane/lanes_v; cell0 < LMINF_CUDA_TILE; cell0 += N*n_cells) {
         lminf_cuda_raw raw[N];
         bool           use[N];
@@ -270,8 +310,9 @@ static __device__ __forceinline__ void lminf_add_v(
             const int cell = cell0 + i*n_cells;
             use[i] = cell < LMINF_CUDA_TILE && e < n_embd && (open >> cell & 1);
             if (use[i]) {
-                lminf_cuda_type<TYPE>::load(raw[i], v + cell*nb1, e);
+                lminf_cuda_type<TYPE>::load(raw[i], row, e);
             }
+            row += n_cells*nb1;
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -297,8 +338,13 @@ static __host__ __device__ constexpr int lminf_row_kernel_shared(int n_rows, int
         LMINF_CUDA_ROW_WARPS*LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD;
 }
 
+// blocks per multiprocessor that registers must leave room for: the more, the more loads are under way
+static __host__ __device__ constexpr int lminf_row_kernel_blocks(int n_rows) {
+    return n_rows <= 4 ? 4 : n_rows <= 8 ? 3 : 2;
+}
+
 template <int N_ROWS>
-static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) lminf_row_kernel(const lminf_cuda_params p) {
+static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, lminf_row_kernel_blocks(N_ROWS)) lminf_row_kernel(const lminf_cuda_params p) {
     LMINF_CUDA_SHARED(shared);
 
     const lminf_attn_args & args = p.args;
@@ -346,6 +392,7 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) l
         }
     }
 
+#pragma unroll 1
     for (int is_window = 0; is_window < 2; ++is_window) {
         const lminf_cuda_section sec = lminf_get_section(p, split, is_window);
         if (sec.begin >= sec.end) {
@@ -353,16 +400,17 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) l
         }
 
         __syncthreads();
+#pragma unroll 1
         for (int i = tid; i < N_ROWS*n_embd_k; i += LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) {
             const int r = i / n_embd_k;
             const int e = i % n_embd_k;
             const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
-            s_q[i] = r < n_rows ? args.scale*((const float *) lminf_row_data(*sec.q, (row0 + r)/p.n_group, h, stream))[e] : 0.0f;
+            s_q[i] = r < n_rows ? args.scale*((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream))[e] : 0.0f;
         }
         __syncthreads();
 
-        const char * k    = lminf_row_data(*sec.k, 0, h_kv, stream);
-        const char * v    = lminf_row_data(*sec.v, 0, h_kv, stream);
+        const char * k    = lminf_row_data(sec.k, 0, h_kv, stream);
+        const char * v    = lminf_row_data(sec.v, 0, h_kv, stream);
         const char * mask = lminf_row_data(args.mask, 0, 0, stream);
 
         for (int cell0 = sec.begin + warp*LMINF_CUDA_TILE; cell0 < sec.end; cell0 += LMINF_CUDA_ROW_WARPS*LMINF_CUDA_TILE) {
@@ -370,6 +418,7 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) l
             const int  col    = sec.mask_col0 + cell0 + lane;
 
             bool is_open = false;
+#pragma unroll 1
             for (int i_q = row0/p.n_group; i_q <= (row0 + n_rows - 1)/p.n_group; ++i_q) {
                 is_open = is_open || (exists && ((const float *) (mask + i_q*args.mask.nb1))[col] != -INFINITY);
             }
@@ -386,19 +435,16 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) l
                 score[r] = 0.0f;
             }
 
-            const char * k0 = k + cell0*sec.k->nb1;
+            const char * k0 = k + cell0*sec.k.nb1;
 
+#pragma unroll 1
             for (int e0 = 0; e0 < n_embd_k; e0 += LMINF_CUDA_STAGE) {
                 const int n8 = min(LMINF_CUDA_STAGE, n_embd_k - e0)/8;
 
                 __syncwarp();
-                switch (sec.k->type) {
-                    case GGML_TYPE_F32:  lminf_stage_k<GGML_TYPE_F32> (stage, k0, sec.k->nb1, open, e0, n8, lane); break;
-                    case GGML_TYPE_F16:  lminf_stage_k<GGML_TYPE_F16> (stage, k0, sec.k->nb1, open, e0, n8, lane); break;
-                    case GGML_TYPE_BF16: lminf_stage_k<GGML_TYPE_BF16>(stage, k0, sec.k->nb1, open, e0, n8, lane); break;
-                    case GGML_TYPE_Q8_0: lminf_stage_k<GGML_TYPE_Q8_0>(stage, k0, sec.k->nb1, open, e0, n8, lane); break;
-                    case GGML_TYPE_Q4_0: lminf_stage_k<GGML_TYPE_Q4_0>(stage, k0, sec.k->nb1, open, e0, n8, lane); break;
-                }
+                lminf_with_type(sec.k.type, [&](auto type) {
+                    lminf_stage_k<decltype(type)::value>(stage, k0, sec.k.nb1, open, e0, n8, lane);
+                });
                 __syncwarp();
 
                 if (is_open) {
@@ -417,14 +463,20 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) l
 
             // softmax
 
+            int          head     = lminf_opaque(row0 % p.n_group); // in its group
+            const char * mask_row = mask + row0/p.n_group*args.mask.nb1;
+
+            float m = is_open ? ((const float *) mask_row)[col] : -INFINITY;
 #pragma unroll
             for (int r = 0; r < N_ROWS; ++r) {
                 float s = -INFINITY;
-                if (is_open && r < n_rows) {
-                    const float m = ((const float *) (mask + (row0 + r)/p.n_group*args.mask.nb1))[col];
-                    if (m != -INFINITY) {
-                        s = lminf_softcap(args, score[r]) + s_slope[r]*m;
-                    }
+                if (r < n_rows && m != -INFINITY) {
+                    s = lminf_softcap(args, score[r]) + s_slope[r]*m;
+                }
+                if (++head == p.n_group && r + 1 < n_rows) { // the next query
+                    head      = 0;
+                    mask_row += args.mask.nb1;
+                    m         = is_open ? ((const float *) mask_row)[col] : -INFINITY;
                 }
                 const float max_new = fmaxf(max_score[r], lminf_warp_max(s));
                 if (max_new > max_score[r]) {
@@ -442,15 +494,11 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) l
             }
             __syncwarp();
 
-            const char * v0 = v + cell0*sec.v->nb1;
+            const char * v0 = v + cell0*sec.v.nb1;
 
-            switch (sec.v->type) {
-                case GGML_TYPE_F32:  lminf_add_v<GGML_TYPE_F32,  N_ROWS>(acc, prob, v0, sec.v->nb1, open, n_embd_v, lanes_v, lane); break;
-                case GGML_TYPE_F16:  lminf_add_v<GGML_TYPE_F16,  N_ROWS>(acc, prob, v0, sec.v->nb1, open, n_embd_v, lanes_v, lane); break;
-                case GGML_TYPE_BF16: lminf_add_v<GGML_TYPE_BF16, N_ROWS>(acc, prob, v0, sec.v->nb1, open, n_embd_v, lanes_v, lane); break;
-                case GGML_TYPE_Q8_0: lminf_add_v<GGML_TYPE_Q8_0, N_ROWS>(acc, prob, v0, sec.v->nb1, open, n_embd_v, lanes_v, lane); break;
-                case GGML_TYPE_Q4_0: lminf_add_v<GGML_TYPE_Q4_0, N_ROWS>(acc, prob, v0, sec.v->nb1, open, n_embd_v, lanes_v, lane); break;
-            }
+            lminf_with_type(sec.v.type, [&](auto type) {
+                lminf_add_v<decltype(type)::value>(acc, prob, v0, sec.v.nb1, open, n_embd_v, lanes_v, lane);
+            });
         }
     }
 
@@ -496,6 +544,7 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) l
         __syncthreads();
     }
 
+#pragma unroll 1
     for (int i = tid; i < n_rows*n_embd_v; i += LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) {
         const int r   = i / n_embd_v;
         const int e   = i % n_embd_v;
@@ -551,7 +600,7 @@ static __device__ __forceinline__ uint4 lminf_zero_halves() {
 // n_cells rows to tile [LMINF_CUDA_TILE, ld] in f16, zeros where there is nothing; n_warps lanes per cell
 template <int TYPE>
 static __device__ __forceinline__ void lminf_load_tile(__half * tile, int ld, const char * rows, int64_t nb1, int n_cells, int n_embd, int n_warps, int tid) {
-    constexpr int N = 4; // loads under way
+    constexpr int N = lminf_n_loads(TYPE);
 
     const int cell     = tid / n_warps;
     const int n_padded = (n_embd + 15)/16*16;
@@ -693,6 +742,7 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
 
     const char * mask = lminf_row_data(args.mask, q0, 0, stream);
 
+#pragma unroll 1
     for (int is_window = 0; is_window < 2; ++is_window) {
         const lminf_cuda_section sec = lminf_get_section(p, split, is_window);
         if (sec.begin >= sec.end) {
@@ -705,11 +755,11 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
             const int e = i % (ld_k - 8);
             const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
             s_q[r*ld_k + e] = lminf_to_half(r < n_rows && e < n_embd_k ?
-                    args.scale*((const float *) lminf_row_data(*sec.q, (row0 + r)/p.n_group, h, stream))[e] : 0.0f);
+                    args.scale*((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream))[e] : 0.0f);
         }
 
-        const char * k = lminf_row_data(*sec.k, 0, h_kv, stream);
-        const char * v = lminf_row_data(*sec.v, 0, h_kv, stream);
+        const char * k = lminf_row_data(sec.k, 0, h_kv, stream);
+        const char * v = lminf_row_data(sec.v, 0, h_kv, stream);
 
         for (int cell0 = sec.begin; cell0 < sec.end; cell0 += LMINF_CUDA_TILE) {
             const int n_cells = min(LMINF_CUDA_TILE, sec.end - cell0);
@@ -726,7 +776,7 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
                 continue;
             }
 
-            lminf_load_tile(s_kv, ld_k, *sec.k, k + cell0*sec.k->nb1, n_cells, n_embd_k, n_warps, tid);
+            lminf_load_tile(s_kv, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, n_embd_k, n_warps, tid);
             __syncthreads();
 
             // scores [16, 32]
@@ -787,7 +837,7 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
             // V, where K was; the warp's lanes see each other's prob behind the same barriers
 
             __syncthreads();
-            lminf_load_tile(s_kv, ld_v, *sec.v, v + cell0*sec.v->nb1, n_cells, n_embd_v, n_warps, tid);
+            lminf_load_tile(s_kv, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, n_embd_v, n_warps, tid);
             __syncthreads();
 
             float frag_scale[8];

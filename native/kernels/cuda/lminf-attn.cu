@@ -22,24 +22,9 @@
 
 #include "common.cuh"
 
-#include "lminf-attn.cuh"
-
-#if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
-
-// no nvcuda::wmma, and warps may be 64 lanes: the stock operations take over
-
-bool ggml_cuda_lminf_attn_supported(int, const ggml_tensor *) {
-    return false;
-}
-
-void ggml_cuda_lminf_attn(ggml_backend_cuda_context &, ggml_tensor *) {
-    GGML_ABORT("fatal error");
-}
-
-#else
-
 #include <mma.h>
 
+#include "lminf-attn.cuh"
 #include "lminf-attn-launch.cuh"
 
 bool ggml_cuda_lminf_attn_supported(int device, const ggml_tensor * op) {
@@ -62,5 +47,3 @@ void ggml_cuda_lminf_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         CUDA_CHECK(cudaGetLastError());
     });
 }
-
-#endif
