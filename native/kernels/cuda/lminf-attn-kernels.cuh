@@ -37,6 +37,8 @@ struct lminf_cuda_params {
 //
 // eight elements of a row of K or V: loaded as they are, then converted, so that several loads can be under way
 //
+// Pointers that are the sinks' or the window's lose that they are global; __ldg says so.
+//
 
 struct lminf_cuda_raw {
     uint4  a;
@@ -46,9 +48,9 @@ struct lminf_cuda_raw {
 
 // eight bytes of which only two byte alignment is known
 static __device__ __forceinline__ void lminf_load_8_bytes(const char * p, uint4 & res) {
-    const uint16_t * p16 = (const uint16_t *) p;
-    res.x = p16[0] | (uint32_t) p16[1] << 16;
-    res.y = p16[2] | (uint32_t) p16[3] << 16;
+    const unsigned short * p16 = (const unsigned short *) p;
+    res.x = __ldg(p16 + 0) | (uint32_t) __ldg(p16 + 1) << 16;
+    res.y = __ldg(p16 + 2) | (uint32_t) __ldg(p16 + 3) << 16;
 }
 
 static __device__ __forceinline__ float lminf_int8(uint32_t word, int i) {
@@ -64,8 +66,8 @@ static __host__ __device__ constexpr int lminf_n_loads(int type) {
 
 template <> struct lminf_cuda_type<GGML_TYPE_F32> {
     static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
-        r.a = *(const uint4 *) (row + 4*e);
-        r.b = *(const uint4 *) (row + 4*e + 16);
+        r.a = __ldg((const uint4 *) (row + 4*e));
+        r.b = __ldg((const uint4 *) (row + 4*e + 16));
     }
     static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
         res[0] = __uint_as_float(r.a.x); res[1] = __uint_as_float(r.a.y); res[2] = __uint_as_float(r.a.z); res[3] = __uint_as_float(r.a.w);
@@ -75,7 +77,7 @@ template <> struct lminf_cuda_type<GGML_TYPE_F32> {
 
 template <> struct lminf_cuda_type<GGML_TYPE_F16> {
     static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
-        r.a = *(const uint4 *) (row + 2*e);
+        r.a = __ldg((const uint4 *) (row + 2*e));
     }
     static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
         const uint32_t w[4] = { r.a.x, r.a.y, r.a.z, r.a.w };
@@ -88,7 +90,7 @@ template <> struct lminf_cuda_type<GGML_TYPE_F16> {
 
 template <> struct lminf_cuda_type<GGML_TYPE_BF16> {
     static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
-        r.a = *(const uint4 *) (row + 2*e);
+        r.a = __ldg((const uint4 *) (row + 2*e));
     }
     static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
         const uint32_t w[4] = { r.a.x, r.a.y, r.a.z, r.a.w };
@@ -103,7 +105,7 @@ template <> struct lminf_cuda_type<GGML_TYPE_BF16> {
 template <> struct lminf_cuda_type<GGML_TYPE_Q8_0> {
     static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
         const char * block = row + e/32*34;
-        r.d = *(const __half *) block;
+        r.d = __ushort_as_half(__ldg((const unsigned short *) block));
         lminf_load_8_bytes(block + 2 + e % 32, r.a);
     }
     static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
@@ -120,7 +122,7 @@ template <> struct lminf_cuda_type<GGML_TYPE_Q8_0> {
 template <> struct lminf_cuda_type<GGML_TYPE_Q4_0> {
     static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
         const char * block = row + e/32*18;
-        r.d = *(const __half *) block;
+        r.d = __ushort_as_half(__ldg((const unsigned short *) block));
         lminf_load_8_bytes(block + 2 + e % 16, r.a);
     }
     static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int e, float * res) {
@@ -405,7 +407,7 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
             const int r = i / n_embd_k;
             const int e = i % n_embd_k;
             const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
-            s_q[i] = r < n_rows ? args.scale*((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream))[e] : 0.0f;
+            s_q[i] = r < n_rows ? args.scale*__ldg((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream) + e) : 0.0f;
         }
         __syncthreads();
 
@@ -755,7 +757,7 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
             const int e = i % (ld_k - 8);
             const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
             s_q[r*ld_k + e] = lminf_to_half(r < n_rows && e < n_embd_k ?
-                    args.scale*((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream))[e] : 0.0f);
+                    args.scale*__ldg((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream) + e) : 0.0f);
         }
 
         const char * k = lminf_row_data(sec.k, 0, h_kv, stream);

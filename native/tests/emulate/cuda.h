@@ -49,6 +49,8 @@ static inline float __uint_as_float(uint32_t x) {
     return res;
 }
 
+template <typename T> T __ldg(const T * p) { return *p; }
+
 // --- half -----------------------------------------------------------------------------------------------------------
 
 struct __half {
