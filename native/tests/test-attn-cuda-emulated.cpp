@@ -29,7 +29,12 @@ static bool compute(ggml_tensor * op) {
     std::vector<float> scratch(plan.n_scratch, NAN);
 
     lminf_cuda_launch(plan, scratch.data(), [&](auto * kernel, const uint32_t * grid, int n_threads, int n_shared, const lminf_cuda_params & params) {
-        lanes::launch({ grid[0], grid[1], grid[2] }, { (uint32_t) n_threads, 1, 1 }, n_shared, device_rng, [&] { kernel(params); });
+        // a little more shared memory than the kernel asked for must stay as it was
+        constexpr int N_MORE = 256;
+        lanes::launch({ grid[0], grid[1], grid[2] }, { (uint32_t) n_threads, 1, 1 }, n_shared + N_MORE, device_rng, [&] { kernel(params); });
+        for (int i = 0; i < N_MORE; ++i) {
+            GGML_ASSERT((uint8_t) lanes::shared()[n_shared + i] == 0xFF);
+        }
     });
 
     ++n_launches[(plan.tiles ? "tiles of " : "rows ") + std::to_string(plan.n_rows) + (plan.params.n_split > 1 ? ", split" : "")];

@@ -751,7 +751,7 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
             continue;
         }
 
-        __syncthreads();
+        // no barrier before: since any warp read q last there were two
         for (int i = tid; i < 16*n_warps*(ld_k - 8); i += n_threads) {
             const int r = i / (ld_k - 8);
             const int e = i % (ld_k - 8);
@@ -893,8 +893,9 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
             if (my_exists && e < n_embd_v) {
                 const float * from = score + lane/2*LMINF_CUDA_TILE_LD + lane % 2*8;
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    to[e + j] = norm*from[j];
+                for (int j = 0; j < 8; j += 4) {
+                    const float4 x = *(const float4 *) (from + j);
+                    *(float4 *) (to + e + j) = make_float4(norm*x.x, norm*x.y, norm*x.z, norm*x.w);
                 }
             }
         }

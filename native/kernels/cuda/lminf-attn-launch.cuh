@@ -21,6 +21,7 @@ struct lminf_cuda_plan {
 constexpr int LMINF_CUDA_MAX_SHARED = 48*1024;
 
 constexpr int LMINF_CUDA_MAX_N_EMBD = 256; // of a head
+constexpr int LMINF_CUDA_MAX_SPLIT  = 128; // the combine kernel walks them one after the other
 constexpr int LMINF_CUDA_MAX_GRID_Z = 65535;
 
 static inline bool lminf_cuda_fits_f16(const lminf_attn_operand & x) {
@@ -70,7 +71,7 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
     const int64_t n_blocks    = n_row_tiles*args.n_head_kv*args.n_stream;
     const int64_t n_cells     = p.n_sink_pad + args.n_kv;
     const int64_t n_steps     = std::max<int64_t>(div_up(n_cells, cells_per_step), 1);
-    const int64_t n_wanted    = std::max<int64_t>(blocks_per_sm*n_sm/n_blocks, 1);
+    const int64_t n_wanted    = std::min<int64_t>(std::max<int64_t>(blocks_per_sm*n_sm/n_blocks, 1), LMINF_CUDA_MAX_SPLIT);
 
     p.split_cells = div_up(n_steps, std::min(n_wanted, n_steps))*cells_per_step;
     p.n_split     = std::max<int64_t>(div_up(n_cells, p.split_cells), 1);
