@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compiles the CUDA kernels for several architectures, with upstream's flags and headers, warnings being errors.
 
-Prints what each kernel needs: registers, bytes spilled, bytes of stack. Needs nvcc, no GPU and no CUDA libraries; the objects
-are left in build/cuda-check. Shared memory is dynamic: at most 48 KiB, which the emulated tests look at.
+Prints what each kernel needs: registers, bytes spilled, bytes of stack. Needs nvcc, no GPU and no CUDA libraries; the
+objects are left in build/cuda-check. Shared memory is dynamic: at most 48 KiB, which the emulated tests look at.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def compile_for(nvcc: str, arch: int, tree: Path, dest: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("arch", nargs="*", type=int, default=[75, 80, 89, 90], help="compute capabilities (75 80 89 90)")
+    parser.add_argument("arch", nargs="*", type=int, default=[75, 80, 89, 90], help="compute capabilities")
     parser.add_argument("--tree", type=Path, help="a llama.cpp tree with the patches (default: the pinned one)")
     args = parser.parse_args()
     try:

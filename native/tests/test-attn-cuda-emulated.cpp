@@ -1,7 +1,9 @@
 // GGML_OP_LMINF_ATTN's CUDA kernels, run on the CPU, against float64: for machines without a GPU (with one: test-attn)
 //
-// Needs native/kernels/lminf-attn.cpp, attn-cases.cpp, emulate/lanes.cpp and ggml-base; includes from native/kernels and
-// native/tests. Half a minute on one core; with -fsanitize=undefined the alignment of vector loads is tested, too.
+//   c++ -O2 -std=c++17 -I native/kernels -I native/tests -I $GGML/include -I $GGML/src -Wno-unknown-pragmas
+//       native/tests/{test-attn-cuda-emulated,attn-cases,emulate/lanes}.cpp native/kernels/lminf-attn.cpp -lggml-base
+//
+// A quarter of a minute on one core. With -fsanitize=undefined the alignment of vector loads is tested, too.
 
 #include "attn-cases.h"
 
@@ -42,6 +44,10 @@ static bool compute(ggml_tensor * op) {
     return true;
 }
 
+static int32_t pick(std::mt19937 & rng, std::initializer_list<int32_t> values) {
+    return values.begin()[rng() % values.size()];
+}
+
 // every case is large enough for what it tests and no larger: emulation is slow
 static std::vector<attn_case> small_grid(std::mt19937 & rng) {
     std::vector<attn_case> res;
@@ -54,7 +60,7 @@ static std::vector<attn_case> small_grid(std::mt19937 & rng) {
     }
 
     // the tile kernel: types that it takes, in all four places
-    const ggml_type types[]   = { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
+    const ggml_type types[]    = { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
     const int32_t   heads[][2] = { { 8, 8 }, { 40, 40 }, { 64, 64 }, { 80, 80 }, { 96, 96 }, { 112, 112 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 64, 96 } };
     for (const auto & head : heads) {
         for (int i = 0; i < 6; ++i) {
@@ -68,18 +74,17 @@ static std::vector<attn_case> small_grid(std::mt19937 & rng) {
                     *t = GGML_TYPE_F16;
                 }
             }
-            static const int32_t groups[] = { 1, 2, 3, 4, 5, 7, 8, 12, 16 };
-            const int32_t n_group = groups[rng() % 9];
-            c.n_head_kv     = 1 + rng() % 2;
+            const int32_t n_group = pick(rng, { 1, 2, 3, 4, 5, 7, 8, 12, 16 });
+            c.n_head_kv     = pick(rng, { 1, 2 });
             c.n_head        = n_group*c.n_head_kv;
             c.n_q           = (33 + rng() % 70 + n_group - 1)/n_group;
-            c.n_stream      = 1 + rng() % 4/3;
-            c.n_sink        = (int32_t[]) { 0, 1, 8, 37, 64 }[rng() % 5];
-            c.n_kv          = (int32_t[]) { 1, 31, 64, 100, 190 }[rng() % 5];
-            c.max_bias      = rng() % 4 == 0 ? 8.0f  : 0.0f;
-            c.logit_softcap = rng() % 4 == 0 ? 15.0f : 0.0f;
-            c.sharpness     = (float[]) { 0.1f, 1.0f, 8.0f }[rng() % 3];
-            c.head_sinks    = rng() % 4 == 0;
+            c.n_stream      = pick(rng, { 1, 1, 2 });
+            c.n_sink        = pick(rng, { 0, 1, 8, 37, 64 });
+            c.n_kv          = pick(rng, { 1, 31, 64, 100, 190 });
+            c.max_bias      = pick(rng, { 0, 0, 0, 8 });
+            c.logit_softcap = pick(rng, { 0, 0, 0, 15 });
+            c.sharpness     = pick(rng, { 1, 1, 8 });
+            c.head_sinks    = pick(rng, { 0, 0, 0, 1 });
             c.mask          = (attn_mask_kind) (rng() % ATTN_MASK_COUNT);
             res.push_back(c);
         }
