@@ -13,9 +13,10 @@
 // registers. Cells that no row sees are not read at all.
 //
 // Tile kernel, more than 32 rows (prefill): 16 rows per warp on tensor cores by way of nvcuda::wmma, 4 warps, or 2 where
-// large heads need the shared memory (48 KiB are there on every device). Tiles are 32 cells: K and V, one after the other,
-// share a buffer in f16, and two blocks fit on a multiprocessor. Softmax and sums are f32; q, V and the weights are rounded
-// to f16. Tiles that no query of the block sees are skipped. f32 and bf16 do not fit into f16 and go to the row kernel.
+// large heads need the shared memory (48 KiB are there on every device). Tiles are 32 cells, and K and V share a buffer in
+// f16, one after the other: with heads of 128 a block takes 36 to 44 KiB, so that two fit on a multiprocessor (one on
+// Turing, which has 64). Softmax and sums are f32; q, quantized K and V, and the weights are rounded to f16. Tiles that no
+// query of the block sees are skipped. f32 and bf16 do not fit into f16 and go to the row kernel, 16 rows at a time.
 //
 // Per token and layer, decoding reads (n_sink + n_kv)*n_head_kv rows of K and V once, up to 16 heads per KV head: with 4096
 // f16 cells, 8 KV heads of 64 elements, 8.4 MB. The mask is 4 bytes per cell for each KV head, from L2.
