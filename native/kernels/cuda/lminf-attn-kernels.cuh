@@ -1,0 +1,938 @@
+// GGML_OP_LMINF_ATTN on CUDA: the device code. nvcc compiles it, and a C++ compiler with the stand-in for CUDA in
+// native/tests/emulate; whoever includes this file includes one of the two first. lminf-attn.cu says how it works.
+
+#pragma once
+
+#include "lminf-attn.h"
+
+// the block's dynamic shared memory, aligned for wmma
+#ifndef LMINF_CUDA_SHARED
+#define LMINF_CUDA_SHARED(name) extern __shared__ __align__(128) char name[]
+#endif
+
+constexpr int LMINF_CUDA_WARP = 32;
+constexpr int LMINF_CUDA_TILE = 32; // cells that are looked at together; those of a warp in the row kernel, of a block in the tile kernel
+
+constexpr int LMINF_CUDA_ROW_WARPS = 4;      // of the row kernel
+constexpr int LMINF_CUDA_STAGE     = 32;     // elements of K a warp of the row kernel holds in shared memory, of each cell of its tile
+constexpr int LMINF_CUDA_STAGE_LD  = 32 + 4; // 16 bytes more: float4 accesses of neighbouring cells fall into different banks
+constexpr int LMINF_CUDA_TILE_LD   = 32 + 4; // of scores and mask in the tile kernel, likewise
+
+// One block computes a tile of rows over a range of cells. A row is a query of a head: the queries' heads of one KV head's
+// group side by side, row = query*n_group + head in the group, so that a tile of rows shares the K and V it reads.
+// Cells are numbered over sinks and window, the sinks rounded up to whole tiles: a tile never holds both.
+struct lminf_cuda_params {
+    lminf_attn_args args;
+
+    int32_t n_group;     // query heads of a KV head
+    int32_t n_sink_pad;  // sinks rounded up
+    int32_t n_split;
+    int32_t split_cells; // cells of a split, a multiple of LMINF_CUDA_TILE
+
+    // partial results, NULL with one split; [n_embd_head_v or 2, n_split, n_head, n_q, n_stream]
+    float * acc;
+    float * max_sum; // largest score and the sum of exp(score - largest)
+};
+
+//
+// eight elements of a row of K or V: loaded as they are, then converted, so that several loads can be under way
+//
+// Pointers that are the sinks' or the window's lose that they are global; __ldg says so.
+//
+
+struct lminf_cuda_raw {
+    uint4  a;
+    uint4  b;
+    __half d;
+};
+
+// eight bytes of which only two byte alignment is known
+static __device__ __forceinline__ void lminf_load_8_bytes(const char * p, uint4 & res) {
+    const unsigned short * p16 = (const unsigned short *) p;
+    res.x = __ldg(p16 + 0) | (uint32_t) __ldg(p16 + 1) << 16;
+    res.y = __ldg(p16 + 2) | (uint32_t) __ldg(p16 + 3) << 16;
+}
+
+static __device__ __forceinline__ float lminf_int8(uint32_t word, int i) {
+    return (float) (int8_t) (word >> 8*i);
+}
+
+template <int TYPE> struct lminf_cuda_type;
+
+// how many of them a lane has under way: 64 bytes
+static __host__ __device__ constexpr int lminf_n_loads(int type) {
+    return type == GGML_TYPE_F32 ? 2 : 4;
+}
+
+template <> struct lminf_cuda_type<GGML_TYPE_F32> {
+    static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
+        r.a = __ldg((const uint4 *) (row + 4*e));
+        r.b = __ldg((const uint4 *) (row + 4*e + 16));
+    }
+    static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
+        res[0] = __uint_as_float(r.a.x); res[1] = __uint_as_float(r.a.y); res[2] = __uint_as_float(r.a.z); res[3] = __uint_as_float(r.a.w);
+        res[4] = __uint_as_float(r.b.x); res[5] = __uint_as_float(r.b.y); res[6] = __uint_as_float(r.b.z); res[7] = __uint_as_float(r.b.w);
+    }
+};
+
+template <> struct lminf_cuda_type<GGML_TYPE_F16> {
+    static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
+        r.a = __ldg((const uint4 *) (row + 2*e));
+    }
+    static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
+        const uint32_t w[4] = { r.a.x, r.a.y, r.a.z, r.a.w };
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            res[i] = __half2float(__ushort_as_half((unsigned short) (w[i/2] >> 16*(i % 2))));
+        }
+    }
+};
+
+template <> struct lminf_cuda_type<GGML_TYPE_BF16> {
+    static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
+        r.a = __ldg((const uint4 *) (row + 2*e));
+    }
+    static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
+        const uint32_t w[4] = { r.a.x, r.a.y, r.a.z, r.a.w };
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            res[i] = __uint_as_float(i % 2 ? w[i/2] & 0xFFFF0000u : w[i/2] << 16);
+        }
+    }
+};
+
+// a block is a half and 32 signed bytes
+template <> struct lminf_cuda_type<GGML_TYPE_Q8_0> {
+    static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
+        const char * block = row + e/32*34;
+        r.d = __ushort_as_half(__ldg((const unsigned short *) block));
+        lminf_load_8_bytes(block + 2 + e % 32, r.a);
+    }
+    static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int, float * res) {
+        const float d = __half2float(r.d);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            res[i]     = d*lminf_int8(r.a.x, i);
+            res[i + 4] = d*lminf_int8(r.a.y, i);
+        }
+    }
+};
+
+// a block is a half and 16 bytes: elements 0 to 15 in their low halves, 16 to 31 in the high ones, all 8 too large
+template <> struct lminf_cuda_type<GGML_TYPE_Q4_0> {
+    static __device__ __forceinline__ void load(lminf_cuda_raw & r, const char * row, int e) {
+        const char * block = row + e/32*18;
+        r.d = __ushort_as_half(__ldg((const unsigned short *) block));
+        lminf_load_8_bytes(block + 2 + e % 16, r.a);
+    }
+    static __device__ __forceinline__ void to_float(const lminf_cuda_raw & r, int e, float * res) {
+        const float    d     = __half2float(r.d);
+        const int      shift = e % 32 < 16 ? 0 : 4;
+        const uint32_t lo    = r.a.x >> shift & 0x0F0F0F0Fu;
+        const uint32_t hi    = r.a.y >> shift & 0x0F0F0F0Fu;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            res[i]     = d*(lminf_int8(lo, i) - 8.0f);
+            res[i + 4] = d*(lminf_int8(hi, i) - 8.0f);
+        }
+    }
+};
+
+template <int TYPE> struct lminf_cuda_constant { static constexpr int value = TYPE; };
+
+// calls f with the type as a constant
+template <typename F>
+static __device__ __forceinline__ void lminf_with_type(int type, const F & f) {
+    switch (type) {
+        case GGML_TYPE_F32:  f(lminf_cuda_constant<GGML_TYPE_F32>());  break;
+        case GGML_TYPE_F16:  f(lminf_cuda_constant<GGML_TYPE_F16>());  break;
+        case GGML_TYPE_BF16: f(lminf_cuda_constant<GGML_TYPE_BF16>()); break;
+        case GGML_TYPE_Q8_0: f(lminf_cuda_constant<GGML_TYPE_Q8_0>()); break;
+        case GGML_TYPE_Q4_0: f(lminf_cuda_constant<GGML_TYPE_Q4_0>()); break;
+    }
+}
+
+//
+// what both kernels share
+//
+
+static __device__ __forceinline__ float lminf_warp_max(float x) {
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1) {
+        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, i));
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float lminf_warp_sum(float x) {
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1) {
+        x += __shfl_xor_sync(0xFFFFFFFFu, x, i);
+    }
+    return x;
+}
+
+// lminf_attn_slope with exp2f, which stays accurate where upstream's -use_fast_math makes powf an approximation
+static __device__ __forceinline__ float lminf_slope(const lminf_attn_args & args, int h) {
+    if (args.max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int n = args.n_head_log2;
+    return h < n ? exp2f(-args.max_bias/n*(h + 1)) : exp2f(-0.5f*args.max_bias/n*(2*(h - n) + 1));
+}
+
+// tanhf under -use_fast_math has 11 bits, too few for a soft-capped score
+static __device__ __forceinline__ float lminf_softcap(const lminf_attn_args & args, float s) {
+    return args.logit_softcap > 0.0f ? args.logit_softcap*(1.0f - 2.0f/(expf(2.0f*s) + 1.0f)) : s;
+}
+
+// exp(x - max), where max is -inf as long as nothing was seen
+static __device__ __forceinline__ float lminf_exp(float x, float max) {
+    return x == -INFINITY ? 0.0f : expf(x - max);
+}
+
+// what the sum of exp(score - max)*V is multiplied with at last
+static __device__ __forceinline__ float lminf_norm(const lminf_attn_args & args, int h, float max, float sum) {
+    if (max == -INFINITY) {
+        return 0.0f;
+    }
+    if (!args.head_sinks) {
+        return 1.0f/sum;
+    }
+    const float sink    = args.head_sinks[h];
+    const float max_all = fmaxf(max, sink);
+    const float scale   = expf(max - max_all);
+    return scale/(sum*scale + expf(sink - max_all));
+}
+
+// the sinks' or the window's part of a split; by value, as a pointer to a parameter would move all of them to local memory
+struct lminf_cuda_section {
+    lminf_attn_operand q;
+    lminf_attn_operand k;
+    lminf_attn_operand v;
+
+    int begin;     // cells
+    int end;
+    int mask_col0; // column of the mask of cell 0
+};
+
+static __device__ __forceinline__ lminf_cuda_section lminf_get_section(const lminf_cuda_params & p, int split, bool is_window) {
+    const int begin = split*p.split_cells;
+    const int end   = begin + p.split_cells;
+
+    lminf_cuda_section res;
+    if (is_window) {
+        res = { p.args.q, p.args.k, p.args.v, max(begin - p.n_sink_pad, 0), min(end - p.n_sink_pad, p.args.n_kv), p.args.n_sink };
+    } else {
+        res = { p.args.q_sink, p.args.k_sink, p.args.v_sink, begin, min(end, p.args.n_sink), 0 };
+    }
+    return res;
+}
+
+static __device__ __forceinline__ const char * lminf_row_data(const lminf_attn_operand & x, int i1, int i2, int i3) {
+    return x.data + i1*x.nb1 + i2*x.nb2 + i3*x.nb3;
+}
+
+// index of a row's result among [n_head, n_q, n_stream]
+static __device__ __forceinline__ int64_t lminf_out_index(const lminf_attn_args & args, int h, int i_q, int stream) {
+    return ((int64_t) stream*args.n_q + i_q)*args.n_head + h;
+}
+
+//
+// row kernel: N_ROWS rows, everything in f32
+//
+// grid (tiles of rows, splits, KV heads * streams), 4 warps. The tiles of cells are dealt out to the warps, each of which
+// keeps its own softmax; no barrier until the end. In the first half of a tile's work a lane is a cell, K passing through
+// shared memory; in the second it is 8 elements of V, of which a warp sees 32/lanes_v cells at a time.
+//
+
+// Hides where x comes from. What follows from the lane alone, for every type and load, nvcc would compute once and keep in
+// registers through the loop over the cells; there are none to spare.
+static __device__ __forceinline__ int lminf_opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// elements e0, e0 + 1, ... of the open cells' K into shared memory, n8 times 8 of them
+template <int TYPE>
+static __device__ __forceinline__ void lminf_stage_k(float * stage, const char * k, int64_t nb1, uint32_t open, int e0, int n8, int lane) {
+    constexpr int LANES = LMINF_CUDA_STAGE/8; // per cell
+    constexpr int N     = lminf_n_loads(TYPE);
+
+    lane = lminf_opaque(lane);
+
+    const int i8 = lane % LANES;
+
+    const char * row = k + lane/LANES*nb1; // advanced, not computed anew: nvcc would keep every product in a register
+
+#pragma unroll 1
+    for (int cell0 = lane/LANES; cell0 < LMINF_CUDA_TILE; cell0 += N*(LMINF_CUDA_WARP/LANES)) {
+        lminf_cuda_raw raw[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int cell = cell0 + i*(LMINF_CUDA_WARP/LANES);
+            if ((open >> cell & 1) && i8 < n8) {
+                lminf_cuda_type<TYPE>::load(raw[i], row, e0 + 8*i8);
+            }
+            row += LMINF_CUDA_WARP/LANES*nb1;
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int cell = cell0 + i*(LMINF_CUDA_WARP/LANES);
+            if ((open >> cell & 1) && i8 < n8) {
+                float x[8];
+                lminf_cuda_type<TYPE>::to_float(raw[i], e0 + 8*i8, x);
+                float4 * to = (float4 *) (stage + cell*LMINF_CUDA_STAGE_LD + 8*i8);
+                to[0] = make_float4(x[0], x[1], x[2], x[3]);
+                to[1] = make_float4(x[4], x[5], x[6], x[7]);
+            }
+        }
+    }
+}
+
+// acc += prob * V over the open cells; prob [N_ROWS, LMINF_CUDA_TILE]
+template <int TYPE, int N_ROWS>
+static __device__ __forceinline__ void lminf_add_v(
+        float (&acc)[N_ROWS][8], const float * prob, const char * v, int64_t nb1, uint32_t open, int n_embd, int lanes_v, int lane) {
+    constexpr int N = lminf_n_loads(TYPE);
+
+    lane = lminf_opaque(lane);
+
+    const int e       = lane % lanes_v*8;
+    const int n_cells = LMINF_CUDA_WARP/lanes_v; // at a time
+
+    const char * row = v + lane/lanes_v*nb1;
+
+#pragma unroll 1
+    for (int cell0 = lane/lanes_v; cell0 < LMINF_CUDA_TILE; cell0 += N*n_cells) {
+        lminf_cuda_raw raw[N];
+        bool           use[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int cell = cell0 + i*n_cells;
+            use[i] = cell < LMINF_CUDA_TILE && e < n_embd && (open >> cell & 1);
+            if (use[i]) {
+                lminf_cuda_type<TYPE>::load(raw[i], row, e);
+            }
+            row += n_cells*nb1;
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (use[i]) {
+                float x[8];
+                lminf_cuda_type<TYPE>::to_float(raw[i], e, x);
+#pragma unroll
+                for (int r = 0; r < N_ROWS; ++r) {
+                    const float p = prob[r*LMINF_CUDA_TILE + cell0 + i*n_cells];
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) {
+                        acc[r][j] += p*x[j];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// shared memory in floats: q, the rows' slopes, the warps' largest scores and sums, then what each warp has for itself
+static __host__ __device__ constexpr int lminf_row_kernel_shared(int n_rows, int n_embd_head_k) {
+    return n_rows*n_embd_head_k + 4*((n_rows + 3)/4) + 4*((2*LMINF_CUDA_ROW_WARPS*n_rows + 3)/4) +
+        LMINF_CUDA_ROW_WARPS*LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD;
+}
+
+// blocks per multiprocessor that registers must leave room for: the more, the more loads are under way
+static __host__ __device__ constexpr int lminf_row_kernel_blocks(int n_rows) {
+    return n_rows <= 4 ? 4 : n_rows <= 8 ? 3 : 2;
+}
+
+template <int N_ROWS>
+static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, lminf_row_kernel_blocks(N_ROWS)) lminf_row_kernel(const lminf_cuda_params p) {
+    LMINF_CUDA_SHARED(shared);
+
+    const lminf_attn_args & args = p.args;
+
+    const int tid     = threadIdx.x;
+    const int warp    = tid / LMINF_CUDA_WARP;
+    const int lane    = tid % LMINF_CUDA_WARP;
+    const int split   = blockIdx.y;
+    const int h_kv    = blockIdx.z % args.n_head_kv;
+    const int stream  = blockIdx.z / args.n_head_kv;
+    const int row0    = blockIdx.x*N_ROWS;
+    const int n_rows  = min(N_ROWS, args.n_q*p.n_group - row0);
+    const int n_embd_k = args.n_embd_head_k;
+    const int n_embd_v = args.n_embd_head_v;
+
+    float * s_q     = (float *) shared;                  // [N_ROWS, n_embd_k]
+    float * s_slope = s_q     + N_ROWS*n_embd_k;         // [N_ROWS]
+    float * s_max   = s_slope + 4*((N_ROWS + 3)/4);      // [warps, N_ROWS]
+    float * s_sum   = s_max   + LMINF_CUDA_ROW_WARPS*N_ROWS;
+    float * s_stage = s_max   + 4*((2*LMINF_CUDA_ROW_WARPS*N_ROWS + 3)/4);
+
+    float * stage = s_stage + warp*LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD; // [cells, LMINF_CUDA_STAGE_LD], K
+    float * prob  = stage;                                              // [N_ROWS, cells] takes K's place
+    static_assert(N_ROWS*LMINF_CUDA_TILE <= LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD, "");
+
+    if (tid < N_ROWS) {
+        s_slope[tid] = lminf_slope(args, h_kv*p.n_group + (row0 + tid) % p.n_group);
+    }
+
+    int lanes_v = 1; // that hold a row of V, rounded up so that they divide the warp
+    while (8*lanes_v < n_embd_v) {
+        lanes_v *= 2;
+    }
+
+    float acc[N_ROWS][8];
+    float max_score[N_ROWS];
+    float sum[N_ROWS]; // of this lane's cells
+#pragma unroll
+    for (int r = 0; r < N_ROWS; ++r) {
+        max_score[r] = -INFINITY;
+        sum[r]       = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            acc[r][j] = 0.0f;
+        }
+    }
+
+#pragma unroll 1
+    for (int is_window = 0; is_window < 2; ++is_window) {
+        const lminf_cuda_section sec = lminf_get_section(p, split, is_window);
+        if (sec.begin >= sec.end) {
+            continue;
+        }
+
+        __syncthreads();
+#pragma unroll 1
+        for (int i = tid; i < N_ROWS*n_embd_k; i += LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) {
+            const int r = i / n_embd_k;
+            const int e = i % n_embd_k;
+            const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
+            s_q[i] = r < n_rows ? args.scale*__ldg((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream) + e) : 0.0f;
+        }
+        __syncthreads();
+
+        const char * k    = lminf_row_data(sec.k, 0, h_kv, stream);
+        const char * v    = lminf_row_data(sec.v, 0, h_kv, stream);
+        const char * mask = lminf_row_data(args.mask, 0, 0, stream);
+
+        for (int cell0 = sec.begin + warp*LMINF_CUDA_TILE; cell0 < sec.end; cell0 += LMINF_CUDA_ROW_WARPS*LMINF_CUDA_TILE) {
+            const bool exists = cell0 + lane < sec.end;
+            const int  col    = sec.mask_col0 + cell0 + lane;
+
+            bool is_open = false;
+#pragma unroll 1
+            for (int i_q = row0/p.n_group; i_q <= (row0 + n_rows - 1)/p.n_group; ++i_q) {
+                is_open = is_open || (exists && ((const float *) (mask + i_q*args.mask.nb1))[col] != -INFINITY);
+            }
+            const uint32_t open = __ballot_sync(0xFFFFFFFFu, is_open);
+            if (open == 0) {
+                continue;
+            }
+
+            // scores, this lane's cell
+
+            float score[N_ROWS];
+#pragma unroll
+            for (int r = 0; r < N_ROWS; ++r) {
+                score[r] = 0.0f;
+            }
+
+            const char * k0 = k + cell0*sec.k.nb1;
+
+#pragma unroll 1
+            for (int e0 = 0; e0 < n_embd_k; e0 += LMINF_CUDA_STAGE) {
+                const int n8 = min(LMINF_CUDA_STAGE, n_embd_k - e0)/8;
+
+                __syncwarp();
+                lminf_with_type(sec.k.type, [&](auto type) {
+                    lminf_stage_k<decltype(type)::value>(stage, k0, sec.k.nb1, open, e0, n8, lane);
+                });
+                __syncwarp();
+
+                if (is_open) {
+#pragma unroll 2
+                    for (int e = 0; e < 8*n8; e += 4) {
+                        const float4 x = *(const float4 *) (stage + lane*LMINF_CUDA_STAGE_LD + e);
+#pragma unroll
+                        for (int r = 0; r < N_ROWS; ++r) {
+                            const float4 y = *(const float4 *) (s_q + r*n_embd_k + e0 + e);
+                            score[r] += x.x*y.x + x.y*y.y + x.z*y.z + x.w*y.w;
+                        }
+                    }
+                }
+            }
+            __syncwarp(); // before prob takes the place of K
+
+            // softmax
+
+            int          head     = lminf_opaque(row0 % p.n_group); // in its group
+            const char * mask_row = mask + row0/p.n_group*args.mask.nb1;
+
+            float m = is_open ? ((const float *) mask_row)[col] : -INFINITY;
+#pragma unroll
+            for (int r = 0; r < N_ROWS; ++r) {
+                float s = -INFINITY;
+                if (r < n_rows && m != -INFINITY) {
+                    s = lminf_softcap(args, score[r]) + s_slope[r]*m;
+                }
+                if (++head == p.n_group && r + 1 < n_rows) { // the next query
+                    head      = 0;
+                    mask_row += args.mask.nb1;
+                    m         = is_open ? ((const float *) mask_row)[col] : -INFINITY;
+                }
+                const float max_new = fmaxf(max_score[r], lminf_warp_max(s));
+                if (max_new > max_score[r]) {
+                    const float scale = lminf_exp(max_score[r], max_new);
+                    sum[r] *= scale;
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) {
+                        acc[r][j] *= scale;
+                    }
+                    max_score[r] = max_new;
+                }
+                const float e = lminf_exp(s, max_new);
+                sum[r] += e;
+                prob[r*LMINF_CUDA_TILE + lane] = e;
+            }
+            __syncwarp();
+
+            const char * v0 = v + cell0*sec.v.nb1;
+
+            lminf_with_type(sec.v.type, [&](auto type) {
+                lminf_add_v<decltype(type)::value>(acc, prob, v0, sec.v.nb1, open, n_embd_v, lanes_v, lane);
+            });
+        }
+    }
+
+    // the warp's lanes together
+
+#pragma unroll
+    for (int r = 0; r < N_ROWS; ++r) {
+        sum[r] = lminf_warp_sum(sum[r]);
+        if (lane == 0) {
+            s_max[warp*N_ROWS + r] = max_score[r];
+            s_sum[warp*N_ROWS + r] = sum[r];
+        }
+        for (int i = lanes_v; i < LMINF_CUDA_WARP; i *= 2) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                acc[r][j] += __shfl_xor_sync(0xFFFFFFFFu, acc[r][j], i);
+            }
+        }
+    }
+    __syncthreads();
+
+    // the warps together, one after the other
+
+    float * out = s_stage; // [N_ROWS, n_embd_v] where K was
+
+    for (int w = 0; w < LMINF_CUDA_ROW_WARPS; ++w) {
+        if (w == warp && lane < lanes_v && 8*lane < n_embd_v) {
+#pragma unroll
+            for (int r = 0; r < N_ROWS; ++r) {
+                float max_all = s_max[r];
+#pragma unroll
+                for (int i = 1; i < LMINF_CUDA_ROW_WARPS; ++i) {
+                    max_all = fmaxf(max_all, s_max[i*N_ROWS + r]);
+                }
+                const float scale = lminf_exp(max_score[r], max_all);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    float * to = out + r*n_embd_v + 8*lane + j;
+                    *to = (w == 0 ? 0.0f : *to) + scale*acc[r][j];
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+#pragma unroll 1
+    for (int i = tid; i < n_rows*n_embd_v; i += LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP) {
+        const int r   = i / n_embd_v;
+        const int e   = i % n_embd_v;
+        const int h   = h_kv*p.n_group + (row0 + r) % p.n_group;
+
+        float max_all = -INFINITY;
+        for (int w = 0; w < LMINF_CUDA_ROW_WARPS; ++w) {
+            max_all = fmaxf(max_all, s_max[w*N_ROWS + r]);
+        }
+        float sum_all = 0.0f;
+        for (int w = 0; w < LMINF_CUDA_ROW_WARPS; ++w) {
+            sum_all += s_sum[w*N_ROWS + r]*lminf_exp(s_max[w*N_ROWS + r], max_all);
+        }
+
+        const int64_t i_out = lminf_out_index(args, h, (row0 + r)/p.n_group, stream);
+        if (p.n_split == 1) {
+            args.dst[i_out*n_embd_v + e] = out[i]*lminf_norm(args, h, max_all, sum_all);
+        } else {
+            p.acc[(i_out*p.n_split + split)*n_embd_v + e] = out[i];
+            if (e == 0) {
+                p.max_sum[(i_out*p.n_split + split)*2]     = max_all;
+                p.max_sum[(i_out*p.n_split + split)*2 + 1] = sum_all;
+            }
+        }
+    }
+}
+
+//
+// tile kernel: 16 rows per warp on tensor cores; K and V must be exact, or as good as, in f16
+//
+// grid (tiles of rows, splits, KV heads * streams), 2 or 4 warps. A block walks its cells in tiles of 32, all of its warps
+// together: mask, K to shared memory, scores, softmax, V to where K was, result. N_FRAGS is n_embd_head_v/16 or more.
+//
+
+// in f16, saturating
+static __device__ __forceinline__ __half lminf_to_half(float x) {
+    return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
+}
+
+static __device__ __forceinline__ uint4 lminf_pack_halves(const __half * x) {
+    uint32_t w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        w[i] = __half_as_ushort(x[2*i]) | (uint32_t) __half_as_ushort(x[2*i + 1]) << 16;
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+static __device__ __forceinline__ uint4 lminf_zero_halves() {
+    return make_uint4(0, 0, 0, 0);
+}
+
+// n_cells rows to tile [LMINF_CUDA_TILE, ld] in f16, zeros where there is nothing; n_warps lanes per cell
+template <int TYPE>
+static __device__ __forceinline__ void lminf_load_tile(__half * tile, int ld, const char * rows, int64_t nb1, int n_cells, int n_embd, int n_warps, int tid) {
+    constexpr int N = lminf_n_loads(TYPE);
+
+    const int cell     = tid / n_warps;
+    const int n_padded = (n_embd + 15)/16*16;
+
+    for (int e0 = 8*(tid % n_warps); e0 < n_padded; e0 += N*8*n_warps) {
+        lminf_cuda_raw raw[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int e = e0 + i*8*n_warps;
+            if (cell < n_cells && e < n_embd) {
+                lminf_cuda_type<TYPE>::load(raw[i], rows + cell*nb1, e);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int e = e0 + i*8*n_warps;
+            if (e < n_padded) {
+                uint4 res = lminf_zero_halves();
+                if (cell < n_cells && e < n_embd) {
+                    if (TYPE == GGML_TYPE_F16) {
+                        res = raw[i].a;
+                    } else {
+                        float  x[8];
+                        __half y[8];
+                        lminf_cuda_type<TYPE>::to_float(raw[i], e, x);
+#pragma unroll
+                        for (int j = 0; j < 8; ++j) {
+                            y[j] = lminf_to_half(x[j]);
+                        }
+                        res = lminf_pack_halves(y);
+                    }
+                }
+                *(uint4 *) (tile + cell*ld + e) = res;
+            }
+        }
+    }
+}
+
+static __device__ __forceinline__ void lminf_load_tile(
+        __half * tile, int ld, const lminf_attn_operand & x, const char * rows, int n_cells, int n_embd, int n_warps, int tid) {
+    switch (x.type) {
+        case GGML_TYPE_F16:  lminf_load_tile<GGML_TYPE_F16> (tile, ld, rows, x.nb1, n_cells, n_embd, n_warps, tid); break;
+        case GGML_TYPE_Q8_0: lminf_load_tile<GGML_TYPE_Q8_0>(tile, ld, rows, x.nb1, n_cells, n_embd, n_warps, tid); break;
+        case GGML_TYPE_Q4_0: lminf_load_tile<GGML_TYPE_Q4_0>(tile, ld, rows, x.nb1, n_cells, n_embd, n_warps, tid); break;
+    }
+}
+
+// halves from row to row of a tile: whole 16s for wmma, and 16 bytes more so that rows start in different banks
+static __host__ __device__ constexpr int lminf_tile_ld(int n_embd) {
+    return (n_embd + 15)/16*16 + 8;
+}
+
+// queries that a tile of rows can touch
+static __host__ __device__ constexpr int lminf_tile_queries(int n_rows, int n_group) {
+    return (n_rows + n_group - 2)/n_group + 1;
+}
+
+// shared memory in bytes: q, then K or V, scores, mask
+static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_warps, int n_embd_head_k, int n_embd_head_v, int n_group) {
+    const int ld_k  = lminf_tile_ld(n_embd_head_k);
+    const int ld_v  = lminf_tile_ld(n_embd_head_v);
+    const int ld_kv = ld_k > ld_v ? ld_k : ld_v;
+    return 2*16*n_warps*ld_k + 2*LMINF_CUDA_TILE*ld_kv + 4*16*n_warps*LMINF_CUDA_TILE_LD + 4*lminf_tile_queries(16*n_warps, n_group)*LMINF_CUDA_TILE_LD;
+}
+
+template <int N_FRAGS>
+static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(const lminf_cuda_params p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+    GGML_UNUSED(p); // upstream builds for older devices too; ggml_cuda_lminf_attn_supported keeps them away
+#else
+    using namespace nvcuda;
+
+    LMINF_CUDA_SHARED(shared);
+
+    const lminf_attn_args & args = p.args;
+
+    const int n_threads = blockDim.x;
+    const int n_warps   = n_threads / LMINF_CUDA_WARP;
+    const int tid       = threadIdx.x;
+    const int warp      = tid / LMINF_CUDA_WARP;
+    const int lane      = tid % LMINF_CUDA_WARP;
+    const int split     = blockIdx.y;
+    const int h_kv      = blockIdx.z % args.n_head_kv;
+    const int stream    = blockIdx.z / args.n_head_kv;
+    const int row0      = blockIdx.x*16*n_warps;
+    const int n_rows    = min(16*n_warps, args.n_q*p.n_group - row0);
+    const int q0        = row0/p.n_group;
+    const int n_queries = (row0 + n_rows - 1)/p.n_group - q0 + 1;
+    const int n_embd_k  = args.n_embd_head_k;
+    const int n_embd_v  = args.n_embd_head_v;
+    const int ld_k      = lminf_tile_ld(n_embd_k);
+    const int ld_v      = lminf_tile_ld(n_embd_v);
+    const int ld_kv     = max(ld_k, ld_v);
+
+    __half * s_q     = (__half *) shared;                                    // [16*n_warps, ld_k]
+    __half * s_kv    = s_q + 16*n_warps*ld_k;                                // [cells, ld_k or ld_v]
+    float  * s_score = (float *) (s_kv + LMINF_CUDA_TILE*ld_kv);             // [16*n_warps, LMINF_CUDA_TILE_LD]
+    float  * s_mask  = s_score + 16*n_warps*LMINF_CUDA_TILE_LD;              // [n_queries, LMINF_CUDA_TILE_LD]
+
+    // what this warp has for itself
+    constexpr int LD_PROB = LMINF_CUDA_TILE + 8;
+    __half * my_q  = s_q + 16*warp*ld_k;
+    float  * score = s_score + 16*warp*LMINF_CUDA_TILE_LD;
+    __half * prob  = (__half *) score; // [16, LD_PROB] takes the scores' place
+
+    // two lanes to a row in the softmax, 16 cells each
+    const int  my_row    = 16*warp + lane/2;
+    const int  my_cell0  = lane % 2*16;
+    const bool my_exists = my_row < n_rows;
+    const int  my_h      = h_kv*p.n_group + (row0 + my_row) % p.n_group;
+    const int  my_query  = my_exists ? (row0 + my_row)/p.n_group - q0 : 0;
+
+    const float slope = lminf_slope(args, my_h);
+
+    float max_score = -INFINITY;
+    float sum       = 0.0f; // of this lane's cells
+
+    wmma::fragment<wmma::accumulator, 16, 16, 16, float> acc[N_FRAGS];
+#pragma unroll
+    for (int f = 0; f < N_FRAGS; ++f) {
+        wmma::fill_fragment(acc[f], 0.0f);
+    }
+
+    // which element of a fragment a lane holds is up to the hardware: ask it for the rows, to scale them later
+    int frag_row[8];
+    {
+        for (int i = lane; i < 16*16; i += LMINF_CUDA_WARP) {
+            score[i/16*LMINF_CUDA_TILE_LD + i % 16] = i/16;
+        }
+        __syncwarp();
+        wmma::fragment<wmma::accumulator, 16, 16, 16, float> rows;
+        static_assert(sizeof(rows.x)/sizeof(rows.x[0]) == 8, "");
+        wmma::load_matrix_sync(rows, score, LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            frag_row[i] = (int) rows.x[i];
+        }
+    }
+
+    const char * mask = lminf_row_data(args.mask, q0, 0, stream);
+
+#pragma unroll 1
+    for (int is_window = 0; is_window < 2; ++is_window) {
+        const lminf_cuda_section sec = lminf_get_section(p, split, is_window);
+        if (sec.begin >= sec.end) {
+            continue;
+        }
+
+        // no barrier before: since any warp read q last there were two
+        for (int i = tid; i < 16*n_warps*(ld_k - 8); i += n_threads) {
+            const int r = i / (ld_k - 8);
+            const int e = i % (ld_k - 8);
+            const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
+            s_q[r*ld_k + e] = lminf_to_half(r < n_rows && e < n_embd_k ?
+                    args.scale*__ldg((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream) + e) : 0.0f);
+        }
+
+        const char * k = lminf_row_data(sec.k, 0, h_kv, stream);
+        const char * v = lminf_row_data(sec.v, 0, h_kv, stream);
+
+        for (int cell0 = sec.begin; cell0 < sec.end; cell0 += LMINF_CUDA_TILE) {
+            const int n_cells = min(LMINF_CUDA_TILE, sec.end - cell0);
+
+            bool is_open = false;
+            for (int i = tid; i < n_queries*LMINF_CUDA_TILE; i += n_threads) {
+                const int   i_q  = i / LMINF_CUDA_TILE;
+                const int   cell = i % LMINF_CUDA_TILE;
+                const float m    = cell < n_cells ? ((const float *) (mask + i_q*args.mask.nb1))[sec.mask_col0 + cell0 + cell] : -INFINITY;
+                s_mask[i_q*LMINF_CUDA_TILE_LD + cell] = m;
+                is_open = is_open || m != -INFINITY;
+            }
+            if (!__syncthreads_or(is_open)) { // nor does any warp still read V
+                continue;
+            }
+
+            lminf_load_tile(s_kv, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, n_embd_k, n_warps, tid);
+            __syncthreads();
+
+            // scores [16, 32]
+
+            {
+                wmma::fragment<wmma::accumulator, 16, 16, 16, float> s[2];
+                wmma::fill_fragment(s[0], 0.0f);
+                wmma::fill_fragment(s[1], 0.0f);
+                for (int e = 0; e < n_embd_k; e += 16) {
+                    wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major> a;
+                    wmma::load_matrix_sync(a, my_q + e, ld_k);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major> b;
+                        wmma::load_matrix_sync(b, s_kv + 16*i*ld_k + e, ld_k);
+                        wmma::mma_sync(s[i], a, b, s[i]);
+                    }
+                }
+                wmma::store_matrix_sync(score,      s[0], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+                wmma::store_matrix_sync(score + 16, s[1], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+            }
+            __syncwarp();
+
+            // softmax
+
+            float  s[16];
+            float  max_new = max_score;
+#pragma unroll
+            for (int i = 0; i < 16; i += 4) {
+                const float4 x = *(const float4 *) (score  + lane/2*LMINF_CUDA_TILE_LD  + my_cell0 + i);
+                const float4 m = *(const float4 *) (s_mask + my_query*LMINF_CUDA_TILE_LD + my_cell0 + i);
+                const float xs[4] = { x.x, x.y, x.z, x.w };
+                const float ms[4] = { m.x, m.y, m.z, m.w };
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    s[i + j] = my_exists && ms[j] != -INFINITY ? lminf_softcap(args, xs[j]) + slope*ms[j] : -INFINITY;
+                    max_new  = fmaxf(max_new, s[i + j]);
+                }
+            }
+            max_new = fmaxf(max_new, __shfl_xor_sync(0xFFFFFFFFu, max_new, 1));
+
+            const float scale = lminf_exp(max_score, max_new);
+            max_score = max_new;
+            sum      *= scale;
+
+            __half e[16];
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                e[i] = __float2half_rn(lminf_exp(s[i], max_new));
+                sum += __half2float(e[i]); // as rounded, so that the weights add up to 1
+            }
+            __syncwarp(); // before prob takes the place of score
+
+            uint4 * to = (uint4 *) (prob + lane/2*LD_PROB + my_cell0);
+            to[0] = lminf_pack_halves(e);
+            to[1] = lminf_pack_halves(e + 8);
+
+            // V, where K was; the warp's lanes see each other's prob behind the same barriers
+
+            __syncthreads();
+            lminf_load_tile(s_kv, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, n_embd_v, n_warps, tid);
+            __syncthreads();
+
+            float frag_scale[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                frag_scale[i] = __shfl_sync(0xFFFFFFFFu, scale, 2*frag_row[i]);
+            }
+#pragma unroll
+            for (int f = 0; f < N_FRAGS; ++f) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    acc[f].x[i] *= frag_scale[i];
+                }
+            }
+#pragma unroll
+            for (int c = 0; c < LMINF_CUDA_TILE; c += 16) {
+                wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major> a;
+                wmma::load_matrix_sync(a, prob + c, LD_PROB);
+#pragma unroll
+                for (int f = 0; f < N_FRAGS; ++f) {
+                    if (16*f < n_embd_v) {
+                        wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::row_major> b;
+                        wmma::load_matrix_sync(b, s_kv + c*ld_v + 16*f, ld_v);
+                        wmma::mma_sync(acc[f], a, b, acc[f]);
+                    }
+                }
+            }
+        }
+    }
+
+    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+
+    const int64_t i_out = lminf_out_index(args, my_h, q0 + my_query, stream);
+    const float   norm  = p.n_split == 1 ? lminf_norm(args, my_h, max_score, sum) : 1.0f;
+
+    if (p.n_split > 1 && my_exists && lane % 2 == 0) {
+        p.max_sum[(i_out*p.n_split + split)*2]     = max_score;
+        p.max_sum[(i_out*p.n_split + split)*2 + 1] = sum;
+    }
+
+    float * to = p.n_split == 1 ? args.dst + i_out*n_embd_v : p.acc + (i_out*p.n_split + split)*n_embd_v;
+
+    // 16 elements of every row at a time through shared memory, whose layout is known
+#pragma unroll
+    for (int f = 0; f < N_FRAGS; ++f) {
+        if (16*f < n_embd_v) {
+            __syncwarp();
+            wmma::store_matrix_sync(score, acc[f], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+            __syncwarp();
+            const int e = 16*f + lane % 2*8;
+            if (my_exists && e < n_embd_v) {
+                const float * from = score + lane/2*LMINF_CUDA_TILE_LD + lane % 2*8;
+#pragma unroll
+                for (int j = 0; j < 8; j += 4) {
+                    const float4 x = *(const float4 *) (from + j);
+                    *(float4 *) (to + e + j) = make_float4(norm*x.x, norm*x.y, norm*x.z, norm*x.w);
+                }
+            }
+        }
+    }
+#endif
+}
+
+//
+// combine kernel: a block per row puts the splits together
+//
+
+constexpr int LMINF_CUDA_COMBINE_THREADS = 64;
+
+static __global__ void __launch_bounds__(LMINF_CUDA_COMBINE_THREADS) lminf_combine_kernel(const lminf_cuda_params p) {
+    const lminf_attn_args & args = p.args;
+
+    const int64_t i_out = blockIdx.x;
+    const int     h     = i_out % args.n_head;
+
+    const float * max_sum = p.max_sum + i_out*p.n_split*2;
+    const float * acc     = p.acc     + i_out*p.n_split*args.n_embd_head_v;
+
+    float max_all = -INFINITY;
+    for (int i = 0; i < p.n_split; ++i) {
+        max_all = fmaxf(max_all, max_sum[2*i]);
+    }
+    float sum = 0.0f;
+    for (int i = 0; i < p.n_split; ++i) {
+        sum += max_sum[2*i + 1]*lminf_exp(max_sum[2*i], max_all);
+    }
+    const float norm = lminf_norm(args, h, max_all, sum);
+
+    for (int e = threadIdx.x; e < args.n_embd_head_v; e += LMINF_CUDA_COMBINE_THREADS) {
+        float res = 0.0f;
+        for (int i = 0; i < p.n_split; ++i) {
+            res += acc[(int64_t) i*args.n_embd_head_v + e]*lminf_exp(max_sum[2*i], max_all);
+        }
+        args.dst[i_out*args.n_embd_head_v + e] = norm*res;
+    }
+}

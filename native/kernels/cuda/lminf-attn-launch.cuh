@@ -1,0 +1,146 @@
+// which kernel computes an operation, and with how many blocks: host code, the same on the GPU and in emulation
+
+#pragma once
+
+#include "lminf-attn-kernels.cuh"
+
+#include <algorithm>
+
+struct lminf_cuda_plan {
+    bool     tiles;      // tile kernel, else row kernel
+    int      n_rows;     // of a block
+    int      n_threads;
+    int      n_shared;   // bytes
+    uint32_t grid[3];
+    int64_t  n_scratch;  // floats
+
+    lminf_cuda_params params; // acc and max_sum still NULL
+};
+
+// at most this much shared memory is there on every device without asking for it
+constexpr int LMINF_CUDA_MAX_SHARED = 48*1024;
+
+constexpr int LMINF_CUDA_MAX_N_EMBD = 256; // of a head
+constexpr int LMINF_CUDA_MAX_SPLIT  = 128; // the combine kernel walks them one after the other
+constexpr int LMINF_CUDA_MAX_GRID_Z = 65535;
+
+static inline bool lminf_cuda_fits_f16(const lminf_attn_operand & x) {
+    return !x.data || x.type == GGML_TYPE_F16 || x.type == GGML_TYPE_Q8_0 || x.type == GGML_TYPE_Q4_0;
+}
+
+static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, int n_sm) {
+    const auto div_up = [](int64_t a, int64_t b) { return (a + b - 1)/b; };
+
+    lminf_cuda_plan res = {};
+
+    lminf_cuda_params & p = res.params;
+    p.args       = args;
+    p.n_group    = args.n_head/args.n_head_kv;
+    p.n_sink_pad = div_up(args.n_sink, LMINF_CUDA_TILE)*LMINF_CUDA_TILE;
+
+    const int64_t n_rows_all = (int64_t) args.n_q*p.n_group;
+
+    // up to two tiles of the row kernel read K and V about as fast as the other computes; and f32 and bf16 do not fit into f16
+    res.tiles = n_rows_all > 32 && lminf_cuda_fits_f16(args.k) && lminf_cuda_fits_f16(args.v) &&
+        lminf_cuda_fits_f16(args.k_sink) && lminf_cuda_fits_f16(args.v_sink);
+
+    int cells_per_step, blocks_per_sm;
+    if (res.tiles) {
+        int n_warps = 4;
+        while (n_warps > 2 && lminf_tile_kernel_shared(n_warps, args.n_embd_head_k, args.n_embd_head_v, p.n_group) > LMINF_CUDA_MAX_SHARED) {
+            n_warps /= 2;
+        }
+        res.n_rows     = 16*n_warps;
+        res.n_threads  = n_warps*LMINF_CUDA_WARP;
+        res.n_shared   = lminf_tile_kernel_shared(n_warps, args.n_embd_head_k, args.n_embd_head_v, p.n_group);
+        cells_per_step = LMINF_CUDA_TILE;
+        blocks_per_sm  = 2;
+    } else {
+        res.n_rows = 16;
+        while (res.n_rows > 1 && res.n_rows/2 >= n_rows_all) {
+            res.n_rows /= 2;
+        }
+        res.n_threads  = LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP;
+        res.n_shared   = sizeof(float)*lminf_row_kernel_shared(res.n_rows, args.n_embd_head_k);
+        cells_per_step = LMINF_CUDA_ROW_WARPS*LMINF_CUDA_TILE;
+        blocks_per_sm  = 4;
+    }
+
+    // as many splits as fill the device, each at least a step of a block
+    const int64_t n_row_tiles = div_up(n_rows_all, res.n_rows);
+    const int64_t n_blocks    = n_row_tiles*args.n_head_kv*args.n_stream;
+    const int64_t n_cells     = p.n_sink_pad + args.n_kv;
+    const int64_t n_steps     = std::max<int64_t>(div_up(n_cells, cells_per_step), 1);
+    const int64_t n_wanted    = std::min<int64_t>(std::max<int64_t>(blocks_per_sm*n_sm/n_blocks, 1), LMINF_CUDA_MAX_SPLIT);
+
+    p.split_cells = div_up(n_steps, std::min(n_wanted, n_steps))*cells_per_step;
+    p.n_split     = std::max<int64_t>(div_up(n_cells, p.split_cells), 1);
+
+    res.grid[0] = n_row_tiles;
+    res.grid[1] = p.n_split;
+    res.grid[2] = args.n_head_kv*args.n_stream;
+
+    if (p.n_split > 1) {
+        res.n_scratch = (int64_t) args.n_q*args.n_head*args.n_stream*p.n_split*(args.n_embd_head_v + 2);
+    }
+    return res;
+}
+
+// launch(kernel, grid, number of threads, bytes of shared memory, params); scratch holds plan.n_scratch floats
+template <typename F>
+static void lminf_cuda_launch(const lminf_cuda_plan & plan, float * scratch, const F & launch) {
+    lminf_cuda_params p = plan.params;
+
+    const lminf_attn_args & args = p.args;
+
+    const int64_t n_out = (int64_t) args.n_q*args.n_head*args.n_stream;
+    if (p.n_split > 1) {
+        p.acc     = scratch;
+        p.max_sum = scratch + n_out*p.n_split*args.n_embd_head_v;
+    }
+
+    const auto run = [&](void (*kernel)(const lminf_cuda_params)) { launch(kernel, plan.grid, plan.n_threads, plan.n_shared, p); };
+
+    if (plan.tiles) {
+        if (args.n_embd_head_v <= 64) {
+            run(lminf_tile_kernel<4>);
+        } else if (args.n_embd_head_v <= 128) {
+            run(lminf_tile_kernel<8>);
+        } else {
+            run(lminf_tile_kernel<16>);
+        }
+    } else {
+        switch (plan.n_rows) {
+            case 1:  run(lminf_row_kernel<1>);  break;
+            case 2:  run(lminf_row_kernel<2>);  break;
+            case 4:  run(lminf_row_kernel<4>);  break;
+            case 8:  run(lminf_row_kernel<8>);  break;
+            default: run(lminf_row_kernel<16>); break;
+        }
+    }
+
+    if (p.n_split > 1) {
+        const uint32_t grid[3] = { (uint32_t) n_out, 1, 1 };
+        launch(lminf_combine_kernel, grid, LMINF_CUDA_COMBINE_THREADS, 0, p);
+    }
+}
+
+// what the kernels cannot do of what lminf_attn_is_valid lets through; offsets of views count, addresses are not known yet
+static inline bool lminf_cuda_can(const ggml_tensor * op) {
+    const ggml_tensor * q = op->src[LMINF_ATTN_Q];
+    const ggml_tensor * k = op->src[LMINF_ATTN_K];
+    const ggml_tensor * v = op->src[LMINF_ATTN_V];
+
+    // rows are loaded 16 bytes at a time, those of quantized types 2
+    const auto is_aligned = [](const ggml_tensor * t) {
+        const size_t n = !t ? 1 : ggml_is_quantized(t->type) ? 2 : 16;
+        return !t || (t->nb[1] | t->nb[2] | t->nb[3] | t->view_offs) % n == 0;
+    };
+
+    const int64_t limit = INT32_MAX/2;
+
+    return q->ne[0] % 8 == 0 && q->ne[0] <= LMINF_CUDA_MAX_N_EMBD && v->ne[0] % 8 == 0 && v->ne[0] <= LMINF_CUDA_MAX_N_EMBD &&
+        is_aligned(k) && is_aligned(v) && is_aligned(op->src[LMINF_ATTN_K_SINK]) && is_aligned(op->src[LMINF_ATTN_V_SINK]) &&
+        k->ne[2]*q->ne[3] <= LMINF_CUDA_MAX_GRID_Z &&
+        op->src[LMINF_ATTN_MASK]->ne[0] < limit && q->ne[1]*q->ne[2]*q->ne[3] < limit;
+}
