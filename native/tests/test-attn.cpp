@@ -1,6 +1,6 @@
 // GGML_OP_LMINF_ATTN on a ggml device against float64
 //
-//   test-attn [device]     the device's name as ggml has it (CPU, CUDA0, Metal, ...); default: every device that takes the op
+//   test-attn [device]     the device's name as ggml has it (CPU, CUDA0, MTL0, ...); default: every device that takes the op
 //   test-attn --threads N  on the CPU with so many threads
 
 #include "attn-cases.h"
@@ -102,7 +102,11 @@ int main(int argc, char ** argv) {
         if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
             ggml_backend_cpu_set_n_threads(backend, n_threads);
         }
-        status |= attn_run(name, attn_grid(rng), rng, compute);
+        if (!only && !compute(attn_problem(attn_case(), rng).op())) {
+            printf("%s does not have the operation\n", name); // BLAS, say
+        } else {
+            status |= attn_run(name, attn_grid(rng), rng, compute);
+        }
         ggml_backend_free(backend);
     }
 
