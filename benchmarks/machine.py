@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lminf_edge.config import physical_memory
 from lminf_edge.native import LIBRARY_NAMES
@@ -61,6 +65,32 @@ def describe(ours: Path, stock: Path) -> dict[str, Any]:
         "upstream": (ROOT / "patches" / "upstream.txt").read_text().split()[0],
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
+
+
+def _read(start: Any, seconds: float, n_read: Any) -> None:
+    numbers = np.ones(1 << 26, dtype=np.int64)  # 512 MiB, far more than any cache
+    start.wait()
+    begun = time.perf_counter()
+    n_bytes = 0
+    while time.perf_counter() - begun < seconds:
+        numbers.sum()
+        n_bytes += numbers.nbytes
+    n_read.put(n_bytes / (time.perf_counter() - begun))
+
+
+def read_bandwidth(n_workers: int, n_rounds: int, seconds: float = 1.0) -> list[float]:
+    """Bytes per second that n_workers processes read from memory together, one figure per round."""
+    context = multiprocessing.get_context("spawn")
+    rounds = []
+    for _ in range(n_rounds):
+        start, n_read = context.Barrier(n_workers), context.Queue()
+        workers = [context.Process(target=_read, args=(start, seconds, n_read)) for _ in range(n_workers)]
+        for worker in workers:
+            worker.start()
+        rounds.append(sum(n_read.get() for _ in workers))
+        for worker in workers:
+            worker.join()
+    return rounds
 
 
 def _cpu() -> tuple[str, list[str]]:

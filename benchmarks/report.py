@@ -30,16 +30,17 @@ Written by `benchmarks/report.py` from what `benchmarks/speed.py` measured: do n
 
 Stock is the pinned llama.cpp without our patches, built from the same source with the same flags. Both are loaded at
 once and run in turn, round by round; a ratio is taken within each round, and given as its median with (least – most).
-"Better stock" is the faster of stock without and with flash attention (fa), and ours is the faster of ours. Models have
+"Better stock" is the faster of stock without and with flash attention (fa). Ours is the fused attention. Models have
 the shapes and number formats of real ones, and random weights.
 """
 
 METHOD = """## How it is measured
 
 - Terms are llama-bench's: `pp512` is a prompt of 512 tokens in one batch, `tg32` are 32 tokens one after the other,
-  `@ d8192` means with 8192 tokens processed before. No sampling, random token ids, one sequence, n_batch = n_ubatch =
-  512. Each context runs once, untimed, before its first round, and its logits are checked for NaN. Contexts are made
-  anew every two rounds, so that the place of its memory cannot favour one throughout.
+  `@ d8192` means with 8192 tokens processed before. No sampling, random token ids, one sequence, n_batch 512;
+  n_ubatch is the default of each side, 512 for stock and 128 for ours. Each context runs once, untimed, before its
+  first round, and its logits are checked for NaN. Contexts are made anew every two rounds, so that the place of its
+  memory cannot favour one throughout.
 - "n_ctx 4096" is stock at the same window: a context of 4096 tokens, which the test fills to its last cell. Stock
   cannot go on from there; context shift is not part of its time.
 - "Λ, 10 + 4086" is n_global + n_local. A full window means that every cell is in use: those of the window, the slack
@@ -51,8 +52,11 @@ METHOD = """## How it is measured
 
 NOT_RUN = """## Not measured
 
-- GPUs: CUDA, Metal and Vulkan. `lminf-edge bench --gpu-layers -1` measures there.
-- Other processors than the one above, ARM among them. More than {n_threads} threads.
+- GPUs. The CUDA and Metal kernels have been compiled and tested for right results on a CPU; no figure of theirs was
+  measured, as no GPU was at hand. `lminf-edge bench --gpu-layers -1` measures models there, `bench-attn` (see
+  `native/tests/CMakeLists.txt`) the operation beside stock flash attention.
+- Other processors than the one above, ARM and Apple's among them: the NEON kernels ran under an emulator only. More
+  than {n_threads} threads.
 - Weights other than Q4_0 (`lminf-edge bench --weights q8_0|f16`), and real weights (`lminf-edge bench -m model.gguf`).
 - Several sequences at once.
 """
@@ -105,7 +109,7 @@ def spread(result: Result) -> str:
 def who(result: Result) -> str:
     c = result.contender
     cells = f", {c.kv_type} KV" if c.kv_type != "f16" else ""
-    return f"{'Λ' if c.cache == 'lambda' else 'stock'}, fa {int(c.flash_attn)}{cells}"
+    return f"{'Λ' if c.cache == 'lambda' else f'stock, fa {int(c.flash_attn)}'}{cells}"
 
 
 def results_table(results: Sequence[Result]) -> str:
@@ -118,7 +122,7 @@ def results_table(results: Sequence[Result]) -> str:
             [
                 f"{name}, {c.cache_label.removeprefix('Λ ')}{cells}",
                 c.kv_type,
-                str(int(c.flash_attn)),
+                "–" if c.cache == "lambda" else str(int(c.flash_attn)),
                 human_bytes(r.kv_bytes),
                 c.label,
                 speed(r),
@@ -153,6 +157,8 @@ def decode_answers(figures: Figures, name: str, shape: str) -> list[Answer]:
     empty = pick(ours, depth=0)
     if empty:
         answers.append(compare(f"{shape}: the same, against our own speed with an empty cache", at_window, empty))
+        limit = f"{shape}: the most that any attention could reach against stock here, were it free: our empty cache"
+        answers.append(compare(limit, empty, stock))
     return answers
 
 
@@ -176,7 +182,8 @@ def position_answers(figures: Figures, name: str) -> list[Answer]:
         return []
     question, a, b, quotient = compare(f"Llama-3.2-1B: decode at position {depth}, against full attention", ours, stock)
     sizes = [f"{human_bytes(fastest(side).kv_bytes)} of KV" for side in (ours, stock)]
-    return [(question, f"{a}, {sizes[0]}", f"{b}, {sizes[1]}", quotient)]
+    less = fastest(stock).kv_bytes / fastest(ours).kv_bytes
+    return [(question, f"{a}, {sizes[0]}", f"{b}, {sizes[1]}", f"{quotient}, {less:.2f} times less KV memory")]
 
 
 def far_answers(figures: Figures, name: str) -> list[Answer]:
@@ -282,6 +289,35 @@ def positions_section(figures: Figures) -> str:
     )
 
 
+def memory_section(figures: Figures) -> str:
+    """How far decoding is from the speed at which memory can be read."""
+    if "bandwidth" not in figures or "decode-llama-3.2-1b" not in figures:
+        return ""
+    bandwidth = statistics.median(figures.records["bandwidth"]["bytes_per_second"])
+    record = figures.records["decode-llama-3.2-1b"]
+    results = figures.results("decode-llama-3.2-1b")
+    ours = pick(results, cache="lambda")
+    (full,) = [r for r in ours if r.contender.depth]
+    (empty,) = pick(ours, depth=0)
+    read = pick(results, cache="window")[0].kv_bytes  # stock allocates the cells of the window and no more
+    attention = 1 / full.median - 1 / empty.median
+    n_weights = record["model"]["n_bytes"]
+    rows = [
+        ["weights, once per token", human_bytes(n_weights), f"{1000 * n_weights / bandwidth:.1f} ms",
+         f"{1000 / empty.median:.1f} ms (a whole token, empty cache)"],
+        ["K and V of the window", human_bytes(read), f"{1000 * read / bandwidth:.1f} ms",
+         f"{1000 * attention:.1f} ms (what a full window adds)"],
+        ["both", human_bytes(n_weights + read), f"{1000 * (n_weights + read) / bandwidth:.1f} ms",
+         f"{1000 / full.median:.1f} ms"],
+    ]  # fmt: skip
+    return (
+        "## How far from memory's speed\n\n"
+        f"{record['n_threads']} processes that do nothing but add up numbers read {bandwidth / 1e9:.1f} GB/s together. "
+        "Llama-3.2-1B, Q4_0, f16 KV, decode at a full window:\n\n"
+        + table(["", "bytes", "at that speed", "measured"], rows, 1)
+    )
+
+
 def details(figures: Figures) -> str:
     parts = ["## All figures\n"]
     for name, title in TITLES.items():
@@ -355,6 +391,7 @@ def page(figures: Figures) -> str:
         summary(figures),
         positions_section(figures),
         latency_section(figures),
+        memory_section(figures),
         METHOD.format(n_computed=32, made_up=made_up_sentence(figures)),
         machine_section(figures),
         NOT_RUN.format(n_threads=n_threads),

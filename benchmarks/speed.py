@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT, describe
+from machine import ROOT, describe, read_bandwidth
 
 from lminf_edge import native
 from lminf_edge.bench.alternate import Bench
 from lminf_edge.bench.contender import Contender
 from lminf_edge.bench.random_model import SHAPES, Shape, random_model
+from lminf_edge.config import default_ubatch
 from lminf_edge.models import find_model
 
 FIGURES = ROOT / "docs" / "performance"
@@ -84,7 +85,16 @@ class Experiment:
 
 def ours(size: Size, depth: int, n_gen: int | None = None, flash: Sequence[bool] = OURS_FLASH) -> list[Contender]:
     return [
-        Contender("ours", "lambda", "tg", n_gen or size.n_gen, depth, size.window, flash_attn=flash_attn)
+        Contender(
+            "ours",
+            "lambda",
+            "tg",
+            n_gen or size.n_gen,
+            depth,
+            size.window,
+            flash_attn=flash_attn,
+            n_ubatch=default_ubatch(size.window),
+        )
         for flash_attn in flash
     ]
 
@@ -166,6 +176,7 @@ EXPERIMENTS = {
     "made-up-cells": Experiment("qwen3-0.6b", 4, made_up),
 }
 LATENCY = "latency"
+BANDWIDTH = "bandwidth"
 
 
 def measure(name: str, size: Size, libraries: dict[str, Path], models: Path, n_threads: int) -> dict[str, Any]:
@@ -186,7 +197,7 @@ def measure(name: str, size: Size, libraries: dict[str, Path], models: Path, n_t
 
 def measure_latency(size: Size, libraries: dict[str, Path], n_threads: int) -> dict[str, Any]:
     """Time between tokens of one long stream of the embedded model."""
-    contender = Contender("ours", "lambda", "tg", 32, 0, 512, flash_attn=OURS_FLASH[0])
+    contender = Contender("ours", "lambda", "tg", 32, 0, 512, flash_attn=OURS_FLASH[0], n_ubatch=default_ubatch(512))
     with Bench({"ours": libraries["ours"]}, find_model("nano"), n_threads) as bench:
         latency = bench.latency(contender, size.n_latency)
         facts = bench.facts
@@ -198,13 +209,18 @@ def measure_latency(size: Size, libraries: dict[str, Path], n_threads: int) -> d
     }
 
 
+def measure_bandwidth(size: Size, n_workers: int) -> dict[str, Any]:
+    """What memory yields to as many processes as decoding has threads."""
+    return {"system": {"ours": ""}, "bytes_per_second": read_bandwidth(n_workers, min(5, size.most_rounds))}
+
+
 def _model_facts(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"n_params": facts["ours"]["n_params"], "n_bytes": facts["ours"]["n_bytes"]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = [*EXPERIMENTS, LATENCY]
+    names = [*EXPERIMENTS, LATENCY, BANDWIDTH]
     parser.add_argument("--only", metavar="NAME", choices=names, action="append", help=", ".join(names))
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="default 2")
     parser.add_argument("--rounds", metavar="N", type=int, help="at most N, for a first look")
@@ -229,6 +245,8 @@ def main() -> int:
             started = time.monotonic()
             if name == LATENCY:
                 figures = measure_latency(size, libraries, args.threads)
+            elif name == BANDWIDTH:
+                figures = measure_bandwidth(size, args.threads)
             else:
                 figures = measure(name, size, libraries, args.models, args.threads)
             seconds = round(time.monotonic() - started, 1)

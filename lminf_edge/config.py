@@ -94,12 +94,9 @@ class Window:
         """Tokens a query attends to at most: n_global + n_local."""
         return self.n_global + self.n_local
 
-    def default_ubatch(self) -> int:
-        """Micro-batch, in tokens, when the user does not say: a quarter of the window, a power of two in 64..512.
-
-        The cache holds one micro-batch of cells beside the window, so 512 would outweigh a small window.
-        """
-        return min(512, max(64, 1 << (self.size // 4 - 1).bit_length()))
+    def default_ubatch(self, on_gpu: bool = False) -> int:
+        """Micro-batch, in tokens, when the user does not say: see default_ubatch()."""
+        return default_ubatch(self.size, on_gpu)
 
     def kv_bytes(self, header: Header, type_k: int, type_v: int, n_ubatch: int) -> int:
         """Size of the cache in bytes: window, slack and one micro-batch, padded as llama.cpp pads, and the sinks."""
@@ -109,6 +106,14 @@ class Window:
             n_cells * _row_bytes(kv_type, n_embd) + n_sink_rows * _row_bytes(_sink_type(kv_type), n_embd)
             for kv_type, n_embd in ((type_k, header.n_embd_k), (type_v, header.n_embd_v))
         )
+
+
+def default_ubatch(window: int, on_gpu: bool = False) -> int:
+    """A quarter of the window, in tokens, as a power of two in 64..128, on a GPU in 64..512.
+
+    The cache holds one micro-batch of cells beside the window. Prefill on a CPU is as fast with 128 as with 512.
+    """
+    return min(512 if on_gpu else 128, max(64, 1 << (window // 4 - 1).bit_length()))
 
 
 @dataclass(frozen=True)

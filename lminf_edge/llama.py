@@ -62,7 +62,8 @@ class Llama(llama_cpp.Llama):
     - A prompt that goes on from what was processed costs its new tokens only. One that turns off earlier goes back as
       far as n_slack allows, or to an automatic checkpoint, or starts again.
     - A quantized type_v turns flash_attn on, which llama.cpp requires for it.
-    - n_ubatch, if not given, is a quarter of the window (64 to 512): the cache holds that many more cells.
+    - n_ubatch, if not given, is a quarter of the window (64 to 128, with n_gpu_layers 64 to 512): the cache holds
+      that many more cells.
     - logits_processor and stopping_criteria see the recent tokens of the stream, at least 16384, in an array that must
       not be written to or kept. `scores` has the logits of the last batch alone: a row per token with logits_all, else
       one. `eval_tokens` has the last n_ctx tokens; a draft model sees the same.
@@ -106,8 +107,9 @@ class Llama(llama_cpp.Llama):
         if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
             raise ValueError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
         n_batch = int(kwargs.pop("n_batch", 512))
-        n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch()))
-        if not kwargs.get("n_gpu_layers"):
+        on_gpu = bool(kwargs.get("n_gpu_layers"))
+        n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch(on_gpu)))
+        if not on_gpu:
             check_memory(window.kv_bytes(header, type_k, type_v, n_ubatch))
 
         logits_all = bool(kwargs.pop("logits_all", False)) or kwargs.get("draft_model") is not None

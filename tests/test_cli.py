@@ -177,7 +177,15 @@ def test_info_says_why_a_model_is_not_supported(
     assert report["supported"] is False
     assert f"'{arch}'" in report["refusal"]
     assert reason in report["refusal"]
+    assert report["attention"] is None
     assert report["recommended"] is None
+
+
+def test_info_and_doctor_say_what_computes_the_attention(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_json(capfd, "info", "-m", "nano")["attention"] == "fused"
+    assert run_json(capfd, "info", "-m", "nano", "--attention", "stock")["attention"] == "stock"
+    assert run_json(capfd, "info", "-m", "nano", "--kv-type", "q5_0")["attention"] == "stock"  # not a type it takes
+    assert "fused attention" in run_json(capfd, "doctor")["checks"][-1]["found"]
 
 
 def test_info_of_an_architecture_nobody_knows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def test_contradictions(config: LMInfConfig, n_ctx: int | None, message: str) ->
 
 @pytest.mark.parametrize(("size", "n_ubatch"), [(1, 64), (68, 64), (256, 64), (260, 128), (512, 128), (4096, 512)])
 def test_default_ubatch_is_a_quarter_of_the_window(size: int, n_ubatch: int) -> None:
-    assert Window(0, size, size, 64, "ceiling", 0, "auto").default_ubatch() == n_ubatch
+    window = Window(0, size, size, 64, "ceiling", 0, "auto")
+    assert window.default_ubatch(on_gpu=True) == n_ubatch
+    assert window.default_ubatch() == min(n_ubatch, 128)
 
 
 def test_kv_bytes() -> None:

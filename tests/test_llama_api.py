@@ -192,6 +192,15 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     refused(ValueError, "cannot be loaded|cut short", path)
 
 
+def test_what_computes_the_attention(make_llama: MakeLlama) -> None:
+    assert make_llama().stream_info().attention == "fused"
+    assert make_llama(type_k=6, type_v=6).stream_info().attention == "stock"  # q5_0: the fused one does not take it
+    stock = LMInfConfig(n_global=4, n_local=64, attention="stock")
+    assert make_llama(lminf=stock).stream_info().attention == "stock"
+    fused = LMInfConfig(n_local=64, attention="fused")
+    refused(ValueError, "no fused attention for layer 0", "nano", lminf=fused, type_k=6, type_v=6)
+
+
 def test_a_failed_context_does_not_reach_the_next_one(make_llama: MakeLlama, nano_path: str) -> None:
     refused(ValueError, "pos_bound", "nano", lminf=LMInfConfig(n_local=64, pos_bound=8))
     stock = Llama(nano_path, n_ctx=128, **ONE_THREAD)

@@ -28,7 +28,7 @@ from typing import Literal
 
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Cache, Contender, is_quantized
 from lminf_edge.cli.common import CommandError, human_bytes, model_header, print_json, whole_number
-from lminf_edge.config import DEFAULT_WINDOW, LMInfConfig
+from lminf_edge.config import DEFAULT_WINDOW, LMInfConfig, default_ubatch
 
 HELP = "speed beside stock llama.cpp"
 
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     window = args.window or min(DEFAULT_WINDOW, header.n_ctx_train or DEFAULT_WINDOW)
     n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
     depths = [0, window, 2 * window] if args.depth is None else args.depth
-    groups = list(plan(depths, window, args.n_global, args.kv_type, args.n_prompt, args.n_gen))
+    n_ubatch = default_ubatch(window, on_gpu=args.gpu_layers != 0)
+    groups = list(plan(depths, window, args.n_global, args.kv_type, args.n_prompt, args.n_gen, n_ubatch))
     if not groups:
         raise CommandError("There is nothing to measure: give --n-prompt or --n-gen.")
 
@@ -147,9 +148,9 @@ def _progress(line: str) -> None:
 
 
 def plan(
-    depths: Sequence[int], window: int, n_global: int, kv_type: str, n_prompt: int, n_gen: int
+    depths: Sequence[int], window: int, n_global: int, kv_type: str, n_prompt: int, n_gen: int, n_ubatch: int
 ) -> Iterator[list[Contender]]:
-    """Groups of contenders that are measured in turn: one for each depth and test."""
+    """Groups of contenders that are measured in turn: one for each depth and test. n_ubatch is that of the Λ cache."""
     flash = (True,) if is_quantized(kv_type) else (False, True)
     tests: tuple[tuple[Literal["pp", "tg"], int], ...] = (("pp", n_prompt), ("tg", n_gen))
     for depth in depths:
@@ -160,7 +161,8 @@ def plan(
             if window <= depth and n_tokens < window:
                 caches.append(("stock", "window", window - n_tokens))
             yield [
-                Contender(library, cache, test, n_tokens, at, window, n_global, fa, kv_type)
+                Contender(library, cache, test, n_tokens, at, window, n_global, fa, kv_type, size)
                 for library, cache, at in caches
+                for size in (n_ubatch if cache == "lambda" else 512,)
                 for fa in (flash[:1] if cache == "lambda" else flash)  # the fused attention is neither
             ]
