@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock demo test test-kernels lint bench bench-report patches worktree clean
+.PHONY: help setup stock demo test test-kernels sanitize lint bench bench-report patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -24,6 +24,9 @@ test: stock ## the whole test suite; ARGS="-k name" for a part of it
 
 test-kernels: setup ## the attention kernels against float64, on and for everything at hand; ARGS="cpu neon" for some
 	@$(PYTHON) scripts/test_kernels.py $(ARGS)
+
+sanitize: setup ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(PYTHON) scripts/test_kernels.py sanitize
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

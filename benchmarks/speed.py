@@ -152,7 +152,7 @@ def prefill(size: Size) -> list[Contender]:
 
 def sinks(size: Size) -> list[Contender]:
     """The same n_local with and without sinks, and an empty cache to take off what is not attention."""
-    (with_sinks,) = ours(size, size.full_window, flash=OURS_FLASH[:1])
+    (with_sinks,) = ours(size, size.full_window, 3 * size.n_gen, flash=OURS_FLASH[:1])
     without = dataclasses.replace(with_sinks, n_global=0, window=with_sinks.window - with_sinks.n_global)
     return [with_sinks, without, dataclasses.replace(without, depth=0)]
 

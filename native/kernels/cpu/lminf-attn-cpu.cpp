@@ -183,7 +183,10 @@ private:
 // scores of N rows of q [N][n_embd] for n cells, res [pad16(n)][N]; cells past the last one repeat it
 template <ggml_type T, int N>
 static void scores(const char * k, int64_t nb1, int n, int n_embd, const float * q, float * res, prefetcher & next) {
-    constexpr int C = N_ACC/N; // cells at once
+    // cells at once: no more than 8, as rows that lie a power of two apart share few places in the first level cache.
+    // What registers are left then shorten the chains of additions: S sums for each cell and row
+    constexpr int C = std::min(N_ACC/N, 8);
+    constexpr int S = N_ACC/N/C;
 
     for (int c0 = 0; c0 < n; c0 += C) {
         const char * row[C];
@@ -206,12 +209,22 @@ static void scores(const char * k, int64_t nb1, int n, int n_embd, const float *
                 for (int r = 0; r < N; ++r) {
                     const vf y = vf_load(q + r*n_embd + e + j*LANES);
                     for (int c = 0; c < C; ++c) {
-                        acc[c*N + r] = vf_fma(x[c][j], y, acc[c*N + r]);
+                        const int i = (c*N + r)*S + (e/16*N16 + j) % S;
+                        acc[i] = vf_fma(x[c][j], y, acc[i]);
                     }
                 }
             }
         }
-        vf_sums(acc, res + c0*N);
+        if constexpr (S == 1) {
+            vf_sums(acc, res + c0*N);
+        } else {
+            float sums[N_ACC];
+            vf_sums(acc, sums);
+            for (int i = 0; i < C*N; ++i) {
+                res[c0*N + i] = sums[i*S] + sums[i*S + 1];
+            }
+            static_assert(S == 2, "two sums");
+        }
     }
 }
 
@@ -361,11 +374,14 @@ static size_t get_decode_scratch_size(const lminf_attn_args & args) {
         N_ROWS_DECODE*N_BLOCK_MAX + N_BLOCK_MAX*std::max(n_embd_k, n_embd_v);
 }
 
-// scores s [pad16(n)][n_rows] to weights; false if no cell is seen. m, l and acc are those of the group's first row
-static bool decode_softmax(float * s, int n, int n_rows, float * m, float * l, float * acc, int n_embd_v) {
-    const int n_all = pad16(n)*n_rows;
+// scores s [pad16(n)][N] to weights; false if no cell is seen. m, l and acc are those of the group's first row
+template <int N>
+static bool decode_softmax(float * s, int n, float * m, float * l, float * acc, int n_embd_v) {
+    static_assert(LANES % N == 0, "lane i is one of row i % N");
 
-    std::fill(s + n*n_rows, s + n_all, -INFINITY);
+    const int n_all = pad16(n)*N;
+
+    std::fill(s + n*N, s + n_all, -INFINITY);
 
     vf v_max = vf_set(NO_SCORE);
     for (int i = 0; i < n_all; i += LANES) {
@@ -375,13 +391,14 @@ static bool decode_softmax(float * s, int n, int n_rows, float * m, float * l, f
     float lanes[LANES];
     vf_store(lanes, v_max);
 
-    float row_max[4] = { NO_SCORE, NO_SCORE, NO_SCORE, NO_SCORE };
+    float row_max[N];
+    std::fill_n(row_max, N, NO_SCORE);
     for (int i = 0; i < LANES; ++i) {
-        row_max[i % n_rows] = std::max(row_max[i % n_rows], lanes[i]);
+        row_max[i % N] = std::max(row_max[i % N], lanes[i]);
     }
 
     bool seen = false;
-    for (int r = 0; r < n_rows; ++r) {
+    for (int r = 0; r < N; ++r) {
         seen = seen || row_max[r] > NO_SCORE;
         if (row_max[r] > m[r]) {
             const float w = expf(m[r] - row_max[r]);
@@ -394,7 +411,7 @@ static bool decode_softmax(float * s, int n, int n_rows, float * m, float * l, f
     }
 
     for (int i = 0; i < LANES; ++i) {
-        lanes[i] = m[i % n_rows];
+        lanes[i] = m[i % N];
     }
     const vf v_m = vf_load(lanes);
 
@@ -407,7 +424,7 @@ static bool decode_softmax(float * s, int n, int n_rows, float * m, float * l, f
 
     vf_store(lanes, v_l);
     for (int i = 0; i < LANES; ++i) {
-        l[i % n_rows] += lanes[i];
+        l[i % N] += lanes[i];
     }
     return seen;
 }
@@ -528,7 +545,8 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
                                 }
                             }
                         }
-                        seen |= decode_softmax(s_g, n, size, state.m + first, state.l + first, state.acc + first*n_embd_v, n_embd_v);
+                        const auto softmax = size == 1 ? decode_softmax<1> : size == 2 ? decode_softmax<2> : decode_softmax<4>;
+                        seen |= softmax(s_g, n, state.m + first, state.l + first, state.acc + first*n_embd_v, n_embd_v);
                     }
                     if (!seen) {
                         continue;
