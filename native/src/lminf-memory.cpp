@@ -1,4 +1,5 @@
 #include "lminf-memory.h"
+#include "lminf-pages.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <set>
 #include <stdexcept>
 
 // keys and values of sinks are few: they are kept at the cache's own precision, and at f16 where that is quantized
@@ -160,6 +162,12 @@ lminf_memory::lminf_memory(
             /*unified =*/ false, n_cells, n_seq_max, /*n_pad =*/ 1,
             params.n_local + params.n_slack, LLAMA_SWA_TYPE_STANDARD,
             /*mem_other =*/ nullptr, filter, /*reuse =*/ nullptr, /*share =*/ nullptr);
+
+    std::set<ggml_backend_buffer_t> buffers; // one for each device, with the K and V of its layers
+    for (const int32_t il : layers) {
+        buffers.insert(window->get_k_storage(il)->buffer);
+    }
+    std::for_each(buffers.begin(), buffers.end(), lminf_use_huge_pages);
 
     streams.resize(n_seq_max);
 

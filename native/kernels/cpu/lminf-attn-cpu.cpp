@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 using namespace lminf_simd;
 
@@ -161,124 +162,193 @@ static void merge_parts(const lminf_attn_args & args, const float * parts, int n
 // decode
 //
 
-// fetches memory in step with the work done on other memory. All at once would fill the processor's miss buffers and
-// stop the very loads it is meant to hide
-class prefetcher {
-public:
-    prefetcher(const char * data, int64_t size) : cur(data), line(data), end(data + size) {}
-
-    void advance(int64_t n) {
-        cur += n;
-        for (; line < cur && line < end; line += 64) {
-            LMINF_PREFETCH(line);
-        }
-    }
-
-private:
-    const char * cur;
-    const char * line;
-    const char * end;
+// n cells of all heads in a form that the kernels read 16 elements at a time
+struct kv_rows {
+    const char * data;
+    int64_t      nb1; // cell
+    int64_t      nb2; // head
+    int          type;
 };
 
-// scores of N rows of q [N][n_embd] for n cells, res [pad16(n)][N]; cells past the last one repeat it
+// what is read after the rows at hand, fetched in step with them: all at once would fill the processor's miss buffers and
+// stop the very loads it is meant to hide
+struct next_rows {
+    const char * data;
+    int64_t      nb1;
+    int64_t      nb2;
+    int64_t      step; // bytes of a row for each 64 of the row at hand
+};
+
+// f(0), f(1), .. f(n - 1), each with a constant: what the index selects can then stay in a register
+template <typename F, int... I>
+static inline void unroll(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+
+// the counterpart of elements [e, e + 32) of a row of type T
+template <ggml_type T>
+static inline void fetch_next(const char * row_next, int64_t step, int e) {
+    constexpr int n_bytes = 2*get_size16<T>(); // no more than two lines
+    const char * line = row_next + e*n_bytes/32*step/64;
+    LMINF_PREFETCH(line);
+    if (n_bytes > 64) {
+        LMINF_PREFETCH(line + 64);
+    }
+}
+
+// what the N rows of a group hold of each head, the heads `stride` floats apart
+struct head_rows {
+    float * data;
+    int64_t stride;
+};
+
+// scores of N rows of q [N][n_embd] for n cells, res [n, up to a multiple of 4][N]
 template <ggml_type T, int N>
-static void scores(const char * k, int64_t nb1, int n, int n_embd, const float * q, float * res, prefetcher & next) {
-    // cells at once: no more than 8, as rows that lie a power of two apart share few places in the first level cache.
-    // What registers are left then shorten the chains of additions: S sums for each cell and row
+static void scores(const kv_rows & k, int n, int n_head, int n_embd, const head_rows & q, const head_rows & res, const next_rows & next) {
+    // C cells of H heads at once. A row of q is loaded once for C cells, and K is walked as it lies in memory: a few
+    // cells side by side, head after head
     constexpr int C = std::min(N_ACC/N, 8);
-    constexpr int S = N_ACC/N/C;
+    constexpr int H = N_ACC/N/C;
 
     for (int c0 = 0; c0 < n; c0 += C) {
-        const char * row[C];
-        for (int c = 0; c < C; ++c) {
-            row[c] = k + nb1*std::min(c0 + c, n - 1);
-        }
-
-        vf acc[N_ACC];
-        for (int i = 0; i < N_ACC; ++i) {
-            acc[i] = vf_zero();
-        }
-        for (int e = 0; e < n_embd; e += 16) {
-            next.advance(C*get_size16<T>());
-
-            vf x[C][N16];
+        for (int h0 = 0; h0 < n_head; h0 += H) {
+            // what is too much repeats the last cell or head, and is dropped below
+            const char * cell[C];
+            const char * cell_next[C];
             for (int c = 0; c < C; ++c) {
-                load16<T>(row[c], e, x[c]);
+                cell[c]      = k.data    + std::min(c0 + c, n - 1)*k.nb1;
+                cell_next[c] = next.data + std::min(c0 + c, n - 1)*next.nb1;
             }
-            for (int j = 0; j < N16; ++j) {
-                for (int r = 0; r < N; ++r) {
-                    const vf y = vf_load(q + r*n_embd + e + j*LANES);
-                    for (int c = 0; c < C; ++c) {
-                        const int i = (c*N + r)*S + (e/16*N16 + j) % S;
-                        acc[i] = vf_fma(x[c][j], y, acc[i]);
+
+            vf acc[N_ACC];
+            unroll([&](auto h) {
+                const int     head = std::min(h0 + h, n_head - 1);
+                const float * q_h  = q.data + head*q.stride;
+
+                vf sum[C][N];
+                for (int c = 0; c < C; ++c) {
+                    for (int r = 0; r < N; ++r) {
+                        sum[c][r] = vf_zero();
                     }
                 }
-            }
-        }
-        if constexpr (S == 1) {
-            vf_sums(acc, res + c0*N);
-        } else {
-            float sums[N_ACC];
+                const auto add = [&](int e) {
+                    vf x[C][N16];
+                    for (int c = 0; c < C; ++c) {
+                        load16<T>(cell[c] + head*k.nb2, e, x[c]);
+                    }
+                    for (int j = 0; j < N16; ++j) {
+                        for (int r = 0; r < N; ++r) {
+                            const vf y = vf_load(q_h + r*n_embd + e + j*LANES);
+                            for (int c = 0; c < C; ++c) {
+                                sum[c][r] = vf_fma(x[c][j], y, sum[c][r]);
+                            }
+                        }
+                    }
+                };
+
+                int e = 0;
+                for (; e + 32 <= n_embd; e += 32) {
+                    for (int c = 0; c < C; ++c) {
+                        fetch_next<T>(cell_next[c] + head*next.nb2, next.step, e);
+                    }
+                    add(e);
+                    add(e + 16);
+                }
+                if (e < n_embd) {
+                    add(e);
+                }
+                for (int c = 0; c < C; ++c) {
+                    for (int r = 0; r < N; ++r) {
+                        acc[(h*C + c)*N + r] = sum[c][r];
+                    }
+                }
+            }, std::make_integer_sequence<int, H>());
+
+            float sums[N_ACC]; // [H][C][N]
             vf_sums(acc, sums);
-            for (int i = 0; i < C*N; ++i) {
-                res[c0*N + i] = sums[i*S] + sums[i*S + 1];
+            for (int h = 0; h < H && h0 + h < n_head; ++h) {
+                memcpy(res.data + (h0 + h)*res.stride + c0*N, sums + h*C*N, C*N*sizeof(float));
             }
-            static_assert(S == 2, "two sums");
         }
     }
 }
+
+// as many cells at once as make loading and storing sums cheap beside adding to them
+static constexpr int N_CELLS_VALUES = 8;
 
 // acc [N][n_embd] += p [n][N] times the rows of n cells
 template <ggml_type T, int N>
-static void add_values(const char * v, int64_t nb1, int n, int n_embd, const float * p, float * acc, prefetcher & next) {
+static void add_values(const kv_rows & v, int n, int n_head, int n_embd, const head_rows & p, const head_rows & acc, const next_rows & next) {
     constexpr int U = N*N16 < N_ACC ? N_ACC/(N*N16) : 1; // so many times 16 elements at once
 
-    const auto add = [&](int e, auto units) {
-        constexpr int M = units.value*N16;
+    for (int c0 = 0; c0 < n; c0 += N_CELLS_VALUES) {
+        const int n_cells = std::min(N_CELLS_VALUES, n - c0);
 
-        vf sum[N][M];
-        for (int r = 0; r < N; ++r) {
-            for (int j = 0; j < M; ++j) {
-                sum[r][j] = vf_load(acc + r*n_embd + e + j*LANES);
-            }
-        }
-        for (int c = 0; c < n; ++c) {
-            next.advance(get_size16<T>()*units.value);
+        for (int h = 0; h < n_head; ++h) {
+            const char  * row   = v.data + c0*v.nb1 + h*v.nb2;
+            const float * p_h   = p.data + h*p.stride + c0*N;
+            float       * acc_h = acc.data + h*acc.stride;
 
-            vf x[M];
-            for (int u = 0; u < units.value; ++u) {
-                load16<T>(v + c*nb1, e + u*16, x + u*N16);
-            }
-            for (int r = 0; r < N; ++r) {
-                const vf w = vf_set(p[c*N + r]);
-                for (int j = 0; j < M; ++j) {
-                    sum[r][j] = vf_fma(w, x[j], sum[r][j]);
+            const char * row_next = next.data + c0*next.nb1 + h*next.nb2;
+
+            const auto add = [&](int e, auto units) {
+                constexpr int M = units.value*N16;
+
+                vf sum[N][M];
+                for (int r = 0; r < N; ++r) {
+                    for (int j = 0; j < M; ++j) {
+                        sum[r][j] = vf_load(acc_h + r*n_embd + e + j*LANES);
+                    }
                 }
-            }
-        }
-        for (int r = 0; r < N; ++r) {
-            for (int j = 0; j < M; ++j) {
-                vf_store(acc + r*n_embd + e + j*LANES, sum[r][j]);
-            }
-        }
-    };
+                const auto add_cell = [&](int c) {
+                    vf x[M];
+                    for (int u = 0; u < units.value; ++u) {
+                        if (u % 2 == 0) {
+                            fetch_next<T>(row_next + c*next.nb1, next.step, e + u*16);
+                        }
+                        load16<T>(row + c*v.nb1, e + u*16, x + u*N16);
+                    }
+                    for (int r = 0; r < N; ++r) {
+                        const vf w = vf_set(p_h[c*N + r]);
+                        for (int j = 0; j < M; ++j) {
+                            sum[r][j] = vf_fma(w, x[j], sum[r][j]);
+                        }
+                    }
+                };
+                if (n_cells == N_CELLS_VALUES) {
+                    for (int c = 0; c < N_CELLS_VALUES; ++c) {
+                        add_cell(c);
+                    }
+                } else {
+                    for (int c = 0; c < n_cells; ++c) {
+                        add_cell(c);
+                    }
+                }
+                for (int r = 0; r < N; ++r) {
+                    for (int j = 0; j < M; ++j) {
+                        vf_store(acc_h + r*n_embd + e + j*LANES, sum[r][j]);
+                    }
+                }
+            };
 
-    // as much at once as there are accumulators for: a single chain of additions would wait for itself
-    int e = 0;
-    const auto add_all = [&](auto units) {
-        for (; e + 16*units.value <= n_embd; e += 16*units.value) {
-            add(e, units);
+            // as much at once as there are accumulators for: a single chain of additions would wait for itself
+            int e = 0;
+            const auto add_all = [&](auto units) {
+                for (; e + 16*units.value <= n_embd; e += 16*units.value) {
+                    add(e, units);
+                }
+            };
+            if constexpr (U >= 16) { add_all(std::integral_constant<int, 16>()); }
+            if constexpr (U >= 8)  { add_all(std::integral_constant<int, 8>()); }
+            if constexpr (U >= 4)  { add_all(std::integral_constant<int, 4>()); }
+            if constexpr (U >= 2)  { add_all(std::integral_constant<int, 2>()); }
+            add_all(std::integral_constant<int, 1>());
         }
-    };
-    if constexpr (U >= 16) { add_all(std::integral_constant<int, 16>()); }
-    if constexpr (U >= 8)  { add_all(std::integral_constant<int, 8>()); }
-    if constexpr (U >= 4)  { add_all(std::integral_constant<int, 4>()); }
-    if constexpr (U >= 2)  { add_all(std::integral_constant<int, 2>()); }
-    add_all(std::integral_constant<int, 1>());
+    }
 }
 
-typedef void (*scores_t)(const char * k, int64_t nb1, int n, int n_embd, const float * q, float * res, prefetcher & next);
-typedef void (*add_values_t)(const char * v, int64_t nb1, int n, int n_embd, const float * p, float * acc, prefetcher & next);
+typedef void (*scores_t)(const kv_rows & k, int n, int n_head, int n_embd, const head_rows & q, const head_rows & res, const next_rows & next);
+typedef void (*add_values_t)(const kv_rows & v, int n, int n_head, int n_embd, const head_rows & p, const head_rows & acc, const next_rows & next);
 
 template <ggml_type T> static scores_t get_scores(int n_rows) {
     return n_rows == 1 ? scores<T, 1> : n_rows == 2 ? scores<T, 2> : scores<T, 4>;
@@ -332,7 +402,7 @@ static int get_row_groups(int n_rows, row_group * groups) {
 
 static constexpr int N_BLOCK_MAX = 64;
 
-// cells in a block: the K of all heads should leave room in the second level cache for V and for the next block
+// cells in a block: its K and V should stay in the second level cache from when they are fetched to when they are read
 static int get_n_block(int64_t nb1) {
     int n = N_BLOCK_MAX;
     while (n > 16 && n*nb1 > 64*1024) {
@@ -364,14 +434,17 @@ static decode_state get_decode_state(float * data, int n_padded, int n_embd_k, i
     return res;
 }
 
-// per thread: the state of all KV heads, and for one block the scores of a group, and K or V where they must be converted
+// cells that are read by several groups of rows, or converted first, before the next ones are
+static constexpr int N_CELLS_STEP = 8;
+
+// per thread: the state and the scores of a block of all KV heads, and N_CELLS_STEP cells of K or V if they must be converted
 static size_t get_decode_scratch_size(const lminf_attn_args & args) {
     const int n_embd_k = pad16(args.n_embd_head_k);
     const int n_embd_v = pad16(args.n_embd_head_v);
-    const int n_rows   = args.n_q*(args.n_head/args.n_head_kv);
+    const int n_padded = get_padded_rows(args.n_q*(args.n_head/args.n_head_kv));
 
-    return args.n_head_kv*get_decode_state_size(get_padded_rows(n_rows), n_embd_k, n_embd_v) +
-        N_ROWS_DECODE*N_BLOCK_MAX + N_BLOCK_MAX*std::max(n_embd_k, n_embd_v);
+    return args.n_head_kv*(get_decode_state_size(n_padded, n_embd_k, n_embd_v) +
+        n_padded*N_BLOCK_MAX + N_CELLS_STEP*std::max(n_embd_k, n_embd_v));
 }
 
 // scores s [pad16(n)][N] to weights; false if no cell is seen. m, l and acc are those of the group's first row
@@ -429,32 +502,31 @@ static bool decode_softmax(float * s, int n, float * m, float * l, float * acc, 
     return seen;
 }
 
-// n cells of one head in a form that the kernels read 16 elements at a time
-struct rows {
-    const char * data;
-    int64_t      nb1;
-    int          type;
-};
-
-// as they lie in memory if a single group of query rows reads them, else converted once for all groups
-static rows get_rows(
-        const lminf_attn_operand & t, int c0, int h, int i_stream, int n, int n_embd, int n_groups, float * buffer, prefetcher & next) {
-    const char * data = get_row(t, c0, h, i_stream);
-
-    if (n_groups == 1 && n_embd % 16 == 0) {
-        return { data, t.nb1, t.type };
-    }
-    load_rows(data, t.nb1, t.type, n, n_embd, buffer);
-    next.advance((int64_t) n*t.nb2); // what the kernels see from here on lies in the buffer
-    return { (const char *) buffer, (int64_t) (pad16(n_embd)*sizeof(float)), GGML_TYPE_F32 };
+static bool must_convert(int n_embd) {
+    return n_embd % 16 != 0;
 }
 
-// for the block of n cells at c0, if it exists and all of its heads lie side by side
-static prefetcher get_prefetcher(const lminf_attn_operand & t, int c0, int n, int n_cells, int i_stream) {
-    if (c0 + n > n_cells || t.nb1 < t.nb2) {
-        return prefetcher(nullptr, 0);
+static next_rows get_next_rows(const lminf_attn_operand & next, const lminf_attn_operand & t, int c0, int i_stream) {
+    return { get_row(next, c0, 0, i_stream), next.nb1, next.nb2, 64*next.nb2/t.nb2 };
+}
+
+// nothing new
+static next_rows get_next_rows(const kv_rows & t) {
+    return { t.data, t.nb1, t.nb2, 64 };
+}
+
+// as they lie in memory, or converted in `buffer` [n][n_head][pad16(n_embd)]
+static kv_rows get_rows(const lminf_attn_operand & t, int c0, int i_stream, int n, int n_head, int n_embd, float * buffer) {
+    const char * data = get_row(t, c0, 0, i_stream);
+
+    if (!must_convert(n_embd)) {
+        return { data, t.nb1, t.nb2, t.type };
     }
-    return prefetcher(get_row(t, c0, 0, i_stream), n*t.nb1);
+    const int64_t n_row = pad16(n_embd);
+    for (int c = 0; c < n; ++c) {
+        load_rows(data + c*t.nb1, t.nb2, t.type, n_head, n_embd, buffer + c*n_head*n_row);
+    }
+    return { (const char *) buffer, (int64_t) (n_head*n_row*sizeof(float)), (int64_t) (n_row*sizeof(float)), GGML_TYPE_F32 };
 }
 
 static void decode(const lminf_attn_args & args, float * scratch, float * parts, int ith, int nth) {
@@ -466,11 +538,14 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
     row_group groups[N_ROWS_DECODE];
     const int n_groups = get_row_groups(n_rows, groups);
 
-    const int    n_padded = get_padded_rows(n_rows);
-    const size_t n_state  = get_decode_state_size(n_padded, n_embd_k, n_embd_v);
+    const int     n_padded = get_padded_rows(n_rows);
+    const int64_t n_state  = get_decode_state_size(n_padded, n_embd_k, n_embd_v);
 
-    float * s     = scratch + args.n_head_kv*n_state; // [n_groups][N_BLOCK_MAX][4]
-    float * block = s + N_ROWS_DECODE*N_BLOCK_MAX;
+    float * s     = scratch + args.n_head_kv*n_state; // [n_head_kv][groups: [N_BLOCK_MAX][group size]]
+    float * block = s + args.n_head_kv*n_padded*N_BLOCK_MAX;
+
+    const decode_state states  = get_decode_state(scratch, n_padded, n_embd_k, n_embd_v); // of head 0, the others n_state apart
+    const int64_t      n_score = n_padded*N_BLOCK_MAX;
 
     kv_part kv[2];
     const int n_kv_parts = get_parts(args, kv);
@@ -511,26 +586,38 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
                     continue;
                 }
 
-                // this thread's next block
-                prefetcher next_k = get_prefetcher(part.k, c0 + n_block*nth, n, part.n, i_stream);
-                prefetcher next_v = get_prefetcher(part.v, c0 + n_block*nth, n, part.n, i_stream);
-                prefetcher none(nullptr, 0);
+                // V is fetched while K is read, and the K of this thread's next block while V is
+                const int c1 = c0 + n_block*nth < part.n ? c0 + n_block*nth : c0;
 
+                const auto walk = [&](const lminf_attn_operand & t, int n_embd, const lminf_attn_operand & t_next, int c_next, auto read) {
+                    const bool convert = must_convert(n_embd);
+                    const int  step    = n_groups == 1 && !convert ? n : N_CELLS_STEP;
+
+                    for (int c = 0; c < n; c += step) {
+                        const int     n_cells = std::min(step, n - c);
+                        const kv_rows rows    = get_rows(t, c0 + c, i_stream, n_cells, args.n_head_kv, n_embd, block);
+                        for (int g = 0; g < n_groups; ++g) {
+                            const bool fetch = g == 0 && !convert;
+                            read(rows, c, n_cells, groups[g], fetch ? get_next_rows(t_next, t, c_next + c, i_stream) : get_next_rows(rows));
+                        }
+                    }
+                };
+
+                walk(part.k, args.n_embd_head_k, part.v, c0, [&](const kv_rows & k, int c, int n_cells, const row_group & g, const next_rows & next) {
+                    const head_rows q   = { (is_sink ? states.q_sink : states.q) + g.first*n_embd_k, n_state };
+                    const head_rows res = { s + g.first*N_BLOCK_MAX + c*g.size, n_score };
+                    get_scores(k.type, g.size)(k, n_cells, args.n_head_kv, n_embd_k, q, res, next);
+                });
+
+                bool seen = false;
                 for (int h = 0; h < args.n_head_kv; ++h) {
                     const decode_state state = get_decode_state(scratch + h*n_state, n_padded, n_embd_k, n_embd_v);
 
-                    const rows k = get_rows(part.k, c0, h, i_stream, n, args.n_embd_head_k, n_groups, block, next_k);
-                    for (int g = 0; g < n_groups; ++g) {
-                        const float * q = (is_sink ? state.q_sink : state.q) + groups[g].first*n_embd_k;
-                        get_scores(k.type, groups[g].size)(k.data, k.nb1, n, n_embd_k, q, s + g*N_BLOCK_MAX*4, n_groups == 1 ? next_k : none);
-                    }
-
-                    bool seen = false;
                     for (int g = 0; g < n_groups; ++g) {
                         const int first = groups[g].first;
                         const int size  = groups[g].size;
 
-                        float * s_g = s + g*N_BLOCK_MAX*4;
+                        float * s_g = s + h*n_score + first*N_BLOCK_MAX;
 
                         if (args.logit_softcap > 0.0f) {
                             soft_cap(args.logit_softcap, s_g, n*size);
@@ -548,16 +635,16 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
                         const auto softmax = size == 1 ? decode_softmax<1> : size == 2 ? decode_softmax<2> : decode_softmax<4>;
                         seen |= softmax(s_g, n, state.m + first, state.l + first, state.acc + first*n_embd_v, n_embd_v);
                     }
-                    if (!seen) {
-                        continue;
-                    }
-
-                    const rows v = get_rows(part.v, c0, h, i_stream, n, args.n_embd_head_v, n_groups, block, next_v);
-                    for (int g = 0; g < n_groups; ++g) {
-                        float * acc = state.acc + groups[g].first*n_embd_v;
-                        get_add_values(v.type, groups[g].size)(v.data, v.nb1, n, n_embd_v, s + g*N_BLOCK_MAX*4, acc, n_groups == 1 ? next_v : none);
-                    }
                 }
+                if (!seen) {
+                    continue;
+                }
+
+                walk(part.v, args.n_embd_head_v, part.k, c1, [&](const kv_rows & v, int c, int n_cells, const row_group & g, const next_rows & next) {
+                    const head_rows p   = { s + g.first*N_BLOCK_MAX + c*g.size, n_score };
+                    const head_rows acc = { states.acc + g.first*n_embd_v, n_state };
+                    get_add_values(v.type, g.size)(v, n_cells, args.n_head_kv, n_embd_v, p, acc, next);
+                });
             }
         }
 
