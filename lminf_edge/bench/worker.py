@@ -16,6 +16,7 @@ What fails is answered with {"error": "one sentence"}.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import signal
@@ -134,7 +135,11 @@ class Context:
         return time.perf_counter() - started
 
     def latency(self, n_tokens: int) -> dict[str, Any]:
-        """Seconds between tokens of one stream: median, 99th percentile, maximum, total."""
+        """Seconds between tokens of one stream: median, 99th percentile, maximum, total.
+
+        `control` says the same of as many pieces of work that are always the same and take about as long, one thread,
+        memory of a few KiB: what the machine itself adds.
+        """
         tokens = self._tokens(n_tokens)
         before = self._native.info(self.ctx).n_rebase if self._native else 0
         ends = np.empty(n_tokens + 1)
@@ -142,14 +147,12 @@ class Context:
         for i in range(n_tokens):
             self._decode(tokens[i : i + 1], 1)
             ends[i + 1] = time.perf_counter()
-        seconds = np.diff(ends)
+        summary = _summary(ends)
         return {
             "n_tokens": n_tokens,
-            "median": float(np.median(seconds)),
-            "p99": float(np.quantile(seconds, 0.99)),
-            "max": float(seconds.max()),
-            "seconds": float(ends[-1] - ends[0]),
+            **summary,
             "n_rebase": self._native.info(self.ctx).n_rebase - before if self._native else 0,
+            "control": _steady_work(n_tokens, summary["median"]),
         }
 
     def _tokens(self, n_tokens: int) -> Tokens:
@@ -231,6 +234,40 @@ class Context:
             n_read = bindings.llama_state_seq_set_data(self.ctx, buffer, len(state), 0)
         if n_read != len(state):
             raise RuntimeError(errors[0] if errors else "The state of the sequence cannot be restored.")
+
+
+def _summary(ends: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Of the times, in seconds, at which one thing after the other ended, (n + 1,) with the start."""
+    seconds = np.diff(ends)
+    return {
+        "median": float(np.median(seconds)),
+        "p99": float(np.quantile(seconds, 0.99)),
+        "max": float(seconds.max()),
+        "seconds": float(ends[-1] - ends[0]),
+    }
+
+
+def _steady_work(n_pieces: int, seconds: float) -> dict[str, float]:
+    """_summary of n_pieces of hashing that take about this many seconds each."""
+    work = bytes(4096)
+
+    def hash_times(n: int) -> None:
+        for _ in range(n):
+            hashlib.sha256(work)
+
+    n, taken = 1, 0.0
+    while taken < 0.01:
+        n *= 2
+        started = time.perf_counter()
+        hash_times(n)
+        taken = time.perf_counter() - started
+    n = max(1, round(n * seconds / taken))
+    ends = np.empty(n_pieces + 1)
+    ends[0] = time.perf_counter()
+    for i in range(n_pieces):
+        hash_times(n)
+        ends[i + 1] = time.perf_counter()
+    return _summary(ends)
 
 
 def main() -> None:
