@@ -30,9 +30,9 @@ Written by `benchmarks/report.py` from what `benchmarks/speed.py` measured: do n
 
 Stock is the pinned llama.cpp without our patches, built from the same source with the same flags. Both are loaded at
 once and run in turn, round by round; a ratio is taken within each round, and given as its median with (least – most).
-"Better stock" is the faster of stock without and with flash attention (fa). Ours is the fused attention, and on Linux its
-cache lies in huge pages, which stock does not ask for. Models have the shapes and number formats of real ones, and random
-weights.
+"Better stock" is the faster of stock without and with flash attention (fa). Ours is the fused attention, and on Linux
+its cache lies in huge pages, which stock does not ask for. Models have the shapes and number formats of real ones, and
+random weights.
 """
 
 METHOD = """## How it is measured
@@ -321,8 +321,9 @@ def memory_section(figures: Figures) -> str:
         f"{record['n_threads']} processes that do nothing but add up numbers read {bandwidth / 1e9:.1f} GB/s together. "
         "Llama-3.2-1B, Q4_0, f16 KV, decode at a full window:\n\n"
         + table(["", "bytes", "at that speed", "measured"], rows, 1)
-        + f"\nAt memory's speed a token would take {(n_weights + read) / bandwidth * fastest(stock).median:.0%} of the time "
-        f"that the better stock takes at this window; ours takes {fastest(stock).median / full.median:.0%}.\n"
+        + f"\nOf the time that the better stock takes for a token at this window, ours takes "
+        f"{fastest(stock).median / full.median:.0%}, and memory's speed would allow "
+        f"{(n_weights + read) / bandwidth * fastest(stock).median:.0%}.\n"
     )
 
 
