@@ -262,15 +262,15 @@ def latency_section(figures: Figures) -> str:
     record = figures.records["latency"]
     c, latency = record["contender"], record["latency"]
     rows = []
-    for what, seconds in (("decoding", latency), ("always the same work, one thread", latency["control"])):
+    for what, seconds in (("decoding", latency), ("always the same work", latency["control"])):
         milliseconds = [f"{1000 * seconds[name]:.2f} ms" for name in ("median", "p99", "max")]
         rows.append([what, *milliseconds, f"{seconds['p99'] / seconds['median']:.2f} ×"])
     return (
         "## Time between tokens\n\n"
         f"`nano`, {latency['n_tokens']:,} tokens decoded one after the other in one stream, window {c['window']}, "
         f"{record['n_threads']} threads; the positions were moved back {latency['n_rebase']} times meanwhile. "
-        "The second line is as many equal pieces of work that need no memory: what the machine adds by itself.\n\n"
-        + table(["", "median", "p99", "max", "p99 / median"], rows, 1)
+        "The second line is as many equal pieces of work in as many threads, without memory to wait for or each other: what the "
+        "machine adds by itself.\n\n" + table(["", "median", "p99", "max", "p99 / median"], rows, 1)
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TOKENS = tiny_models.tokens(700)
+
+
+def has_huge_pages() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    is_new = release is not None and (int(release[1]), int(release[2])) >= (6, 1)
+    return is_new and setting.exists() and "[never]" not in setting.read_text()
 
 
 def fresh(path: Path, tokens: np.ndarray, **options: object) -> np.ndarray:
@@ -460,3 +469,16 @@ def test_sequences_side_by_side_are_what_they_are_alone(llama: Path, attention: 
     for seq_id in range(3):
         logits = np.concatenate([block[16 * seq_id : 16 * (seq_id + 1)] for block in together])
         assert np.abs(logits - alone[:192]).max() < 1e-3
+
+
+def huge_page_bytes() -> int:
+    """Of this process."""
+    (line,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHugePages" in line)
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not has_huge_pages(), reason="the system has no huge pages on demand (Linux 6.1)")
+def test_the_cache_lies_in_huge_pages(llama: Path) -> None:
+    before = huge_page_bytes()
+    with NativeContext(llama, 1 << 18, G) as context:
+        assert huge_page_bytes() - before > 0.9 * context.info().kv_bytes > 16 << 20

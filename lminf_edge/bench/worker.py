@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -137,8 +138,8 @@ class Context:
     def latency(self, n_tokens: int) -> dict[str, Any]:
         """Seconds between tokens of one stream: median, 99th percentile, maximum, total.
 
-        `control` says the same of as many pieces of work that are always the same and take about as long, one thread,
-        memory of a few KiB: what the machine itself adds.
+        `control` says the same of as many pieces of work that are always the same and take about as long, in as many
+        threads, each with memory that fits its cache: what the machine itself adds.
         """
         tokens = self._tokens(n_tokens)
         before = self._native.info(self.ctx).n_rebase if self._native else 0
@@ -152,7 +153,7 @@ class Context:
             "n_tokens": n_tokens,
             **summary,
             "n_rebase": self._native.info(self.ctx).n_rebase - before if self._native else 0,
-            "control": _steady_work(n_tokens, summary["median"]),
+            "control": _steady_work(n_tokens, summary["median"], self._model.n_threads),
         }
 
     def _tokens(self, n_tokens: int) -> Tokens:
@@ -247,26 +248,35 @@ def _summary(ends: npt.NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def _steady_work(n_pieces: int, seconds: float) -> dict[str, float]:
-    """_summary of n_pieces of hashing that take about this many seconds each."""
-    work = bytes(4096)
+def _steady_work(n_pieces: int, seconds: float, n_threads: int) -> dict[str, float]:
+    """_summary of n_pieces of hashing that take about this many seconds each, while all other threads do the same.
 
-    def hash_times(n: int) -> None:
-        for _ in range(n):
-            hashlib.sha256(work)
-
-    n, taken = 1, 0.0
+    Hashing lets go of Python's lock.
+    """
+    n, taken = 4096, 0.0
     while taken < 0.01:
         n *= 2
         started = time.perf_counter()
-        hash_times(n)
+        hashlib.sha256(bytes(n))
         taken = time.perf_counter() - started
-    n = max(1, round(n * seconds / taken))
+    work = bytes(max(4096, round(n * seconds / taken)))
+    done = threading.Event()
+
+    def keep_busy() -> None:
+        while not done.is_set():
+            hashlib.sha256(work)
+
+    others = [threading.Thread(target=keep_busy) for _ in range(n_threads - 1)]
+    for other in others:
+        other.start()
     ends = np.empty(n_pieces + 1)
     ends[0] = time.perf_counter()
     for i in range(n_pieces):
-        hash_times(n)
+        hashlib.sha256(work)
         ends[i + 1] = time.perf_counter()
+    done.set()
+    for other in others:
+        other.join()
     return _summary(ends)
 
 

@@ -202,7 +202,7 @@ struct head_rows {
     int64_t stride;
 };
 
-// scores of N rows of q [N][n_embd] for n cells, res [n, up to a multiple of 4][N]
+// scores of N rows of q [N][n_embd] for n cells, res [n, up to a multiple of C][N]
 template <ggml_type T, int N>
 static void scores(const kv_rows & k, int n, int n_head, int n_embd, const head_rows & q, const head_rows & res, const next_rows & next) {
     // C cells of H heads at once. A row of q is loaded once for C cells, and K is walked as it lies in memory: a few
