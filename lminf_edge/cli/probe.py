@@ -61,8 +61,6 @@ def stock_refusal(path: str, kv_type: int, n_positions: int, shift: bool = False
             return f"it adds learned absolute positions, and there are {n_ctx_train} of them."
         if not shift:
             return None
-        if bindings.llama_model_is_recurrent(model) or bindings.llama_model_is_hybrid(model):
-            return "it is recurrent, and tokens cannot be taken out of its memory."
         context = bindings.llama_init_from_model(model, _small_context(kv_type))
         if not context:
             return "llama.cpp cannot make a context for this model."

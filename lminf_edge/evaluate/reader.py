@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -154,8 +155,11 @@ class ShiftReader(FullReader):
         return position < self.n_keep or position >= self.position - (n_past - self.n_keep)
 
 
-def can_shift(ctx: object) -> bool:
-    """Whether llama.cpp can renumber the positions in the cache of this llama_context."""
+def can_shift(ctx: Any) -> bool:
+    """Whether llama.cpp can take tokens out of the cache of this llama_context and renumber those after them."""
+    model = bindings.llama_get_model(ctx)
+    if bindings.llama_model_is_recurrent(model) or bindings.llama_model_is_hybrid(model):
+        return False  # llama.cpp says it can, and takes nothing out
     return bool(bindings.llama_memory_can_shift(bindings.llama_get_memory(ctx)))
 
 
