@@ -141,6 +141,18 @@ def test_ppl_compares_a_part_with_full_attention(capfd: pytest.CaptureFixture[st
     assert [bucket["end"] for bucket in report["lminf"]["buckets"]] == [50, 100, 150, 200]
 
 
+def test_ppl_repeats_a_text(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    once, thrice = tmp_path / "once.txt", tmp_path / "thrice.txt"
+    once.write_text(TEXT.strip(), encoding="utf-8")
+    thrice.write_text(" ".join([TEXT.strip()] * 3), encoding="utf-8")
+    common = ["ppl", "-m", "nano", "--kv-type", "f32", "--bucket", "20", *SMALL]
+    whole = run_json(capfd, *common, "-f", str(thrice))
+    n_tokens = whole["tokens"] + 1
+    repeated = run_json(capfd, *common, "-f", str(once), "--repeat", "--tokens", str(n_tokens))
+    assert repeated == whole  # BOS, which is put in front, does not come again
+    assert run_json(capfd, *common, "-f", str(once), "--repeat", "--tokens", "50")["tokens"] == 49
+
+
 def test_ppl_measures_the_divergence_from_full_attention(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, text_file: str
 ) -> None:
@@ -188,8 +200,8 @@ def test_ppl_that_is_interrupted_prints_what_it_has(
 ) -> None:
     whole = nll.nll_blocks
 
-    def interrupted(source: Any, tokens: Any) -> Any:
-        for i, block in enumerate(whole(source, tokens)):
+    def interrupted(*args: Any) -> Any:
+        for i, block in enumerate(whole(*args)):
             if i == 2:
                 raise KeyboardInterrupt
             yield block
@@ -462,6 +474,7 @@ def bad(tmp_path: Path, nano_path: str) -> Path:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "zero.txt").write_bytes(b"a\0b")
     (tmp_path / "binary.txt").write_bytes(nano[:1000])
+    (tmp_path / "blank.txt").write_bytes(b" \n ")
     (tmp_path / "utf16.txt").write_text(TEXT, encoding="utf-16")
     (tmp_path / "latin1.txt").write_text("caf\xe9", encoding="latin-1")
     (tmp_path / "good.txt").write_text(TEXT, encoding="utf-8")
@@ -528,6 +541,8 @@ FAILURES = {
     "binary prose": (["passkey", "-m", "nano", "-f", "binary.txt"], "not a UTF-8 text but binary data"),
     "a text within the window": ([*PPL, "--policies", "all"], "policies differ only once the window of 512 is full"),
     "too many stretches": ([*PPL, *SMALL, "--policies", "lminf", "--kl", "9"], "--kl 9 needs 4600 tokens"),
+    "over and over": ([*PPL, "--repeat"], "--repeat needs --tokens"),
+    "prose without words": (["passkey", "-m", "nano", "-f", "blank.txt"], "has no words in it"),
     "stock is a policy": ([*PPL, "--stock", "--policies", "all"], "give only one of --stock and --policies"),
     "divergence of nothing": ([*PPL, "--kl", "2"], "--kl needs --policies"),
     "a part of nothing": ([*PPL, "--full-tokens", "20"], "--full-tokens needs --policies"),

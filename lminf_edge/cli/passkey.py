@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_edge.cli.common import (
+    CommandError,
     add_compute,
     add_model,
     add_window,
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     template = args.template or ("prose" if args.model in embedded_models() else "paper")
     prose = "" if template == "paper" else read_text(args.file) if args.file else python_documentation()
+    if template == "prose" and not prose.split():
+        raise CommandError(f"{args.file} has no words in it.")
     setup = set_up(args)
     lengths = args.lengths or [setup.window.size * factor // 2 for factor in (1, 2, 4, 8)]
     setup.check(args.policies, max(lengths) + MAX_ANSWER)

@@ -21,7 +21,7 @@ import contextlib
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,15 @@ INTERRUPTED = 130
 BUCKET = 512
 
 
+@dataclass(frozen=True)
+class Text:
+    """What is read: tokens, the first n_bos of them put in front; a stream of n_tokens, over and over if need be."""
+
+    tokens: Sequence[int]
+    n_bos: int
+    n_tokens: int
+
+
 @dataclass
 class Curve:
     """What was measured of one policy."""
@@ -67,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-f", "--file", metavar="FILE", required=True, help="UTF-8 text, - for stdin")
     parser.add_argument("--tokens", metavar="N", type=whole_number(2), help="read only the first N tokens of the text")
+    parser.add_argument("--repeat", action="store_true", help="a text that ends before --tokens begins again")
     parser.add_argument(
         "--bucket",
         metavar="N",
@@ -103,12 +113,7 @@ def _bucket(text: str) -> int | str:
 def run(args: argparse.Namespace) -> int:
     path, header = model_header(args.model)
     _check(args)
-    text = read_text(args.file)
-    with contextlib.closing(load(path, vocab_only=True)) as vocabulary:
-        tokens = tokenize(vocabulary, text)[: args.tokens]
-        n_bos = int(vocabulary._model.add_bos_token())
-    if len(tokens) < 2:
-        raise CommandError(f"{args.file} is too short: it has {len(tokens)} token, and at least 2 are needed.")
+    text = _read_tokens(args, path)
 
     setup = set_up(args) if args.policies else None
     curves: dict[str, Curve] = {}
@@ -116,13 +121,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         with Progress(quiet=args.json) as progress:
             if setup is None:
-                refusal = stock_refusal(path, KV_TYPE_NUMBERS[args.kv_type], len(tokens)) if args.stock else None
+                refusal = stock_refusal(path, KV_TYPE_NUMBERS[args.kv_type], text.n_tokens) if args.stock else None
                 if refusal:
                     raise CommandError(f"Full attention cannot run: {refusal}")
-                with contextlib.closing(open_model(args, n_ctx_stock=len(tokens))) as llm:
-                    _read(curves, "full" if args.stock else "lminf", llm, tokens, args.bucket or BUCKET, progress)
+                with contextlib.closing(open_model(args, n_ctx_stock=text.n_tokens)) as llm:
+                    _measure(curves, "full" if args.stock else "lminf", llm, text, args.bucket or BUCKET, progress)
             else:
-                _compare(curves, args, setup, tokens, n_bos, progress)
+                _compare(curves, args, setup, text, progress)
     except KeyboardInterrupt:
         if not any(curve.nll.count for curve in curves.values()):
             raise
@@ -152,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Finds out what is wrong with the options before anything is measured. Raises CommandError."""
+    if args.repeat and args.tokens is None:
+        raise CommandError("--repeat needs --tokens: without it there is no end.")
     if args.policies is None:
         for name in ("full_tokens", "kl"):
             if getattr(args, name) is not None:
@@ -170,16 +177,27 @@ def _check(args: argparse.Namespace) -> None:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _read(
-    curves: dict[str, Curve], name: str, source: Any, tokens: Sequence[int], bucket: int | str, progress: Progress
+def _read_tokens(args: argparse.Namespace, path: str) -> Text:
+    """The text of the command line. Raises CommandError if there is too little of it."""
+    text = read_text(args.file)
+    with contextlib.closing(load(path, vocab_only=True)) as vocabulary:
+        tokens = tokenize(vocabulary, text)[: args.tokens]
+        n_bos = int(vocabulary._model.add_bos_token())
+    if len(tokens) < 2:
+        raise CommandError(f"{args.file} is too short: it has {len(tokens)} token, and at least 2 are needed.")
+    return Text(tokens, n_bos, args.tokens if args.repeat else len(tokens))
+
+
+def _measure(
+    curves: dict[str, Curve], name: str, source: Any, text: Text, bucket: int | str, progress: Progress
 ) -> None:
-    """Adds the losses of the tokens to the curve of that name; source is a model or a reader."""
+    """Adds the losses of a text to the curve of that name; source is a model or a reader."""
     from lminf_edge.evaluate import nll_blocks
 
-    means = BucketMeans(_edges(len(tokens) - 1, bucket))
+    means = BucketMeans(_edges(text.n_tokens - 1, bucket))
     curves[name] = Curve(means)
-    progress.begin(name, len(tokens) - 1)
-    for start, nll in nll_blocks(source, tokens):
+    progress.begin(name, text.n_tokens - 1)
+    for start, nll in nll_blocks(source, text.tokens, text.n_tokens, text.n_bos):
         means.add(start, nll)
         progress.at(start + len(nll))
 
@@ -188,37 +206,31 @@ def _edges(n: int, bucket: int | str) -> list[int]:
     return log_edges(n) if isinstance(bucket, str) else even_edges(n, bucket)
 
 
-def _compare(
-    curves: dict[str, Curve],
-    args: argparse.Namespace,
-    setup: Setup,
-    tokens: Sequence[int],
-    n_bos: int,
-    progress: Progress,
-) -> None:
+def _compare(curves: dict[str, Curve], args: argparse.Namespace, setup: Setup, text: Text, progress: Progress) -> None:
     """Fills `curves`, policy by policy. Raises CommandError, before it measures anything, if one of them cannot run."""
     size = setup.window.size
-    if len(tokens) <= size:
+    if text.n_tokens <= size:
         raise CommandError(
-            f"{args.file} is too short: it has {len(tokens)} tokens, and policies differ only once the window of "
+            f"{args.file} is too short: it has {text.n_tokens} tokens, and policies differ only once the window of "
             f"{size} is full: give a longer text, or a smaller --n-local."
         )
-    n_full = min(len(tokens), args.full_tokens or len(tokens))
-    stretches = _stretches(args.kl, setup, tokens, n_bos) if args.kl else []
+    n_full = min(text.n_tokens, args.full_tokens or text.n_tokens)
+    stretches = _stretches(args.kl, setup, text) if args.kl else []
     setup.check(args.policies, n_full)
     if stretches:
         setup.check([POLICIES["full"]], len(stretches[0]))
     bucket = args.bucket or "log"
     for policy in args.policies:
-        text = tokens[:n_full] if policy.name == "full" else tokens
-        with setup.reader(policy, len(text)) as reader:
-            _read(curves, policy.name, reader, text, bucket, progress)
+        part = replace(text, n_tokens=n_full) if policy.name == "full" else text
+        with setup.reader(policy, part.n_tokens) as reader:
+            _measure(curves, policy.name, reader, part, bucket, progress)
     if stretches:
         _diverge(curves, setup, stretches, bucket, progress)
 
 
-def _stretches(n: int, setup: Setup, tokens: Sequence[int], n_bos: int) -> list[list[int]]:
+def _stretches(n: int, setup: Setup, text: Text) -> list[list[int]]:
     """n stretches of the training length, spread evenly over the text, each with its BOS. Raises CommandError."""
+    tokens, n_bos = text.tokens, text.n_bos
     n_train = setup.header.n_ctx_train
     if n_train <= setup.window.size:
         raise CommandError(

@@ -28,20 +28,28 @@ def token_nll(llm: llama_cpp.Llama | Reader, tokens: Sequence[int] | Tokens) -> 
     return result
 
 
-def nll_blocks(llm: llama_cpp.Llama | Reader, tokens: Sequence[int] | Tokens) -> Iterator[tuple[int, Nll]]:
-    """The same, batch by batch: yields (i, nll) where nll[0] is that of tokens[i + 1]."""
+def nll_blocks(
+    llm: llama_cpp.Llama | Reader, tokens: Sequence[int] | Tokens, n_tokens: int | None = None, n_bos: int = 0
+) -> Iterator[tuple[int, Nll]]:
+    """The same, batch by batch: yields (i, nll) where nll[0] is that of token i + 1.
+
+    The stream has n_tokens; None: those there are. After the last one it goes on with the first, all but n_bos of them.
+    """
     text = as_tokens(tokens)
+    n_tokens = len(text) if n_tokens is None else n_tokens
+    if n_tokens > len(text) <= n_bos:
+        raise ValueError(f"{len(text)} tokens are none to repeat after the first {n_bos}.")
     reader = llm if isinstance(llm, Reader) else reader_of(llm)
-    if reader.limit is not None and len(text) - 1 > reader.limit:
+    if reader.limit is not None and n_tokens - 1 > reader.limit:
         raise ValueError(
-            f"{len(text)} tokens do not fit the n_ctx of {reader.limit}: "
+            f"{n_tokens} tokens do not fit the n_ctx of {reader.limit}: "
             "use a larger n_ctx, or lminf, which has no limit."
         )
     reader.clear()
-    for start in range(0, len(text) - 1, reader.n_batch):
-        batch = text[start : min(start + reader.n_batch, len(text) - 1)]
-        logits = reader.read(batch)
-        yield start, nll_from_logits(logits, text[start + 1 : start + 1 + len(batch)])
+    for start in range(0, n_tokens - 1, reader.n_batch):
+        at = np.arange(start, min(start + reader.n_batch, n_tokens - 1) + 1)
+        batch = text[np.where(at < len(text), at, n_bos + (at - n_bos) % max(len(text) - n_bos, 1))]
+        yield start, nll_from_logits(reader.read(batch[:-1]), batch[1:])
 
 
 def nll_from_logits(logits: npt.NDArray[np.float32], targets: Tokens) -> Nll:
