@@ -229,8 +229,17 @@ def test_passkey_reports_every_cell(capfd: pytest.CaptureFixture[str]) -> None:
         places = [(cell["length"], cell["depth"]) for cell in policy["cells"]]
         assert places == [(100, 0.0), (100, 1.0), (300, 0.0), (300, 1.0)]
         for cell in policy["cells"]:
-            assert list(cell) == ["length", "depth", "trials", "correct", "accuracy", "in_reach"]
+            assert list(cell) == [
+                "length",
+                "depth",
+                "trials",
+                "correct",
+                "accuracy",
+                "in_reach",
+                "correct_in_reach",
+            ]
             assert cell["accuracy"] == cell["correct"] / cell["trials"]
+            assert cell["correct_in_reach"] <= cell["correct"]
         assert policy["trials"] == 8
         assert policy["accuracy"] == sum(cell["correct"] for cell in policy["cells"]) / 8
     assert report["policies"]["window"]["cells"][2]["in_reach"] == 0

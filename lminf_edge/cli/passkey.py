@@ -10,7 +10,8 @@ Ctrl-C ends the measurement: what was asked until then is printed.
   template, lengths, depths, trials (per cell)
   window     {"n_global", "n_local", "max_distance"}
   policies   {"lminf": {"trials", "correct", "accuracy", "cells"}, ...}, where cells are
-             [{"length", "depth" (0..1), "trials", "correct", "accuracy", "in_reach" (share of its trials)}, ...]
+             [{"length", "depth" (0..1), "trials", "correct", "accuracy", "in_reach" (share of the trials),
+             "correct_in_reach" (how many of those were right)}, ...]
 """
 
 from __future__ import annotations
@@ -176,6 +177,7 @@ def _policy_report(cells: Sequence[Cell]) -> dict[str, Any]:
                 "correct": cell.correct,
                 "accuracy": cell.accuracy,
                 "in_reach": cell.in_reach,
+                "correct_in_reach": cell.found,
             }
             for cell in cells
         ],
@@ -185,22 +187,21 @@ def _policy_report(cells: Sequence[Cell]) -> dict[str, Any]:
 def _print_tables(
     cells: dict[str, list[Cell]], lengths: Sequence[int], depths: Sequence[float], window: Window
 ) -> None:
-    print(f"right answers; in brackets where the key was out of reach of {window.n_global} + {window.n_local} tokens\n")
+    print(
+        f"right answers; in brackets where most keys were out of reach of {window.n_global} + {window.n_local} tokens\n"
+    )
     for name, measured in cells.items():
         print(f"{name:<15} {'key told at'}")
         print(f"{'tokens':>15} " + " ".join(f"{depth:>7.0%}" for depth in depths))
         for length in lengths:
             row = [cell for cell in measured if cell.length == length]
             print(f"{length:>15} " + " ".join(f"{_cell(cell):>7}" for cell in row))
-        lost = [cell for cell in measured if cell.in_reach < 0.5]
-        kept = [cell for cell in measured if cell.in_reach >= 0.5]
-        shares = [f"{label} {_share(some)}" for label, some in (("in reach", kept), ("out of reach", lost)) if some]
-        print(f"{'':15} {', '.join(shares)}\n")
+        reachable, found = sum(cell.reachable for cell in measured), sum(cell.found for cell in measured)
+        n_lost = sum(cell.trials for cell in measured) - reachable
+        n_luck = sum(cell.correct for cell in measured) - found
+        shares = [("keys in reach", found, reachable), ("out of reach", n_luck, n_lost)]
+        print(f"{'':15} {', '.join(f'{label}: {right} of {all_}' for label, right, all_ in shares if all_)}\n")
 
 
 def _cell(cell: Cell) -> str:
     return f"{cell.accuracy:.0%} " if cell.in_reach >= 0.5 else f"({cell.accuracy:.0%})"
-
-
-def _share(cells: Sequence[Cell]) -> str:
-    return f"{sum(cell.correct for cell in cells)} of {sum(cell.trials for cell in cells)}"

@@ -53,18 +53,25 @@ class Cell:
 
     length     tokens of a prompt, at most
     depth      share of the filler that comes before the key
-    in_reach   share of the prompts where the key could still be attended to when it was asked for
+    reachable  prompts where the key could still be attended to when it was asked for
+    found      how many of those were answered right; other right answers are luck, or came by way of later tokens that
+               had seen the key
     """
 
     length: int
     depth: float
     trials: int
     correct: int
-    in_reach: float
+    reachable: int
+    found: int
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.trials
+
+    @property
+    def in_reach(self) -> float:
+        return self.reachable / self.trials
 
 
 class Passkey:
@@ -146,6 +153,11 @@ def measure(
     depth: float,
 ) -> Cell:
     """Asks each of these prompts, which have this length and depth."""
-    answers = [answer(reader, prompt, detokenize) for prompt in prompts]
-    correct = sum(is_right(text, prompt.key) for (text, _), prompt in zip(answers, prompts, strict=True))
-    return Cell(length, depth, len(prompts), correct, sum(in_reach for _, in_reach in answers) / len(prompts))
+    correct = reachable = found = 0
+    for prompt in prompts:
+        text, in_reach = answer(reader, prompt, detokenize)
+        right = is_right(text, prompt.key)
+        correct += right
+        reachable += in_reach
+        found += right and in_reach
+    return Cell(length, depth, len(prompts), correct, reachable, found)

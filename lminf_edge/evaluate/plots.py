@@ -74,7 +74,7 @@ def plot_losses(path: Path, curves: Mapping[str, Sequence[Bucket]], n_ctx_train:
 
 
 def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str = "") -> None:
-    """A heat map for each policy: right answers by length and depth, hatched where the key was out of reach."""
+    """A heat map for each policy: right answers by length and depth, hatched where most keys were out of reach."""
     pyplot = _pyplot()
     n_columns = min(3, len(policies))
     n_rows = -(-len(policies) // n_columns)
@@ -109,12 +109,12 @@ def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str 
             side.set_visible(False)
     for axes in grid.flat[len(policies) :]:
         axes.set_visible(False)
-    figure.supxlabel("length of the prompt, tokens", fontsize=9)
+    figure.supxlabel("length of the prompt, tokens; hatched: key out of reach", fontsize=9)
     figure.supylabel("where the key was told", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
     bar = figure.colorbar(image, ax=grid, ticks=[0, 0.5, 1], format="{x:.0%}", shrink=0.8)
-    bar.set_label("right answers; hatched: the key was out of reach", fontsize=8)
+    bar.set_label("right answers", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     _save(figure, path)
 
