@@ -30,7 +30,7 @@ def kl_from_logits(reference: npt.NDArray[np.float32], other: npt.NDArray[np.flo
     """KL(softmax(reference) || softmax(other)) in nats, row by row: (n_rows, n_vocab) both, to float64 (n_rows,)."""
     result = np.empty(len(reference))
     for (start, p), (_, q) in zip(row_blocks(reference), row_blocks(other), strict=True):
-        log_p = p - log_sum_exp(p)[:, None]
-        log_q = q - log_sum_exp(q)[:, None]
+        log_p = p - log_sum_exp(p.copy())[:, None]
+        log_q = q - log_sum_exp(q.copy())[:, None]
         result[start : start + len(p)] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     return result

@@ -69,7 +69,9 @@ def row_blocks(logits: npt.NDArray[np.float32]) -> Iterator[tuple[int, Nll]]:
 
 
 def log_sum_exp(rows: Nll) -> Nll:
-    """log of the sum of exp over each row: (n_rows, n_vocab) to (n_rows,)."""
+    """log of the sum of exp over each row: (n_rows, n_vocab), which is used up for it, to (n_rows,)."""
     largest = rows.max(axis=1)
-    result: Nll = np.log(np.exp(rows - largest[:, None]).sum(axis=1)) + largest
+    rows -= largest[:, None]
+    np.exp(rows, out=rows)
+    result: Nll = np.log(rows.sum(axis=1)) + largest
     return result
