@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
                 "depths": args.depths,
                 "trials": args.trials,
                 "window": _window_report(setup.window),
-                "policies": {name: _policy_report(measured) for name, measured in cells.items()},
+                "policies": {name: policy_report(measured) for name, measured in cells.items()},
             }
         )
     else:
@@ -163,7 +163,8 @@ def _window_report(window: Window) -> dict[str, int]:
     return {"n_global": window.n_global, "n_local": window.n_local, "max_distance": window.max_distance}
 
 
-def _policy_report(cells: Sequence[Cell]) -> dict[str, Any]:
+def policy_report(cells: Sequence[Cell]) -> dict[str, Any]:
+    """As --json prints it."""
     trials, correct = sum(cell.trials for cell in cells), sum(cell.correct for cell in cells)
     return {
         "trials": trials,

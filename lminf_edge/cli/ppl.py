@@ -215,7 +215,7 @@ def _compare(curves: dict[str, Curve], args: argparse.Namespace, setup: Setup, t
             f"{size} is full: give a longer text, or a smaller --n-local."
         )
     n_full = min(text.n_tokens, args.full_tokens or text.n_tokens)
-    stretches = _stretches(args.kl, setup, text) if args.kl else []
+    stretches = stretches_of(args.kl, setup, text) if args.kl else []
     setup.check(args.policies, n_full)
     if stretches:
         setup.check([POLICIES["full"]], len(stretches[0]))
@@ -228,7 +228,7 @@ def _compare(curves: dict[str, Curve], args: argparse.Namespace, setup: Setup, t
         _diverge(curves, setup, stretches, bucket, progress)
 
 
-def _stretches(n: int, setup: Setup, text: Text) -> list[list[int]]:
+def stretches_of(n: int, setup: Setup, text: Text) -> list[list[int]]:
     """n stretches of the training length, spread evenly over the text, each with its BOS. Raises CommandError."""
     tokens, n_bos = text.tokens, text.n_bos
     n_train = setup.header.n_ctx_train
