@@ -13,13 +13,12 @@ import argparse
 import json
 import pydoc_data.topics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from lminf_edge import Llama, LMInfConfig
-from lminf_edge.evaluate.nll import nll_from_logits
+from lminf_edge.evaluate import nll_blocks
 
 
 def resident_bytes() -> int:
@@ -50,16 +49,6 @@ class SpanMean:
         return self._sum / self._n
 
 
-def stream_nll(llm: Llama, text: np.ndarray, n_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (i, nll) for the endless repetition of `text` (n_text,), nll[0] being that of token i + 1."""
-    stream = llm.stream
-    for start in range(0, n_tokens - 1, llm.n_batch):
-        n_rows = min(llm.n_batch, n_tokens - 1 - start)
-        tokens = text[np.arange(start, start + n_rows + 1) % len(text)]
-        stream.decode(tokens[:-1], logits_all=True)
-        yield start, nll_from_logits(stream.logits_block(), tokens[1:])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
@@ -82,7 +71,7 @@ def main() -> None:
 
     begun = time.perf_counter()
     warm_bytes = n_nan = 0
-    for position, nll in stream_nll(llm, text, args.tokens):
+    for position, nll in nll_blocks(llm, text, args.tokens):
         early.add(position, nll)
         late.add(position, nll)
         n_nan += int(np.isnan(nll).sum())

@@ -270,7 +270,8 @@ def latency_section(figures: Figures) -> str:
         f"`nano`, {latency['n_tokens']:,} tokens decoded one after the other in one stream, window {c['window']}, "
         f"{record['n_threads']} threads; the positions were moved back {latency['n_rebase']} times meanwhile. "
         "The second line is as many equal pieces of work in as many threads, which wait neither for memory nor for "
-        "each other: what the machine adds by itself.\n\n" + table(["", "median", "p99", "max", "p99 / median"], rows, 1)
+        "each other: what the machine adds by itself.\n\n"
+        + table(["", "median", "p99", "max", "p99 / median"], rows, 1)
     )
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TEXT
-from reference import tiny_models
+from reference import tiny_models, unsupported_models
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli import main
 from lminf_edge.cli.common import human_bytes
 from lminf_edge.cli.demo import Bucket, Figures, bucket_edges, python_documentation, sparkline, summarize
-from lminf_edge.evaluate import token_nll
+from lminf_edge.config import kv_bytes
+from lminf_edge.evaluate import nll, token_nll
+from lminf_edge.gguf_header import read_header
 
 ENTRY = Path(sys.executable).with_name("lminf-edge")
 
@@ -104,6 +106,161 @@ def test_ppl_prints_a_table(capfd: pytest.CaptureFixture[str], text_file: str) -
     assert main(["ppl", "-m", "nano", "-f", text_file]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert re.fullmatch(r"\d+ tokens, \d+\.\d{4} nats per token, perplexity \d+\.\d\d", lines[-1])
+
+
+# --- ppl --policies ---------------------------------------------------------------------------------------------------
+
+POLICY_NAMES = ["full", "shift", "window", "sinks", "sinks-uncapped", "lminf"]
+SMALL = ["--n-global", "4", "--n-local", "60"]
+
+
+def test_ppl_of_all_policies(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    report = run_json(capfd, "ppl", "-m", "nano", "-f", text_file, "--policies", "all", *SMALL)
+    assert list(report) == ["policies"]
+    assert list(report["policies"]) == POLICY_NAMES
+    n_tokens = report["policies"]["full"]["tokens"]
+    for policy in report["policies"].values():
+        assert list(policy) == ["tokens", "mean_nll", "buckets"]
+        assert policy["tokens"] == n_tokens > 300
+        edges = [(bucket["start"], bucket["end"]) for bucket in policy["buckets"]]
+        assert edges[:5] == [(0, 64), (64, 128), (128, 192), (192, 256), (256, 320)]
+        assert edges[-1][1] == n_tokens
+        total = sum(bucket["mean_nll"] * (bucket["end"] - bucket["start"]) for bucket in policy["buckets"])
+        assert total / n_tokens == pytest.approx(policy["mean_nll"])
+    # the same as the command without --policies
+    for name, options in (("lminf", SMALL), ("full", ["--stock"])):
+        alone = run_json(capfd, "ppl", "-m", "nano", "-f", text_file, "--bucket", "log", *options)
+        for ours, theirs in zip(alone["buckets"], report["policies"][name]["buckets"], strict=True):
+            assert ours == pytest.approx(theirs, abs=5e-3)  # micro-batches differ, and activations have 8 bits
+
+
+def test_ppl_compares_a_part_with_full_attention(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    options = ["--policies", "full,lminf", "--full-tokens", "101", "--bucket", "50", "--tokens", "201"]
+    report = run_json(capfd, "ppl", "-m", "nano", "-f", text_file, *options, *SMALL)["policies"]
+    assert [bucket["end"] for bucket in report["full"]["buckets"]] == [50, 100]
+    assert [bucket["end"] for bucket in report["lminf"]["buckets"]] == [50, 100, 150, 200]
+
+
+def test_ppl_repeats_a_text(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    once, thrice = tmp_path / "once.txt", tmp_path / "thrice.txt"
+    once.write_text(TEXT.strip(), encoding="utf-8")
+    thrice.write_text(" ".join([TEXT.strip()] * 3), encoding="utf-8")
+    common = ["ppl", "-m", "nano", "--kv-type", "f32", "--bucket", "20", *SMALL]
+    whole = run_json(capfd, *common, "-f", str(thrice))
+    n_tokens = whole["tokens"] + 1
+    repeated = run_json(capfd, *common, "-f", str(once), "--repeat", "--tokens", str(n_tokens))
+    assert repeated == whole  # BOS, which is put in front, does not come again
+    assert run_json(capfd, *common, "-f", str(once), "--repeat", "--tokens", "50")["tokens"] == 49
+
+
+def test_ppl_measures_the_divergence_from_full_attention(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, text_file: str
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text(Path(text_file).read_text(encoding="utf-8") * 5, encoding="utf-8")
+    options = ["--policies", "full,window,lminf", "--kl", "2", "--bucket", "50", "--tokens", "1200", "--csv"]
+    csv = tmp_path / "out.csv"
+    report = run_json(capfd, "ppl", "-m", "nano", "-f", str(long), *options, str(csv), *SMALL)["policies"]
+    assert "kl" not in report["full"]
+    for name in ("window", "lminf"):
+        divergence = report[name]["kl"]
+        assert list(divergence) == ["stretches", "tokens", "mean_kl", "buckets"]
+        assert (divergence["stretches"], divergence["tokens"]) == (2, 2 * 512)
+        buckets = divergence["buckets"]
+        assert [(bucket["start"], bucket["end"]) for bucket in buckets[:2]] == [(0, 50), (50, 100)]
+        assert buckets[-1]["end"] == 512
+        assert abs(buckets[0]["mean_kl"]) < 1e-3  # rounding: q8_0 weights, 8-bit activations
+        assert buckets[-1]["mean_kl"] > 10 * abs(buckets[0]["mean_kl"])
+    lines = csv.read_text().splitlines()
+    assert lines[0] == "policy,measure,start,end,mean"
+    expected = [
+        f"{name},{measure},{bucket['start']},{bucket['end']},{bucket[f'mean_{measure}']}"
+        for name, policy in report.items()
+        for measure, buckets in (("nll", policy["buckets"]), ("kl", policy.get("kl", {}).get("buckets", [])))
+        for bucket in buckets
+    ]
+    assert lines[1:] == expected
+
+
+def test_ppl_prints_and_draws_a_comparison(capfd: pytest.CaptureFixture[str], tmp_path: Path, text_file: str) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["ppl", "-m", "nano", "-f", text_file, "--policies", "full,sinks-uncapped,lminf", *SMALL]
+    for name, mark in (("loss.png", b"\x89PNG"), ("loss.svg", b"<?xml"), ("loss.pdf", b"%PDF")):
+        assert main([*arguments, "--plot", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(mark)
+        lines = capfd.readouterr().out.splitlines()
+        assert lines[0].split() == ["nats", "per", "token", "full", "sinks-uncapped", "lminf"]
+        assert re.fullmatch(r" +0 \.\. 64( +\d+\.\d{4}){3}", lines[1])
+        assert re.fullmatch(r"all( +\d+\.\d{4}){3}", lines[-2])
+        assert re.fullmatch(r"perplexity( +\d+\.\d{4}){3}", lines[-1])
+
+
+def test_ppl_that_is_interrupted_prints_what_it_has(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text_file: str
+) -> None:
+    whole = nll.nll_blocks
+
+    def interrupted(*args: Any) -> Any:
+        for i, block in enumerate(whole(*args)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield block
+
+    monkeypatch.setattr(nll, "nll_blocks", interrupted)
+    arguments = ["ppl", "-m", "nano", "-f", text_file, "--batch", "50", "--json", "--policies", "window,lminf", *SMALL]
+    assert main(arguments) == 130
+    report = json.loads(capfd.readouterr().out)["policies"]
+    assert list(report) == ["window"]
+    assert (report["window"]["tokens"], report["window"]["buckets"][-1]["end"]) == (100, 100)
+
+
+# --- passkey ----------------------------------------------------------------------------------------------------------
+
+
+def test_passkey_reports_every_cell(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--n-global", "40", "--n-local", "80", "--lengths", "300,100", "--depths", "0,100", "--trials", "2"]
+    report = run_json(capfd, "passkey", "-m", "nano", *options, "--policies", "all")
+    assert list(report) == ["template", "lengths", "depths", "trials", "window", "policies"]
+    assert (report["template"], report["lengths"], report["depths"]) == ("prose", [100, 300], [0.0, 1.0])
+    assert report["window"] == {"n_global": 40, "n_local": 80, "max_distance": 80}
+    assert list(report["policies"]) == POLICY_NAMES
+    for policy in report["policies"].values():
+        assert list(policy) == ["trials", "correct", "accuracy", "cells"]
+        places = [(cell["length"], cell["depth"]) for cell in policy["cells"]]
+        assert places == [(100, 0.0), (100, 1.0), (300, 0.0), (300, 1.0)]
+        for cell in policy["cells"]:
+            assert list(cell) == [
+                "length",
+                "depth",
+                "trials",
+                "correct",
+                "accuracy",
+                "in_reach",
+                "correct_in_reach",
+            ]
+            assert cell["accuracy"] == cell["correct"] / cell["trials"]
+            assert cell["correct_in_reach"] <= cell["correct"]
+        assert policy["trials"] == 8
+        assert policy["accuracy"] == sum(cell["correct"] for cell in policy["cells"]) / 8
+    assert report["policies"]["window"]["cells"][2]["in_reach"] == 0
+    assert report["policies"]["lminf"]["cells"][2]["in_reach"] == 1
+
+
+def test_passkey_prints_and_draws(capfd: pytest.CaptureFixture[str], tmp_path: Path, text_file: str) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "keys.png"
+    options = ["--n-global", "4", "--n-local", "60", "--lengths", "200", "--depths", "0,100", "--trials", "1"]
+    assert main(["passkey", "-m", "nano", "-f", text_file, *options, "--plot", str(plot)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("right answers; in brackets")
+    assert [line.split()[0] for line in lines if "key told at" in line] == ["full", "lminf"]
+    assert re.fullmatch(r" +200 +\(\d+%\) +\d+% ", lines[-3])  # the first key is out of reach
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_passkey_with_the_published_prompt(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--template", "paper", "--lengths", "200", "--depths", "50", "--trials", "1", "--policies", "lminf"]
+    assert run_json(capfd, "passkey", "-m", "nano", *options)["template"] == "paper"
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -326,6 +483,9 @@ def bad(tmp_path: Path, nano_path: str) -> Path:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "zero.txt").write_bytes(b"a\0b")
     (tmp_path / "binary.txt").write_bytes(nano[:1000])
+    (tmp_path / "blank.txt").write_bytes(b" \n ")
+    (tmp_path / "utf16.txt").write_text(TEXT, encoding="utf-16")
+    (tmp_path / "latin1.txt").write_text("caf\xe9", encoding="latin-1")
     (tmp_path / "good.txt").write_text(TEXT, encoding="utf-8")
     shape = tiny_models.MODELS["llama"]
     no_bos = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_space_prefix": False}
@@ -357,6 +517,12 @@ USAGE = {
     "negative temperature": (["generate", "-m", "nano", "-p", "a", "--temp", "-0.5"], "must be 0 or more"),
     "no temperature": (["generate", "-m", "nano", "-p", "a", "--temp", "nan"], "must be 0 or more"),
     "large probability": (["generate", "-m", "nano", "-p", "a", "--top-p", "2"], "must be 1 or less"),
+    "no such policy": ([*PPL, "--policies", "full,streaming"], "there is no policy 'streaming'"),
+    "no policy": ([*PPL, "--policies", ""], "there is no policy ''"),
+    "buckets in words": ([*PPL, "--bucket", "some"], "must be a whole number, not 'some'"),
+    "no such template": (["passkey", "-m", "nano", "--template", "mine"], "invalid choice: 'mine'"),
+    "too deep": (["passkey", "-m", "nano", "--depths", "0,101"], "must be 100 or less"),
+    "no trial": (["passkey", "-m", "nano", "--trials", "0"], "must be 1 or more"),
     "doctor takes no model": (["doctor", "-m", "nano"], "unrecognized arguments"),
 }
 
@@ -378,7 +544,25 @@ FAILURES = {
     "an empty text": (["ppl", "-m", "nano", "-f", "empty.txt"], "is empty"),
     "an empty prompt file": (["generate", "-m", "nano", "-f", "empty.txt"], "is empty"),
     "zero bytes": (["ppl", "-m", "nano", "-f", "zero.txt"], "zero bytes"),
-    "a binary file": (["demo", "-f", "binary.txt"], "not a UTF-8 text"),
+    "a binary file": (["demo", "-f", "binary.txt"], "not a UTF-8 text but binary data"),
+    "a text in UTF-16": (["ppl", "-m", "nano", "-f", "utf16.txt"], "UTF-16: convert it"),
+    "a text in Latin 1": (["ppl", "-m", "nano", "-f", "latin1.txt"], "byte 3 is 0xe9"),
+    "binary prose": (["passkey", "-m", "nano", "-f", "binary.txt"], "not a UTF-8 text but binary data"),
+    "a text within the window": ([*PPL, "--policies", "all"], "policies differ only once the window of 512 is full"),
+    "too many stretches": ([*PPL, *SMALL, "--policies", "lminf", "--kl", "9"], "--kl 9 needs 4600 tokens"),
+    "over and over": ([*PPL, "--repeat"], "--repeat needs --tokens"),
+    "prose without words": (["passkey", "-m", "nano", "-f", "blank.txt"], "has no words in it"),
+    "stock is a policy": ([*PPL, "--stock", "--policies", "all"], "give only one of --stock and --policies"),
+    "divergence of nothing": ([*PPL, "--kl", "2"], "--kl needs --policies"),
+    "a part of nothing": ([*PPL, "--full-tokens", "20"], "--full-tokens needs --policies"),
+    "a picture of another kind": ([*PPL, "--plot", "loss.gif"], "ends in .png, .svg, .pdf"),
+    "a folder as picture": (["passkey", "-m", "nano", "--plot", "."], "is a folder"),
+    "no folder for a table": ([*PPL, "--csv", "nosuch/loss.csv"], "there is no folder nosuch"),
+    "too short a prompt": (["passkey", "-m", "nano", "--lengths", "9"], "without filler it has"),
+    "too small a window to shift": (
+        [*PPL, "--policies", "shift", "--n-global", "2", "--n-local", "4"],
+        "too small for context shift",
+    ),
     "sinks fill the window": ([*PPL, "--n-global", "600"], "no room"),
     "too long a window": ([*PPL, "--n-local", "10000000000"], "or less"),
 }
@@ -428,6 +612,59 @@ def test_an_unsupported_model_is_refused(
     _assert_one_sentence(capfd, reason)
 
 
+# what llama.cpp would abort on, or pass over in silence
+@pytest.mark.parametrize(
+    ("arch", "policy", "reason"),
+    [
+        ("qwen2vl", "shift", "llama.cpp cannot shift the cache"),
+        ("jamba", "shift", "llama.cpp cannot shift the cache"),
+        ("gpt2", "full", "learned absolute positions, and there are 128 of them"),
+        ("bert", "full", "attention is not causal"),
+        ("gpt2", "lminf", "'gpt2'"),
+        ("mistral3", "sinks", "absolute position"),
+    ],
+)
+def test_a_policy_that_a_model_cannot_run_is_refused_before_anything_is_measured(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, arch: str, policy: str, reason: str
+) -> None:
+    model = str(unsupported_models.write(arch, tmp_path))
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh ijkl mnop. " * 20, encoding="utf-8")
+    capfd.readouterr()
+    assert main(["ppl", "-m", model, "-f", str(text), "--policies", policy, *SMALL]) == 1
+    _assert_one_sentence(capfd, f"The policy {policy} cannot run: ")
+    assert main(["passkey", "-m", model, "--policies", policy, "--lengths", "400", *SMALL]) == 1
+    _assert_one_sentence(capfd, reason)
+    if policy == "full":
+        assert main(["ppl", "-m", model, "-f", str(text), "--stock"]) == 1
+        _assert_one_sentence(capfd, reason)
+
+
+def test_full_attention_beyond_memory_is_refused(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, nano_path: str, text_file: str
+) -> None:
+    monkeypatch.setattr("lminf_edge.cli.policies.physical_memory", lambda: kv_bytes(read_header(nano_path), 1, 300))
+    arguments = ["ppl", "-m", "nano", "-f", text_file, "--policies", "all", "--tokens", "400", *SMALL]
+    assert main(arguments) == 1
+    _assert_one_sentence(capfd, "The policy full cannot run: its cache for 400 tokens would take")
+    assert list(run_json(capfd, *arguments, "--full-tokens", "300")["policies"]) == POLICY_NAMES
+
+
+def test_a_plot_without_matplotlib(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text_file: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["ppl", "-m", "nano", "-f", text_file, "--plot", "loss.png"]) == 1
+    _assert_one_sentence(capfd, "pip install 'lminf-edge[plot]'")
+
+
+def test_divergence_needs_a_window_below_the_training_length(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text(TEXT * 10, encoding="utf-8")
+    assert main(["ppl", "-m", "nano", "-f", str(text), "--policies", "lminf", "--kl", "1"]) == 1
+    _assert_one_sentence(capfd, "smaller than the training length of 512")
+
+
 def test_a_window_beyond_training_is_warned_of(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
     assert main(["ppl", "-m", "nano", "-f", text_file, "--n-local", "1000"]) == 0
     (line,) = capfd.readouterr().err.splitlines()
@@ -443,7 +680,7 @@ def test_a_window_beyond_memory_is_refused(capfd: pytest.CaptureFixture[str], te
 # --- the installed command --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["generate", "ppl", "info", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["generate", "ppl", "passkey", "info", "doctor", "demo"])
 def test_every_command_has_help(capfd: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

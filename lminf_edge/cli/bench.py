@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from lminf_edge import native
     from lminf_edge.bench.alternate import Bench, fastest, ratio
     from lminf_edge.bench.random_model import find_shape, random_model
-    from lminf_edge.cli.info import probe
+    from lminf_edge.cli.probe import probe
 
     native.load()
     ours = native.library_folder()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory, kv_bytes
+from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory, is_quantized, kv_bytes
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
 
@@ -103,9 +104,10 @@ def add_window(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_compute(parser: argparse.ArgumentParser) -> None:
+def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
     group = parser.add_argument_group("computing")
-    group.add_argument("--stock", action="store_true", help="full attention instead: llama.cpp as it is")
+    if stock:
+        group.add_argument("--stock", action="store_true", help="full attention instead: llama.cpp as it is")
     group.add_argument(
         "--batch", metavar="N", type=whole_number(1, MAX_BATCH), default=512, help="tokens per batch; default 512"
     )
@@ -133,26 +135,31 @@ def model_header(name_or_path: str) -> tuple[str, Header]:
     return path, header
 
 
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Llama's arguments for the options of add_window and add_compute, all but the window itself."""
+    kv_type = KV_TYPE_NUMBERS[args.kv_type]
+    return {
+        "type_k": kv_type,
+        "type_v": kv_type,
+        "flash_attn": is_quantized(kv_type),  # llama.cpp has quantized values only with flash attention
+        "n_batch": args.batch,
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads,
+        "n_gpu_layers": args.gpu_layers,
+    }
+
+
 def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llama:
     """The model of the command line, with a Λ cache or, with --stock, full attention over n_ctx_stock tokens.
 
     Raises ValueError, MemoryError or CommandError, in one sentence, if it cannot be used.
     """
     path, header = model_header(args.model)
-    kv_type = KV_TYPE_NUMBERS[args.kv_type]
-    settings: dict[str, Any] = {
-        "type_k": kv_type,
-        "type_v": kv_type,
-        "flash_attn": KV_TYPES[kv_type][2] > 1,  # llama.cpp has quantized values only with flash attention
-        "n_batch": args.batch,
-        "n_threads": args.threads,
-        "n_threads_batch": args.threads,
-        "n_gpu_layers": args.gpu_layers,
-    }
+    settings = model_settings(args)
     if not args.stock:
         return load(path, lminf=window_config(args), **settings)
     n_ctx = n_ctx_stock or header.n_ctx_train
-    check_memory(kv_bytes(header, kv_type, n_ctx))
+    check_memory(kv_bytes(header, settings["type_k"], n_ctx))
     return load(path, n_ctx=n_ctx, **settings)
 
 
@@ -183,10 +190,17 @@ def read_text(path: str) -> str:
         if not Path(path).is_file():
             raise CommandError(f"{path} {'is not a file' if Path(path).exists() else 'does not exist'}.")
         data = Path(path).read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise CommandError(f"{name} is not a UTF-8 text but UTF-16: convert it, e.g. with iconv -f UTF-16 -t UTF-8.")
     try:
         text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise CommandError(f"{name} is not a UTF-8 text.") from None
+    except UnicodeDecodeError as error:
+        if b"\0" in data:
+            raise CommandError(f"{name} is not a UTF-8 text but binary data.") from None
+        raise CommandError(
+            f"{name} is not a UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}; if it is a text in another "
+            "encoding, convert it, e.g. with iconv -f LATIN1 -t UTF-8."
+        ) from None
     if "\0" in text:
         raise CommandError(f"{name} is not a text: it contains zero bytes.")
     if not text:
@@ -200,6 +214,16 @@ def tokenize(llm: Llama, text: str) -> list[int]:
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
+
+
+def check_output(path: Path) -> None:
+    """Raises CommandError if a file could not be written there: found out before it takes hours to have a content."""
+    if path.is_dir():
+        raise CommandError(f"{path} is a folder: give the name of a file.")
+    if not path.absolute().parent.is_dir():
+        raise CommandError(f"{path} cannot be written: there is no folder {path.parent}.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise CommandError(f"{path} cannot be written: permission denied.")
 
 
 def print_json(value: object) -> None:

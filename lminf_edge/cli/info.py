@@ -15,7 +15,6 @@ import argparse
 
 from lminf_edge.cli.common import (
     KV_TYPE_NUMBERS,
-    CommandError,
     add_model,
     add_window,
     human_bytes,
@@ -23,7 +22,8 @@ from lminf_edge.cli.common import (
     print_json,
     window_config,
 )
-from lminf_edge.config import ATTENTIONS, Attention, is_quantized, kv_bytes, physical_memory, resolve
+from lminf_edge.cli.probe import probe
+from lminf_edge.config import kv_bytes, physical_memory, resolve
 from lminf_edge.gguf_header import Header
 
 HELP = "whether a model is supported, and what its cache costs"
@@ -77,47 +77,6 @@ def run(args: argparse.Namespace) -> int:
     if report["recommended"]:
         print(f"recommended     {report['recommended']}")
     return 0
-
-
-def probe(path: str, kv_type: int, attention: Attention) -> tuple[str | None, Attention | None]:
-    """Makes a small Λ cache for the model, without reading its weights.
-
-    Returns (None, what computes its attention), or (why it cannot have one, None) with a sentence. Raises CommandError
-    if the file is damaged.
-    """
-    from lminf_edge import native
-
-    library = native.load()
-    from llama_cpp import llama_cpp as bindings
-    from llama_cpp._logger import set_verbose
-
-    set_verbose(False)
-    model_params = bindings.llama_model_default_params()
-    model_params.no_alloc = True
-    model_params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
-    params = bindings.llama_context_default_params()
-    params.n_ctx = params.n_batch = 64
-    params.type_k = params.type_v = kv_type
-    params.flash_attn_type = int(is_quantized(kv_type))  # llama.cpp has quantized values only with flash attention
-    window = library.default_params()
-    window.n_local = 64
-    window.attention = ATTENTIONS.index(attention)
-    with native.captured_errors() as errors:
-        model = bindings.llama_model_load_from_file(path.encode("utf-8"), model_params)
-        if not model:
-            reason = native.load_failure(path, errors) or f"{path} cannot be loaded."
-            if "unknown model architecture" in reason:
-                return reason, None
-            raise CommandError(reason)
-        # some models are only found out when their graph is built, so asking lminf_refusal is not enough
-        with library.next_context(window):
-            context = bindings.llama_init_from_model(model, params)
-            refusal = None if context else library.last_error() or "llama.cpp cannot make a context for this model."
-        chosen = ATTENTIONS[library.params(context).attention] if context else None
-        if context:
-            bindings.llama_free(context)
-        bindings.llama_model_free(model)
-    return refusal, chosen
 
 
 def recommend(header: Header, n_global: int) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lminf_edge
-from lminf_edge.cli import bench, demo, doctor, generate, info, ppl
+from lminf_edge.cli import bench, demo, doctor, generate, info, passkey, ppl
 from lminf_edge.cli.common import CommandError
 
-COMMANDS = (generate, ppl, bench, info, doctor, demo)
+COMMANDS = (generate, ppl, passkey, bench, info, doctor, demo)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -36,6 +36,7 @@ def build_parser() -> Parser:
             name,
             help=command.HELP,
             description=(command.__doc__ or "").strip(),
+            epilog=getattr(command, "EPILOG", None),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)

@@ -1,26 +1,37 @@
 """Measures how well a model predicts a text, position by position.
 
 The text is one stream: token i + 1 is predicted from tokens 0..i (from those the window leaves, without --stock) and
-its loss is -log p in nats. BOS is put in front if the model wants it, and is not scored.
+its loss is -log p in nats. BOS is put in front if the model wants it, and is not scored. Ctrl-C ends the measurement:
+what was read until then is printed.
 
 --json prints
   tokens     number of tokens scored: all but the first
   mean_nll   mean loss in nats per token; perplexity is exp(mean_nll)
   buckets    [{"start": s, "end": e, "mean_nll": x}, ...]: mean loss of tokens s + 1 .. e, --bucket tokens each
+and with --policies
+  policies   {"lminf": {"tokens", "mean_nll", "buckets"}, ...}: the same for each, on the same tokens
+             with --kl also {"kl": {"stretches", "tokens", "mean_kl", "buckets": [{"start", "end", "mean_kl"}, ...]}}:
+             KL(full attention || policy) of the predictions after tokens start .. end - 1 of a stretch, in nats
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import math
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from lminf_edge.cli.common import (
+    KV_TYPE_NUMBERS,
     CommandError,
     add_compute,
     add_model,
     add_window,
+    check_output,
     load,
     model_header,
     open_model,
@@ -29,55 +40,298 @@ from lminf_edge.cli.common import (
     tokenize,
     whole_number,
 )
+from lminf_edge.cli.policies import EPILOG, Setup, policies, set_up
+from lminf_edge.cli.probe import stock_refusal
+from lminf_edge.cli.progress import Progress
+from lminf_edge.evaluate.buckets import Bucket, BucketMeans, even_edges, log_edges
+from lminf_edge.evaluate.policies import POLICIES
+
+__all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
 HELP = "perplexity of a text, by position"
+
+INTERRUPTED = 130
+
+BUCKET = 512
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read: tokens, the first n_bos of them put in front; a stream of n_tokens, over and over if need be."""
+
+    tokens: Sequence[int]
+    n_bos: int
+    n_tokens: int
+
+
+@dataclass
+class Curve:
+    """What was measured of one policy."""
+
+    nll: BucketMeans
+    kl: BucketMeans | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-f", "--file", metavar="FILE", required=True, help="UTF-8 text, - for stdin")
     parser.add_argument("--tokens", metavar="N", type=whole_number(2), help="read only the first N tokens of the text")
+    parser.add_argument("--repeat", action="store_true", help="a text that ends before --tokens begins again")
     parser.add_argument(
-        "--bucket", metavar="N", type=whole_number(1), default=512, help="tokens per line of the result; default 512"
+        "--bucket",
+        metavar="N",
+        type=_bucket,
+        help=f"tokens per line of the result, or log: four lines for each power of two; default {BUCKET}, with "
+        "--policies log",
+    )
+    group = parser.add_argument_group("comparing")
+    group.add_argument(
+        "--policies", metavar="P,...", type=policies, help="all, or some of the policies below, on the same tokens"
+    )
+    group.add_argument(
+        "--full-tokens", metavar="N", type=whole_number(2), help="full attention stops after N tokens; default: all"
+    )
+    group.add_argument(
+        "--kl",
+        metavar="N",
+        type=whole_number(1),
+        help="with --policies, compare the predictions with those of full attention as well, in N stretches of the "
+        "text that are as long as the training length",
+    )
+    group.add_argument("--csv", metavar="FILE", type=Path, help="write policy, measure, start, end, mean as CSV")
+    group.add_argument(
+        "--plot", metavar="FILE", type=Path, help="draw the loss by position: .png, .svg or .pdf (needs matplotlib)"
     )
     add_window(parser)
     add_compute(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    from lminf_edge.evaluate import nll_blocks
+def _bucket(text: str) -> int | str:
+    return text if text == "log" else whole_number(1)(text)
 
-    path, _ = model_header(args.model)
+
+def run(args: argparse.Namespace) -> int:
+    path, header = model_header(args.model)
+    _check(args)
+    text = _read_tokens(args, path)
+
+    setup = set_up(args) if args.policies else None
+    curves: dict[str, Curve] = {}
+    status = 0
+    try:
+        with Progress(quiet=args.json) as progress:
+            if setup is None:
+                refusal = stock_refusal(path, KV_TYPE_NUMBERS[args.kv_type], text.n_tokens) if args.stock else None
+                if refusal:
+                    raise CommandError(f"Full attention cannot run: {refusal}")
+                with contextlib.closing(open_model(args, n_ctx_stock=text.n_tokens)) as llm:
+                    _measure(curves, "full" if args.stock else "lminf", llm, text, args.bucket or BUCKET, progress)
+            else:
+                _compare(curves, args, setup, text, progress)
+    except KeyboardInterrupt:
+        if not any(curve.nll.count for curve in curves.values()):
+            raise
+        status = INTERRUPTED
+    curves = {name: curve for name, curve in curves.items() if curve.nll.count}
+    if not all(math.isfinite(curve.nll.mean) for curve in curves.values()):
+        raise CommandError("The model's losses are not finite numbers: its weights are damaged.")
+
+    reports = {name: report(curve, args.kl) for name, curve in curves.items()}
+    if args.json:
+        print_json({"policies": reports} if setup else next(iter(reports.values())))
+    elif setup is None:
+        _print_one(next(iter(reports.values())))
+    else:
+        _print_table(curves, args.kl)
+    if args.csv:
+        write_csv(args.csv, curves)
+    if args.plot:
+        from lminf_edge.evaluate.plots import plot_losses
+
+        title = Path(args.model).stem
+        if setup:
+            title += f", window {setup.window.n_global} + {setup.window.n_local}, {args.kv_type} KV"
+        plot_losses(args.plot, {name: curve.nll.buckets() for name, curve in curves.items()}, header.n_ctx_train, title)
+    return status
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Finds out what is wrong with the options before anything is measured. Raises CommandError."""
+    if args.repeat and args.tokens is None:
+        raise CommandError("--repeat needs --tokens: without it there is no end.")
+    if args.policies is None:
+        for name in ("full_tokens", "kl"):
+            if getattr(args, name) is not None:
+                raise CommandError(f"--{name.replace('_', '-')} needs --policies.")
+    elif args.stock:
+        raise CommandError("--stock is the policy full: give only one of --stock and --policies.")
+    if args.csv:
+        check_output(args.csv)
+    if args.plot:
+        from lminf_edge.evaluate.plots import check_plot
+
+        check_output(args.plot)
+        check_plot(args.plot)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _read_tokens(args: argparse.Namespace, path: str) -> Text:
+    """The text of the command line. Raises CommandError if there is too little of it."""
     text = read_text(args.file)
     with contextlib.closing(load(path, vocab_only=True)) as vocabulary:
         tokens = tokenize(vocabulary, text)[: args.tokens]
+        n_bos = int(vocabulary._model.add_bos_token())
     if len(tokens) < 2:
         raise CommandError(f"{args.file} is too short: it has {len(tokens)} token, and at least 2 are needed.")
+    return Text(tokens, n_bos, args.tokens if args.repeat else len(tokens))
 
-    n_scored = len(tokens) - 1
-    sums = [0.0] * math.ceil(n_scored / args.bucket)
-    show_progress = sys.stderr.isatty() and not args.json
-    with contextlib.closing(open_model(args, n_ctx_stock=len(tokens))) as llm:
-        for start, nll in nll_blocks(llm, tokens):
-            for i, loss in enumerate(nll.tolist(), start):
-                sums[i // args.bucket] += loss
-            if show_progress:
-                print(f"\r{start + len(nll)} of {n_scored} tokens", end="", file=sys.stderr)
-    if show_progress:
-        print(file=sys.stderr)
 
-    buckets = []
-    for i, total in enumerate(sums):
-        start, end = i * args.bucket, min((i + 1) * args.bucket, n_scored)
-        buckets.append({"start": start, "end": end, "mean_nll": total / (end - start)})
-    mean_nll = sum(sums) / n_scored
-    if not math.isfinite(mean_nll):
-        raise CommandError("The model's losses are not finite numbers: its weights are damaged.")
-    if args.json:
-        print_json({"tokens": n_scored, "mean_nll": mean_nll, "buckets": buckets})
-        return 0
+def _measure(
+    curves: dict[str, Curve], name: str, source: Any, text: Text, bucket: int | str, progress: Progress
+) -> None:
+    """Adds the losses of a text to the curve of that name; source is a model or a reader."""
+    from lminf_edge.evaluate import nll_blocks
+
+    means = BucketMeans(_edges(text.n_tokens - 1, bucket))
+    curves[name] = Curve(means)
+    progress.begin(name, text.n_tokens - 1)
+    for start, nll in nll_blocks(source, text.tokens, text.n_tokens, text.n_bos):
+        means.add(start, nll)
+        progress.at(start + len(nll))
+
+
+def _edges(n: int, bucket: int | str) -> list[int]:
+    return log_edges(n) if isinstance(bucket, str) else even_edges(n, bucket)
+
+
+def _compare(curves: dict[str, Curve], args: argparse.Namespace, setup: Setup, text: Text, progress: Progress) -> None:
+    """Fills `curves`, policy by policy. Raises CommandError, before it measures anything, if one of them cannot run."""
+    size = setup.window.size
+    if text.n_tokens <= size:
+        raise CommandError(
+            f"{args.file} is too short: it has {text.n_tokens} tokens, and policies differ only once the window of "
+            f"{size} is full: give a longer text, or a smaller --n-local."
+        )
+    n_full = min(text.n_tokens, args.full_tokens or text.n_tokens)
+    stretches = stretches_of(args.kl, setup, text) if args.kl else []
+    setup.check(args.policies, n_full)
+    if stretches:
+        setup.check([POLICIES["full"]], len(stretches[0]))
+    bucket = args.bucket or "log"
+    for policy in args.policies:
+        part = replace(text, n_tokens=n_full) if policy.name == "full" else text
+        with setup.reader(policy, part.n_tokens) as reader:
+            _measure(curves, policy.name, reader, part, bucket, progress)
+    if stretches:
+        _diverge(curves, setup, stretches, bucket, progress)
+
+
+def stretches_of(n: int, setup: Setup, text: Text) -> list[list[int]]:
+    """n stretches of the training length, spread evenly over the text, each with its BOS. Raises CommandError."""
+    tokens, n_bos = text.tokens, text.n_bos
+    n_train = setup.header.n_ctx_train
+    if n_train <= setup.window.size:
+        raise CommandError(
+            f"--kl needs a window smaller than the training length of {n_train}, and it is {setup.window.size}: "
+            "give a smaller --n-local."
+        )
+    length = n_train - n_bos
+    last = len(tokens) - length
+    if (n - 1) * length > last - n_bos:
+        raise CommandError(
+            f"--kl {n} needs {n * length + n_bos} tokens and the text has {len(tokens)}: give a longer text or fewer "
+            "stretches."
+        )
+    starts = [n_bos + i * (last - n_bos) // max(n - 1, 1) for i in range(n)]
+    return [[*tokens[:n_bos], *tokens[start : start + length]] for start in starts]
+
+
+def _diverge(
+    curves: dict[str, Curve],
+    setup: Setup,
+    stretches: Sequence[Sequence[int]],
+    bucket: int | str,
+    progress: Progress,
+) -> None:
+    from lminf_edge.evaluate import divergence_blocks
+    from lminf_edge.history import as_tokens
+
+    length = len(stretches[0])
+    with setup.reader(POLICIES["full"], length) as reference:
+        for name, curve in curves.items():
+            if name == "full":
+                continue
+            curve.kl = BucketMeans(_edges(length, bucket))
+            progress.begin(f"{name}, KL", length * len(stretches))
+            with setup.reader(POLICIES[name], length) as reader:
+                for i, stretch in enumerate(stretches):
+                    for start, kl in divergence_blocks(reference, reader, as_tokens(stretch)):
+                        curve.kl.add(start, kl)
+                        progress.at(i * length + start + len(kl))
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def report(curve: Curve, n_stretches: int | None) -> dict[str, Any]:
+    """As --json prints it."""
+    result: dict[str, Any] = {
+        "tokens": curve.nll.count,
+        "mean_nll": curve.nll.mean,
+        "buckets": [_bucket_report(bucket, "mean_nll") for bucket in curve.nll.buckets()],
+    }
+    if curve.kl is not None and curve.kl.count:
+        result["kl"] = {
+            "stretches": n_stretches,
+            "tokens": curve.kl.count,
+            "mean_kl": curve.kl.mean,
+            "buckets": [_bucket_report(bucket, "mean_kl") for bucket in curve.kl.buckets()],
+        }
+    return result
+
+
+def _bucket_report(bucket: Bucket, name: str) -> dict[str, Any]:
+    return {"start": bucket.start, "end": bucket.end, name: bucket.mean}
+
+
+def _print_one(one: dict[str, Any]) -> None:
     print("    positions         nats per token")
-    for bucket in buckets:
+    for bucket in one["buckets"]:
         print(f"{bucket['start']:>8} .. {bucket['end']:<8}  {bucket['mean_nll']:.4f}")
-    print(f"{n_scored} tokens, {mean_nll:.4f} nats per token, perplexity {math.exp(mean_nll):.2f}")
-    return 0
+    print(f"{one['tokens']} tokens, {one['mean_nll']:.4f} nats per token, perplexity {math.exp(one['mean_nll']):.2f}")
+
+
+def _print_table(curves: dict[str, Curve], n_stretches: int | None) -> None:
+    widths = {name: max(len(name), 8) for name in curves}
+
+    def line(title: str, values: dict[str, float | None]) -> None:
+        cells = (f"{'-' if value is None else f'{value:.4f}':>{widths[name]}}" for name, value in values.items())
+        print(f"{title:<20}  {'  '.join(cells)}".rstrip())
+
+    def rows(means: dict[str, BucketMeans | None]) -> None:
+        by_name = {name: {b.start: b for b in m.buckets()} if m else {} for name, m in means.items()}
+        for start in sorted({start for buckets in by_name.values() for start in buckets}):
+            end = max(buckets[start].end for buckets in by_name.values() if start in buckets)
+            values = {name: buckets[start].mean if start in buckets else None for name, buckets in by_name.items()}
+            line(f"{start:>8} .. {end:<8}", values)
+
+    print(f"{'nats per token':<20}  {'  '.join(f'{name:>{width}}' for name, width in widths.items())}")
+    rows({name: curve.nll for name, curve in curves.items()})
+    line("all", {name: curve.nll.mean for name, curve in curves.items()})
+    line("perplexity", {name: math.exp(curve.nll.mean) for name, curve in curves.items()})
+    if any(curve.kl for curve in curves.values()):
+        print(f"\nKL divergence to full attention, nats, {n_stretches} stretches")
+        rows({name: curve.kl for name, curve in curves.items()})
+        line("all", {name: curve.kl.mean if curve.kl else None for name, curve in curves.items()})
+
+
+def write_csv(path: Path, curves: dict[str, Curve]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["policy", "measure", "start", "end", "mean"])
+        for name, curve in curves.items():
+            for measure, means in (("nll", curve.nll), ("kl", curve.kl)):
+                for bucket in means.buckets() if means else ():
+                    writer.writerow([name, measure, bucket.start, bucket.end, bucket.mean])

@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from lminf_edge import Llama
+from lminf_edge.evaluate.reader import Reader, reader_of
 from lminf_edge.history import Tokens, as_tokens
 
 Nll = npt.NDArray[np.float64]
@@ -16,7 +16,7 @@ Nll = npt.NDArray[np.float64]
 _BLOCK_BYTES = 8 << 20  # of float64 logits worked on at a time
 
 
-def token_nll(llm: llama_cpp.Llama, tokens: Sequence[int] | Tokens) -> Nll:
+def token_nll(llm: llama_cpp.Llama | Reader, tokens: Sequence[int] | Tokens) -> Nll:
     """-log p(tokens[i + 1] | tokens[: i + 1]) in nats, float64 (n_tokens - 1,), from an empty stream.
 
     Works for streams of any length with a Λ cache, and up to n_ctx tokens with a stock llama_cpp.Llama. Beside the
@@ -28,40 +28,50 @@ def token_nll(llm: llama_cpp.Llama, tokens: Sequence[int] | Tokens) -> Nll:
     return result
 
 
-def nll_blocks(llm: llama_cpp.Llama, tokens: Sequence[int] | Tokens) -> Iterator[tuple[int, Nll]]:
-    """The same, batch by batch: yields (i, nll) where nll[0] is that of tokens[i + 1]."""
+def nll_blocks(
+    llm: llama_cpp.Llama | Reader, tokens: Sequence[int] | Tokens, n_tokens: int | None = None, n_bos: int = 0
+) -> Iterator[tuple[int, Nll]]:
+    """The same, batch by batch: yields (i, nll) where nll[0] is that of token i + 1.
+
+    The stream has n_tokens; None: those there are. After the last one it goes on with the first, all but n_bos of them.
+    """
     text = as_tokens(tokens)
-    stream = llm.stream if isinstance(llm, Llama) and llm.has_stream else None
-    if stream is None and len(text) - 1 > llm.n_ctx():
+    n_tokens = len(text) if n_tokens is None else n_tokens
+    if n_tokens > len(text) <= n_bos:
+        raise ValueError(f"{len(text)} tokens are none to repeat after the first {n_bos}.")
+    reader = llm if isinstance(llm, Reader) else reader_of(llm)
+    if reader.limit is not None and n_tokens - 1 > reader.limit:
         raise ValueError(
-            f"{len(text)} tokens do not fit the n_ctx of {llm.n_ctx()}: "
+            f"{n_tokens} tokens do not fit the n_ctx of {reader.limit}: "
             "use a larger n_ctx, or lminf, which has no limit."
         )
-    llm.reset()
-    llm._ctx.kv_cache_clear()
-    for start in range(0, len(text) - 1, llm.n_batch):
-        batch = text[start : min(start + llm.n_batch, len(text) - 1)]
-        if stream is not None:
-            stream.decode(batch, logits_all=True)
-            logits = stream.logits_block()
-        else:
-            llm._batch.set_batch(batch.tolist(), n_past=start, logits_all=True)
-            llm._ctx.decode(llm._batch)
-            logits = np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(len(batch), llm.n_vocab()))
-        yield start, nll_from_logits(logits, text[start + 1 : start + 1 + len(batch)])
-    if stream is None:
-        llm._ctx.kv_cache_clear()
+    reader.clear()
+    for start in range(0, n_tokens - 1, reader.n_batch):
+        at = np.arange(start, min(start + reader.n_batch, n_tokens - 1) + 1)
+        batch = text[np.where(at < len(text), at, n_bos + (at - n_bos) % max(len(text) - n_bos, 1))]
+        yield start, nll_from_logits(reader.read(batch[:-1]), batch[1:])
 
 
 def nll_from_logits(logits: npt.NDArray[np.float32], targets: Tokens) -> Nll:
     """-log softmax(logits)[targets] for logits (n_rows, n_vocab) and targets (n_rows,), in float64."""
     result = np.empty(len(targets))
+    for start, rows in row_blocks(logits):
+        chosen = rows[np.arange(len(rows)), targets[start : start + len(rows)]]
+        result[start : start + len(rows)] = -(chosen - log_sum_exp(rows))
+    return result
+
+
+def row_blocks(logits: npt.NDArray[np.float32]) -> Iterator[tuple[int, Nll]]:
+    """The rows of logits (n_rows, n_vocab) in float64, a few at a time: yields (i, rows) where rows[0] is logits[i]."""
     n_rows = max(1, _BLOCK_BYTES // (8 * logits.shape[1]))
-    for start in range(0, len(targets), n_rows):
-        rows = logits[start : start + n_rows].astype(np.float64)
-        chosen = rows[np.arange(len(rows)), targets[start : start + n_rows]]
-        largest = rows.max(axis=1)
-        rows -= largest[:, None]
-        np.exp(rows, out=rows)
-        result[start : start + n_rows] = np.log(rows.sum(axis=1)) + largest - chosen
+    for start in range(0, len(logits), n_rows):
+        yield start, logits[start : start + n_rows].astype(np.float64)
+
+
+def log_sum_exp(rows: Nll) -> Nll:
+    """log of the sum of exp over each row: (n_rows, n_vocab), which is used up for it, to (n_rows,)."""
+    largest = rows.max(axis=1)
+    rows -= largest[:, None]
+    np.exp(rows, out=rows)
+    result: Nll = np.log(rows.sum(axis=1)) + largest
     return result

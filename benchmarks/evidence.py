@@ -1,0 +1,688 @@
+"""Measures what docs/results.md says and writes it to docs/results/*.json, a file for each experiment.
+
+    make results-measure TEXT="book.txt ...", or:
+    .venv/bin/python benchmarks/evidence.py --text FILE... [--only NAME]... [--model GGUF]... [--f16 GGUF]
+
+What was finished for the same model, texts and settings is not measured again without --again. Ctrl-C ends it: finished
+experiments are kept, and of a long stream what was reached. benchmarks/results.py makes the page from what is written
+here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from machine import ROOT, describe
+from million import resident_bytes
+from quantize import FILE_TYPES, quantize, tensor_types
+
+from lminf_edge import LMInfConfig, native
+from lminf_edge.cli.common import (
+    KV_TYPE_NUMBERS,
+    CommandError,
+    load,
+    model_header,
+    model_settings,
+    read_text,
+    tokenize,
+)
+from lminf_edge.cli.demo import python_documentation
+from lminf_edge.cli.passkey import policy_report
+from lminf_edge.cli.policies import Setup
+from lminf_edge.cli.ppl import Text, stretches_of
+from lminf_edge.config import StreamInfo, Window, resolve
+from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
+from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
+from lminf_edge.evaluate.passkey import MAX_ANSWER, Passkey, measure
+from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.reader import LambdaReader
+from lminf_edge.gguf_header import Header
+from lminf_edge.history import Tokens, as_tokens
+from lminf_edge.models import embedded_models
+
+FIGURES = ROOT / "docs" / "results"
+EMBEDDED = ("nano", "nano-alibi")
+MAIN = "nano"  # what one model is enough for is measured on this one
+N_GLOBAL = 10
+WEIGHTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+WINDOW = ("n_global", "n_local", "max_distance")
+N_BATCH = 512
+INTERRUPTED = 130
+
+Nll = npt.NDArray[np.float64]
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is read: the real thing, or little enough for a test. In tokens unless said otherwise.
+
+    block       tokens in a mean that counts as one sample
+    far         where "far into a stream" begins, for the loss curves and for the sweeps
+    save_every  seconds between two saved states of a long stream
+    """
+
+    n_loss: int = 1 << 17
+    n_sweep: int = 1 << 15
+    far_loss: int = 1 << 14
+    far_sweep: int = 1 << 12
+    block: int = 512
+    n_stream: int = 10_000_000
+    stream_block: int = 8192
+    n_longest: int = 200_000_000
+    longest_block: int = 32_768
+    full_minutes: float = 5.0  # for each text
+    n_stretches: int = 96
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    depths: tuple[float, ...] = tuple(i / 8 for i in range(9))
+    n_trials: int = 10
+    n_text: int | None = None  # of each text, at most
+    save_every: float = 60.0
+
+
+TINY = Size(
+    n_loss=4096,
+    n_sweep=1536,
+    far_loss=1024,
+    far_sweep=768,
+    block=128,
+    n_stream=24_000,
+    stream_block=1024,
+    n_longest=24_000,
+    longest_block=1024,
+    n_stretches=4,
+    lengths=(128, 512),
+    depths=(0.0, 1.0),
+    n_trials=1,
+    n_text=8192,
+    save_every=0.5,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the texts as its tokens, each with its BOS."""
+
+    name: str
+    path: str
+    header: Header
+    facts: Results
+    texts: dict[str, Tokens]
+    prose: str  # the first text
+    n_bos: int
+    n_threads: int
+
+    @property
+    def n_train(self) -> int:
+        return self.header.n_ctx_train
+
+    def window(self, n_global: int = N_GLOBAL, n_local: int | None = None, max_distance: int | None = None) -> Window:
+        """G + L is half of the training length unless told otherwise: so there are positions with a full window inside
+        it."""
+        n_local = n_local or self.n_train // 2 - n_global
+        return resolve(LMInfConfig(n_global=n_global, n_local=n_local, max_distance=max_distance), None, 1 << 30)
+
+    def setup(self, window: Window, kv_type: str, path: str | None = None) -> Setup:
+        options = argparse.Namespace(kv_type=kv_type, batch=N_BATCH, threads=self.n_threads, gpu_layers=0)
+        return Setup(path or self.path, self.header, window, KV_TYPE_NUMBERS[kv_type], model_settings(options))
+
+
+Save = Callable[[Results], None]  # takes what a long stream has reached
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is measured on one model, with these settings.
+
+    run     does it. Beside figures it returns `command`, which does the same from a shell, for one text
+    folder  for models in other number formats
+    """
+
+    name: str
+    model: str
+    run: Callable[[Subject, Experiment, Save], Results]
+    settings: Results
+    size: Size
+    folder: Path
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def subject_of(name_or_path: str, texts: dict[str, str], n_text: int | None, n_threads: int) -> Subject:
+    """Opens a model to find out what it is, and tokenizes the texts. Raises ValueError or CommandError."""
+    path, header = model_header(name_or_path)
+    if header.n_ctx_train < 64:
+        raise CommandError(f"{path} does not say its training length, or it is too short to measure anything.")
+    with contextlib.closing(load(path, vocab_only=True)) as vocabulary:
+        n_bos = int(vocabulary._model.add_bos_token())
+        tokens = {name: as_tokens(tokenize(vocabulary, text))[:n_text] for name, text in texts.items()}
+    for name, text in tokens.items():
+        if len(text) <= 4 * header.n_ctx_train:
+            raise CommandError(
+                f"{name} is too short: it has {len(text)} tokens, and {4 * header.n_ctx_train + 1} are needed."
+            )
+    prose = next(iter(texts.values()))
+    return Subject(Path(path).stem, path, header, model_facts(path, header), tokens, prose, n_bos, n_threads)
+
+
+def model_facts(path: str, header: Header) -> Results:
+    """What a model is, as it is written to the figures."""
+    from llama_cpp import llama_cpp as bindings
+
+    with contextlib.closing(load(path, n_ctx=64)) as llm:
+        n_params, n_bytes = (f(llm._model.model) for f in (bindings.llama_model_n_params, bindings.llama_model_size))
+        file_type = int(llm.metadata.get("general.file_type", -1))
+    return {
+        "name": Path(path).stem,
+        "architecture": header.architecture,
+        "n_params": n_params,
+        "n_bytes": n_bytes,
+        "weights": next((name for name, number in FILE_TYPES.items() if number == file_type), "other"),
+        "n_ctx_train": header.n_ctx_train,
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+    }
+
+
+def text_facts(text: str, tokens: Tokens) -> Results:
+    """Of one text: bytes, tokens of this model, and a hash that says whether it is the same."""
+    data = text.encode()
+    return {"n_bytes": len(data), "n_tokens": len(tokens), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def curve(
+    reader: Reader, tokens: Tokens, n_tokens: int, block: int, most_seconds: float | None = None
+) -> tuple[Results, int]:
+    """Losses of a stream of n_tokens + 1 by position: in buckets for a picture, and in blocks as samples.
+
+    With `most_seconds` the stream ends at a power of two, when going on to the next one would take longer than that in
+    all: the time of full attention is quadratic, so twice the tokens are four times the seconds. Returns the figures
+    and the number of tokens scored.
+    """
+    buckets, blocks = BucketMeans(log_edges(n_tokens)), BucketMeans(even_edges(n_tokens, block))
+    begun, octave = time.perf_counter(), 0.0
+    done = 0
+    for start, nll in nll_blocks(reader, tokens, n_tokens + 1):
+        buckets.add(start, nll)
+        blocks.add(start, nll)
+        done = start + len(nll)
+        if most_seconds is not None and done >= 4096 and done & (done - 1) == 0:
+            octave = time.perf_counter() - begun
+            if 4 * octave > most_seconds:
+                break
+    seconds = time.perf_counter() - begun
+    return {
+        "tokens": done,
+        "mean_nll": round(buckets.mean, 6),
+        "seconds": round(seconds, 2),
+        "edges": [0, *(bucket.end for bucket in buckets.buckets())],
+        "bucket_nll": [round(bucket.mean, 5) for bucket in buckets.buckets()],
+        "block_nll": [round(bucket.mean, 5) for bucket in blocks.buckets()],
+    }, done
+
+
+def fresh_nll(reader: Reader, subject: Subject, tokens: Tokens, window: Window, start: int, end: int) -> Nll:
+    """Losses at positions start .. end - 1 of a text when the stream has just begun: float64 (end - start,).
+
+    Each is scored once, at a position of a new stream where the window is full and which is inside the training length:
+    stretches that overlap by a window, from their window's end on. The text comes round where it ends.
+    """
+    n_bos, n_text = subject.n_bos, len(tokens) - subject.n_bos
+    stride = subject.n_train - window.size
+    result = np.empty(end - start)
+    for begin in range(start, end, stride):
+        n = min(stride, end - begin)
+        at = np.arange(begin - window.size + n_bos, begin + n + 1)  # token `begin + 1` is the first to be scored
+        stretch = np.concatenate([tokens[:n_bos], tokens[n_bos + (at - n_bos) % n_text]])
+        result[begin - start : begin - start + n] = token_nll(reader, stretch)[window.size :]
+    return result
+
+
+def block_means(values: Nll, block: int) -> list[float]:
+    """Means of whole blocks, as many as there are."""
+    n = len(values) // block
+    return [round(float(mean), 5) for mean in values[: n * block].reshape(n, block).mean(axis=1)]
+
+
+def ppl(subject: Subject, text: str, window: Window, kv_type: str, options: str) -> str:
+    """The command that measures such a thing."""
+    window_options = f"--n-local {window.n_local} --kv-type {kv_type}"
+    return f"lminf-edge ppl -m {subject.name} -f {text}.txt {options} {window_options} --json"
+
+
+def stream_info(reader: Reader) -> StreamInfo:
+    assert isinstance(reader, LambdaReader)
+    return reader.llm.stream_info()
+
+
+def rate(figures: Results) -> str:
+    return f"{figures['tokens'] / figures['seconds']:.0f} tokens/s"
+
+
+def resident_or_none() -> int | None:
+    """Resident memory of this process in bytes, where the system tells."""
+    try:
+        return resident_bytes()
+    except RuntimeError:
+        return None
+
+
+def say(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def window_facts(window: Window) -> Results:
+    return {name: getattr(window, name) for name in WINDOW}
+
+
+# --- experiments ------------------------------------------------------------------------------------------------------
+
+
+def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """Every policy on every text, and what the same text costs when it is read by streams that have just begun."""
+    size, settings = experiment.size, experiment.settings
+    window = subject.window()
+    setup = subject.setup(window, settings["kv_type"])
+    n_full: int | None = settings["full_tokens"]
+    policies: dict[str, Results] = {name: {"texts": {}} for name in POLICIES}
+    fresh: dict[str, Results] = {name: {} for name in ("lminf", "full")}
+    for name, tokens in subject.texts.items():
+        n = min(size.n_loss, len(tokens) - 1)
+        for policy in POLICIES.values():
+            full = policy.name == "full"
+            n_read = min(n, n_full or n) if full else n
+            with setup.reader(policy, n_read) as reader:
+                limit = 60 * settings["full_minutes"] if full and n_full is None else None
+                figures, done = curve(reader, tokens, n_read, size.block, limit)
+            if full:
+                n_full = n_full or done  # decided on the first text
+            policies[policy.name]["texts"][name] = figures
+            say(f"{name}, {policy.name}: {done} tokens, {figures['mean_nll']:.4f} nats, {rate(figures)}")
+        for policy_name, by_text in fresh.items():
+            start = size.far_loss // size.block * size.block
+            with setup.reader(POLICIES[policy_name], subject.n_train) as reader:
+                begun = time.perf_counter()
+                nll = fresh_nll(reader, subject, tokens, window, start, n)
+            by_text[name] = {"start": start, "block_nll": block_means(nll, size.block)}
+            by_text[name]["seconds"] = round(time.perf_counter() - begun, 2)
+            say(f"{name}, {policy_name}, started fresh: {nll.mean():.4f} nats")
+    options = f"--tokens {size.n_loss + 1} --policies all --full-tokens {(n_full or 0) + 1}"
+    return {
+        "command": ppl(subject, "text", window, settings["kv_type"], options),
+        "window": window_facts(window),
+        "full_tokens": n_full,
+        "policies": policies,
+        "fresh": fresh,
+    }
+
+
+def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """One Λ stream over all texts, over and over; the same blocks of text read by streams that have just begun."""
+    settings, block = experiment.settings, experiment.settings["block"]
+    window = subject.window()
+    setup = subject.setup(window, settings["kv_type"])
+    parts = [tokens[subject.n_bos :] for tokens in subject.texts.values()]
+    bos = next(iter(subject.texts.values()))[: subject.n_bos]
+    text = np.concatenate(parts)
+    n_blocks = len(text) // block
+    tokens = np.concatenate([bos, text[: n_blocks * block]])
+    if n_blocks < 2:
+        raise CommandError(f"The texts have {len(text)} tokens, and a long stream needs {2 * block} at least.")
+    shift = 1 - subject.n_bos  # of the position of a loss to the place of its token in the text
+
+    with setup.reader(POLICIES["lminf"], 0) as reader:
+        begun = time.perf_counter()
+        fresh = fresh_nll(reader, subject, tokens, window, -shift, n_blocks * block - shift)
+    fresh_seconds = time.perf_counter() - begun
+    say(f"started fresh: {fresh.mean():.4f} nats, {len(fresh) / fresh_seconds:.0f} tokens/s")
+
+    n_tokens = settings["tokens"]
+    sums = BucketMeans(even_edges(n_tokens, block))
+    command = ppl(
+        subject, "texts", window, settings["kv_type"], f"--tokens {settings['tokens'] + 1} --repeat --bucket {block}"
+    )
+    with setup.reader(POLICIES["lminf"], 0) as reader:
+        begun = saved = time.perf_counter()
+        resident = resident_or_none()
+        done = 0
+
+        def results() -> Results:
+            info = stream_info(reader)
+            whole = [bucket for bucket in sums.buckets() if bucket.end - bucket.start == block]
+            return {
+                "command": command,
+                "window": window_facts(window),
+                "tokens": done,
+                "seconds_stream": round(time.perf_counter() - begun, 1),
+                "text_tokens": n_blocks * block,
+                "block": block,
+                "fresh_nll": block_means(fresh, block),
+                "block_nll": [round(bucket.mean, 6) for bucket in whole],
+                "kv_bytes": info.kv_bytes,
+                "rebases": info.rebases,
+                "max_graph_position": info.max_graph_position,
+                "resident_bytes": [resident, resident_or_none()],
+            }
+
+        try:
+            for start, nll in nll_blocks(reader, tokens, n_tokens + 1, subject.n_bos):
+                inside = max(n_tokens - start - shift, 0)
+                sums.add(start + shift, nll[:inside])
+                done = start + len(nll)
+                if resident is None or done == 100 * N_BATCH:
+                    resident = resident_or_none()
+                if time.perf_counter() - saved > experiment.size.save_every:
+                    saved = time.perf_counter()
+                    save(results())
+                    say(f"{done} of {n_tokens} tokens, {nll.mean():.3f} nats, {done / (saved - begun):.0f} tokens/s")
+        except KeyboardInterrupt:
+            say(f"stopped after {done} tokens")
+            save(results())
+            raise
+        return results()
+
+
+def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """The Λ cache with one setting after the other, on the first tokens of each text."""
+    size, settings = experiment.size, experiment.settings
+    variants = []
+    for variant in settings["variants"]:
+        window = subject.window(**{name: variant[name] for name in WINDOW if name in variant})
+        kv_type = variant.get("kv_type", "f16")
+        path = None
+        figures = {"name": variant["name"], "kv_type": kv_type, **window_facts(window), "texts": {}}
+        if "weights" in variant:
+            path = str(experiment.folder / f"{variant['weights']}.gguf")
+            figures["weights"] = variant["weights"]
+            figures["file_bytes"] = Path(path).stat().st_size
+            figures["tensors"] = tensor_types(path)
+        setup = subject.setup(window, kv_type, path)
+        with setup.reader(POLICIES["lminf"], 0) as reader:
+            for name, tokens in subject.texts.items():
+                n = min(size.n_sweep, len(tokens) - 1)
+                by_text, _ = curve(reader, tokens, n, size.block)
+                by_text["start"] = size.far_sweep // size.block * size.block
+                if settings["fresh"]:
+                    nll = fresh_nll(reader, subject, tokens, window, by_text["start"], n)
+                    by_text["fresh_nll"] = block_means(nll, size.block)
+                figures["texts"][name] = by_text
+            figures["kv_bytes"] = stream_info(reader).kv_bytes
+        variants.append(figures)
+        mean = np.mean([by_text["mean_nll"] for by_text in figures["texts"].values()])
+        say(f"{variant['name']}: {mean:.4f} nats, {rate(by_text)}")
+    options = f"--tokens {size.n_sweep + 1} --n-global G --max-distance D"
+    return {"command": ppl(subject, "text", subject.window(), "f16", options), "variants": variants}
+
+
+def measure_weights(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """measure_sweep over number formats of the weights, which llama.cpp makes from the f16 model."""
+    for file_type in WEIGHTS:
+        quantize(Path(subject.path), experiment.folder / f"{file_type}.gguf", file_type, subject.n_threads)
+    return measure_sweep(subject, experiment, save)
+
+
+def measure_divergence(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """KL divergence of every policy from full attention, by position inside the training length.
+
+    With a cache in f32 the weights are in f32 as well, the same numbers: where weights are quantized llama.cpp rounds
+    activations to 8 bits, and the last digits of a sum show.
+    """
+    window, kv_type, path = subject.window(), experiment.settings["kv_type"], subject.path
+    if kv_type == "f32":
+        path = str(experiment.folder / f"{subject.name}-F32.gguf")
+        quantize(Path(subject.path), Path(path), "F32", subject.n_threads, again=True)
+    setup = subject.setup(window, kv_type, path)
+    n = -(-experiment.settings["stretches"] // len(subject.texts))
+    stretches: list[list[int]] = []
+    for tokens in subject.texts.values():
+        stretches += stretches_of(n, setup, Text(tokens.tolist(), subject.n_bos, len(tokens)))
+    length = len(stretches[0])
+    policies: dict[str, Results] = {}
+    with setup.reader(POLICIES["full"], length) as reference:
+        for name, policy in POLICIES.items():
+            if name == "full":
+                continue
+            means = BucketMeans(even_edges(length, 8))
+            largest = np.zeros(length)
+            with setup.reader(policy, length) as reader:
+                for stretch in stretches:
+                    for start, kl in divergence_blocks(reference, reader, as_tokens(stretch)):
+                        means.add(start, kl)
+                        at = slice(start, start + len(kl))
+                        largest[at] = np.maximum(largest[at], kl)
+            before = window.n_local - 1  # the last position that all policies must agree on
+            policies[name] = {
+                "mean_kl": means.mean,
+                "largest_before_full": float(largest[:before].max()),
+                "edges": [0, *(bucket.end for bucket in means.buckets())],
+                "bucket_kl": [float(f"{bucket.mean:.4e}") for bucket in means.buckets()],
+            }
+            say(f"{name}: {means.mean:.5f} nats, at most {policies[name]['largest_before_full']:.1e} before")
+    return {
+        "command": ppl(subject, "text", window, kv_type, f"--policies all --kl {n} --bucket 8"),
+        "window": window_facts(window),
+        "stretches": len(stretches),
+        "length": length,
+        "policies": policies,
+    }
+
+
+def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """Right answers by length and depth of the key."""
+    settings = experiment.settings
+    size = subject.n_train // 2
+    window = subject.window(settings["n_global"], size - settings["n_global"])
+    setup = subject.setup(window, "f16")
+    policies = {}
+    with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
+        task = Passkey(lambda text: tokenize(vocabulary, text), "prose", subject.prose)
+        for name in settings["policies"]:
+            cells = []
+            with setup.reader(POLICIES[name], max(settings["lengths"]) + MAX_ANSWER) as reader:
+                for length, depth in itertools.product(settings["lengths"], settings["depths"]):
+                    prompts = [task.prompt(length, depth, trial) for trial in range(settings["trials"])]
+                    cells.append(measure(reader, prompts, vocabulary.detokenize, length, depth))
+            policies[name] = policy_report(cells)
+            say(f"{name}: {policies[name]['correct']} of {policies[name]['trials']} right")
+    lists = {
+        "policies": settings["policies"],
+        "lengths": settings["lengths"],
+        "depths": [f"{100 * depth:g}" for depth in settings["depths"]],
+    }
+    command = (
+        f"lminf-edge passkey -m {subject.name} -f {next(iter(subject.texts))}.txt --template prose "
+        + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
+        + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
+    )
+    return {"command": command, "window": window_facts(window), "policies": policies}
+
+
+def experiments(
+    models: Sequence[str], size: Size, f16: str | None, full_tokens: int | None, folder: Path
+) -> list[Experiment]:
+    """All of them, the longest last. The first model is the one that most of them are measured on."""
+    main, names = models[0], [Path(model).stem for model in models]
+    smallest = min(models, key=lambda model: Path(model_header(model)[0]).stat().st_size)
+    made: list[Experiment] = []
+
+    def add(name: str, model: str, run: Callable[[Subject, Experiment, Save], Results], **settings: Any) -> None:
+        made.append(Experiment(name, model, run, settings, size, folder))
+
+    n_train = model_header(main)[1].n_ctx_train
+    default = n_train // 2 - N_GLOBAL
+    sweep: Results = {"tokens": size.n_sweep, "start": size.far_sweep}
+    add("sweep-global", main, measure_sweep, **sweep, fresh=False, variants=[
+        {"name": f"G = {n}", "n_global": n, "n_local": default} for n in (0, 1, 4, 10, 32, 100)
+    ])  # fmt: skip
+    locals_ = sorted({*(n_train * eighths // 8 for eighths in (1, 2, 4, 6, 8)), default, n_train - N_GLOBAL})
+    add("sweep-local", main, measure_sweep, **sweep, fresh=False, variants=[
+        {"name": f"L = {n}", "n_local": n} for n in locals_
+    ])  # fmt: skip
+    add("sweep-distance", main, measure_sweep, **sweep, fresh=False, variants=[
+        {"name": f"L = {n}, D = {distance}", "n_local": n, "max_distance": distance}
+        for n in (default, n_train - N_GLOBAL) for distance in (n // 2, n, 2 * n)
+    ])  # fmt: skip
+    add("sweep-kv", main, measure_sweep, **sweep, fresh=True, variants=[
+        {"name": kv_type, "kv_type": kv_type} for kv_type in ("f32", "f16", "q8_0", "q4_0")
+    ])  # fmt: skip
+    if f16:
+        add("sweep-weights", f16, measure_weights, **sweep, fresh=True, variants=[
+            {"name": file_type, "weights": file_type} for file_type in WEIGHTS
+        ])  # fmt: skip
+    for kv_type in ("f32", "f16"):
+        add(f"kl-{kv_type}", main, measure_divergence, kv_type=kv_type, stretches=size.n_stretches)
+    asked = {"lengths": list(size.lengths), "depths": list(size.depths), "trials": size.n_trials}
+    add("passkey", main, measure_passkey, **asked, policies=list(POLICIES), n_global=N_GLOBAL)
+    # as many as hold a key that is told at once
+    add("passkey-sinks", main, measure_passkey, **asked, policies=["lminf"], n_global=n_train // 8)
+    for model, name in zip(models, names, strict=True):
+        for kv_type in ("f16", "q8_0"):
+            add(
+                f"loss-{name}-{kv_type}", model, measure_loss, kv_type=kv_type, tokens=size.n_loss,
+                start=size.far_loss, block=size.block, full_tokens=full_tokens, full_minutes=size.full_minutes,
+            )  # fmt: skip
+    stream = {"kv_type": "f16", "start": 10_000}
+    add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
+    add("longest", smallest, measure_stream, **stream, tokens=size.n_longest, block=size.longest_block)
+    return made
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, record: Results) -> None:
+    """Atomically, with lists of numbers on one line."""
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def is_finished(path: Path, inputs: Results) -> bool:
+    """Whether this file holds the whole experiment for the same model, texts and settings."""
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    # through JSON, as it makes lists of tuples
+    return bool(record["complete"]) and all(record[name] == json.loads(json.dumps(inputs[name])) for name in inputs)
+
+
+def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out: Path, again: bool) -> None:
+    """Measures one experiment and writes its file; of a long stream that is interrupted, what was reached."""
+    path = out / f"{experiment.name}.json"
+    inputs = {
+        "model": subject.facts,
+        "texts": {name: text_facts(text, subject.texts[name]) for name, text in texts.items()},
+        "settings": experiment.settings,
+    }
+    print(f"{experiment.name}, {subject.name}", flush=True)
+    if not again and is_finished(path, inputs):
+        say("measured before")
+        return
+    folder = native.library_folder()
+    assert folder is not None
+    machine = describe(folder, folder)
+    begun = time.monotonic()
+    # what an earlier run has reached of a long stream is only replaced by more of it
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not again else {}
+    same = all(kept.get(name) == json.loads(json.dumps(inputs[name])) for name in inputs)
+
+    def record(results: Results, complete: bool) -> None:
+        if same and not complete and results["tokens"] <= kept["tokens"]:
+            return
+        seconds = round(time.monotonic() - begun, 1)
+        head = {"experiment": experiment.name, "complete": complete, "seconds": seconds, "n_threads": subject.n_threads}
+        write(path, {**head, **inputs, **results, "machine": machine})
+
+    results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
+    record(results, complete=True)
+    say(f"took {time.monotonic() - begun:.0f} s")
+
+
+def read_texts(files: Sequence[str], tiny: bool) -> dict[str, str]:
+    """By name. Raises CommandError."""
+    if not files and tiny:
+        return {"python-documentation": python_documentation()}
+    texts = {Path(file).stem: read_text(file) for file in files}
+    if len(texts) < len(files):
+        raise CommandError("Two texts have the same name: their figures could not be told apart.")
+    return texts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--text", metavar="FILE", nargs="+", action="extend", default=[], help="held-out books, UTF-8")
+    parser.add_argument("--only", metavar="NAME", action="append", help="an experiment, or how the names of some begin")
+    parser.add_argument("--model", metavar="GGUF", action="append", default=[], help="one more, for loss and longest")
+    parser.add_argument("--f16", metavar="GGUF", help=f"{MAIN} with f16 weights, for sweep-weights")
+    parser.add_argument(
+        "--full-tokens", metavar="N", type=int, help="full attention stops there; default: by its speed"
+    )
+    parser.add_argument("--full-minutes", metavar="T", type=float, help="and takes no longer than this for each text")
+    parser.add_argument("--longest", metavar="N", type=int, help="tokens of the longest stream; default 200 million")
+    parser.add_argument("--threads", metavar="N", type=int, default=2, help="default 2")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=FIGURES, help="default docs/results")
+    parser.add_argument("--again", action="store_true", help="also what was measured before")
+    parser.add_argument("--tiny", action="store_true", help="a few thousand tokens, to see that it works")
+    parser.add_argument("--list", action="store_true", help="print the names of the experiments, and do nothing")
+    args = parser.parse_args()
+    if args.tiny and args.out == FIGURES:
+        parser.error("--tiny needs --out: its figures say nothing")
+    if not args.text and not args.tiny and not args.list:
+        parser.error("give the books to be read: --text FILE...")
+    size = TINY if args.tiny else Size()
+    size = dataclasses.replace(
+        size,
+        full_minutes=args.full_minutes or size.full_minutes,
+        n_longest=args.longest or size.n_longest,
+    )
+    try:
+        native.load()
+        missing = [name for name in EMBEDDED if name not in embedded_models()]
+        if missing:
+            print(f"not measured, as there is no such model: {', '.join(missing)}")
+        models = [name for name in EMBEDDED if name not in missing] + args.model
+        made = experiments(models, size, args.f16, args.full_tokens, ROOT / "build" / "models" / "weights")
+        names = [experiment.name for experiment in made]
+        if not args.f16:
+            print("not measured without --f16: sweep-weights")
+        for prefix in args.only or ():
+            if not any(name.startswith(prefix) for name in names):
+                parser.error(f"there is no experiment {prefix}: {', '.join(names)}")
+        chosen = [e for e in made if not args.only or e.name.startswith(tuple(args.only))]
+        if args.list:
+            print("\n".join(experiment.name for experiment in chosen))
+            return 0
+        texts = read_texts(args.text, args.tiny)
+        args.out.mkdir(parents=True, exist_ok=True)
+        subjects: dict[str, Subject] = {}
+        for experiment in chosen:
+            if experiment.model not in subjects:
+                subjects[experiment.model] = subject_of(experiment.model, texts, size.n_text, args.threads)
+            perform(experiment, subjects[experiment.model], texts, args.out, args.again)
+    except KeyboardInterrupt:
+        print("stopped: what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
+    except (CommandError, ValueError, RuntimeError, MemoryError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Hides a five-digit number in a long text and asks for it at the end: by length of the text and place of the number.
+
+An answer is right if the first number the model says, always taking the likeliest token, is the key. A key "in reach"
+is one that can still be attended to until the answer ends: in the window, or among the first n_global tokens. Nothing
+else is remembered: a key that has left the window is lost.
+
+Ctrl-C ends the measurement: what was asked until then is printed.
+
+--json prints
+  template, lengths, depths, trials (per cell)
+  window     {"n_global", "n_local", "max_distance"}
+  policies   {"lminf": {"trials", "correct", "accuracy", "cells"}, ...}, where cells are
+             [{"length", "depth" (0..1), "trials", "correct", "accuracy", "in_reach" (share of the trials),
+             "correct_in_reach" (how many of those were right)}, ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lminf_edge.cli.common import (
+    CommandError,
+    add_compute,
+    add_model,
+    add_window,
+    check_output,
+    load,
+    model_header,
+    number,
+    print_json,
+    read_text,
+    tokenize,
+    whole_number,
+)
+from lminf_edge.cli.demo import python_documentation
+from lminf_edge.cli.policies import EPILOG, policies, set_up
+from lminf_edge.cli.ppl import INTERRUPTED
+from lminf_edge.cli.progress import Progress
+from lminf_edge.config import Window
+from lminf_edge.evaluate.passkey import MAX_ANSWER, TEMPLATES, Cell, Passkey, measure
+from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.models import embedded_models
+
+__all__ = ["EPILOG", "HELP", "add_arguments", "run"]
+
+HELP = "what is remembered of a long text, and what is not"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--policies",
+        metavar="P,...",
+        type=policies,
+        default=[POLICIES["full"], POLICIES["lminf"]],
+        help="all, or some of the policies below; default full,lminf",
+    )
+    parser.add_argument(
+        "--lengths",
+        metavar="N,...",
+        type=_lengths,
+        help="tokens of a prompt; default: a half, one, two and four times the window",
+    )
+    parser.add_argument(
+        "--depths",
+        metavar="P,...",
+        type=_depths,
+        default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        help="where the key is told, in percent of the text before it; default 0,25,50,75,100",
+    )
+    parser.add_argument("--trials", metavar="N", type=whole_number(1), default=5, help="for each of them; default 5")
+    parser.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        help="; ".join(f"{name}: {summary}" for name, summary in TEMPLATES.items())
+        + "; default: prose for an embedded model, else paper",
+    )
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", help="UTF-8 text for prose, - for stdin; default: Python's documentation"
+    )
+    parser.add_argument("--seed", metavar="N", type=whole_number(0), default=0, help="of keys and places; default 0")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw heat maps: .png, .svg or .pdf")
+    add_window(parser)
+    add_compute(parser, stock=False)
+
+
+def _lengths(text: str) -> list[int]:
+    parse = whole_number(1)
+    return sorted({parse(part) for part in text.split(",")})
+
+
+def _depths(text: str) -> list[float]:
+    parse = number(0, 100)
+    return sorted({parse(part) / 100 for part in text.split(",")})
+
+
+def run(args: argparse.Namespace) -> int:
+    path, _ = model_header(args.model)
+    if args.plot:
+        from lminf_edge.evaluate.plots import check_plot
+
+        check_output(args.plot)
+        check_plot(args.plot)
+    template = args.template or ("prose" if args.model in embedded_models() else "paper")
+    prose = "" if template == "paper" else read_text(args.file) if args.file else python_documentation()
+    if template == "prose" and not prose.split():
+        raise CommandError(f"{args.file} has no words in it.")
+    setup = set_up(args)
+    lengths = args.lengths or [setup.window.size * factor // 2 for factor in (1, 2, 4, 8)]
+    setup.check(args.policies, max(lengths) + MAX_ANSWER)
+
+    cells: dict[str, list[Cell]] = {}
+    status = 0
+    with contextlib.closing(load(path, vocab_only=True)) as vocabulary:
+        task = Passkey(lambda text: tokenize(vocabulary, text), template, prose, args.seed)
+        for length in lengths:
+            task.prompt(length, 0.0, 0)  # says whether it is too short
+        try:
+            with Progress(quiet=args.json) as progress:
+                for policy in args.policies:
+                    cells[policy.name] = []
+                    progress.begin(policy.name, len(lengths) * len(args.depths), "cells")
+                    with setup.reader(policy, max(lengths) + MAX_ANSWER) as reader:
+                        for length in lengths:
+                            for depth in args.depths:
+                                prompts = [task.prompt(length, depth, trial) for trial in range(args.trials)]
+                                cells[policy.name].append(
+                                    measure(reader, prompts, vocabulary.detokenize, length, depth)
+                                )
+                                progress.at(len(cells[policy.name]))
+        except KeyboardInterrupt:
+            if not any(cells.values()):
+                raise
+            status = INTERRUPTED
+    cells = {name: measured for name, measured in cells.items() if measured}
+
+    if args.json:
+        print_json(
+            {
+                "template": template,
+                "lengths": lengths,
+                "depths": args.depths,
+                "trials": args.trials,
+                "window": _window_report(setup.window),
+                "policies": {name: policy_report(measured) for name, measured in cells.items()},
+            }
+        )
+    else:
+        _print_tables(cells, lengths, args.depths, setup.window)
+    if args.plot:
+        from lminf_edge.evaluate.plots import plot_passkey
+
+        window = f"window {setup.window.n_global} + {setup.window.n_local}"
+        plot_passkey(args.plot, cells, f"Passkey retrieval, {Path(args.model).stem}, {window}")
+    return status
+
+
+def _window_report(window: Window) -> dict[str, int]:
+    return {"n_global": window.n_global, "n_local": window.n_local, "max_distance": window.max_distance}
+
+
+def policy_report(cells: Sequence[Cell]) -> dict[str, Any]:
+    """As --json prints it."""
+    trials, correct = sum(cell.trials for cell in cells), sum(cell.correct for cell in cells)
+    return {
+        "trials": trials,
+        "correct": correct,
+        "accuracy": correct / trials,
+        "cells": [
+            {
+                "length": cell.length,
+                "depth": cell.depth,
+                "trials": cell.trials,
+                "correct": cell.correct,
+                "accuracy": cell.accuracy,
+                "in_reach": cell.in_reach,
+                "correct_in_reach": cell.found,
+            }
+            for cell in cells
+        ],
+    }
+
+
+def _print_tables(
+    cells: dict[str, list[Cell]], lengths: Sequence[int], depths: Sequence[float], window: Window
+) -> None:
+    print(
+        f"right answers; in brackets where most keys were out of reach of {window.n_global} + {window.n_local} tokens\n"
+    )
+    for name, measured in cells.items():
+        print(f"{name:<15} {'key told at'}")
+        print(f"{'tokens':>15} " + " ".join(f"{depth:>7.0%}" for depth in depths))
+        for length in lengths:
+            row = [cell for cell in measured if cell.length == length]
+            print(f"{length:>15} " + " ".join(f"{_cell(cell):>7}" for cell in row))
+        reachable, found = sum(cell.reachable for cell in measured), sum(cell.found for cell in measured)
+        n_lost = sum(cell.trials for cell in measured) - reachable
+        n_luck = sum(cell.correct for cell in measured) - found
+        shares = [("keys in reach", found, reachable), ("out of reach", n_luck, n_lost)]
+        print(f"{'':15} {', '.join(f'{label}: {right} of {all_}' for label, right, all_ in shares if all_)}\n")
+
+
+def _cell(cell: Cell) -> str:
+    return f"{cell.accuracy:.0%} " if cell.in_reach >= 0.5 else f"({cell.accuracy:.0%})"

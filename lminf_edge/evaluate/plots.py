@@ -1,0 +1,156 @@
+"""Pictures of what was measured. They need matplotlib, the extra [plot]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lminf_edge.evaluate.buckets import Bucket
+
+if TYPE_CHECKING:
+    from lminf_edge.evaluate.passkey import Cell
+
+FORMATS = (".png", ".svg", ".pdf")
+
+# colour, dashes and width of each policy, drawn in this order: where they coincide, as they often do, all can be seen
+STYLES = {
+    "full": ("tab:red", "-", 1.6),
+    "sinks-uncapped": ("tab:brown", "-", 1.6),
+    "lminf": ("lightskyblue", "-", 5.0),
+    "shift": ("tab:orange", (0, (4, 8)), 1.8),
+    "window": ("tab:green", (4, (4, 8)), 1.8),
+    "sinks": ("navy", (8, (4, 8)), 1.8),
+}
+NAMES = {
+    "full": "full attention",
+    "shift": "context shift",
+    "window": "window alone",
+    "sinks": "sinks, StreamingLLM",
+    "sinks-uncapped": "sinks, uncapped",
+    "lminf": "Λ, LM-Infinite",
+}
+
+
+def check_plot(path: Path) -> None:
+    """Raises ImportError without matplotlib, ValueError for a kind of file that is not drawn; in one sentence."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path} is no picture that can be drawn: give a name that ends in {', '.join(FORMATS)}.")
+    _pyplot()
+
+
+def plot_losses(path: Path, curves: Mapping[str, Sequence[Bucket]], n_ctx_train: int, title: str = "") -> None:
+    """Loss against position, on a logarithmic axis, with the training length marked (0: not known)."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in STYLES:
+        if curves.get(name):
+            colour, line, width = STYLES[name]
+            buckets = curves[name]
+            # in the middle of the bucket, as the axis has it
+            x = [(max(bucket.start, 1) * bucket.end) ** 0.5 if bucket.start else bucket.end / 2 for bucket in buckets]
+            axes.plot(
+                x,
+                [bucket.mean for bucket in buckets],
+                color=colour,
+                linestyle=line,
+                linewidth=width,
+                label=NAMES[name],
+            )
+    first, last = axes.get_xlim()
+    _position_axis(axes, max(bucket.end for buckets in curves.values() for bucket in buckets))
+    if first < n_ctx_train < last:
+        axes.axvline(n_ctx_train, color="black", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            "training length", (n_ctx_train, 1), (4, -4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", fontsize=9,
+        )  # fmt: skip
+    axes.set_ylabel("loss, nats per token")
+    if title:
+        axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, handlelength=4)
+    _save(figure, path)
+
+
+def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str = "") -> None:
+    """A heat map for each policy: right answers by length and depth, hatched where most keys were out of reach."""
+    pyplot = _pyplot()
+    n_columns = min(3, len(policies))
+    n_rows = -(-len(policies) // n_columns)
+    lengths = sorted({cell.length for cells in policies.values() for cell in cells})
+    depths = sorted({cell.depth for cells in policies.values() for cell in cells})
+    figure, grid = pyplot.subplots(
+        n_rows,
+        n_columns,
+        figsize=(1.6 + max(2.4, 0.62 * len(lengths)) * n_columns, 1.3 + max(1.6, 0.34 * len(depths)) * n_rows),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    image = None
+    for axes, (name, cells) in zip(grid.flat, policies.items(), strict=False):
+        values = [[float("nan")] * len(lengths) for _ in depths]
+        for cell in cells:
+            column, row = lengths.index(cell.length), depths.index(cell.depth)
+            values[row][column] = cell.accuracy
+            if cell.in_reach < 0.5:
+                corner = (column - 0.5, row - 0.5)
+                axes.add_patch(
+                    pyplot.Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor="white", linewidth=0, alpha=0.55)
+                )
+        image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(NAMES[name], fontsize=10)
+        axes.set_xticks(range(len(lengths)), [_position(length) for length in lengths], fontsize=8)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+        axes.tick_params(length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+    for axes in grid.flat[len(policies) :]:
+        axes.set_visible(False)
+    figure.supxlabel("length of the prompt, tokens; hatched: key out of reach", fontsize=9)
+    figure.supylabel("where the key was told", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    bar = figure.colorbar(image, ax=grid, ticks=[0, 0.5, 1], format="{x:.0%}", shrink=0.8)
+    bar.set_label("right answers", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    _save(figure, path)
+
+
+def _position_axis(axes: Any, end: int) -> None:
+    axes.set_xscale("log", base=2)
+    ticks = [1 << k for k in range(6, end.bit_length())]
+    while len(ticks) > 10:
+        ticks = ticks[::2]
+    axes.set_xticks(ticks, [_position(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(left=32, right=end)
+    axes.set_xlabel("position, tokens")
+
+
+def _position(n: int) -> str:
+    """512, 16k, 2M: powers of two as people say them."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "k")):
+        if n >= unit and n % unit == 0:
+            return f"{n // unit}{name}"
+    return str(n)
+
+
+def _pyplot() -> Any:
+    """matplotlib.pyplot, without a window. Raises ImportError, in one sentence."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ImportError("A plot needs matplotlib: pip install 'lminf-edge[plot]'.") from None
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    metadata = {"Software": None} if path.suffix.lower() == ".png" else None  # the same bytes for the same figures
+    figure.savefig(path, dpi=120, metadata=metadata)
+    _pyplot().close(figure)

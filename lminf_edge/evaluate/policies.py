@@ -1,0 +1,76 @@
+"""What there is to do about a stream that is longer than the training length, to be compared on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lminf_edge.config import LMInfConfig, SinkMode, Window, default_ubatch
+
+if TYPE_CHECKING:
+    from lminf_edge.evaluate.reader import Reader
+    from lminf_edge.llama import Llama
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One of them. All but full attention have n_global + n_local tokens in view and constant memory.
+
+    sink_mode   of our cache, through which all of these run but the two of stock llama.cpp, where it is None
+    """
+
+    name: str
+    summary: str
+    sink_mode: SinkMode | None = None
+
+    def arguments(self, window: Window, n_tokens: int, n_batch: int, on_gpu: bool) -> dict[str, Any]:
+        """Llama's arguments for a stream of at most n_tokens, beside model, n_batch and number formats.
+
+        Micro-batches are the same for all of them.
+        """
+        n_ubatch = min(n_batch, default_ubatch(window.size, on_gpu))
+        if self.sink_mode is None:
+            return {"n_ctx": n_tokens if self.name == "full" else window.size, "n_ubatch": n_ubatch}
+        n_global = 0 if self.name == "window" else window.n_global
+        config = LMInfConfig(
+            n_global=n_global,
+            n_local=window.size - n_global,
+            max_distance=window.max_distance,
+            sink_mode=self.sink_mode,
+            attention=window.attention,
+        )
+        return {"lminf": config, "n_ubatch": n_ubatch}
+
+    def reader(self, llm: Llama, window: Window) -> Reader:
+        """A reader for a model made with these arguments. Raises ValueError if the model cannot be read this way."""
+        from lminf_edge.evaluate.reader import ShiftReader, reader_of
+
+        return ShiftReader(llm, window.size, window.n_global) if self.name == "shift" else reader_of(llm)
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("full", "full attention, in a context as large as the text"),
+        Policy("shift", "llama.cpp's context shift: when full, keep n_global and throw away half of the rest"),
+        Policy("window", "the last n_global + n_local tokens, no first ones", "ceiling"),
+        Policy("sinks", "StreamingLLM: first and last tokens, at their positions inside the cache", "order"),
+        Policy("sinks-uncapped", "first and last tokens, at their true distances", "true"),
+        Policy("lminf", "LM-Infinite: first and last tokens, the first at one fixed distance", "ceiling"),
+    )
+}
+
+
+def parse_policies(text: str) -> list[Policy]:
+    """The policies of "all" or "full,lminf", in the order of the table, each once. Raises ValueError for others."""
+    names = list(POLICIES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise ValueError(f"there is no policy {name!r}: give all, or some of {','.join(POLICIES)}")
+    return [policy for policy in POLICIES.values() if policy.name in names]
+
+
+def describe(policies: Sequence[Policy]) -> str:
+    """A line for each."""
+    return "\n".join(f"  {policy.name:<15} {policy.summary}" for policy in policies)
