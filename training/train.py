@@ -183,7 +183,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of .txt files")
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--minutes", type=float, default=75, help="of training, all runs together (default: 75)")
-    parser.add_argument("--batch", type=int, default=4, help="windows per step (default: 4)")
+    parser.add_argument("--batch", type=int, default=8, help="windows per step (default: 8)")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate (default: 3e-3)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
