@@ -115,13 +115,8 @@ class Windows:
             return np.array(self.tokenizer.encode(text)[1:], dtype=np.int32)
         return np.array(self.tokenizer.encode(text.removeprefix(" ")), dtype=np.int32)
 
-    def batch(self, n_windows: int, mixture: Mixture) -> tuple[Tokens, Weights, Tokens]:
-        """A batch of n_windows windows.
-
-        tokens: int32 (n_windows, n_ctx + 1).
-        weights: f32 (n_windows, n_ctx) of the targets, tokens[:, 1:], in the loss.
-        sources: int32 (n_windows, n_ctx), the position in tokens that a target is a copy of, or -1.
-        """
+    def batch(self, n_windows: int, mixture: Mixture) -> tuple[Tokens, Weights]:
+        """tokens int32 (n_windows, n_ctx + 1); weights f32 (n_windows, n_ctx) of the targets tokens[:, 1:]."""
         windows = []
         for _ in range(n_windows):
             kind = self.rng.random()
@@ -130,11 +125,9 @@ class Windows:
             elif kind < mixture.passkey + mixture.copy:
                 windows.append(self.copy())
             else:
-                nothing = np.full(self.n_ctx, -1, np.int32)
-                windows.append((self.book(self.n_ctx), np.ones(self.n_ctx, np.float32), nothing))
-        tokens, weights, sources = (np.stack(arrays) for arrays in zip(*windows, strict=True))
-        bos = np.full((n_windows, 1), BOS, np.int32)
-        return np.concatenate([bos, tokens], 1), weights, np.where(sources < 0, -1, sources + 1)  # + 1: after <s>
+                windows.append((self.book(self.n_ctx), np.ones(self.n_ctx, np.float32)))
+        tokens = np.stack([np.concatenate([[BOS], window[0]]) for window in windows]).astype(np.int32)
+        return tokens, np.stack([window[1] for window in windows])
 
     def book(self, n_tokens: int) -> Tokens:
         """The next stretch of n_tokens <= n_ctx in a shuffled pass over all books, each time at other offsets."""
@@ -146,8 +139,8 @@ class Windows:
         b, i = self.starts.pop()
         return self.books[b][i : i + n_tokens]
 
-    def copy(self) -> tuple[Tokens, Weights, Tokens]:
-        """A string of tokens repeated to the end of the window: only the repeats count in the loss. As in passkey()."""
+    def copy(self) -> tuple[Tokens, Weights]:
+        """A string of tokens repeated to the end of the window: only the repeats count in the loss."""
         length = int(np.exp(self.rng.uniform(np.log(8), np.log(self.n_ctx / 2))))
         kind = self.rng.integers(4)
         if kind == 0:
@@ -159,13 +152,12 @@ class Windows:
         else:
             unit = self.book(length)
         tokens = np.resize(unit, self.n_ctx).astype(np.int32)
-        sources = np.maximum(np.arange(self.n_ctx, dtype=np.int32) - length, -1)
-        return tokens, (sources >= 0).astype(np.float32), sources
+        return tokens, (np.arange(self.n_ctx) >= length).astype(np.float32)
 
     def passkey(
         self, n_questions: int = 1, distance: int | None = None, key: str | None = None, paper: bool | None = None
-    ) -> tuple[Tokens, Weights, Tokens]:
-        """Text that tells a key once and asks for it: tokens, weights and sources, (n_ctx,) each, without `<s>`.
+    ) -> tuple[Tokens, Weights]:
+        """Text that tells a key once and asks for it: int32 and f32 (n_ctx,), without `<s>`.
 
         The text around is a book or, in a fifth of the windows (`paper`), the filler of Mohtashami and Jaggi, 2023,
         whose wording the LM-Infinite paper uses too. The digits to be copied weigh KEY_WEIGHT in the loss; of our other
@@ -218,9 +210,4 @@ class Windows:
                 tokens.append(told if i == 0 else asked)
                 weights.append(told_weights if i == 0 else asked_weights)
             start = end
-        sources = np.full(self.n_ctx, -1, np.int32)
-        weight = np.concatenate(weights)
-        copies = np.flatnonzero(weight == KEY_WEIGHT).reshape(-1, len(key))
-        sources[copies[1:]] = copies[0]  # an answer is copied from the second telling,
-        sources[copies[0]] = copies[0] - (told_digits[len(key)] - told_digits[0])  # and that from the first
-        return np.concatenate(tokens), weight.astype(np.float32), sources
+        return np.concatenate(tokens), np.concatenate(weights).astype(np.float32)

@@ -76,7 +76,7 @@ def passkey_accuracy(model: Model, windows: Windows, distance: int, n_trials: in
     rows, weights = [], []
     for _ in range(n_trials):
         key = str(windows.rng.integers(10000, 100000))
-        row, weight, _ = windows.passkey(distance=distance, key=key, paper=paper)
+        row, weight = windows.passkey(distance=distance, key=key, paper=paper)
         rows.append(np.concatenate([[BOS], row]))
         weights.append(weight)
     n_right = 0

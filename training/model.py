@@ -52,10 +52,6 @@ CONFIGS = {
 # On a CPU this is faster than scaled_dot_product_attention, whose bf16 backward is no quicker than f32's.
 QUERY_BLOCK = 128
 
-COPY_LAYER = (
-    2  # whose head 0 training nudges towards copying; the layers before it find out what was said before a token
-)
-
 
 def rope_angles(n_tokens: int, head_size: int, theta: float) -> Tensor:
     """position * theta^(-2 i / head_size) for each position and pair i of dimensions: f32 (n_tokens, head_size / 2)."""
@@ -89,14 +85,8 @@ class Attention(nn.Module):
         self.v = nn.Linear(c.n_embd, c.n_head_kv * c.head_size, bias=False)
         self.output = nn.Linear(c.n_head * c.head_size, c.n_embd, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, sources: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x (batch, n_tokens, n_embd); bias (n_head or 1, n_tokens, n_tokens) is -inf in the future.
-
-        With sources, int64 (batch, n_tokens), also -log of the attention that head 0 gives to the position
-        sources[b, i] at position i, f32 (batch, n_tokens), and 0 where that is negative. Without, the second is x.
-        """
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+        """x (batch, n_tokens, n_embd); bias (n_head or 1, n_tokens, n_tokens) is -inf in the future."""
         c = self.config
         batch, n_tokens, _ = x.shape
         q = self.q(x).view(batch, n_tokens, c.n_head, c.head_size).transpose(1, 2)
@@ -107,17 +97,13 @@ class Attention(nn.Module):
         q = q * c.head_size**-0.5
         group = c.n_head // c.n_head_kv
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # (batch, n_head, n_tokens, head_size)
-        rows, missed = [], []
+        rows = []
         for start in range(0, n_tokens, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, n_tokens)
             scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).float() + bias[:, start:end, :end]
             rows.append(scores.softmax(-1).to(v.dtype) @ v[:, :, :end])
-            if sources is not None:
-                source = sources[:, start:end]
-                score = scores[:, 0].gather(2, source.clamp(min=0)[:, :, None])[:, :, 0]
-                missed.append((scores[:, 0].logsumexp(2) - score) * (source >= 0))
-        heads = self.output(torch.cat(rows, 2).transpose(1, 2).flatten(2))
-        return heads, torch.cat(missed, 1) if missed else x
+        heads: Tensor = self.output(torch.cat(rows, 2).transpose(1, 2).flatten(2))
+        return heads
 
 
 class FeedForward(nn.Module):
@@ -152,13 +138,10 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(config)
         self.ffn = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, sources: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x after the layer, and what Attention.forward says of the sources."""
-        heads, missed = self.attn(self.attn_norm(x), cos, sin, bias, sources)
-        x = x + heads
-        return x + self.ffn(self.ffn_norm(x)), missed
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), cos, sin, bias)
+        x = x + self.ffn(self.ffn_norm(x))
+        return x
 
 
 class Model(nn.Module):
@@ -194,18 +177,11 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (batch, n_tokens, n_vocab) of tokens int64 (batch, n_tokens)."""
-        return self.forward_with_sources(tokens, None)[0]
-
-    def forward_with_sources(self, tokens: Tensor, sources: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits, and how far head 0 of the layer COPY_LAYER is from looking at the sources: see Attention.forward."""
         n = tokens.shape[1]
         x = self.token_embd(tokens)
-        missed = x
-        for i, block in enumerate(self.blocks):
-            wanted = sources if i == COPY_LAYER else None
-            x, m = block(x, self.cos[:n], self.sin[:n], self.bias[:, :n, :n], wanted)
-            missed = m if i == COPY_LAYER else missed
-        return F.linear(self.output_norm(x), self.token_embd.weight), missed
+        for block in self.blocks:
+            x = block(x, self.cos[:n], self.sin[:n], self.bias[:, :n, :n])
+        return F.linear(self.output_norm(x), self.token_embd.weight)
 
 
 def load_checkpoint(path: Path) -> tuple[Model, str]:

@@ -28,7 +28,6 @@ from torch import Tensor
 
 WARMUP_STEPS = 100
 HOLD = 0.2  # share of the budget at the full rate; from there it falls linearly to zero
-NUDGE = 1.0  # weight at the start, falling to 0 at half the budget, of the nudge towards copying (see model.COPY_LAYER)
 LOG_STEPS = 50
 CHECKPOINT_SECONDS = 180
 
@@ -110,27 +109,25 @@ class Run:
         torch.save(checkpoint, self.folder / "checkpoint.part")
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")  # never half a checkpoint
 
-    def _loss(self, tokens: Tensor, weights: Tensor, sources: Tensor, nudge: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean of -log p plus the nudge, and every -log p: scalar and (batch, n_ctx), in nats."""
+    def _loss(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted mean of -log p, and every -log p: scalar and (batch, n_ctx), in nats."""
         with torch.autocast("cpu", torch.bfloat16):
-            logits, missed = self.model.forward_with_sources(tokens[:, :-1], sources)
+            logits = self.model(tokens[:, :-1])
         nll = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         nll = nll.view_as(weights)
-        return (nll * weights + nudge * missed).mean(), nll.detach()
+        return (nll * weights).mean(), nll.detach()
 
     def compile(self, n_windows: int) -> None:
         """Takes most of a minute, so it is done before the clock starts."""
         n_ctx = self.model.config.n_ctx
         tokens = torch.zeros(n_windows, n_ctx + 1, dtype=torch.long)
-        self.loss(tokens, torch.zeros(n_windows, n_ctx), tokens[:, 1:], torch.zeros(()))[0].backward()
+        self.loss(tokens, torch.zeros(n_windows, n_ctx))[0].backward()
         self.model.zero_grad()
 
     def step(self, windows: Windows, n_windows: int) -> tuple[Tensor, Tensor]:
         """One step; returns weights and -log p of the targets, (n_windows, n_ctx) each."""
-        share = self.progress.share
-        tokens, weights, sources = (torch.from_numpy(a) for a in windows.batch(n_windows, Mixture.at(share)))
-        nudge = torch.tensor(NUDGE * max(0.0, 1 - 2 * share))
-        loss, nll = self.loss(tokens.long(), weights, sources.long(), nudge)
+        tokens, weights = (torch.from_numpy(a) for a in windows.batch(n_windows, Mixture.at(self.progress.share)))
+        loss, nll = self.loss(tokens.long(), weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = self.progress.learning_rate(self.peak_rate)
