@@ -9,7 +9,7 @@
     neon        cross-compiled for ARM, under qemu-user
     cuda        the CUDA kernels as C++ on the CPU
     nvcc        the CUDA kernels compiled by nvcc for compute capability 7.5, 8.0, 8.9 and 9.0
-    metal       the Metal kernels as C++ on the CPU
+    metal       the Metal kernels as C++ on the CPU, compiled by clang, which checks their address spaces as well
     upstream    llama.cpp's test-backend-ops for the operations near ours, on the patched library
 
 What cannot run here is skipped and says so; with --require that is a failure. Build folders are kept in build/.
@@ -134,7 +134,16 @@ def test_cuda() -> None:
 
 
 def test_metal() -> None:
-    run([build("kernels", ["test-attn-metal-emulated"]) / "test-attn-metal-emulated"])
+    clang = shutil.which("clang++")
+    if not clang:
+        run([build("kernels", ["test-attn-metal-emulated"]) / "test-attn-metal-emulated"])
+        raise Skipped("clang is not installed (Debian: clang), so address spaces were not checked (the rest passed)")
+    spaces = ["-D__METAL_VERSION__=310", "-DLMINF_METAL_SPACES", "-nostdinc", "-I", "native/tests/emulate"]
+    warnings = ["-Wall", "-Wextra", "-Wno-unknown-attributes"]
+    source = "native/kernels/metal/lminf_attn.metal"
+    run([clang, "-std=c++14", "-fsyntax-only", *warnings, *spaces, "-x", "c++", source])
+    compilers = [f"-DCMAKE_C_COMPILER={clang.removesuffix('++')}", f"-DCMAKE_CXX_COMPILER={clang}"]
+    run([build("clang", ["test-attn-metal-emulated"], *compilers) / "test-attn-metal-emulated"])
 
 
 def test_nvcc() -> None:

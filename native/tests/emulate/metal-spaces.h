@@ -1,5 +1,5 @@
 // declares what lminf_attn.metal uses of Metal, with real address spaces: clang then refuses what mixes them up, which the
-// CPU does not notice (metal.h has empty words for them). Nothing here can run:
+// CPU does not notice (metal.h has empty words for them). Nothing here can run; scripts/test_kernels.py compiles it so:
 //
 //   clang++ -std=c++14 -fsyntax-only -Wno-unknown-attributes -D__METAL_VERSION__=310 \
 //       -DLMINF_METAL_SPACES -nostdinc -I native/tests/emulate -x c++ lminf_attn.metal
