@@ -74,8 +74,11 @@ double attn_nmse(const std::vector<double> & expected, const float * found);
 std::vector<attn_case> attn_grid(std::mt19937 & rng);
 
 // runs `cases` through `compute`, which fills op->data and returns false to decline; prints failures and a summary.
-// Returns the exit status: 1 if any NMSE is above the bound for its types, or nothing was run
-int attn_run(const char * name, const std::vector<attn_case> & cases, std::mt19937 & rng, bool (*compute)(ggml_tensor * op));
+// Returns the exit status: 1 if any NMSE is above the bound for its types or `limit`, or nothing was run
+int attn_run(const char * name, const std::vector<attn_case> & cases, std::mt19937 & rng, bool (*compute)(ggml_tensor * op), double limit = 1.0);
+
+// what kernels that compute in f32 throughout stay below
+constexpr double ATTN_LIMIT_F32 = 1e-10;
 
 // the random state for this run: LMINF_TEST_SEED if set, else a new one; printed
 std::mt19937 attn_seed();

@@ -308,7 +308,7 @@ int main(int argc, char ** argv) {
         cases.push_back(c);
     }
 
-    const int status = attn_run("Metal kernels on the CPU", cases, rng, compute);
+    const int status = attn_run("Metal kernels on the CPU", cases, rng, compute, ATTN_LIMIT_F32);
 
     printf("launched:");
     for (const auto & [name, count] : n_launched) {

@@ -25,6 +25,8 @@
 // into the second level cache: the first has miss buffers for half of the memory's bandwidth only
 #if defined(__GNUC__)
 #define LMINF_PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#elif defined(_MSC_VER) && defined(__AVX2__)
+#define LMINF_PREFETCH(p) _mm_prefetch((const char *) (p), _MM_HINT_T1)
 #else
 #define LMINF_PREFETCH(p) (void) (p)
 #endif
@@ -177,7 +179,7 @@ static inline void vf_store(float * p, vf a)       { memcpy(p, a.x, sizeof(a.x))
 static inline vf vf_add(vf a, vf b)                { LMINF_LANES(a.x[i] + b.x[i]); }
 static inline vf vf_sub(vf a, vf b)                { LMINF_LANES(a.x[i] - b.x[i]); }
 static inline vf vf_mul(vf a, vf b)                { LMINF_LANES(a.x[i] * b.x[i]); }
-static inline vf vf_max(vf a, vf b)                { LMINF_LANES(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }
+static inline vf vf_max(vf a, vf b)                { LMINF_LANES(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); } // as on x86
 static inline vf vf_fma(vf a, vf b, vf c)          { LMINF_LANES(a.x[i] * b.x[i] + c.x[i]); }
 static inline vf vf_round(vf a)                    { LMINF_LANES(nearbyintf(a.x[i])); }
 static inline vf vf_scale2(vf a, vf n)             { LMINF_LANES(ldexpf(a.x[i], (int) n.x[i])); }
@@ -208,7 +210,7 @@ static_assert(N_ACC % LANES == 0 && 16 % LANES == 0, "the kernels walk 16 elemen
 static inline vf vf_exp(vf x) {
     const vf lowest = vf_set(-87.0f);
 
-    const vf y = vf_max(x, lowest);
+    const vf y = vf_max(lowest, x); // on x86 the second one is the answer where one is NaN: it stays NaN
     const vf n = vf_round(vf_mul(y, vf_set(1.44269504088896341f)));
     const vf r = vf_fma(n, vf_set(2.12194440e-4f), vf_fma(n, vf_set(-0.693359375f), y));
 
@@ -221,7 +223,7 @@ static inline vf vf_exp(vf x) {
     p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.0f)));
 
     // e^-87, and a little more, taken off makes the floor a true zero and costs nothing elsewhere
-    return vf_max(vf_sub(vf_scale2(p, n), vf_set(1.6459e-38f)), vf_zero());
+    return vf_max(vf_zero(), vf_sub(vf_scale2(p, n), vf_set(1.6459e-38f)));
 }
 
 } // namespace lminf_simd
