@@ -31,7 +31,7 @@ sanitize: setup ## the CPU kernels' tests under AddressSanitizer and UndefinedBe
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: stock ## measure docs/performance again: 20 minutes on an idle machine; ARGS="--only positions" for a part of it
+bench: stock ## measure docs/performance again: 15 minutes on an idle machine; ARGS="--only positions" for a part of it
 	@$(BIN)/python benchmarks/speed.py $(ARGS)
 	@$(BIN)/python benchmarks/report.py
 

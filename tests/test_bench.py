@@ -194,8 +194,10 @@ def test_worker_says_what_is_wrong(bench: Any) -> None:
 
 
 def test_latency(bench: Any) -> None:
-    latency = bench.latency(Contender("ours", "lambda", "tg", 4, 0, window=100), 30)
-    assert latency["n_tokens"] == 30
+    latency = bench.latency(Contender("ours", "lambda", "tg", 4, 0, window=100), 1030)
+    assert (
+        latency["n_tokens"] == latency["control"]["n_tokens"] == 30
+    )  # the first thousand says how much work is as long
     for seconds in (latency, latency["control"]):
         assert 0 < seconds["median"] <= seconds["p99"] <= seconds["max"] <= seconds["seconds"]
 

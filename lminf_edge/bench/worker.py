@@ -21,8 +21,8 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from lminf_edge.bench.state import stretch, stretch_lambda
 from lminf_edge.gguf_header import read_header
 
 N_BATCH = 512
+_N_SLICE = 1000  # tokens decoded, and pieces of steady work done, in turn
 _N_PREFILL = 32  # cells that are really computed before a state is stretched
 
 Tokens = npt.NDArray[np.int32]
@@ -138,22 +139,27 @@ class Context:
     def latency(self, n_tokens: int) -> dict[str, Any]:
         """Seconds between tokens of one stream: median, 99th percentile, maximum, total.
 
-        `control` says the same of as many pieces of work that are always the same and take about as long, in as many
-        threads, each with memory that fits its cache: what the machine itself adds.
+        `control` says the same of as many pieces of work in one thread that are always the same and take about as long,
+        in turn with the tokens: what the machine itself adds.
         """
         tokens = self._tokens(n_tokens)
         before = self._native.info(self.ctx).n_rebase if self._native else 0
-        ends = np.empty(n_tokens + 1)
-        ends[0] = time.perf_counter()
-        for i in range(n_tokens):
+
+        def decode(i: int) -> None:
             self._decode(tokens[i : i + 1], 1)
-            ends[i + 1] = time.perf_counter()
-        summary = _summary(ends)
+
+        n_first = min(n_tokens, _N_SLICE)
+        work = _steady_work(float(np.median(_time_each(decode, range(n_first)))))
+        seconds, control = np.empty(n_tokens - n_first), np.empty(n_tokens - n_first)
+        for start in range(n_first, n_tokens, _N_SLICE):
+            part = range(start, min(start + _N_SLICE, n_tokens))
+            where = slice(part.start - n_first, part.stop - n_first)
+            seconds[where] = _time_each(decode, part)
+            control[where] = _time_each(lambda _: work(), part)
         return {
-            "n_tokens": n_tokens,
-            **summary,
+            **_summary(seconds),
             "n_rebase": self._native.info(self.ctx).n_rebase - before if self._native else 0,
-            "control": _steady_work(n_tokens, summary["median"], self._model.n_threads),
+            "control": _summary(control),
         }
 
     def _tokens(self, n_tokens: int) -> Tokens:
@@ -237,47 +243,32 @@ class Context:
             raise RuntimeError(errors[0] if errors else "The state of the sequence cannot be restored.")
 
 
-def _summary(ends: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Of the times, in seconds, at which one thing after the other ended, (n + 1,) with the start."""
-    seconds = np.diff(ends)
+def _time_each(do: Callable[[int], object], numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Seconds that do(i) takes for each of these numbers, from the end of the one before."""
+    ends = np.empty(len(numbers) + 1)
+    ends[0] = time.perf_counter()
+    for at, i in enumerate(numbers, 1):
+        do(i)
+        ends[at] = time.perf_counter()
+    return np.diff(ends)
+
+
+def _summary(seconds: npt.NDArray[np.float64]) -> dict[str, float]:
     return {
+        "n_tokens": len(seconds),
         "median": float(np.median(seconds)),
         "p99": float(np.quantile(seconds, 0.99)),
         "max": float(seconds.max()),
-        "seconds": float(ends[-1] - ends[0]),
+        "seconds": float(seconds.sum()),
     }
 
 
-def _steady_work(n_pieces: int, seconds: float, n_threads: int) -> dict[str, float]:
-    """_summary of n_pieces of hashing that take about this many seconds each, while all other threads do the same.
-
-    Hashing lets go of Python's lock.
-    """
-    n, taken = 4096, 0.0
-    while taken < 0.01:
-        n *= 2
-        started = time.perf_counter()
-        hashlib.sha256(bytes(n))
-        taken = time.perf_counter() - started
-    work = bytes(max(4096, round(n * seconds / taken)))
-    done = threading.Event()
-
-    def keep_busy() -> None:
-        while not done.is_set():
-            hashlib.sha256(work)
-
-    others = [threading.Thread(target=keep_busy) for _ in range(n_threads - 1)]
-    for other in others:
-        other.start()
-    ends = np.empty(n_pieces + 1)
-    ends[0] = time.perf_counter()
-    for i in range(n_pieces):
-        hashlib.sha256(work)
-        ends[i + 1] = time.perf_counter()
-    done.set()
-    for other in others:
-        other.join()
-    return _summary(ends)
+def _steady_work(seconds: float) -> Callable[[], object]:
+    """Something that takes about this long and is always the same: hashing memory that fits the processor's cache."""
+    sample = bytes(1 << 18)
+    taken = float(np.median(_time_each(lambda _: hashlib.sha256(sample), range(20))))
+    work = bytes(max(1, round(len(sample) * seconds / taken)))
+    return lambda: hashlib.sha256(work)
 
 
 def main() -> None:

@@ -8,8 +8,8 @@
 //   p   = softmax(s)               with head_sinks exp(head_sinks[h]) joins the sum, as in ggml_soft_max_add_sinks
 //   res = V_sink · p_sink + V · p
 //
-// Query head h reads the K and V of head h/(n_head/n_head_kv). Where the mask is -inf, K and V are not looked at (what
-// they hold must be finite, though); a query that may see nothing gets zeros. Sums are f32 or better on every backend.
+// Query head h reads the K and V of head h/(n_head/n_head_kv). Where the mask is -inf, K and V do not count, but what
+// they hold must be finite; a query that may see nothing gets zeros. Sums are f32 or better on every backend.
 
 #pragma once
 

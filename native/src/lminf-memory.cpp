@@ -163,11 +163,13 @@ lminf_memory::lminf_memory(
             params.n_local + params.n_slack, LLAMA_SWA_TYPE_STANDARD,
             /*mem_other =*/ nullptr, filter, /*reuse =*/ nullptr, /*share =*/ nullptr);
 
-    std::set<ggml_backend_buffer_t> buffers; // one for each device, with the K and V of its layers
+    std::set<ggml_backend_buffer_t> buffers; // llama_kv_cache allocates one for each device, K and V of all of its layers
     for (const int32_t il : layers) {
         buffers.insert(window->get_k_storage(il)->buffer);
     }
-    std::for_each(buffers.begin(), buffers.end(), lminf_use_huge_pages);
+    for (ggml_backend_buffer_t buffer : buffers) {
+        lminf_use_huge_pages(buffer);
+    }
 
     streams.resize(n_seq_max);
 

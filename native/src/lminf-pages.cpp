@@ -5,13 +5,23 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <fstream>
+#include <string>
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25 // Linux 6.1
 #endif
 
+// MADV_COLLAPSE does not ask
+static bool is_forbidden() {
+    std::string setting;
+    std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
+    std::getline(file, setting);
+    return setting.find("[never]") != std::string::npos;
+}
+
 void lminf_use_huge_pages(ggml_backend_buffer_t buffer) {
-    if (!ggml_backend_buffer_is_host(buffer)) {
+    if (!ggml_backend_buffer_is_host(buffer) || is_forbidden()) {
         return;
     }
 

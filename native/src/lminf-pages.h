@@ -4,7 +4,7 @@
 
 #include "ggml-backend.h"
 
-// Asks the system to keep a buffer in huge pages, where it lies in main memory. Attention reads every row of the cache for
-// every token: with pages of 4 KiB a good part of its time goes into finding them. Contents stay as they are; where the
-// system cannot do it, nothing happens. Linux only: macOS has no such call, Windows wants a privilege for it.
+// Asks the system to keep a buffer in huge pages, where it lies in main memory: attention reads every row of the cache for
+// every token, and has thousands of pages of 4 KiB to find. Contents stay as they are, which may take a copy; what the system
+// cannot or, by its setting, must not do stays undone. Linux only: macOS has no such call, Windows wants a privilege for it.
 void lminf_use_huge_pages(ggml_backend_buffer_t buffer);
