@@ -415,7 +415,8 @@ def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Resul
             for name, tokens in subject.texts.items():
                 n = min(size.n_sweep, len(tokens) - 1)
                 by_text, _ = curve(reader, tokens, n, size.block)
-                by_text["start"] = size.far_sweep // size.block * size.block
+                by_text["first_block"] = size.far_sweep // size.block
+                by_text["start"] = by_text["first_block"] * size.block
                 if settings["fresh"]:
                     nll = fresh_nll(reader, subject, tokens, window, by_text["start"], n)
                     by_text["fresh_nll"] = block_means(nll, size.block)
@@ -424,8 +425,13 @@ def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Resul
         variants.append(figures)
         mean = np.mean([by_text["mean_nll"] for by_text in figures["texts"].values()])
         say(f"{variant['name']}: {mean:.4f} nats, {rate(by_text)}")
-    options = f"--tokens {size.n_sweep + 1} --n-global G --max-distance D"
-    return {"command": ppl(subject, "text", subject.window(), "f16", options), "variants": variants}
+    command = ppl(subject, "text", subject.window(), "f16", f"--tokens {size.n_sweep + 1}")
+    option, value = settings["swept"]
+    if option in command:
+        command = re.sub(f"{option} \\S+", f"{option} {value}", command)
+    else:
+        command += f" {option} {value}"
+    return {"command": command, "variants": variants}
 
 
 def measure_weights(subject: Subject, experiment: Experiment, save: Save) -> Results:
@@ -525,22 +531,22 @@ def experiments(
     n_train = model_header(main)[1].n_ctx_train
     default = n_train // 2 - N_GLOBAL
     sweep: Results = {"tokens": size.n_sweep, "start": size.far_sweep}
-    add("sweep-global", main, measure_sweep, **sweep, fresh=False, variants=[
+    add("sweep-global", main, measure_sweep, swept=["--n-global", "G"], **sweep, fresh=False, variants=[
         {"name": f"G = {n}", "n_global": n, "n_local": default} for n in (0, 1, 4, 10, 32, 100)
     ])  # fmt: skip
     locals_ = sorted({*(n_train * eighths // 8 for eighths in (1, 2, 4, 6, 8)), default, n_train - N_GLOBAL})
-    add("sweep-local", main, measure_sweep, **sweep, fresh=False, variants=[
+    add("sweep-local", main, measure_sweep, swept=["--n-local", "L"], **sweep, fresh=False, variants=[
         {"name": f"L = {n}", "n_local": n} for n in locals_
     ])  # fmt: skip
-    add("sweep-distance", main, measure_sweep, **sweep, fresh=False, variants=[
+    add("sweep-distance", main, measure_sweep, swept=["--max-distance", "D"], **sweep, fresh=False, variants=[
         {"name": f"L = {n}, D = {distance}", "n_local": n, "max_distance": distance}
         for n in (default, n_train - N_GLOBAL) for distance in (n // 2, n, 2 * n)
     ])  # fmt: skip
-    add("sweep-kv", main, measure_sweep, **sweep, fresh=True, variants=[
+    add("sweep-kv", main, measure_sweep, swept=["--kv-type", "TYPE"], **sweep, fresh=True, variants=[
         {"name": kv_type, "kv_type": kv_type} for kv_type in ("f32", "f16", "q8_0", "q4_0")
     ])  # fmt: skip
     if f16:
-        add("sweep-weights", f16, measure_weights, **sweep, fresh=True, variants=[
+        add("sweep-weights", f16, measure_weights, swept=["-m", "FILE"], **sweep, fresh=True, variants=[
             {"name": file_type, "weights": file_type} for file_type in WEIGHTS
         ])  # fmt: skip
     for kv_type in ("f32", "f16"):
@@ -557,7 +563,14 @@ def experiments(
             )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
-    add("longest", smallest, measure_stream, **stream, tokens=size.n_longest, block=size.longest_block)
+    add(
+        f"longest-{Path(smallest).stem}",
+        smallest,
+        measure_stream,
+        **stream,
+        tokens=size.n_longest,
+        block=size.longest_block,
+    )
     return made
 
 
