@@ -55,6 +55,7 @@ from lminf_edge.history import Tokens, as_tokens
 from lminf_edge.models import embedded_models
 
 FIGURES = ROOT / "docs" / "results"
+WEIGHTS_FOLDER = ROOT / "build" / "models" / "weights"
 EMBEDDED = ("nano", "nano-alibi")
 MAIN = "nano"  # what one model is enough for is measured on this one
 N_GLOBAL = 10
@@ -96,19 +97,19 @@ class Size:
 
 TINY = Size(
     n_loss=4096,
-    n_sweep=1536,
+    n_sweep=1024,
     far_loss=1024,
-    far_sweep=768,
+    far_sweep=512,
     block=128,
-    n_stream=24_000,
+    n_stream=18_000,
     stream_block=1024,
-    n_longest=24_000,
+    n_longest=18_000,
     longest_block=1024,
     n_stretches=4,
     lengths=(128, 512),
     depths=(0.0, 1.0),
     n_trials=1,
-    n_text=8192,
+    n_text=6144,
     save_every=0.5,
 )
 
@@ -649,6 +650,7 @@ def main() -> int:
     parser.add_argument("--full-minutes", metavar="T", type=float, help="and takes no longer than this for each text")
     parser.add_argument("--longest", metavar="N", type=int, help="tokens of the longest stream; default 200 million")
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="default 2")
+    parser.add_argument("--weights", metavar="DIR", type=Path, default=WEIGHTS_FOLDER, help="for quantized models")
     parser.add_argument("--out", metavar="DIR", type=Path, default=FIGURES, help="default docs/results")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--tiny", action="store_true", help="a few thousand tokens, to see that it works")
@@ -670,7 +672,7 @@ def main() -> int:
         if missing:
             print(f"not measured, as there is no such model: {', '.join(missing)}")
         models = [name for name in EMBEDDED if name not in missing] + args.model
-        made = experiments(models, size, args.f16, args.full_tokens, ROOT / "build" / "models" / "weights")
+        made = experiments(models, size, args.f16, args.full_tokens, args.weights)
         names = [experiment.name for experiment in made]
         if not args.f16:
             print("not measured without --f16: sweep-weights")

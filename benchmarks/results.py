@@ -577,7 +577,7 @@ def kl_section(records: dict[str, Record]) -> str:
         "the largest of any token before position L, and the mean after the window is full. The Λ rule caps the first "
         "distances at position L + 1; the others begin to differ "
         "when the window is full, context shift one token earlier. "
-        "(With quantized weights llama.cpp rounds activations to 8 bits, which makes another order of additions visible.)\n\n"
+        "(With quantized weights llama.cpp rounds activations to 8 bits: another order of additions shows.)\n\n"
         + table(["", "policy", "largest before", "mean after"], rows, 2)
     )
 
