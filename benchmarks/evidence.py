@@ -299,6 +299,7 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
     window = subject.window()
     setup = subject.setup(window, settings["kv_type"])
     n_full: int | None = settings["full_tokens"]
+    setup.check(list(POLICIES.values()), min(size.n_loss, n_full or size.n_loss))
     policies: dict[str, Results] = {name: {"texts": {}} for name in POLICIES}
     fresh: dict[str, Results] = {name: {} for name in ("lminf", "full")}
     for name, tokens in subject.texts.items():
@@ -597,7 +598,10 @@ def is_finished(path: Path, inputs: Results) -> bool:
 
 
 def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out: Path, again: bool) -> None:
-    """Measures one experiment and writes its file; of a long stream that is interrupted, what was reached."""
+    """Measures one experiment and writes its file; of a long stream that is interrupted, what was reached.
+
+    What cannot be measured with this model has a file that says why.
+    """
     path = out / f"{experiment.name}.json"
     inputs = {
         "model": subject.facts,
@@ -623,7 +627,11 @@ def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out
         head = {"experiment": experiment.name, "complete": complete, "seconds": seconds, "n_threads": subject.n_threads}
         write(path, {**head, **inputs, **results, "machine": machine})
 
-    results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
+    try:
+        results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
+    except CommandError as error:  # such a thing as a cache of this type cannot be had for this model
+        results = {"refused": str(error)}
+        say(f"not measured: {error}")
     record(results, complete=True)
     say(f"took {time.monotonic() - begun:.0f} s")
 

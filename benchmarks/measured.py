@@ -137,11 +137,13 @@ def drift(record: Record, within: bool = False) -> Estimate | None:
 
 def drift_points(record: Record) -> list[tuple[float, float, float]]:
     """(position, mean, margin) in four bins for each power of ten."""
-    position, difference, _ = paired(record)
+    position, difference, place = paired(record)
     bins = np.floor(4 * np.log10(position)).astype(int)
     points = []
     for number in np.unique(bins):
-        inside = difference[bins == number]
+        # blocks of the same text are one sample, however often it came round
+        here, places = difference[bins == number], place[bins == number]
+        inside = np.array([here[places == one].mean() for one in np.unique(places)])
         if len(inside) >= 2:
             estimate = mean_difference(inside, np.zeros(len(inside)))
             middle = float(10 ** np.log10(position[bins == number]).mean())

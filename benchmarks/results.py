@@ -255,7 +255,7 @@ def full_sentence(record: Record) -> str:
     full, ours = (record["policies"][name]["texts"].values() for name in ("full", "lminf"))
     seconds = statistics.mean(text["seconds"] for text in full)
     speed = sum(text["tokens"] for text in ours) / sum(text["seconds"] for text in ours)
-    took = f"Λ reads {speed:,.0f} tokens a second at any position. Full attention took {seconds:.0f} s for"
+    took = f"Λ read {speed:,.0f} tokens a second. Full attention took {seconds:.0f} s for"
     if n >= end:
         return f"{took} the {n:,} tokens of a text.\n"
     # twice the tokens, four times the time
@@ -372,7 +372,7 @@ def drift_sentence(record: Record) -> str:
     span = f"from position {position[0]:,.0f} to {position[-1]:,.0f}"
     if estimate.is_zero:
         bound = max(abs(estimate.low), abs(estimate.high)) * decades
-        return f"`{name}`: no drift; {span} the loss changed by {bound:.4f} nats at most."
+        return f"`{name}`: no drift; {span} the line rises or falls by {bound:.4f} nats at most (95 %)."
     return f"`{name}`: {span} the loss drifts by {estimate.value * decades:+.4f} nats."
 
 
@@ -750,7 +750,7 @@ def duration(seconds: float) -> str:
     )
 
 
-def experiments_section(records: dict[str, Record]) -> str:
+def experiments_section(records: dict[str, Record], refused: dict[str, Record]) -> str:
     rows = []
     for name, record in records.items():
         machine = record["machine"]
@@ -774,6 +774,7 @@ def experiments_section(records: dict[str, Record]) -> str:
     for record in records.values():
         for name, text in record["texts"].items():
             texts[name] = f"{name} ({text['n_bytes']:,} bytes, sha256 {text['sha256'][:12]}…)"
+    impossible = "".join(f"- {name} could not be measured: {record['refused']}\n" for name, record in refused.items())
     total = sum(record["seconds"] for record in records.values())
     return (
         "## How it was measured\n\n"
@@ -783,7 +784,7 @@ def experiments_section(records: dict[str, Record]) -> str:
         + ". Each command does one of them from a shell, with `text.txt` for one text "
         "and `texts.txt` for all of them; `benchmarks/evidence.py` runs the same code on all.\n\n"
         + "".join(f"- {machine}\n" for machine in machines)
-        + "\n"
+        + f"{impossible}\n"
         + table(["experiment", "model", "command", "time", "date, commit"], rows, 5)
     )
 
@@ -826,7 +827,7 @@ def draw(records: dict[str, Record], folder: Path) -> None:
         plots.plot_passkey(folder / "passkey.png", cells, title)
 
 
-def page(records: dict[str, Record], performance: Figures, published: Record) -> str:
+def page(records: dict[str, Record], refused: dict[str, Record], performance: Figures, published: Record) -> str:
     sections: Iterable[str] = [
         HEAD,
         stale_note(records),
@@ -839,7 +840,7 @@ def page(records: dict[str, Record], performance: Figures, published: Record) ->
         performance_section(performance),
         paper_section(records, performance, published),
         own_model_section(records, performance),
-        experiments_section(records),
+        experiments_section(records, refused),
     ]
     return "\n".join(section for section in sections if section)
 
@@ -852,11 +853,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         records = load_records(args.figures)
+        refused = {name: records.pop(name) for name in [*records] if "refused" in records[name]}
         if not records:
             raise ValueError(f"There are no figures in {args.figures}: make results-measure measures them.")
         published = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
         draw(records, args.figures)
-        args.page.write_text(page(records, Figures(args.performance), published), encoding="utf-8")
+        args.page.write_text(page(records, refused, Figures(args.performance), published), encoding="utf-8")
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -209,7 +209,8 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
         "## In short", "## Loss by position", "## Without end", "## Which settings",
-        "## Divergence from full attention", "## What is remembered", "## Speed and memory by stream position", "## Beside the paper", "## Your own model",
+        "## Divergence from full attention", "## What is remembered", "## Speed and memory by stream position",
+        "## Beside the paper", "## Your own model",
         "## How it was measured",
     ]  # fmt: skip
     assert "nan" not in text.replace("nano", "")
@@ -287,6 +288,21 @@ def test_what_a_stream_has_reached_is_kept(tmp_path: Path) -> None:
     assert read(6000)["tokens"] >= 6000
     evidence.perform(stream, subject, texts, tmp_path, False)
     assert json.loads(path.read_text(encoding="utf-8"))["complete"] is True
+
+
+def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
+    """Rows of a cache in q8_0 have 32 elements at least, and the heads of this model have 16."""
+    from reference import tiny_models
+
+    model = tiny_models.write("llama", tmp_path)
+    texts = {"text": "ab " * 4000}
+    size = evidence.dataclasses.replace(evidence.TINY, n_loss=1024)
+    made = evidence.experiments(["nano", str(model)], size, None, None, tmp_path)
+    (loss,) = [e for e in made if e.model == str(model) and e.name.endswith("q8_0")]
+    evidence.perform(loss, evidence.subject_of(str(model), texts, 4096, 1), texts, tmp_path, False)
+    record = json.loads((tmp_path / f"{loss.name}.json").read_text(encoding="utf-8"))
+    assert record["complete"]
+    assert "cannot run" in record["refused"]
 
 
 def test_full_attention_stops_when_it_gets_too_slow() -> None:

@@ -133,7 +133,7 @@ def plot_drift(path: Path, streams: Mapping[str, Sequence[tuple[float, float, fl
         axes.errorbar(x, y, yerr=margin, fmt="o-", color=colour, markersize=4, linewidth=1.2, capsize=2, label=name)
         end = max(end, int(max(x)))
     largest = max(abs(y) + margin for points in streams.values() for _, y, margin in points)
-    _position_axis(axes, 2 * end)
+    _position_axis(axes, int(1.3 * end))
     axes.set_xlim(left=min(points[0][0] for points in streams.values()) / 1.5)
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
     axes.set_ylim(-1.5 * largest, 1.5 * largest)
