@@ -128,6 +128,11 @@ class Subject:
     n_threads: int
 
     @property
+    def argument(self) -> str:
+        """For -m: the name of an embedded model, or of a file without its folder."""
+        return self.name if self.name in embedded_models() else Path(self.path).name
+
+    @property
     def n_train(self) -> int:
         return self.header.n_ctx_train
 
@@ -262,7 +267,7 @@ def block_means(values: Nll, block: int) -> list[float]:
 def ppl(subject: Subject, text: str, window: Window, kv_type: str, options: str) -> str:
     """The command that measures such a thing."""
     window_options = f"--n-local {window.n_local} --kv-type {kv_type}"
-    return f"lminf-edge ppl -m {subject.name} -f {text}.txt {options} {window_options} --json"
+    return f"lminf-edge ppl -m {subject.argument} -f {text}.txt {options} {window_options} --json"
 
 
 def stream_info(reader: Reader) -> StreamInfo:
@@ -480,8 +485,11 @@ def measure_divergence(subject: Subject, experiment: Experiment, save: Save) -> 
                 "bucket_kl": [float(f"{bucket.mean:.4e}") for bucket in means.buckets()],
             }
             say(f"{name}: {means.mean:.5f} nats, at most {policies[name]['largest_before_full']:.1e} before")
+    command = ppl(subject, "text", window, kv_type, f"--policies all --kl {n} --bucket 8")
+    if path != subject.path:
+        command = command.replace(f"-m {subject.argument} ", f"-m {Path(path).name} ")
     return {
-        "command": ppl(subject, "text", window, kv_type, f"--policies all --kl {n} --bucket 8"),
+        "command": command,
         "window": window_facts(window),
         "stretches": len(stretches),
         "length": length,
@@ -512,7 +520,7 @@ def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Res
         "depths": [f"{100 * depth:g}" for depth in settings["depths"]],
     }
     command = (
-        f"lminf-edge passkey -m {subject.name} -f {next(iter(subject.texts))}.txt --template prose "
+        f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt --template prose "
         + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
         + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
     )
