@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock demo test test-kernels sanitize lint bench bench-report patches worktree clean
+.PHONY: help setup stock demo test test-kernels sanitize lint bench bench-report results-measure results patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -37,6 +37,13 @@ bench: stock ## measure docs/performance again: 15 minutes on an idle machine; A
 
 bench-report: setup ## docs/performance.md and its plot from the figures measured last, in seconds
 	@$(BIN)/python benchmarks/report.py
+
+results-measure: setup ## measure docs/results again, hours: TEXT="book.txt ..."; ARGS="--only loss" for a part of it
+	@$(BIN)/python benchmarks/evidence.py $(if $(TEXT),--text $(TEXT)) $(ARGS)
+	@$(BIN)/python benchmarks/results.py
+
+results: setup ## docs/results.md and its plots from the figures measured last, in seconds
+	@$(BIN)/python benchmarks/results.py
 
 worktree: setup ## a git work tree of llama.cpp with one commit per patch, in build/worktree
 	@$(BIN)/python scripts/upstream.py worktree

@@ -55,6 +55,7 @@ from lminf_edge.history import Tokens, as_tokens
 from lminf_edge.models import embedded_models
 
 FIGURES = ROOT / "docs" / "results"
+WEIGHTS_FOLDER = ROOT / "build" / "models" / "weights"
 EMBEDDED = ("nano", "nano-alibi")
 MAIN = "nano"  # what one model is enough for is measured on this one
 N_GLOBAL = 10
@@ -96,19 +97,19 @@ class Size:
 
 TINY = Size(
     n_loss=4096,
-    n_sweep=1536,
+    n_sweep=1024,
     far_loss=1024,
-    far_sweep=768,
+    far_sweep=512,
     block=128,
-    n_stream=24_000,
+    n_stream=18_000,
     stream_block=1024,
-    n_longest=24_000,
+    n_longest=18_000,
     longest_block=1024,
     n_stretches=4,
     lengths=(128, 512),
     depths=(0.0, 1.0),
     n_trials=1,
-    n_text=8192,
+    n_text=6144,
     save_every=0.5,
 )
 
@@ -125,6 +126,11 @@ class Subject:
     prose: str  # the first text
     n_bos: int
     n_threads: int
+
+    @property
+    def argument(self) -> str:
+        """For -m: the name of an embedded model, or of a file without its folder."""
+        return self.name if self.name in embedded_models() else Path(self.path).name
 
     @property
     def n_train(self) -> int:
@@ -261,7 +267,7 @@ def block_means(values: Nll, block: int) -> list[float]:
 def ppl(subject: Subject, text: str, window: Window, kv_type: str, options: str) -> str:
     """The command that measures such a thing."""
     window_options = f"--n-local {window.n_local} --kv-type {kv_type}"
-    return f"lminf-edge ppl -m {subject.name} -f {text}.txt {options} {window_options} --json"
+    return f"lminf-edge ppl -m {subject.argument} -f {text}.txt {options} {window_options} --json"
 
 
 def stream_info(reader: Reader) -> StreamInfo:
@@ -298,6 +304,7 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
     window = subject.window()
     setup = subject.setup(window, settings["kv_type"])
     n_full: int | None = settings["full_tokens"]
+    setup.check(list(POLICIES.values()), min(size.n_loss, n_full or size.n_loss))
     policies: dict[str, Results] = {name: {"texts": {}} for name in POLICIES}
     fresh: dict[str, Results] = {name: {} for name in ("lminf", "full")}
     for name, tokens in subject.texts.items():
@@ -415,7 +422,8 @@ def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Resul
             for name, tokens in subject.texts.items():
                 n = min(size.n_sweep, len(tokens) - 1)
                 by_text, _ = curve(reader, tokens, n, size.block)
-                by_text["start"] = size.far_sweep // size.block * size.block
+                by_text["first_block"] = size.far_sweep // size.block
+                by_text["start"] = by_text["first_block"] * size.block
                 if settings["fresh"]:
                     nll = fresh_nll(reader, subject, tokens, window, by_text["start"], n)
                     by_text["fresh_nll"] = block_means(nll, size.block)
@@ -424,8 +432,13 @@ def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Resul
         variants.append(figures)
         mean = np.mean([by_text["mean_nll"] for by_text in figures["texts"].values()])
         say(f"{variant['name']}: {mean:.4f} nats, {rate(by_text)}")
-    options = f"--tokens {size.n_sweep + 1} --n-global G --max-distance D"
-    return {"command": ppl(subject, "text", subject.window(), "f16", options), "variants": variants}
+    command = ppl(subject, "text", subject.window(), "f16", f"--tokens {size.n_sweep + 1}")
+    option, value = settings["swept"]
+    if option in command:
+        command = re.sub(f"{option} \\S+", f"{option} {value}", command)
+    else:
+        command += f" {option} {value}"
+    return {"command": command, "variants": variants}
 
 
 def measure_weights(subject: Subject, experiment: Experiment, save: Save) -> Results:
@@ -472,8 +485,11 @@ def measure_divergence(subject: Subject, experiment: Experiment, save: Save) -> 
                 "bucket_kl": [float(f"{bucket.mean:.4e}") for bucket in means.buckets()],
             }
             say(f"{name}: {means.mean:.5f} nats, at most {policies[name]['largest_before_full']:.1e} before")
+    command = ppl(subject, "text", window, kv_type, f"--policies all --kl {n} --bucket 8")
+    if path != subject.path:
+        command = command.replace(f"-m {subject.argument} ", f"-m {Path(path).name} ")
     return {
-        "command": ppl(subject, "text", window, kv_type, f"--policies all --kl {n} --bucket 8"),
+        "command": command,
         "window": window_facts(window),
         "stretches": len(stretches),
         "length": length,
@@ -504,7 +520,7 @@ def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Res
         "depths": [f"{100 * depth:g}" for depth in settings["depths"]],
     }
     command = (
-        f"lminf-edge passkey -m {subject.name} -f {next(iter(subject.texts))}.txt --template prose "
+        f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt --template prose "
         + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
         + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
     )
@@ -525,22 +541,22 @@ def experiments(
     n_train = model_header(main)[1].n_ctx_train
     default = n_train // 2 - N_GLOBAL
     sweep: Results = {"tokens": size.n_sweep, "start": size.far_sweep}
-    add("sweep-global", main, measure_sweep, **sweep, fresh=False, variants=[
+    add("sweep-global", main, measure_sweep, swept=["--n-global", "G"], **sweep, fresh=False, variants=[
         {"name": f"G = {n}", "n_global": n, "n_local": default} for n in (0, 1, 4, 10, 32, 100)
     ])  # fmt: skip
     locals_ = sorted({*(n_train * eighths // 8 for eighths in (1, 2, 4, 6, 8)), default, n_train - N_GLOBAL})
-    add("sweep-local", main, measure_sweep, **sweep, fresh=False, variants=[
+    add("sweep-local", main, measure_sweep, swept=["--n-local", "L"], **sweep, fresh=False, variants=[
         {"name": f"L = {n}", "n_local": n} for n in locals_
     ])  # fmt: skip
-    add("sweep-distance", main, measure_sweep, **sweep, fresh=False, variants=[
+    add("sweep-distance", main, measure_sweep, swept=["--max-distance", "D"], **sweep, fresh=False, variants=[
         {"name": f"L = {n}, D = {distance}", "n_local": n, "max_distance": distance}
         for n in (default, n_train - N_GLOBAL) for distance in (n // 2, n, 2 * n)
     ])  # fmt: skip
-    add("sweep-kv", main, measure_sweep, **sweep, fresh=True, variants=[
+    add("sweep-kv", main, measure_sweep, swept=["--kv-type", "TYPE"], **sweep, fresh=True, variants=[
         {"name": kv_type, "kv_type": kv_type} for kv_type in ("f32", "f16", "q8_0", "q4_0")
     ])  # fmt: skip
     if f16:
-        add("sweep-weights", f16, measure_weights, **sweep, fresh=True, variants=[
+        add("sweep-weights", f16, measure_weights, swept=["-m", "FILE"], **sweep, fresh=True, variants=[
             {"name": file_type, "weights": file_type} for file_type in WEIGHTS
         ])  # fmt: skip
     for kv_type in ("f32", "f16"):
@@ -557,7 +573,14 @@ def experiments(
             )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
-    add("longest", smallest, measure_stream, **stream, tokens=size.n_longest, block=size.longest_block)
+    add(
+        f"longest-{Path(smallest).stem}",
+        smallest,
+        measure_stream,
+        **stream,
+        tokens=size.n_longest,
+        block=size.longest_block,
+    )
     return made
 
 
@@ -583,7 +606,10 @@ def is_finished(path: Path, inputs: Results) -> bool:
 
 
 def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out: Path, again: bool) -> None:
-    """Measures one experiment and writes its file; of a long stream that is interrupted, what was reached."""
+    """Measures one experiment and writes its file; of a long stream that is interrupted, what was reached.
+
+    What cannot be measured with this model has a file that says why.
+    """
     path = out / f"{experiment.name}.json"
     inputs = {
         "model": subject.facts,
@@ -609,7 +635,11 @@ def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out
         head = {"experiment": experiment.name, "complete": complete, "seconds": seconds, "n_threads": subject.n_threads}
         write(path, {**head, **inputs, **results, "machine": machine})
 
-    results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
+    try:
+        results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
+    except CommandError as error:  # such a thing as a cache of this type cannot be had for this model
+        results = {"refused": str(error)}
+        say(f"not measured: {error}")
     record(results, complete=True)
     say(f"took {time.monotonic() - begun:.0f} s")
 
@@ -636,6 +666,7 @@ def main() -> int:
     parser.add_argument("--full-minutes", metavar="T", type=float, help="and takes no longer than this for each text")
     parser.add_argument("--longest", metavar="N", type=int, help="tokens of the longest stream; default 200 million")
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="default 2")
+    parser.add_argument("--weights", metavar="DIR", type=Path, default=WEIGHTS_FOLDER, help="for quantized models")
     parser.add_argument("--out", metavar="DIR", type=Path, default=FIGURES, help="default docs/results")
     parser.add_argument("--again", action="store_true", help="also what was measured before")
     parser.add_argument("--tiny", action="store_true", help="a few thousand tokens, to see that it works")
@@ -657,7 +688,7 @@ def main() -> int:
         if missing:
             print(f"not measured, as there is no such model: {', '.join(missing)}")
         models = [name for name in EMBEDDED if name not in missing] + args.model
-        made = experiments(models, size, args.f16, args.full_tokens, ROOT / "build" / "models" / "weights")
+        made = experiments(models, size, args.f16, args.full_tokens, args.weights)
         names = [experiment.name for experiment in made]
         if not args.f16:
             print("not measured without --f16: sweep-weights")

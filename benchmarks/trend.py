@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-_SMALL = {1: 12.706, 2: 4.303, 3: 3.182}  # where the expansion below is not good enough
+_SMALL = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # where the expansion below is not good enough
 
 
 @dataclass(frozen=True)

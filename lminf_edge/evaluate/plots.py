@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,58 @@ def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str 
     bar = figure.colorbar(image, ax=grid, ticks=[0, 0.5, 1], format="{x:.0%}", shrink=0.8)
     bar.set_label("right answers", fontsize=8)
     bar.ax.tick_params(labelsize=8)
+    _save(figure, path)
+
+
+def plot_drift(path: Path, streams: Mapping[str, Sequence[tuple[float, float, float]]], title: str = "") -> None:
+    """How much more tokens far into a stream cost than the same tokens do when a stream has just begun.
+
+    `streams` has, by name, (position, mean difference in nats per token, margin of its 95 % interval).
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    end = 0
+    for (name, points), colour in zip(streams.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+        x, y, margin = (list(values) for values in zip(*points, strict=True))
+        axes.errorbar(x, y, yerr=margin, fmt="o-", color=colour, markersize=4, linewidth=1.2, capsize=2, label=name)
+        end = max(end, int(max(x)))
+    largest = max(abs(y) + margin for points in streams.values() for _, y, margin in points)
+    _position_axis(axes, int(1.3 * end))
+    axes.set_xlim(left=min(points[0][0] for points in streams.values()) / 1.5)
+    axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.set_ylim(-1.5 * largest, 1.5 * largest)
+    axes.set_ylabel("loss minus that of the same\ntext started fresh, nats")
+    if title:
+        axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    _save(figure, path)
+
+
+def plot_divergence(
+    path: Path, policies: Mapping[str, tuple[Sequence[float], Sequence[float]]], window: int, title: str = ""
+) -> None:
+    """Mean KL divergence from full attention by position: (edges of buckets, means in nats) of each policy."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    for name in STYLES:
+        if name in policies:
+            colour, line, width = STYLES[name]
+            edges, means = policies[name]
+            x = [(start + end) / 2 for start, end in pairwise(edges)]
+            axes.plot(x, means, color=colour, linestyle=line, linewidth=width, label=NAMES[name])
+    axes.axvline(window, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        "window full", (window, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+        va="top", ha="right", fontsize=9,
+    )  # fmt: skip
+    axes.set_xlim(0, max(edges[-1] for edges, _ in policies.values()))
+    axes.set_xlabel("position, tokens")
+    axes.set_ylabel("KL divergence, nats")
+    if title:
+        axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, handlelength=4, loc="upper left")
     _save(figure, path)
 
 

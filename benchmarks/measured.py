@@ -1,0 +1,219 @@
+"""What the files of benchmarks/evidence.py say: curves, differences of the same blocks of text, slopes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from trend import Array, Estimate, mean_difference, slope
+
+from lminf_edge.evaluate.buckets import Bucket, log_edges
+from lminf_edge.evaluate.passkey import Cell
+from lminf_edge.evaluate.policies import POLICIES
+
+Record = dict[str, Any]
+
+PAST = 4096  # from there on, Λ is compared with the others in every bucket
+SMALL = 0.01  # nats per token, 1 % of perplexity: up to there a difference does not matter to users
+
+
+def load_records(folder: Path) -> dict[str, Record]:
+    """The files of one folder, by experiment."""
+    records = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
+    return {record["experiment"]: record for record in records}
+
+
+def loss_records(records: dict[str, Record], kv_type: str | None = None) -> list[Record]:
+    """Those of loss by position, the model of the other experiments first."""
+    found = [
+        record
+        for name, record in records.items()
+        if name.startswith("loss-") and kv_type in (None, record["settings"]["kv_type"])
+    ]
+    return sorted(found, key=lambda record: (record["model"]["name"] != "nano", record["model"]["name"]))
+
+
+# --- loss by position -------------------------------------------------------------------------------------------------
+
+
+def blocks(record: Record, policy: str, start: int, end: int) -> Array:
+    """Mean losses of the whole blocks of tokens in [start, end), text after text."""
+    block = record["settings"]["block"]
+    first, last = -(-start // block), end // block
+    return np.concatenate(
+        [np.array(text["block_nll"][first:last]) for text in record["policies"][policy]["texts"].values()]
+    )
+
+
+def fresh_blocks(record: Record, policy: str, end: int) -> Array:
+    """The same of the tokens in [settings["start"], end), read by streams that had just begun."""
+    block = record["settings"]["block"]
+    return np.concatenate(
+        [np.array(text["block_nll"][: (end - text["start"]) // block]) for text in record["fresh"][policy].values()]
+    )
+
+
+def read_everywhere(record: Record, policy: str) -> int:
+    """Tokens that a policy has read of every text."""
+    return min(int(text["tokens"]) for text in record["policies"][policy]["texts"].values())
+
+
+def far_end(record: Record) -> int:
+    """Where the last whole block ends that was read of every text."""
+    block = int(record["settings"]["block"])
+    return read_everywhere(record, "lminf") // block * block
+
+
+def curve(record: Record, policy: str) -> list[Bucket]:
+    """Mean over all texts in buckets of a logarithmic axis."""
+    sums: dict[tuple[int, int], list[float]] = {}
+    for text in record["policies"][policy]["texts"].values():
+        for edges, mean in zip(pairwise(text["edges"]), text["bucket_nll"], strict=True):
+            sums.setdefault(edges, []).append(mean)
+    n_texts = max(map(len, sums.values()))
+    return [Bucket(*edges, statistics.mean(means)) for edges, means in sorted(sums.items()) if len(means) == n_texts]
+
+
+def octaves(buckets: Sequence[Bucket], first: int) -> list[Bucket]:
+    """0 .. first, then twice as many each time: means weighted with the number of tokens."""
+    result, start, end = [], 0, first
+    while start < buckets[-1].end:
+        inside = [b for b in buckets if start <= b.start and b.end <= end]
+        if inside:
+            n = sum(b.end - b.start for b in inside)
+            result.append(Bucket(start, inside[-1].end, sum(b.mean * (b.end - b.start) for b in inside) / n))
+        start, end = end, 2 * end
+    return result
+
+
+def constant_memory() -> list[str]:
+    return [name for name in POLICIES if name not in ("full", "lminf")]
+
+
+def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate]]:
+    """other - lminf in each bucket past PAST that has two blocks at least, from all texts."""
+    n = min(read_everywhere(record, name) for name in ("lminf", other))
+    edges = [edge for edge in log_edges(n) if edge >= PAST]
+    found = []
+    for start, end in pairwise(edges):
+        samples = blocks(record, other, start, end), blocks(record, "lminf", start, end)
+        if len(samples[0]) >= 2:
+            found.append((start, end, mean_difference(*samples)))
+    return found
+
+
+# --- long streams -----------------------------------------------------------------------------------------------------
+
+
+def paired(record: Record) -> tuple[Array, Array, Array]:
+    """Of every whole block past settings["start"]: position of its middle, loss minus fresh loss, place in the text."""
+    block, fresh = record["block"], np.array(record["fresh_nll"])
+    losses = np.array(record["block_nll"])
+    index = np.arange(len(losses))
+    place = index % len(fresh)
+    chosen = index * block >= record["settings"]["start"]
+    return ((index + 0.5) * block)[chosen], (losses - fresh[place])[chosen], place[chosen]
+
+
+def stream_records(records: dict[str, Record]) -> list[Record]:
+    """Those of long streams that a line can be fitted to."""
+    found = [record for name, record in records.items() if name == "stream" or name.startswith("longest-")]
+    return sorted((r for r in found if drift(r)), key=lambda r: (r["experiment"] != "stream", r["tokens"]))
+
+
+def drift(record: Record, within: bool = False) -> Estimate | None:
+    """Slope for ten times the position; None where there is too little to fit."""
+    position, difference, place = paired(record)
+    try:
+        return slope(np.log10(position), difference, place, within)
+    except ValueError:
+        return None
+
+
+def drift_points(record: Record) -> list[tuple[float, float, float]]:
+    """(position, mean, margin) in four bins for each power of ten."""
+    position, difference, place = paired(record)
+    bins = np.floor(4 * np.log10(position)).astype(int)
+    points = []
+    for number in np.unique(bins):
+        # blocks of the same text are one sample, however often it came round
+        here, places = difference[bins == number], place[bins == number]
+        inside = np.array([here[places == one].mean() for one in np.unique(places)])
+        if len(inside) >= 2:
+            estimate = mean_difference(inside, np.zeros(len(inside)))
+            middle = float(10 ** np.log10(position[bins == number]).mean())
+            points.append((middle, estimate.value, (estimate.high - estimate.low) / 2))
+    return points
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def far_blocks(variant: Record, key: str = "block_nll") -> Array:
+    """Losses of the blocks far into the texts of one variant of a sweep; "fresh_nll": when streams have just begun."""
+    texts = variant["texts"].values()
+    return np.concatenate([np.array(text[key][text["first_block"] if key == "block_nll" else 0 :]) for text in texts])
+
+
+def variant_of(record: Record, **fields: Any) -> Record:
+    """The one with these settings."""
+    found: list[Record] = [v for v in record["variants"] if all(v[name] == value for name, value in fields.items())]
+    (variant,) = found
+    return variant
+
+
+def smallest_enough(record: Record, reference: Record, size: Callable[[Record], float]) -> tuple[Record, Estimate]:
+    """The smallest variant whose loss is at most SMALL above the reference's, interval included, and by how much."""
+    best = reference
+    difference = Estimate(0.0, 0.0, 0.0, len(far_blocks(reference)))
+    for variant in sorted(record["variants"], key=size, reverse=True):
+        if variant is reference:
+            continue
+        estimate = mean_difference(far_blocks(variant), far_blocks(reference))
+        if estimate.high <= SMALL and size(variant) < size(best):
+            best, difference = variant, estimate
+    return best, difference
+
+
+def all_alike(record: Record, reference: Record) -> bool:
+    """Whether what quantization costs far into a stream is within SMALL of what it costs at its start."""
+    return all(
+        abs(
+            (far_blocks(v).mean() - far_blocks(reference).mean())
+            - (far_blocks(v, "fresh_nll").mean() - far_blocks(reference, "fresh_nll").mean())
+        )
+        <= SMALL
+        for v in record["variants"]
+    )
+
+
+# --- passkeys ---------------------------------------------------------------------------------------------------------
+
+
+def reach(record: Record, policy: str) -> tuple[int, int, int, int]:
+    """Right answers and keys, within reach and out of it."""
+    right = asked = right_out = out = 0
+    for cell in record["policies"][policy]["cells"]:
+        n_in = round(cell["in_reach"] * cell["trials"])
+        right, asked = right + cell["correct_in_reach"], asked + n_in
+        right_out, out = right_out + cell["correct"] - cell["correct_in_reach"], out + cell["trials"] - n_in
+    return right, asked, right_out, out
+
+
+def cells_of(policy: Record) -> list[Cell]:
+    return [
+        Cell(
+            c["length"],
+            c["depth"],
+            c["trials"],
+            c["correct"],
+            round(c["in_reach"] * c["trials"]),
+            c["correct_in_reach"],
+        )
+        for c in policy["cells"]
+    ]

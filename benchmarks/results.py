@@ -1,0 +1,870 @@
+"""Writes docs/results.md and its plots from the figures that benchmarks/evidence.py measured.
+
+    make results, or: .venv/bin/python benchmarks/results.py [--figures DIR] [--performance DIR] [--page FILE]
+
+Every number of the page comes from those files, or, for the paper's own, from benchmarks/published.json; only the words
+around them are here. What a sentence claims is decided by the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import ROOT
+from measured import (
+    PAST,
+    SMALL,
+    Record,
+    all_alike,
+    blocks,
+    cells_of,
+    compare_buckets,
+    constant_memory,
+    curve,
+    drift,
+    drift_points,
+    far_blocks,
+    far_end,
+    fresh_blocks,
+    load_records,
+    loss_records,
+    octaves,
+    paired,
+    reach,
+    read_everywhere,
+    smallest_enough,
+    stream_records,
+    variant_of,
+)
+from report import Figures, pick, positions_section, table
+from trend import Estimate, mean_difference
+
+from lminf_edge.bench.alternate import fastest, ratio
+from lminf_edge.cli.common import human_bytes
+from lminf_edge.config import LMInfConfig
+from lminf_edge.evaluate import plots
+from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.models import embedded_models
+
+# what nano is to reach
+NANO = "nano"
+WITHIN = 0.03  # of the loss inside the training length, far into a stream
+FULL_WORSE = 1.0  # nats
+KEYS = 0.95  # of the passkeys in reach
+
+HEAD = """# Results
+
+Written by `benchmarks/results.py` from what `benchmarks/evidence.py` measured (`docs/results/*.json`): do not edit.
+`make results-measure TEXT="book.txt ..."` measures again, `make results` rewrites this page.
+
+Losses are in nats per token: -log of the probability that the model gives to the token that comes next. Every policy
+runs through llama.cpp on the same tokens (see [design.md](design.md), "Measuring"). Intervals are 95 % confidence
+intervals; two policies are a tie when that of their difference contains zero. Differences are taken block by block of
+the same text, so its difficulty cancels. "Started fresh" is the same text read by streams that had just begun, each
+token at a position where the window is full and which is inside the training length.
+"""
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def nats(value: float) -> str:
+    return f"{value:+.4f}" if abs(value) < 0.1 else f"{value:+.2f}"
+
+
+def interval(estimate: Estimate, digits: int = 4) -> str:
+    return f"{estimate.value:+.{digits}f} ({estimate.low:+.{digits}f} to {estimate.high:+.{digits}f})"
+
+
+def verdict(estimate: Estimate) -> str:
+    """With "a tie" where the interval contains zero."""
+    margin = (estimate.high - estimate.low) / 2
+    return (
+        f"tie ({nats(estimate.value)} ± {margin:.4f})" if estimate.is_zero else f"{nats(estimate.value)} ± {margin:.4f}"
+    )
+
+
+def short(n: int) -> str:
+    """131072 as 128k, 10000000 as 10M."""
+    for unit, name in ((1 << 20, "M"), (1_000_000, "M"), (1 << 10, "k"), (1000, "k")):
+        if n >= unit and n % unit == 0:
+            return f"{n // unit}{name}"
+    return f"{n:,}"
+
+
+def names(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def window_of(record: Record) -> str:
+    window = record["window"]
+    return f"{window['n_global']} + {window['n_local']}"
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+Claim = tuple[str, str, str, str]  # what, measured, target, reached
+
+
+def claims(records: dict[str, Record]) -> list[Claim]:
+    found: list[Claim] = []
+    for record in loss_records(records, "f16"):
+        found += loss_claims(record)
+    for record in stream_records(records):
+        found.append(stream_claim(record))
+    for name in ("kl-f32", "kl-f16"):
+        if name in records:
+            found.append(kl_claim(records[name]))
+    if "passkey" in records:
+        found += passkey_claims(records["passkey"])
+    return found
+
+
+def target(record: Record, words: str, met: bool) -> tuple[str, str]:
+    """What is to be reached, and whether it is: of the model that was made to reach it."""
+    return (words, "reached" if met else "**not reached**") if record["model"]["name"] == NANO else ("–", "–")
+
+
+def loss_claims(record: Record) -> list[Claim]:
+    name, start, end = record["model"]["name"], record["settings"]["start"], far_end(record)
+    far, near = (f.mean() for f in (blocks(record, "lminf", start, end), fresh_blocks(record, "lminf", end)))
+    share = float(far / near) - 1
+    rows: list[Claim] = [
+        (
+            f"`{name}`: Λ at {short(start)} – {short(end)}, against the same tokens started fresh",
+            f"{far:.4f} against {near:.4f}: {share:+.2%} (full attention, fresh: "
+            f"{fresh_blocks(record, 'full', end).mean():.4f})",
+            *target(record, f"within {WITHIN:.0%}", abs(share) <= WITHIN),
+        )
+    ]
+    n_full = min(end, read_everywhere(record, "full"))
+    if n_full > start:
+        worse = mean_difference(blocks(record, "full", start, n_full), blocks(record, "lminf", start, n_full))
+        rows.append(
+            (
+                f"`{name}`: full attention minus Λ at {short(start)} – {short(n_full)}",
+                f"{interval(worse, 2)} nats",
+                *target(record, f"{FULL_WORSE:.0f} nat at least", worse.value >= FULL_WORSE),
+            )
+        )
+    estimates = [estimate for other in constant_memory() for _, _, estimate in compare_buckets(record, other)]
+    if estimates:
+        n_worse = sum(estimate.high < 0 for estimate in estimates)
+        rows.append(
+            (
+                f"`{name}`: Λ beside every other policy of constant memory, in every bucket past {short(PAST)}",
+                f"worse in {n_worse} of {len(estimates)}, tied in {sum(e.is_zero for e in estimates)}, better in "
+                f"{sum(estimate.low > 0 for estimate in estimates)}",
+                *target(record, "never worse, but for 1 in 40 by chance", n_worse <= len(estimates) / 40),
+            )
+        )
+    return rows
+
+
+def stream_claim(record: Record) -> Claim:
+    estimate, name = drift(record), record["model"]["name"]
+    assert estimate is not None
+    return (
+        f"`{name}`: drift over {reached(record)} tokens, past {short(record['settings']['start'])}, for ten times the "
+        "position",
+        f"{interval(estimate, 5)} nats",
+        "zero within its interval",
+        "reached" if estimate.is_zero else "**not reached**",
+    )
+
+
+def reached(record: Record) -> str:
+    of = "" if record["complete"] else f" (of {record['settings']['tokens']:,}: stopped)"
+    return f"{record['tokens']:,}{of}"
+
+
+def kl_claim(record: Record) -> Claim:
+    largest = max(policy["largest_before_full"] for policy in record["policies"].values())
+    exact = record["settings"]["kv_type"] == "f32"
+    what = "weights and cache in f32" if exact else f"{record['model']['weights']} weights, f16 cache"
+    return (
+        f"`{record['model']['name']}`, {what}: largest KL divergence from full attention before the window is full",
+        f"{largest:.1e} nats",
+        *(("zero, but for rounding", "reached" if largest < 1e-6 else "**not reached**") if exact else ("–", "–")),
+    )
+
+
+def passkey_claims(record: Record) -> list[Claim]:
+    right, asked, right_out, out = reach(record, "lminf")
+    name = record["model"]["name"]
+    rows: list[Claim] = []
+    if asked:
+        met = right / asked >= KEYS
+        what = f"`{name}`: passkeys in reach of Λ that it gives right"
+        rows.append((what, f"{right} of {asked}: {right / asked:.0%}", *target(record, f"{KEYS:.0%}", met)))
+    if out:
+        what = f"`{name}`: passkeys that have left the reach of Λ, and are given right"
+        rows.append((what, f"{right_out} of {out}: {right_out / out:.0%}", "–", "–"))
+    return rows
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def summary(records: dict[str, Record]) -> str:
+    return "## In short\n\n" + table(["", "measured", "target", ""], claims(records), 4)
+
+
+def loss_section(records: dict[str, Record]) -> str:
+    parts = []
+    for record in loss_records(records, "f16"):
+        name = record["model"]["name"]
+        curves = {policy: octaves(curve(record, policy), record["model"]["n_ctx_train"]) for policy in POLICIES}
+        by_start = {policy: {b.start: b.mean for b in found} for policy, found in curves.items()}
+        rows = []
+        for bucket in curves["lminf"]:
+            values = [by_start[policy].get(bucket.start) for policy in POLICIES]
+            cells = [f"{value:.3f}" if value is not None else "–" for value in values]
+            rows.append([f"{bucket.start:,} – {bucket.end:,}", *cells])
+        model = record["model"]
+        texts = record["texts"]
+        parts.append(
+            f"### {name}\n\n![loss by position, {name}](results/loss-{name}.png)\n\n"
+            f"{model['n_params'] / 1e6:.2f} M parameters ({model['architecture']}), {model['weights']} weights, "
+            f"trained on {model['n_ctx_train']} tokens; window {window_of(record)}, f16 KV; mean over {len(texts)} "
+            f"{'text' if len(texts) == 1 else 'texts'}, each read as one stream ({names([*texts])}).\n\n"
+            + table(["positions", *POLICIES], rows, 1)
+            + "\n"
+            + full_sentence(record)
+            + "\n"
+            + against_others(record)
+        )
+    quantized = kv_table(records)
+    if not parts:
+        return ""
+    return "## Loss by position\n\n" + "\n".join(parts) + (f"\n{quantized}" if quantized else "")
+
+
+def full_sentence(record: Record) -> str:
+    """Where full attention stopped, and why."""
+    n, end = record["full_tokens"], far_end(record)
+    full, ours = (record["policies"][name]["texts"].values() for name in ("full", "lminf"))
+    seconds = statistics.mean(text["seconds"] for text in full)
+    speed = sum(text["tokens"] for text in ours) / sum(text["seconds"] for text in ours)
+    took = f"Λ read {speed:,.0f} tokens a second. Full attention took {seconds:.0f} s for"
+    if n >= end:
+        return f"{took} the {n:,} tokens of a text.\n"
+    # twice the tokens, four times the time
+    rest = seconds * (end / n) ** 2
+    return (
+        f"{took} the first {n:,} tokens of a text and was stopped there: its time grows with the square of the length, "
+        f"and {end:,} would have taken {duration(rest)}.\n"
+    )
+
+
+def against_others(record: Record) -> str:
+    """Others minus Λ in every octave past PAST, and how often a finer bucket is a tie."""
+    start, end = PAST, far_end(record)
+    rows = []
+    while start < end:
+        stop = min(2 * start, end)
+        cells = []
+        for other in constant_memory():
+            samples = blocks(record, other, start, stop), blocks(record, "lminf", start, stop)
+            cells.append(verdict(mean_difference(*samples)) if len(samples[0]) >= 2 else "–")
+        rows.append([f"{start:,} – {stop:,}", *cells])
+        start = stop
+    if not rows:
+        return ""
+    sentences = []
+    for other in constant_memory():
+        found = [estimate for _, _, estimate in compare_buckets(record, other)]
+        better, worse = sum(e.low > 0 for e in found), sum(e.high < 0 for e in found)
+        tie = len(found) - better - worse
+        largest = max(found, key=lambda e: abs(e.value))
+        sentences.append(
+            f"`{other}`: Λ is better in {better}, tied in {tie}, worse in {worse} of {len(found)} buckets (at most "
+            f"{nats(largest.value)} nats)"
+        )
+    return (
+        f"Others minus Λ past {short(PAST)}, nats per token (positive: Λ is better):\n\n"
+        + table(["positions", *constant_memory()], rows, 1)
+        + f"\nIn finer buckets, four for each power of two: {'; '.join(sentences)}.\n"
+    )
+
+
+def kv_table(records: dict[str, Record]) -> str:
+    """q8_0 beside f16 KV."""
+    rows = []
+    for plain in loss_records(records, "f16"):
+        name = plain["model"]["name"]
+        quantized = records.get(f"loss-{name}-q8_0")
+        if quantized is None:
+            continue
+        start, end = plain["settings"]["start"], min(far_end(plain), far_end(quantized))
+        cells = []
+        for policy in POLICIES:
+            stop = min(end, *(read_everywhere(record, policy) for record in (plain, quantized)))
+            samples = [blocks(record, policy, start, stop) for record in (quantized, plain)]
+            cells.append(verdict(mean_difference(*samples)) if len(samples[0]) >= 2 else "–")
+        rows.append([f"`{name}`, {short(start)} – {short(end)}", *cells])
+    if not rows:
+        return ""
+    return (
+        "### q8_0 KV\n\nLoss with a q8_0 cache minus loss with an f16 cache:\n\n"
+        + table(["", *POLICIES], rows, 1)
+    )  # fmt: skip
+
+
+def stream_section(records: dict[str, Record]) -> str:
+    found = stream_records(records)
+    if not found:
+        return ""
+    rows = []
+    for record in found:
+        fitted, again = drift(record), drift(record, within=True)
+        assert fitted is not None
+        before, after = record["resident_bytes"]
+        rows.append(
+            [
+                f"`{record['model']['name']}`",
+                reached(record),
+                f"{duration(record['seconds_stream'])}, {record['tokens'] / record['seconds_stream']:,.0f} tokens/s",
+                f"{paired(record)[1].mean():+.5f}",
+                interval(fitted, 5),
+                interval(again, 6) if again else "–",
+                f"{human_bytes(record['kv_bytes'])}; "
+                + (f"{human_bytes(before)} → {human_bytes(after)}" if before else "–"),
+                f"{record['rebases']:,}; {record['max_graph_position']:,}",
+            ]
+        )
+    header = [
+        "", "tokens", "time", "loss minus that of a fresh start", "slope", "slope, the same block read again",
+        "KV; resident memory", "rebases; largest position in the graph",
+    ]  # fmt: skip
+    words = [
+        f"{record['text_tokens']:,} tokens and blocks of {record['block']:,} for `{record['model']['name']}`"
+        for record in found
+    ]
+    return (
+        "## Without end\n\n![drift](results/drift.png)\n\n"
+        f"One Λ stream, window {window_of(found[0])}, f16 KV, over all texts and, when they end, over them again "
+        f"({names(words)}). Each block is paired with the same tokens started fresh. A straight line is fitted to the "
+        "differences against log10 of the position, so slopes are nats for ten times the position. A block of text "
+        "that comes round is not another independent sample: errors are clustered by block of text. The last slope "
+        "takes no fresh start, only differences between the readings of the same block.\n\n"
+        + table(header, rows, 8)
+        + "\n"
+        + " ".join(map(drift_sentence, found))
+        + "\n"
+    )
+
+
+def drift_sentence(record: Record) -> str:
+    estimate, name = drift(record), record["model"]["name"]
+    assert estimate is not None
+    position = paired(record)[0]
+    decades = float(np.log10(position[-1] / position[0]))
+    span = f"from position {position[0]:,.0f} to {position[-1]:,.0f}"
+    if estimate.is_zero:
+        bound = max(abs(estimate.low), abs(estimate.high)) * decades
+        return f"`{name}`: no drift; {span} the line rises or falls by {bound:.4f} nats at most (95 %)."
+    return f"`{name}`: {span} the loss drifts by {estimate.value * decades:+.4f} nats."
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def sweep_table(record: Record, reference: Record, extra: Sequence[tuple[str, Callable[[Record], str]]] = ()) -> str:
+    rows = []
+    for variant in record["variants"]:
+        losses = far_blocks(variant)
+        against = "–" if variant is reference else verdict(mean_difference(losses, far_blocks(reference)))
+        rows.append(
+            [
+                variant["name"],
+                f"{losses.mean():.4f}",
+                against,
+                human_bytes(variant["kv_bytes"]),
+                *(show(variant) for _, show in extra),
+            ]
+        )
+    return table(["", "loss", f"minus that of {reference['name']}", "KV", *(title for title, _ in extra)], rows, 1)
+
+
+def global_sentence(record: Record) -> str:
+    variants = sorted(record["variants"], key=lambda v: v["n_global"])
+    none, most, default = variants[0], variants[-1], variant_of(record, n_global=LMInfConfig.n_global)
+    enough, difference = smallest_enough(record, most, lambda v: v["n_global"])
+    without, ten = (mean_difference(far_blocks(v), far_blocks(most)) for v in (none, default))
+    advice = (
+        f"the default of {default['n_global']} is enough"
+        if ten.high <= SMALL
+        else f"the default of {default['n_global']} is not enough: take {enough['n_global']}"
+    )
+    return (
+        f"- **G** (`n_global`): {advice}. The fewest first tokens that cost at most {SMALL} nats more than "
+        f"{most['n_global']} are {enough['n_global']} ({interval(difference)}); none at all: {interval(without)}; "
+        f"{default['n_global']}: {interval(ten)}."
+    )
+
+
+def local_sentence(record: Record) -> str:
+    n_train = record["model"]["n_ctx_train"]
+    means = {v["n_local"]: float(far_blocks(v).mean()) for v in record["variants"]}
+    inside = {v["n_local"]: means[v["n_local"]] for v in record["variants"] if v["n_global"] + v["n_local"] <= n_train}
+    best, smallest, largest = min(inside, key=inside.__getitem__), min(inside), max(inside)
+    advice = (
+        "as large as the training length allows"
+        if best == largest
+        else f"{best} is best; the largest inside the training length, {largest}, {inside[largest] - inside[best]:+.4f}"
+    )
+    past = "".join(
+        f" G + L past the training length (L = {n}): {nats(mean - inside[largest])} against L = {largest}."
+        for n, mean in means.items()
+        if n not in inside
+    )
+    return (
+        f"- **L** (`n_local`): {advice}. From {smallest} to {best} tokens the loss falls by "
+        f"{inside[smallest] - inside[best]:.4f} nats.{past} Memory grows with L."
+    )
+
+
+def distance_sentence(record: Record) -> str:
+    sentences, better = [], []
+    for n in sorted({v["n_local"] for v in record["variants"]}):
+        reference = variant_of(record, n_local=n, max_distance=n)
+        words = []
+        for variant in record["variants"]:
+            if variant["n_local"] == n and variant is not reference:
+                difference = mean_difference(far_blocks(variant), far_blocks(reference))
+                words.append(f"D = {variant['max_distance']} {verdict(difference)}")
+                if difference.high < -SMALL:
+                    better.append(variant["name"])
+        sentences.append(f"L = {n}, against D = L: {', '.join(words)}")
+    advice = (
+        f"{names(better)} would be better by more than {SMALL} nats"
+        if better
+        else f"leave it at L: no other value is better by more than {SMALL} nats"
+    )
+    return f"- **D** (`max_distance`): {advice}. {'; '.join(sentences)}."
+
+
+def kv_sentence(record: Record) -> str:
+    reference = variant_of(record, kv_type="f32")
+    enough, difference = smallest_enough(record, reference, lambda v: v["kv_bytes"])
+    f16 = variant_of(record, kv_type="f16")
+    return (
+        f"- **KV type**: the smallest cache that costs at most {SMALL} nats more than f32 is {enough['kv_type']} "
+        f"({interval(difference)}), {enough['kv_bytes'] / f16['kv_bytes']:.0%} of f16's memory."
+    )
+
+
+def weights_sentence(record: Record) -> str:
+    reference = variant_of(record, weights="F16")
+    enough, difference = smallest_enough(record, reference, lambda v: v["file_bytes"])
+    costs = []
+    for variant in record["variants"]:
+        if variant is not reference:
+            far, fresh = (
+                float((far_blocks(variant, key) - far_blocks(reference, key)).mean())
+                for key in ("block_nll", "fresh_nll")
+            )
+            costs.append(f"{variant['weights']} {nats(far)} far into a stream and {nats(fresh)} started fresh")
+    alike = "as much" if all_alike(record, reference) else "not as much"
+    return (
+        f"- **Weights**: the smallest file that costs at most {SMALL} nats more than F16 is {enough['weights']} "
+        f"({interval(difference)}). Quantization costs {alike} far into a stream as at its start: {'; '.join(costs)}."
+    )
+
+
+def fallback_sentence(record: Record) -> str:
+    """Matrices that did not get the number format their file is named after."""
+    words = []
+    for variant in record["variants"]:
+        counts = sorted(variant["tensors"].items(), key=lambda item: -item[1])
+        words.append(f"{variant['weights']} has {names([f'{n} {kind}' for kind, n in counts])}")
+    return (
+        "Number formats of the matrices, as llama.cpp chooses them: "
+        f"{'; '.join(words)}. It gives some matrices more bits, and takes a format with blocks of 32 where rows are no "
+        "multiple of the 256 of K-quants."
+    )
+
+
+def fresh_column(variant: Record) -> str:
+    return f"{far_blocks(variant, 'fresh_nll').mean():.4f}"
+
+
+def rate_column(variant: Record) -> str:
+    texts = variant["texts"].values()
+    return f"{sum(text['tokens'] for text in texts) / sum(text['seconds'] for text in texts):,.0f}"
+
+
+def settings_section(records: dict[str, Record]) -> str:
+    fresh = ("started fresh", fresh_column)
+    speed = ("tokens/s", rate_column)
+    sweeps: dict[
+        str, tuple[str, dict[str, Any], list[tuple[str, Callable[[Record], str]]], Callable[[Record], str]]
+    ] = {
+        "sweep-global": ("G, the first tokens", {"n_global": 10}, [speed], global_sentence),
+        "sweep-local": ("L, the window", {}, [speed], local_sentence),
+        "sweep-distance": ("D, the distance of the first tokens", {}, [], distance_sentence),
+        "sweep-kv": ("KV type", {"kv_type": "f16"}, [fresh, speed], kv_sentence),
+        "sweep-weights": (
+            "Weights",
+            {"weights": "F16"},
+            [fresh, ("file", lambda v: human_bytes(v["file_bytes"])), speed],
+            weights_sentence,
+        ),
+    }
+    found = {name: value for name, value in sweeps.items() if name in records}
+    if not found:
+        return ""
+    record = records[next(iter(found))]
+    first = record["variants"][0]
+    text = next(iter(first["texts"].values()))
+    parts = [
+        "## Which settings\n",
+        f"On `{record['model']['name']}`, tokens {text['start']:,} – {text['edges'][-1]:,} of each text; G = 10 and "
+        f'L = {record["model"]["n_ctx_train"] // 2 - 10}, f16 KV where not said otherwise. "Started fresh": the same '
+        "tokens read by streams that had just begun.\n",
+        *(sentence(records[name]) for name, (_, _, _, sentence) in found.items()),
+        "",
+    ]
+    for name, (title, fields, extra, _) in found.items():
+        record = records[name]
+        default = record["model"]["n_ctx_train"] // 2 - 10
+        if name == "sweep-local":
+            fields = {"n_local": default}
+        if name == "sweep-distance":
+            fields = {"n_local": default, "max_distance": default}
+        parts.append(f"### {title}\n\n" + sweep_table(record, variant_of(record, **fields), extra))
+        if name == "sweep-weights":
+            parts.append(fallback_sentence(record) + "\n")
+    return "\n".join(parts)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def kl_section(records: dict[str, Record]) -> str:
+    rows = []
+    for name in ("kl-f32", "kl-f16"):
+        if name in records:
+            record = records[name]
+            size = record["window"]["n_global"] + record["window"]["n_local"]
+            for policy, figures in record["policies"].items():
+                after = [
+                    (end - start, mean)
+                    for (start, end), mean in zip(pairwise(figures["edges"]), figures["bucket_kl"], strict=True)
+                    if start >= size
+                ]
+                mean_after = sum(n * mean for n, mean in after) / sum(n for n, _ in after)
+                weights = "F32" if name == "kl-f32" else record["model"]["weights"]
+                rows.append([f"{weights} weights, {record['settings']['kv_type']} KV", policy,
+                             f"{figures['largest_before_full']:.1e}", f"{mean_after:.5f}"])  # fmt: skip
+    if not rows:
+        return ""
+    record = records.get("kl-f32") or records["kl-f16"]
+    return (
+        "## Divergence from full attention\n\n![KL divergence](results/divergence.png)\n\n"
+        f"`{record['model']['name']}`, window {window_of(record)}, {record['stretches']} stretches of "
+        f"{record['length']} tokens, the training length. KL(full attention ‖ policy) of the predictions, in nats: "
+        "the largest of any token before position L, and the mean after the window is full. The Λ rule caps the first "
+        "distances at position L + 1; the others begin to differ "
+        "when the window is full, context shift one token earlier. "
+        "(With quantized weights llama.cpp rounds activations to 8 bits: another order of additions shows.)\n\n"
+        + table(["", "policy", "largest before", "mean after"], rows, 2)
+    )
+
+
+def passkey_section(records: dict[str, Record]) -> str:
+    if "passkey" not in records:
+        return ""
+    record = records["passkey"]
+    rows = []
+    for name, title in (("passkey", ""), ("passkey-sinks", ", key among the first tokens")):
+        if name not in records:
+            continue
+        for policy in records[name]["policies"]:
+            right, asked, right_out, out = reach(records[name], policy)
+            rows.append(
+                [
+                    policy + title,
+                    window_of(records[name]),
+                    f"{right} of {asked}" if asked else "–",
+                    f"{right_out} of {out}" if out else "–",
+                ]
+            )
+    right, asked, right_out, out = reach(record, "lminf")
+    kept = ""
+    if "passkey-sinks" in records:
+        sinks = records["passkey-sinks"]
+        size = sinks["window"]["n_global"] + sinks["window"]["n_local"]
+        cells = [c for c in sinks["policies"]["lminf"]["cells"] if c["depth"] == 0 and c["length"] > size]
+        if cells:
+            n, correct = sum(c["trials"] for c in cells), sum(c["correct"] for c in cells)
+            kept = (
+                f" With {sinks['window']['n_global']} first tokens kept, a key told at once is among them: "
+                f"{correct} of {n} right in prompts longer than the window."
+            )
+    return (
+        "## What is remembered\n\n![passkey retrieval](results/passkey.png)\n\n"
+        f"`{record['model']['name']}`, a five-digit key told once in prose and asked for at the end, "
+        f"{record['settings']['trials']} prompts for each length and depth, greedy, exact match. What has left the "
+        f"window cannot be attended to: Λ gives {right} of {asked} keys right that are within reach"
+        + (f" and {right_out} of {out} that are not." if out else ".")
+        + kept
+        + "\n\n"
+        + table(["", "window", "right, in reach", "right, out of reach"], rows, 1)
+    )
+
+
+def performance_section(performance: Figures) -> str:
+    if "positions" not in performance:
+        return "## Speed and memory by stream position\n\nNot measured: `make bench` writes `docs/performance/`.\n"
+    return positions_section(performance) + "\nFrom [performance.md](performance.md), which has more.\n"
+
+
+def bench_machine(performance: Figures) -> str:
+    record = performance.records["positions"]
+    return f"{record['model']['shape']} shape, {record['model']['weights']}, {record['n_threads']} CPU threads"
+
+
+def ours_decoding(records: dict[str, Record], performance: Figures) -> str:
+    if "positions" not in performance:
+        return "–"
+    depth = deepest(performance)
+    results = performance.results("positions")
+    sides = [fastest(pick(results, cache=cache, depth=depth)) for cache in ("lambda", "full")]
+    return f"{ratio(*sides).median:.2f} × as fast at position {depth:,}: {bench_machine(performance)}"
+
+
+def ours_memory(records: dict[str, Record], performance: Figures) -> str:
+    if "positions" not in performance:
+        return "–"
+    depth = deepest(performance)
+    results = performance.results("positions")
+    ours, full = (fastest(pick(results, cache=cache, depth=depth)).kv_bytes for cache in ("lambda", "full"))
+    window = results[0].contender.window
+    return f"{full / ours:.2f} × less KV memory at position {depth:,}, window {window}: {bench_machine(performance)}"
+
+
+def deepest(performance: Figures) -> int:
+    results = performance.results("positions")
+    ours, full = ({r.contender.depth for r in pick(results, cache=cache)} for cache in ("lambda", "full"))
+    return max(ours & full)
+
+
+def ours_longest(records: dict[str, Record], performance: Figures) -> str:
+    lines = []
+    for record in stream_records(records):
+        estimate = drift(record)
+        assert estimate is not None
+        lines.append(f"`{record['model']['name']}`, {reached(record)} tokens: slope {interval(estimate, 5)} nats")
+    return "; ".join(lines) or "–"
+
+
+def ours_global(records: dict[str, Record], performance: Figures) -> str:
+    if "sweep-global" not in records:
+        return "–"
+    record = records["sweep-global"]
+    ten, hundred = (far_blocks(variant_of(record, n_global=n)) for n in (10, 100))
+    return (
+        f"loss with 100 minus that with 10, `{record['model']['name']}`: {verdict(mean_difference(hundred, ten))} nats"
+    )
+
+
+def ours_local(records: dict[str, Record], performance: Figures) -> str:
+    found = loss_records(records, "f16")
+    return f"{window_of(found[0])} of {found[0]['model']['n_ctx_train']}" if found else "–"
+
+
+OURS: dict[str, Callable[[dict[str, Record], Figures], str]] = {
+    "longest": ours_longest,
+    "decoding": ours_decoding,
+    "memory": ours_memory,
+    "n_global": ours_global,
+    "n_local": ours_local,
+}
+
+
+def paper_section(records: dict[str, Record], performance: Figures, published: Record) -> str:
+    rows = [
+        [f["what"], f["value"], OURS[f["ours"]](records, performance), f["differs"], f["source"]]
+        for f in published["figures"]
+    ]
+    return f"## Beside the paper\n\n{published['paper']}. {published['left_out']}\n\n" + table(
+        ["", "the paper", "ours", "what differs", "source of the paper's figure"], rows, 5
+    )
+
+
+def own_model_section(records: dict[str, Record], performance: Figures) -> str:
+    found = loss_records(records, "f16")
+    lines = []
+    n_tokens = 1 << 17
+    for record in found[:1]:
+        texts = record["policies"]["lminf"]["texts"].values()
+        speed = sum(text["tokens"] for text in texts) / sum(text["seconds"] for text in texts)
+        lines.append((f"`{record['model']['name']}`, {record['model']['n_params'] / 1e6:.1f} M parameters", speed))
+    if "prefill" in performance:
+        ours = pick(performance.results("prefill"), cache="lambda")
+        deep = pick(ours, depth=max(r.contender.depth for r in ours))
+        lines.append(("Llama-3.2-1B shape, Q4_0, window 4096 (prefill)", fastest(deep).median))
+    times = table(
+        ["", "tokens/s", f"{n_tokens:,} tokens, each policy but full"],
+        [[name, f"{speed:,.0f}", duration(n_tokens / speed)] for name, speed in lines],
+        1,
+    )
+    return (
+        "## Your own model\n\n```sh\n"
+        "lminf-edge info -m model.gguf                                        # supported? training length?\n"
+        "lminf-edge ppl -m model.gguf -f book.txt --policies all --tokens 32768 --full-tokens 16384 --plot loss.png\n"
+        "lminf-edge ppl -m model.gguf -f book.txt --tokens 10000000 --repeat  # Λ alone, as long as you like\n"
+        "lminf-edge passkey -m model.gguf --policies all --plot keys.png\n"
+        ".venv/bin/python benchmarks/evidence.py --text book.txt --model model.gguf --only loss --out my-results\n"
+        "```\n\n"
+        "What to expect: up to the window all policies are the same. Past the training length full attention gets "
+        "worse; a text that is shorter than that shows nothing, so a model trained on 128k tokens needs a longer one. "
+        "Λ stays at the loss of its window: with a window of 4096, a model that makes use of 100k tokens loses what "
+        "they gave it. Whether first tokens matter depends on the model: one that leans on its first token fails with "
+        "`window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller than the default, "
+        "min(4096, training length).\n\n"
+        + (f"How long it takes, at the speeds measured on the machine below:\n\n{times}\n" if lines else "")
+        + "Full attention takes four times as long for twice the tokens: `--full-tokens` ends it. Ctrl-C prints what "
+        "was measured so far.\n"
+    )
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} minutes"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} hours"
+    )
+
+
+def experiments_section(records: dict[str, Record], refused: dict[str, Record]) -> str:
+    rows = []
+    for name, record in records.items():
+        machine = record["machine"]
+        done = "" if record["complete"] else f" (stopped at {record['tokens']:,} tokens)"
+        rows.append(
+            [
+                f"[{name}](results/{name}.json){done}",
+                f"`{record['model']['name']}`, {record['model']['weights']}",
+                f"`{record['command']}`",
+                duration(record["seconds"]),
+                f"{machine['date']}, {machine['commit'] or 'not known'}",
+            ]
+        )
+    machines: dict[str, None] = {}
+    for record in records.values():
+        m = record["machine"]
+        memory = human_bytes(m["memory_bytes"] or 0)
+        machines[f"{m['cpu']}, {m['n_cores']} cores, {memory} of memory, {m['system']}; {record['n_threads']} threads; "
+                 f"{m['upstream']}; {m['compiler']['ours'] or 'compiler not known'}"] = None  # fmt: skip
+    texts = {}
+    for record in records.values():
+        for name, text in record["texts"].items():
+            texts[name] = f"{name} ({text['n_bytes']:,} bytes, sha256 {text['sha256'][:12]}…)"
+    impossible = "".join(f"- {name} could not be measured: {record['refused']}\n" for name, record in refused.items())
+    total = sum(record["seconds"] for record in records.values())
+    return (
+        "## How it was measured\n\n"
+        f"{duration(total)} in all. "
+        "Texts: "
+        + "; ".join(texts.values())
+        + ". Each command does one of them from a shell, with `text.txt` for one text "
+        "and `texts.txt` for all of them; `benchmarks/evidence.py` runs the same code on all.\n\n"
+        + "".join(f"- {machine}\n" for machine in machines)
+        + f"{impossible}\n"
+        + table(["experiment", "model", "command", "time", "date, commit"], rows, 5)
+    )
+
+
+def stale_note(records: dict[str, Record]) -> str:
+    """A warning if an embedded model is no longer the one that was measured."""
+    embedded = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in embedded_models().items()}
+    stale = sorted(
+        name
+        for name, record in records.items()
+        if record["model"]["name"] in embedded and record["model"]["sha256"] != embedded[record["model"]["name"]]
+    )
+    if not stale:
+        return ""
+    return f"**Not up to date**: {names(stale)} measured another version of an embedded model than this one's.\n"
+
+
+def draw(records: dict[str, Record], folder: Path) -> None:
+    for record in loss_records(records, "f16"):
+        name = record["model"]["name"]
+        curves = {policy: curve(record, policy) for policy in POLICIES}
+        title = f"{name}, window {window_of(record)}, f16 KV"
+        plots.plot_losses(folder / f"loss-{name}.png", curves, record["model"]["n_ctx_train"], title)
+    streams = {
+        f"{record['model']['name']}, {record['tokens']:,} tokens": drift_points(record)
+        for record in stream_records(records)
+    }
+    if streams:
+        plots.plot_drift(folder / "drift.png", streams, "Λ stream: the same text, far on and started fresh")
+    found = records.get("kl-f32") or records.get("kl-f16")
+    if found:
+        policies = {name: (p["edges"], p["bucket_kl"]) for name, p in found["policies"].items()}
+        size = found["window"]["n_global"] + found["window"]["n_local"]
+        title = f"Divergence from full attention, {found['model']['name']}, window {window_of(found)}"
+        plots.plot_divergence(folder / "divergence.png", policies, size, title)
+    if "passkey" in records:
+        record = records["passkey"]
+        cells = {name: cells_of(policy) for name, policy in record["policies"].items()}
+        title = f"Passkey retrieval, {record['model']['name']}, window {window_of(record)}"
+        plots.plot_passkey(folder / "passkey.png", cells, title)
+
+
+def page(records: dict[str, Record], refused: dict[str, Record], performance: Figures, published: Record) -> str:
+    sections: Iterable[str] = [
+        HEAD,
+        stale_note(records),
+        summary(records),
+        loss_section(records),
+        stream_section(records),
+        settings_section(records),
+        kl_section(records),
+        passkey_section(records),
+        performance_section(performance),
+        paper_section(records, performance, published),
+        own_model_section(records, performance),
+        experiments_section(records, refused),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--figures", metavar="DIR", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--performance", metavar="DIR", type=Path, default=ROOT / "docs" / "performance")
+    parser.add_argument("--page", metavar="FILE", type=Path, default=ROOT / "docs" / "results.md")
+    args = parser.parse_args()
+    try:
+        records = load_records(args.figures)
+        refused = {name: records.pop(name) for name in [*records] if "refused" in records[name]}
+        if not records:
+            raise ValueError(f"There are no figures in {args.figures}: make results-measure measures them.")
+        published = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+        draw(records, args.figures)
+        args.page.write_text(page(records, refused, Figures(args.performance), published), encoding="utf-8")
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""The evidence: measured on a few thousand tokens, the page made of it, and the statistics behind its sentences."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lminf_edge import LMInfConfig
+from lminf_edge.cli import main
+from lminf_edge.cli.demo import python_documentation
+from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.models import find_model
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other
+
+import evidence  # noqa: E402
+import measured  # noqa: E402
+from quantize import quantize, tensor_types  # noqa: E402
+from trend import mean_difference, slope, t_quantile  # noqa: E402
+
+Record = dict[str, Any]
+
+EXPERIMENTS = {
+    "kl-f16",
+    "kl-f32",
+    "longest-nano",
+    "loss-nano-f16",
+    "loss-nano-q8_0",
+    "passkey",
+    "passkey-sinks",
+    "stream",
+    "sweep-distance",
+    "sweep-global",
+    "sweep-kv",
+    "sweep-local",
+    "sweep-weights",
+}
+N_TEXT = 6144  # tokens of it that are read
+
+
+def python(script: str, *arguments: object, expect: int = 0) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `results` with the figures of every experiment, and text.txt, which they were measured on."""
+    folder = tmp_path_factory.mktemp("evidence")
+    (folder / "text.txt").write_text(python_documentation(), encoding="utf-8")
+    f16 = folder / "nano-f16.gguf"
+    quantize(Path(find_model("nano")), f16, "F16", 1, again=True)
+    options = ["--tiny", "--threads", 1, "--text", folder / "text.txt", "--f16", f16, "--weights", folder / "weights"]
+    python("evidence.py", *options, "--out", folder / "results")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(folder: Path) -> dict[str, Record]:
+    return measured.load_records(folder / "results")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_for_each_experiment(folder: Path, records: dict[str, Record]) -> None:
+    # another embedded model has its own losses by position, and may be the smallest
+    assert {name for name in records if "alibi" not in name} | {"longest-nano"} == EXPERIMENTS
+    assert {path.stem for path in (folder / "results").glob("*.json")} == set(records)
+    for name, record in records.items():
+        assert record["experiment"] == name
+        assert record["complete"] is True
+        assert record["seconds"] > 0
+        assert set(record["model"]) == {
+            "name", "architecture", "n_params", "n_bytes", "weights", "n_ctx_train", "sha256"
+        }  # fmt: skip
+        assert {"date", "cpu", "commit", "upstream"} <= set(record["machine"])
+        assert set(record["texts"]) == {"text"}
+        assert record["texts"]["text"]["n_tokens"] == N_TEXT
+        assert record["settings"]
+        assert record["command"].startswith(f"lminf-edge {'passkey' if 'passkey' in name else 'ppl'} -m ")
+        assert str(folder) not in json.dumps(record)
+
+
+def test_what_was_measured_is_not_measured_again(folder: Path) -> None:
+    out = folder / "results"
+    before = {path.name: path.read_bytes() for path in out.glob("*.json")}
+    said = python(
+        "evidence.py", "--tiny", "--threads", 1, "--text", folder / "text.txt", "--only", "sweep-g", "--only", "kl",
+        "--out", out,
+    )  # fmt: skip
+    assert said.count("measured before") == 3
+    assert {path.name: path.read_bytes() for path in out.glob("*.json")} == before
+
+
+def test_the_command_gives_the_same_figures(
+    folder: Path, records: dict[str, Record], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    record = records["loss-nano-f16"]
+    assert main([*shlex.split(record["command"])[1:], "--threads", "1"]) == 0
+    policies = json.loads(capfd.readouterr().out)["policies"]
+    assert set(policies) == set(record["policies"]) == set(POLICIES)
+    for name, report in policies.items():
+        figures = record["policies"][name]["texts"]["text"]
+        assert report["tokens"] == figures["tokens"]
+        # with several threads, or none to spare, sums come out in another order
+        assert report["mean_nll"] == pytest.approx(figures["mean_nll"], abs=1e-3)
+        assert [bucket["end"] for bucket in report["buckets"]] == figures["edges"][1:]
+
+
+def test_loss_by_position(records: dict[str, Record]) -> None:
+    for record in measured.loss_records(records):
+        size, block = record["settings"]["tokens"], record["settings"]["block"]
+        for policy in POLICIES:
+            figures = record["policies"][policy]["texts"]["text"]
+            assert figures["tokens"] == figures["edges"][-1] == size
+            assert len(figures["block_nll"]) == size // block
+            assert np.mean(figures["block_nll"]) == pytest.approx(figures["mean_nll"], abs=1e-4)
+        far, fresh = (
+            measured.blocks(record, "lminf", record["settings"]["start"], size),
+            measured.fresh_blocks(record, "lminf", size),
+        )
+        assert len(far) == len(fresh) == (size - record["settings"]["start"]) // block
+        # the same tokens with as much in view: their losses go together, and are the same on average
+        assert np.corrcoef(far, fresh)[0, 1] > 0.95
+        assert abs(far.mean() / fresh.mean() - 1) < 0.03  # 0.0003 was measured for nano
+
+
+def test_a_long_stream_reads_the_same_text_again(records: dict[str, Record]) -> None:
+    record = records["stream"]
+    n = len(record["fresh_nll"])
+    assert n * record["block"] == record["text_tokens"]
+    assert record["tokens"] == record["settings"]["tokens"] > 2 * record["text_tokens"]
+    losses = np.array(record["block_nll"])
+    assert len(losses) == record["tokens"] // record["block"]
+    # past the first time round what is in view is the same, so are the losses
+    np.testing.assert_allclose(losses[n + 1 : 2 * n], losses[2 * n + 1 : 3 * n], atol=1e-3)
+    position, difference, place = measured.paired(record)
+    assert position[0] >= record["settings"]["start"]
+    assert list(place) == [int(at // record["block"]) % n for at in position]
+    assert np.abs(difference).mean() < 0.1
+    estimate = measured.drift(record)
+    assert estimate is not None
+    assert estimate.n == n
+    assert record["kv_bytes"] > 0
+    assert record["max_graph_position"] < 10_000
+
+
+def test_divergence_is_zero_until_the_window_is_full(records: dict[str, Record]) -> None:
+    for policy in records["kl-f32"]["policies"].values():
+        assert policy["largest_before_full"] < 1e-8  # 1e-11 was measured
+        assert policy["mean_kl"] > 1e-6
+
+
+def test_sweeps(records: dict[str, Record]) -> None:
+    values = {
+        "sweep-global": ("n_global", [0, 1, 4, 10, 32, 100]),
+        "sweep-kv": ("kv_type", ["f32", "f16", "q8_0", "q4_0"]),
+        "sweep-weights": ("weights", ["F16", "Q8_0", "Q4_K_M", "Q4_0"]),
+    }
+    for name, (key, expected) in values.items():
+        assert [variant[key] for variant in records[name]["variants"]] == expected
+    lengths = [variant["n_local"] for variant in records["sweep-local"]["variants"]]
+    assert (lengths[0], lengths[-1]) == (64, 512)
+    for variant in records["sweep-distance"]["variants"]:
+        assert variant["max_distance"] / variant["n_local"] in (0.5, 1, 2)
+    files = [variant["file_bytes"] for variant in records["sweep-weights"]["variants"]]
+    assert files == sorted(files, reverse=True)
+    sizes = [variant["kv_bytes"] for variant in records["sweep-kv"]["variants"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_quantized_models_say_what_they_are(folder: Path) -> None:
+    assert set(tensor_types(folder / "nano-f16.gguf")) == {"F16"}
+    assert "Q4_K" in tensor_types(folder / "weights" / "Q4_K_M.gguf")
+    with pytest.raises(RuntimeError, match="cannot be quantized to Q4_0"):
+        quantize(folder / "text.txt", folder / "none.gguf", "Q4_0", 1)
+    assert not (folder / "none.gguf").exists()
+
+
+# --- page -------------------------------------------------------------------------------------------------------------
+
+
+def test_page(folder: Path, records: dict[str, Record]) -> None:
+    page = folder / "results.md"
+
+    def make() -> str:
+        python("results.py", "--figures", folder / "results", "--performance", folder / "none", "--page", page)
+        return page.read_text(encoding="utf-8")
+
+    text = make()
+    for name in records:
+        assert f"(results/{name}.json)" in text
+    for picture in ("loss-nano", "drift", "divergence", "passkey"):
+        assert f"(results/{picture}.png)" in text
+        assert (folder / "results" / f"{picture}.png").stat().st_size > 10_000
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "## In short", "## Loss by position", "## Without end", "## Which settings",
+        "## Divergence from full attention", "## What is remembered", "## Speed and memory by stream position",
+        "## Beside the paper", "## Your own model",
+        "## How it was measured",
+    ]  # fmt: skip
+    assert "nan" not in text.replace("nano", "")
+    assert "Not up to date" not in text
+    for line in text.splitlines():  # no table is ragged
+        if line.startswith("|"):
+            assert line.count(" | ") <= 8
+
+    pictures = {path.name: path.read_bytes() for path in (folder / "results").glob("*.png")}
+    assert make() == text
+    assert {path.name: path.read_bytes() for path in (folder / "results").glob("*.png")} == pictures
+
+    # its numbers are those of the files
+    record = json.loads((folder / "results" / "stream.json").read_text(encoding="utf-8"))
+    estimate = measured.drift(record)
+    assert estimate is not None
+    assert f"{estimate.value:+.5f} ({estimate.low:+.5f} to {estimate.high:+.5f})" in text
+    record["model"]["sha256"] = "of another model"
+    (folder / "results" / "stream.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "**Not up to date**: stream measured another version" in make()
+
+
+def test_without_figures(tmp_path: Path) -> None:
+    said = python("results.py", "--figures", tmp_path, "--page", tmp_path / "page.md", expect=1)
+    assert said.startswith("error: There are no figures in ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--text", "missing.txt"], "missing.txt does not exist."),
+        (["--text", "{short}"], "short is too short: it has "),
+        (["--model", "missing.gguf"], "Model path does not exist: missing.gguf"),
+    ],
+)
+def test_bad_input(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.", encoding="utf-8")
+    filled = [argument.format(short=short) for argument in arguments]
+    said = python("evidence.py", "--tiny", "--out", tmp_path / "out", *filled, expect=1)
+    assert f"error: {sentence}" in said
+    assert "Traceback" not in said
+
+
+# --- a long stream that is stopped ------------------------------------------------------------------------------------
+
+
+def test_what_a_stream_has_reached_is_kept(tmp_path: Path) -> None:
+    texts = {"text": python_documentation()}
+    size = evidence.dataclasses.replace(evidence.TINY, n_stream=7000, save_every=0.0)
+    subject = evidence.subject_of("nano", texts, 4096, 1)
+    (stream,) = [e for e in evidence.experiments(["nano"], size, None, None, tmp_path) if e.name == "stream"]
+    path = tmp_path / "stream.json"
+
+    def read(stop: int) -> Record:
+        """Stops where the stream is said to have reached so many tokens."""
+
+        def run(subject: Any, experiment: Any, save: Any) -> Record:
+            def save_and_stop(reached: Record) -> None:
+                save(reached)
+                if reached["tokens"] >= stop:
+                    raise KeyboardInterrupt
+
+            return evidence.measure_stream(subject, experiment, save_and_stop)
+
+        with pytest.raises(KeyboardInterrupt):
+            evidence.perform(evidence.dataclasses.replace(stream, run=run), subject, texts, tmp_path, False)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    first = read(4000)
+    assert first["complete"] is False
+    assert first["tokens"] >= 4000
+    assert len(first["block_nll"]) == first["tokens"] // first["block"]
+    assert read(2000) == first  # less than there was replaces nothing
+    assert read(6000)["tokens"] >= 6000
+    evidence.perform(stream, subject, texts, tmp_path, False)
+    assert json.loads(path.read_text(encoding="utf-8"))["complete"] is True
+
+
+def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
+    """Rows of a cache in q8_0 have 32 elements at least, and the heads of this model have 16."""
+    from reference import tiny_models
+
+    model = tiny_models.write("llama", tmp_path)
+    texts = {"text": "ab " * 4000}
+    size = evidence.dataclasses.replace(evidence.TINY, n_loss=1024)
+    made = evidence.experiments(["nano", str(model)], size, None, None, tmp_path)
+    (loss,) = [e for e in made if e.model == str(model) and e.name.endswith("q8_0")]
+    evidence.perform(loss, evidence.subject_of(str(model), texts, 4096, 1), texts, tmp_path, False)
+    record = json.loads((tmp_path / f"{loss.name}.json").read_text(encoding="utf-8"))
+    assert record["complete"]
+    assert "cannot run" in record["refused"]
+
+
+def test_full_attention_stops_when_it_gets_too_slow() -> None:
+    texts = {"text": python_documentation()}
+    subject = evidence.subject_of("nano", texts, None, 1)
+    tokens = subject.texts["text"]
+    setup = subject.setup(subject.window(), "f16")
+    with setup.reader(POLICIES["full"], 16384) as reader:
+        figures, done = evidence.curve(reader, tokens, 16384, 128, most_seconds=0.0)
+    assert done == figures["tokens"] == figures["edges"][-1] == 4096  # the least
+    assert len(figures["block_nll"]) == 4096 // 128
+
+
+def test_fresh_losses_are_those_of_a_new_stream() -> None:
+    from lminf_edge import Llama
+    from lminf_edge.evaluate import token_nll
+
+    subject = evidence.subject_of("nano", {"text": python_documentation()}, 4096, 1)
+    tokens, window = subject.texts["text"], subject.window()
+    with subject.setup(window, "f16").reader(POLICIES["lminf"], 0) as reader:
+        fresh = evidence.fresh_nll(reader, subject, tokens, window, 1000, 1600)
+    config = LMInfConfig(n_global=window.n_global, n_local=window.n_local)
+    llm = Llama("nano", lminf=config, verbose=False, n_threads=1, n_threads_batch=1)
+    # that of token 1257, the first of the second stretch: BOS and the window before it have been read
+    stretch = [*tokens[:1], *tokens[1257 - window.size : 1258]]
+    assert token_nll(llm, np.array(stretch))[-1] == pytest.approx(fresh[256], abs=2e-3)
+    llm.close()
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_quantiles() -> None:
+    # from tables of Student's t
+    for n_free, expected in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (30, 2.042), (1000, 1.962)):
+        assert t_quantile(n_free) == pytest.approx(expected, abs=0.001)
+
+
+def test_intervals_hold_the_truth_19_times_in_20() -> None:
+    rng = np.random.default_rng(0)
+    mean_hits = slope_hits = 0
+    n_rounds, n_blocks, n_times = 1000, 20, 6
+    place = np.tile(np.arange(n_blocks), n_times)
+    x = np.log10(np.arange(n_blocks * n_times) + 10.0)
+    for _ in range(n_rounds):
+        # paired samples: what both have in common cancels
+        common, a, b = rng.normal(size=(3, 12))
+        estimate = mean_difference(10 * common + a + 0.5, 10 * common + b)
+        mean_hits += estimate.low <= 0.5 <= estimate.high
+        # a block of text has its own difference, whenever it is read
+        y = 0.3 * x + rng.normal(size=n_blocks)[place] + 0.01 * rng.normal(size=len(x))
+        clustered = slope(x, y, place)
+        slope_hits += clustered.low <= 0.3 <= clustered.high
+        assert slope(x, y, place, within=True).value == pytest.approx(0.3, abs=0.02)
+    assert 0.93 < mean_hits / n_rounds < 0.97
+    assert 0.93 < slope_hits / n_rounds < 0.97
+
+
+def test_too_little_for_an_interval() -> None:
+    with pytest.raises(ValueError, match="two samples"):
+        mean_difference([1.0], [2.0])
+    with pytest.raises(ValueError, match="two blocks"):
+        slope(np.arange(3.0), np.arange(3.0), np.zeros(3))
+    with pytest.raises(ValueError, match="different positions"):
+        slope(np.zeros(3), np.arange(3.0), np.arange(3.0))
