@@ -194,10 +194,10 @@ def test_worker_says_what_is_wrong(bench: Any) -> None:
 
 
 def test_latency(bench: Any) -> None:
-    latency = bench.latency(Contender("ours", "lambda", "tg", 4, 0, window=100), 1030)
+    latency = bench.latency(Contender("ours", "lambda", "tg", 4, 0, window=100), 33)
     assert (
         latency["n_tokens"] == latency["control"]["n_tokens"] == 30
-    )  # the first thousand says how much work is as long
+    )
     for seconds in (latency, latency["control"]):
         assert 0 < seconds["median"] <= seconds["p99"] <= seconds["max"] <= seconds["seconds"]
 
@@ -282,7 +282,7 @@ def test_speed_and_report(tmp_path: Path) -> None:
     python("speed.py", "--tiny", "--threads", 1, "--stock-lib", folder, "--models", tmp_path / "m", "--out", figures)
     python("report.py", "--figures", figures, "--page", page)
     records = {path.stem: json.loads(path.read_text()) for path in figures.glob("*.json")}
-    assert len(records) == 11
+    assert len(records) == 13
     for name, record in records.items():
         assert record["experiment"] == name
         assert record["machine"]["cpu"]
