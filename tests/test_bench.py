@@ -195,9 +195,7 @@ def test_worker_says_what_is_wrong(bench: Any) -> None:
 
 def test_latency(bench: Any) -> None:
     latency = bench.latency(Contender("ours", "lambda", "tg", 4, 0, window=100), 33)
-    assert (
-        latency["n_tokens"] == latency["control"]["n_tokens"] == 30
-    )
+    assert latency["n_tokens"] == latency["control"]["n_tokens"] == 30
     for seconds in (latency, latency["control"]):
         assert 0 < seconds["median"] <= seconds["p99"] <= seconds["max"] <= seconds["seconds"]
 
