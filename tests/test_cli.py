@@ -695,7 +695,11 @@ def test_the_installed_command_knows_its_version() -> None:
 
 def endless() -> subprocess.Popen[bytes]:
     command = [ENTRY, "generate", "-m", "nano", "-p", "The", "-n", "-1", "--ignore-eos", "--n-local", "64"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests started in the background inherit deaf ears
+
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen)
 
 
 def test_control_c_ends_an_endless_generation_cleanly() -> None:
