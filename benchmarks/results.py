@@ -48,7 +48,7 @@ from measured import (
 from report import Figures, pick, positions_section, table
 from trend import Estimate, mean_difference
 
-from lminf_edge.bench.alternate import fastest, ratio
+from lminf_edge.bench.alternate import Result, fastest, ratio
 from lminf_edge.cli.common import human_bytes
 from lminf_edge.config import LMInfConfig
 from lminf_edge.evaluate import plots
@@ -638,26 +638,24 @@ def bench_machine(performance: Figures) -> str:
 def ours_decoding(records: dict[str, Record], performance: Figures) -> str:
     if "positions" not in performance:
         return "–"
-    depth = deepest(performance)
-    results = performance.results("positions")
-    sides = [fastest(pick(results, cache=cache, depth=depth)) for cache in ("lambda", "full")]
-    return f"{ratio(*sides).median:.2f} × as fast at position {depth:,}: {bench_machine(performance)}"
+    depth, ours, full = at_deepest(performance)
+    return f"{ratio(ours, full).median:.2f} × as fast at position {depth:,}: {bench_machine(performance)}"
 
 
 def ours_memory(records: dict[str, Record], performance: Figures) -> str:
     if "positions" not in performance:
         return "–"
-    depth = deepest(performance)
-    results = performance.results("positions")
-    ours, full = (fastest(pick(results, cache=cache, depth=depth)).kv_bytes for cache in ("lambda", "full"))
-    window = results[0].contender.window
-    return f"{full / ours:.2f} × less KV memory at position {depth:,}, window {window}: {bench_machine(performance)}"
+    depth, ours, full = at_deepest(performance)
+    less = f"{full.kv_bytes / ours.kv_bytes:.2f} × less KV memory"
+    return f"{less} at position {depth:,}, window {ours.contender.window}: {bench_machine(performance)}"
 
 
-def deepest(performance: Figures) -> int:
+def at_deepest(performance: Figures) -> tuple[int, Result, Result]:
+    """The deepest position that both were measured at, ours there, and full attention."""
     results = performance.results("positions")
-    ours, full = ({r.contender.depth for r in pick(results, cache=cache)} for cache in ("lambda", "full"))
-    return max(ours & full)
+    ours, full = (pick(results, cache=cache) for cache in ("lambda", "full"))
+    depth = max({r.contender.depth for r in ours} & {r.contender.depth for r in full})
+    return depth, fastest(pick(ours, depth=depth)), fastest(pick(full, depth=depth))
 
 
 def ours_longest(records: dict[str, Record], performance: Figures) -> str:

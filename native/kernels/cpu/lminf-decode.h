@@ -171,7 +171,7 @@ static void add_values(const kv_rows & v, int n, int n_head, int n_embd, const h
                         }
                     }
                 };
-                if (n_cells == N_CELLS_VALUES) {
+                if (n_cells == N_CELLS_VALUES) { // a constant number, unrolled: the sums stay in registers
                     for (int c = 0; c < N_CELLS_VALUES; ++c) {
                         add_cell(c);
                     }
