@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llama_cpp.llama_cache import BaseLlamaCache
 
     from lminf_edge.llama import Llama
-    from lminf_edge.stream import Logits
+    from lminf_edge.sequence import Logits
 
 # tokens before a piece of text that a tokenizer may look at to place its spaces
 _CONTEXT = 16
@@ -242,15 +242,10 @@ def _prompt_logprobs(llm: Llama, tokens: Tokens, reporter: LogprobReporter) -> l
 
     A leading beginning-of-text token is left out; the first token reported has no probability.
     """
-    stream = llm.stream
     detokenizer = Detokenizer(llm, [], [])
     entries: list[TokenLogprobs] = []
     before: Logits | None = None  # logits of the token before this one
-    stream.clear()
-    for start in range(0, len(tokens), llm.n_batch):
-        block = tokens[start : start + llm.n_batch]
-        stream.decode(block, logits_all=True)
-        rows = stream.logits_block()
+    for block, rows in llm.prompt_logits(tokens):
         for i, token in enumerate(block.tolist()):
             entry = reporter.entry(token, detokenizer.piece(token), before if entries else None)
             entries += [entry] if entry else []

@@ -33,7 +33,8 @@ from lminf_edge.config import (
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.history import Tokens, as_tokens
 from lminf_edge.models import find_model
-from lminf_edge.stream import Logits, Stream
+from lminf_edge.sequence import Batch, CacheSequence, Logits
+from lminf_edge.stream import Stream
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
 
@@ -67,6 +68,8 @@ class Llama(llama_cpp.Llama):
     - logits_processor and stopping_criteria see the recent tokens of the stream, at least 16384, in an array that must
       not be written to or kept. `scores` has the logits of the last batch alone: a row per token with logits_all, else
       one. `eval_tokens` has the last n_ctx tokens; a draft model sees the same.
+    - n_seq_max is the number of sequences in the context; this object is the stream of the first of them, the others
+      are for several streams that decode together (lminf_edge.engine).
     - With embedding=True or vocab_only=True there is no stream to keep and the context is a stock one.
 
     Without `lminf`, this is llama_cpp.Llama, unchanged, except that model_path may name an embedded model ("nano").
@@ -81,6 +84,7 @@ class Llama(llama_cpp.Llama):
         *,
         lminf: bool | LMInfConfig | None = None,
         n_ctx: int | None = None,
+        n_seq_max: int = 1,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # so that close() works however early this fails
@@ -93,16 +97,16 @@ class Llama(llama_cpp.Llama):
         if config is None or kwargs.get("embedding") or kwargs.get("vocab_only"):
             super().__init__(path, **(kwargs if n_ctx is None else {**kwargs, "n_ctx": n_ctx}))
         else:
-            self._init_lambda(path, config, n_ctx, kwargs)
+            self._init_lambda(path, config, n_ctx, n_seq_max, kwargs)
 
-    def _init_lambda(self, path: str, config: LMInfConfig, n_ctx: int | None, kwargs: dict[str, Any]) -> None:
+    def _init_lambda(self, path: str, config: LMInfConfig, n_ctx: int | None, n_seq_max: int, kwargs: dict[str, Any]) -> None:
         if isinstance(kwargs.get("chat_handler"), (Llava15ChatHandler, MTMDChatHandler)):
             raise ValueError("Chat handlers for images and sound do not work with lminf: load this model without it.")
         library = native.load()
         header = read_header(path)
         if header.n_tensors == 0:
             raise ValueError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
-        window = resolve(config, n_ctx, _training_length(header, kwargs.get("kv_overrides") or {}))
+        window = resolve(config, n_ctx, training_length(header, kwargs.get("kv_overrides") or {}))
         type_k, type_v = check_kv_type("type_k", kwargs.get("type_k")), check_kv_type("type_v", kwargs.get("type_v"))
         if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
             raise ValueError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
@@ -110,7 +114,7 @@ class Llama(llama_cpp.Llama):
         on_gpu = bool(kwargs.get("n_gpu_layers"))
         n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch(on_gpu)))
         if not on_gpu:
-            check_memory(window.kv_bytes(header, type_k, type_v, n_ubatch))
+            check_memory(n_seq_max * window.kv_bytes(header, type_k, type_v, n_ubatch))
 
         logits_all = bool(kwargs.pop("logits_all", False)) or kwargs.get("draft_model") is not None
         params = native.Params(
@@ -121,6 +125,7 @@ class Llama(llama_cpp.Llama):
             sink_mode=SINK_MODES.index(window.sink_mode),
             pos_bound=window.pos_bound,
             attention=ATTENTIONS.index(window.attention),
+            n_seq_max=n_seq_max,
         )
         self._window = window
         with native.captured_errors() as errors, library.next_context(params):
@@ -153,7 +158,10 @@ class Llama(llama_cpp.Llama):
             type_v=type_v,
             v_transposed=int(stock and not self.context_params.flash_attn_type),
         )
-        self._stream = Stream(library, self._ctx, self._batch, identity, window, self._n_vocab, config.n_checkpoints)
+        self.sequences = [CacheSequence(library, self._ctx, window, seq_id) for seq_id in range(n_seq_max)]
+        self.decoder = Batch(self._batch)
+        self.identity = identity
+        self._stream = Stream(self.sequences[0], self.decoder, identity, self._n_vocab, config.n_checkpoints)
 
     # --- the stream ---------------------------------------------------------------------------------------------------
 
@@ -343,6 +351,17 @@ class Llama(llama_cpp.Llama):
         recent = np.concatenate([self._input_ids[-self.n_ctx() :], as_tokens(pending)])
         return [int(token) for token in self.draft_model(recent)[:room]]
 
+    def prompt_logits(self, tokens: Tokens) -> Iterator[tuple[Tokens, Logits]]:
+        """Processes tokens (n_tokens,) from an empty stream; yields them in parts, with the logits (n_part, n_vocab).
+
+        The logits are good until the next part.
+        """
+        self.stream.clear()
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start : start + self.n_batch]
+            self.stream.decode(part, logits_all=True)
+            yield part, self.stream.logits_block()
+
     def logits_of_sample(self) -> Logits:
         """Logits (n_vocab,) the token that `generate` yielded last was sampled from; good until the next one."""
         return self.stream.logits(self._sampled_at - 1)
@@ -384,7 +403,7 @@ class Llama(llama_cpp.Llama):
         return state
 
 
-def _training_length(header: Header, overrides: dict[str, Any]) -> int:
+def training_length(header: Header, overrides: dict[str, Any]) -> int:
     """Tokens the model was trained on, at most; a default if the file does not say."""
     value = overrides.get(f"{header.architecture}.context_length", header.n_ctx_train)
     return int(value) or DEFAULT_WINDOW

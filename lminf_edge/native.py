@@ -27,6 +27,7 @@ class Params(ctypes.Structure):
         ("sink_mode", ctypes.c_int32),
         ("pos_bound", ctypes.c_int32),
         ("attention", ctypes.c_int32),
+        ("n_seq_max", ctypes.c_int32),
     )
     n_global: int
     n_local: int
@@ -35,6 +36,7 @@ class Params(ctypes.Structure):
     sink_mode: int
     pos_bound: int
     attention: int
+    n_seq_max: int
 
 
 class Info(ctypes.Structure):
@@ -44,6 +46,7 @@ class Info(ctypes.Structure):
         ("stream_pos", ctypes.c_int64),
         ("n_evicted", ctypes.c_int64),
         ("n_sink", ctypes.c_int32),
+        ("n_global", ctypes.c_int32),
         ("n_window", ctypes.c_int32),
         ("n_cells", ctypes.c_int32),
         ("n_rollback", ctypes.c_int32),
@@ -55,6 +58,7 @@ class Info(ctypes.Structure):
     stream_pos: int
     n_evicted: int
     n_sink: int
+    n_global: int
     n_window: int
     n_cells: int
     n_rollback: int
@@ -100,7 +104,7 @@ def prepare() -> None:
 
 
 class Native:
-    """lminf.h, with contexts and models as llama_cpp hands them out; every stream is sequence 0."""
+    """lminf.h, with contexts and models as llama_cpp hands them out."""
 
     def __init__(self, lib: Any) -> None:
         def declare(name: str, result: Any, *arguments: Any) -> Any:
@@ -118,6 +122,7 @@ class Native:
         self._get_info = declare("lminf_get_info", boolean, pointer, int32, ctypes.POINTER(Info))
         self._next_pos = declare("lminf_next_pos", int32, pointer, int32, int32)
         self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
+        self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
 
     def default_params(self) -> Params:
@@ -156,23 +161,27 @@ class Native:
             raise RuntimeError("This context has no Λ cache.")
         return params
 
-    def info(self, ctx: Any) -> Info:
+    def info(self, ctx: Any, seq_id: int = 0) -> Info:
         info = Info()
-        if not self._get_info(ctx, 0, ctypes.byref(info)):
-            raise RuntimeError("This context has no Λ cache.")
+        if not self._get_info(ctx, seq_id, ctypes.byref(info)):
+            raise RuntimeError(f"This context has no Λ cache with a sequence {seq_id}.")
         return info
 
-    def next_pos(self, ctx: Any, n_tokens: int) -> int:
+    def next_pos(self, ctx: Any, n_tokens: int, seq_id: int = 0) -> int:
         """Makes room for n_tokens more; returns the graph position of the first, or a negative number."""
-        return int(self._next_pos(ctx, 0, n_tokens))
+        return int(self._next_pos(ctx, seq_id, n_tokens))
 
-    def rollback(self, ctx: Any, stream_pos: int) -> bool:
+    def rollback(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
         """Forgets all tokens from this stream position on; False, and nothing changed, if that is not possible."""
-        return bool(self._rollback(ctx, 0, stream_pos))
+        return bool(self._rollback(ctx, seq_id, stream_pos))
 
-    def seq_start(self, ctx: Any, stream_pos: int) -> bool:
-        """Lets the empty stream begin at this position."""
-        return bool(self._seq_start(ctx, 0, stream_pos))
+    def set_sinks(self, ctx: Any, n_global: int, seq_id: int = 0) -> bool:
+        """Lets an empty sequence keep this many sinks; False if that is more than the context has room for."""
+        return bool(self._seq_set_sinks(ctx, seq_id, n_global))
+
+    def seq_start(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
+        """Lets an empty sequence begin at this position."""
+        return bool(self._seq_start(ctx, seq_id, stream_pos))
 
 
 @functools.cache

@@ -10,22 +10,20 @@ from collections import deque
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import Checkpoint, CheckpointError, Identity
-from lminf_edge.config import ATTENTIONS, StreamInfo, Window
+from lminf_edge.config import ATTENTIONS, StreamInfo
 from lminf_edge.history import N_RECENT, TokenHistory, Tokens
-from lminf_edge.native import Info, Native, captured_errors
-
-Logits = npt.NDArray[np.float32]
+from lminf_edge.native import Info
+from lminf_edge.sequence import Batch, CacheSequence, Logits, Run, State
 
 # going back to a checkpoint copies a whole cache: not worth it for less than this many tokens
 _WORTH_RESTORING = 32
 
 
 class Stream:
-    """The stream of a context with a Λ cache.
+    """The stream of one sequence.
 
     The history is written ahead of each decode and `sync` cuts it back to what was really processed: an error or an
     interrupt at any moment leaves the two in agreement.
@@ -33,26 +31,24 @@ class Stream:
 
     def __init__(
         self,
-        native: Native,
-        context: Any,
-        batch: Any,
+        sequence: CacheSequence,
+        batch: Batch,
         identity: Identity,
-        window: Window,
         n_vocab: int,
         n_checkpoints: int,
     ) -> None:
         # whatever can be taken back, or is asked for by a draft model, can be read again
-        self.history = TokenHistory(max(N_RECENT, 2 * (window.size + window.n_slack + batch._n_tokens)))
+        window = sequence.window
+        self.history = TokenHistory(max(N_RECENT, 2 * (window.size + window.n_slack + batch.n_batch)))
         self.fresh = False  # the context holds the logits of the last token
         self.n_rows = 0  # tokens of the last decoded batch that have logits
         self.window = window
         self._decoded_end = 0  # position after the last decoded batch, to which rows of logits are relative
         self._origin = 0  # stream position of history[0]
         self._mark: int | None = None  # position to stay able to go back to
-        self._native, self._context = native, context
+        self._sequence, self._batch = sequence, batch
         self._identity, self._n_vocab = identity, n_vocab
         self._checkpoints: deque[Checkpoint] = deque(maxlen=n_checkpoints)
-        self._batch = _Batch(batch)
 
     def __len__(self) -> int:
         return len(self.history)
@@ -62,12 +58,10 @@ class Stream:
     @property
     def ctx(self) -> Any:
         """The llama_context. Raises RuntimeError once it is freed."""
-        if self._context.ctx is None:
-            raise RuntimeError("This model has been closed.")
-        return self._context.ctx
+        return self._sequence.ctx
 
     def native_info(self) -> Info:
-        return self._native.info(self.ctx)
+        return self._sequence.info()
 
     def info(self) -> StreamInfo:
         info = self.native_info()
@@ -80,7 +74,7 @@ class Stream:
             rebases=info.n_rebase,
             max_graph_position=info.max_graph_pos,
             checkpoint_bytes=sum(checkpoint.state.nbytes for checkpoint in self._checkpoints),
-            attention=ATTENTIONS[self._native.params(self.ctx).attention],
+            attention=ATTENTIONS[self._sequence.attention],
         )
 
     def sync(self) -> None:
@@ -88,20 +82,19 @@ class Stream:
         n_done = self.native_info().stream_pos - self._origin
         if n_done == 0 or self.history.n_digested <= n_done <= len(self):
             self.history.truncate(n_done)
-        elif not self._native.rollback(self.ctx, self._origin + len(self)):
+        elif not self._sequence.rollback(self._origin + len(self)):
             self.clear()
 
     def clear(self) -> None:
         """Starts a new stream."""
-        bindings.llama_memory_clear(bindings.llama_get_memory(self.ctx), False)
+        self._sequence.clear()
         self.history.truncate(0)
         self.fresh, self._mark, self._origin = False, None, 0
 
     def begin_at(self, position: int) -> None:
         """Starts a new stream at this stream position, for tests of far positions."""
         self.clear()
-        if not self._native.seq_start(self.ctx, position):
-            raise RuntimeError(f"The stream cannot begin at {position}: {self._native.last_error()}")
+        self._sequence.begin_at(position)
         self._origin = position
 
     # --- forward ------------------------------------------------------------------------------------------------------
@@ -114,22 +107,15 @@ class Stream:
         """
         self._guard_mark(len(tokens))
         self.fresh = False
+        n_logits = len(tokens) if logits_all else 1
         try:
-            position = self._native.next_pos(self.ctx, len(tokens))
-            if position < 0:
-                raise RuntimeError(
-                    f"There is no room for {len(tokens)} more tokens. {self._native.last_error()}".strip()
-                )
-            self._batch.fill(tokens, position, logits_all)
             self.history.extend(tokens)
-            result = bindings.llama_decode(self.ctx, self._batch.batch)
-            if result != 0:
-                raise RuntimeError(f"llama_decode returned {result}: the batch was not processed, or only in part.")
+            self._batch.decode([Run(self._sequence, tokens, n_logits)])
         except BaseException:
             self.sync()
             raise
         self.fresh = True
-        self._decoded_end, self.n_rows = len(self), len(tokens) if logits_all else 1
+        self._decoded_end, self.n_rows = len(self), n_logits
 
     def logits(self, position: int) -> Logits:
         """Logits (n_vocab,) of the token at this position of the last decoded batch; good until the next decode."""
@@ -145,7 +131,7 @@ class Stream:
     def truncate(self, n_tokens: int) -> bool:
         """Forgets all but the first n_tokens; False, and nothing changed, if the cache cannot."""
         if n_tokens < len(self):
-            if not self._native.rollback(self.ctx, self._origin + n_tokens):
+            if not self._sequence.rollback(self._origin + n_tokens):
                 return False
             self.history.truncate(n_tokens)
             self.fresh = False
@@ -213,16 +199,8 @@ class Stream:
     def checkpoint(self) -> Checkpoint:
         """The stream at this moment."""
         self.sync()
-        info = self.native_info()
-        n_bytes = bindings.llama_state_seq_get_size(self.ctx, 0)
-        state = np.empty(n_bytes, dtype=np.uint8)
-        n_written = bindings.llama_state_seq_get_data(self.ctx, _pointer(state), n_bytes, 0)
-        if n_written == 0:
-            raise RuntimeError(f"The state of the stream cannot be read. {self._native.last_error()}".strip())
-        # a state carries every cell while none has been recycled, later those of the window and the slack
-        whole = len(self) <= self.window.n_local + self.window.n_slack
-        n_rollback = info.n_rollback if whole else min(info.n_rollback, self.window.n_slack)
-        return Checkpoint(self._identity, info.stream_pos, n_rollback, self.history.snapshot(), state[:n_written])
+        state = self._sequence.save()
+        return Checkpoint(self._identity, state.position, state.n_rollback, self.history.snapshot(), state.data)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint; the next thing to do is to process a token.
@@ -231,53 +209,17 @@ class Stream:
         """
         self._identity.check(checkpoint.identity)
         before, was_fresh = self.checkpoint(), self.fresh
-        with captured_errors() as errors:
-            if self._take_up(checkpoint):
-                return
+        reason = self._take_up(checkpoint)
+        if reason is not None:
             self._take_up(before)
-        self.fresh = was_fresh  # logits are no part of a cache's state
-        reason = self._native.last_error() or (errors[0] if errors else "its contents do not fit this cache")
-        raise CheckpointError(f"The checkpoint cannot be taken up: {reason}")
+            self.fresh = was_fresh  # logits are no part of a cache's state
+            raise CheckpointError(f"The checkpoint cannot be taken up: {reason}")
 
-    def _take_up(self, checkpoint: Checkpoint) -> bool:
-        """False, with the stream empty, if the library refuses the state."""
+    def _take_up(self, checkpoint: Checkpoint) -> str | None:
+        """None, or why the library refuses the state; then the stream is empty."""
         self.clear()
-        state = np.ascontiguousarray(checkpoint.state)
-        n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(state), state.nbytes, 0)
-        if n_read == 0 or self.native_info().stream_pos != checkpoint.position:
-            self.clear()
-            return False
-        self.history.restore(checkpoint.past)
-        self._origin = checkpoint.position - len(checkpoint.past)
-        return True
-
-
-class _Batch:
-    """A llama_batch for sequence 0, filled through arrays that look into its memory."""
-
-    def __init__(self, batch: Any) -> None:
-        self._owner = batch
-        n_batch = batch._n_tokens
-        view = np.ctypeslib.as_array
-        self._token = view(batch.batch.token, shape=(n_batch,))
-        self._pos = view(batch.batch.pos, shape=(n_batch,))
-        self._logits = view(batch.batch.logits, shape=(n_batch,))
-        view(batch.batch.n_seq_id, shape=(n_batch,))[:] = 1
-        for i in range(n_batch):
-            batch.batch.seq_id[i][0] = 0
-
-    @property
-    def batch(self) -> Any:
-        return self._owner.batch
-
-    def fill(self, tokens: Tokens, position: int, logits_all: bool) -> None:
-        n_tokens = len(tokens)
-        self._owner.batch.n_tokens = n_tokens
-        self._token[:n_tokens] = tokens
-        self._pos[:n_tokens] = np.arange(position, position + n_tokens, dtype=np.int32)
-        self._logits[:n_tokens] = logits_all
-        self._logits[n_tokens - 1] = True
-
-
-def _pointer(array: npt.NDArray[np.uint8]) -> Any:
-    return array.ctypes.data_as(bindings.llama_state_seq_get_data.argtypes[1])
+        reason = self._sequence.load(State(checkpoint.position, checkpoint.n_rollback, checkpoint.state))
+        if reason is None:
+            self.history.restore(checkpoint.past)
+            self._origin = checkpoint.position - len(checkpoint.past)
+        return reason

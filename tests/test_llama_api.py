@@ -36,7 +36,7 @@ def test_lminf_true() -> None:
         llm = Llama("nano", lminf=True, **ONE_THREAD)
     assert isinstance(llm, llama_cpp.Llama)
     assert llm.n_ctx() == 512
-    params = llm.stream._native.params(llm.ctx)
+    params = native.load().params(llm.ctx)
     assert (params.n_global, params.n_local, params.max_distance) == (10, 502, 502)
     assert params.n_slack >= 64  # the cache is padded, and what is left over is slack
     assert llm.n_batch == 512
@@ -46,7 +46,7 @@ def test_lminf_true() -> None:
 def test_parameters_arrive(make_llama: MakeLlama) -> None:
     config = LMInfConfig(n_global=3, n_local=50, max_distance=40, n_slack=7, sink_mode="order", pos_bound=4096)
     llm = make_llama(lminf=config, type_k=8, type_v=8, flash_attn=True, n_batch=48, n_ubatch=24)
-    params = llm.stream._native.params(llm.ctx)
+    params = native.load().params(llm.ctx)
     assert (params.n_global, params.n_local, params.max_distance) == (3, 50, 40)
     assert params.n_slack >= 7
     assert (params.sink_mode, params.pos_bound) == (1, 4096)

@@ -69,18 +69,17 @@ def stretch_lambda(state: bytes, stream_pos: int) -> bytearray:
     """
     far = _State(state)
     far.copy("Ii")
-    magic, _, *_ = header = far.copy("II10i")
-    n_global, n_layer, n_seq, n_cells_max = header[2], header[8], header[10], header[11]
+    magic, _, *_, n_layer, _, n_seq, n_cells_max = far.copy("II9i")
     if magic != _LAMBDA_MAGIC or n_seq != 1:
         raise ValueError("This is not the state of a sequence in a Λ cache.")
-    _, start, n_sink, begun, n_used, _, stream, unused = far.read("qq6i")
+    _, start, n_sink, begun, n_used, _, stream, n_global = far.read("qq6i")
     far.offset += 4 * n_used  # the cells' places
     if start != 0 or not begun or n_sink != n_global or n_layer < 1:
         raise ValueError("Only a stream that has all its sinks can be stretched.")
     n_cells = min(stream_pos, n_cells_max)
     first = stream_pos - n_cells
     origin = first - first % _POSITION_BLOCK
-    far.write("qq6i", origin, 0, n_sink, 1, n_cells, stream_pos - 1 - origin, stream, unused)
+    far.write("qq6i", origin, 0, n_sink, 1, n_cells, stream_pos - 1 - origin, stream, n_global)
     far.out += np.arange(n_cells, dtype="<u4").tobytes()
     _stretch_cache(far, n_cells, first - origin)
     far.copy_bytes(len(state) - far.offset)  # the sinks

@@ -11,7 +11,7 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge import Llama
 from lminf_edge.history import Tokens
-from lminf_edge.stream import Logits
+from lminf_edge.sequence import Logits
 
 
 class Reader(abc.ABC):

@@ -42,19 +42,21 @@ enum lminf_attention {
 };
 
 struct lminf_params {
-    int32_t n_global;     // sinks kept, 0 or more
+    int32_t n_global;     // sinks kept, 0 or more: of every sequence, and the most that one can ask for
     int32_t n_local;      // window, 1 or more
     int32_t max_distance; // distance ceiling, 1 or more; 0: n_local
     int32_t n_slack;      // at least so many tokens can be rolled back, 0 or more; -1: 64
     int32_t sink_mode;    // enum lminf_sink_mode
     int32_t pos_bound;    // graph positions stay below this; 0: chosen
     int32_t attention;    // enum lminf_attention
+    int32_t n_seq_max;    // sequences, a stream each; 0: as llama_context_params says
 };
 
 struct lminf_info {
     int64_t stream_pos;     // tokens processed: the stream position of the next token
     int64_t n_evicted;      // tokens no query can see any more
     int32_t n_sink;         // sinks stored, at most n_global
+    int32_t n_global;       // sinks kept of this sequence
     int32_t n_window;       // window cells in use (window and slack)
     int32_t n_cells;        // window cells allocated, per sequence
     int32_t n_rollback;     // tokens that seq_rm can take back right now
@@ -64,7 +66,7 @@ struct lminf_info {
     uint64_t kv_bytes;      // bytes of all KV buffers, window and sinks, all sequences
 };
 
-// n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO
+// n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO, n_seq_max 0
 LLAMA_API struct lminf_params lminf_default_params(void);
 
 // why a model cannot run with these parameters, in one sentence that names its architecture; NULL if nothing speaks
@@ -100,6 +102,10 @@ LLAMA_API llama_pos lminf_next_pos(struct llama_context * ctx, llama_seq_id seq_
 // Forgets all tokens from this stream position on. False, and nothing changed, if the older cells that the next query
 // needs are gone. llama_memory_seq_rm does the same in graph positions.
 LLAMA_API bool lminf_rollback(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
+
+// Keeps this many sinks of an empty sequence, 0 to the context's n_global, from its first token on; in force until it is
+// empty again. A system prompt can be kept whole that way, whatever its length. A state brings its own number with it.
+LLAMA_API bool lminf_seq_set_sinks(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_global);
 
 // lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
 LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);

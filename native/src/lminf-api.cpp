@@ -76,6 +76,9 @@ static const char * check_params(const lminf_params & params) {
     if (params.pos_bound < 0) {
         return "pos_bound must be 1 or more, or 0 to have it chosen";
     }
+    if (params.n_seq_max < 0 || (size_t) params.n_seq_max > llama_max_parallel_sequences()) {
+        return "n_seq_max must be 0 or more, and no more than llama_max_parallel_sequences()";
+    }
     return nullptr;
 }
 
@@ -92,6 +95,7 @@ lminf_params lminf_default_params() {
         /*.sink_mode    =*/ LMINF_SINK_CEILING,
         /*.pos_bound    =*/ 0,
         /*.attention    =*/ LMINF_ATTENTION_AUTO,
+        /*.n_seq_max    =*/ 0,
     };
 }
 
@@ -115,6 +119,7 @@ bool lminf_set_next(const lminf_params * params) {
     next_params.pos_bound    = params->pos_bound;
     next_params.sink_mode    = (lminf_sink_mode) params->sink_mode;
     next_params.attention    = (lminf_attention) params->attention;
+    next_params.n_seq_max    = params->n_seq_max;
 
     return true;
 }
@@ -154,7 +159,10 @@ bool lminf_get_params(const llama_context * ctx, lminf_params * params) {
     }
 
     const auto & p = mem->get_params();
-    *params = { p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound, p.attention };
+    *params = {
+        p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound, p.attention,
+        (int32_t) llama_n_seq_max(ctx),
+    };
 
     return true;
 }
@@ -204,6 +212,12 @@ bool lminf_rollback(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos
     const llama_pos pos = mem->graph_pos(seq_id, stream_pos);
 
     return pos > 0 && mem->seq_rm(seq_id, pos, -1);
+}
+
+bool lminf_seq_set_sinks(llama_context * ctx, llama_seq_id seq_id, int32_t n_global) {
+    auto * mem = get_memory(ctx, seq_id);
+
+    return mem && mem->seq_set_sinks(seq_id, n_global);
 }
 
 bool lminf_seq_start(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos) {

@@ -190,7 +190,7 @@ lminf_graph_input::lminf_graph_input(const llm_graph_context & graph, const lmin
 
     const int64_t n_tokens    = graph.ubatch.n_tokens;
     const int64_t n_stream    = graph.ubatch.n_seqs_unq;
-    const int64_t n_sink_rows = mctx->get_memory().get_n_sink_rows();
+    const int64_t n_sink_rows = mctx->get_n_sink_rows();
 
     q_shift   = as_input("lminf_q_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
     k_shift   = as_input("lminf_k_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
@@ -204,7 +204,7 @@ lminf_graph_input::lminf_graph_input(const llm_graph_context & graph, const lmin
 bool lminf_graph_input::can_reuse(const llm_graph_params & params) {
     mctx = static_cast<const lminf_memory_context *>(params.mctx);
 
-    const int64_t n_sink_rows = mctx->get_memory().get_n_sink_rows();
+    const int64_t n_sink_rows = mctx->get_n_sink_rows();
 
     return
         stores_sinks   == mctx->get_stores_sinks() &&
@@ -218,7 +218,7 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     const auto & params = mem.get_params();
 
     const int64_t n_tokens    = ubatch->n_tokens;
-    const int64_t n_sink_rows = mem.get_n_sink_rows();
+    const int64_t n_sink_rows = mctx->get_n_sink_rows();
     const int64_t n_kv        = mask->ne[0] - n_sink_rows;
 
     // a graph without sinks or without RoPE leaves some inputs unallocated
@@ -243,9 +243,9 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
         const auto & cells  = mem.get_cells(seq_id);
 
         const int64_t index    = stream.index(pos);
-        const bool    is_sink  = index < params.n_global;
+        const bool    is_sink  = index < stream.n_global;
         // where StreamingLLM has the query: its place in the cache, which grows until sinks and window are full
-        const int64_t in_cache = std::min<int64_t>(index, (int64_t) params.n_global + params.n_local - 1);
+        const int64_t in_cache = std::min<int64_t>(index, (int64_t) stream.n_global + params.n_local - 1);
 
         int64_t q_pos = 0; // where the second query goes
         int64_t k_pos = 0; // where a sink's key goes
@@ -262,7 +262,7 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
             data_k_shift[i] = is_sink ? (int32_t) (k_pos - pos) : 0;
         }
         if (data_sink_rows) {
-            data_sink_rows[i] = seq_id*mem.get_n_store_rows() + (is_sink ? index : n_sink_rows);
+            data_sink_rows[i] = seq_id*mem.get_n_store_rows() + (is_sink ? index : mem.get_n_sink_rows());
         }
         if (!data_mask) {
             continue;
@@ -320,7 +320,7 @@ void lminf_attn::begin(ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * k
 
     rope = read_rope(q_cur, k_cur, graph.arch, il);
 
-    if (mem.get_n_sink_rows() == 0) {
+    if (inp->mctx->get_n_sink_rows() == 0) {
         return;
     }
 
@@ -357,7 +357,7 @@ ggml_tensor * lminf_attn::readable_v(ggml_tensor * v) const {
 
 // the store's rows of the sequences at hand, [n_embd_head, n_sink_rows, n_head_kv, n_stream]
 static ggml_tensor * view_sinks(ggml_context * ctx, ggml_tensor * t, const lminf_memory_context * mctx, int64_t n_embd_head, int64_t n_head_kv) {
-    ggml_tensor * res = ggml_view_4d(ctx, t, n_embd_head, n_head_kv, mctx->get_memory().get_n_sink_rows(), mctx->get_ns(),
+    ggml_tensor * res = ggml_view_4d(ctx, t, n_embd_head, n_head_kv, mctx->get_n_sink_rows(), mctx->get_ns(),
             ggml_row_size(t->type, n_embd_head), t->nb[1], t->nb[2], t->nb[2]*mctx->get_s0());
 
     return ggml_permute(ctx, res, 0, 2, 1, 3);
@@ -430,7 +430,7 @@ ggml_tensor * lminf_attn::build_kqv(ggml_tensor * v, ggml_tensor * kq) const {
         return ggml_mul_mat(ctx, v, kq);
     }
 
-    const int64_t n_sink_rows = inp->mctx->get_memory().get_n_sink_rows();
+    const int64_t n_sink_rows = inp->mctx->get_n_sink_rows();
 
     const auto columns = [&](int64_t i0, int64_t n) {
         return ggml_view_4d(ctx, kq, n, kq->ne[1], kq->ne[2], kq->ne[3], kq->nb[1], kq->nb[2], kq->nb[3], i0*kq->nb[0]);

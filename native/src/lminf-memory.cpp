@@ -30,6 +30,10 @@ static void check_blocks(ggml_type type, const char * name, uint32_t n_embd_head
     }
 }
 
+static int64_t pad_sinks(int32_t n_global) {
+    return GGML_PAD(n_global, 8);
+}
+
 static ggml_backend_dev_t kv_device(const llama_model & model, bool offload, int32_t il) {
     return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
@@ -117,7 +121,7 @@ lminf_memory::lminf_memory(
     }
     n_cells = GGML_PAD(n_cells_min, 256);
 
-    n_sink_rows = GGML_PAD(params.n_global, 8);
+    n_sink_rows = pad_sinks(params.n_global);
 
     std::vector<int32_t> layers;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
@@ -171,7 +175,7 @@ lminf_memory::lminf_memory(
         lminf_use_huge_pages(buffer);
     }
 
-    streams.resize(n_seq_max);
+    streams.assign(n_seq_max, new_stream());
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
 
@@ -278,7 +282,7 @@ llama_memory_context_ptr lminf_memory::init_full() {
 
 void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i], ubatch.pos[i], params.n_global);
+        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i], ubatch.pos[i]);
 
         max_graph_pos = std::max(max_graph_pos, ubatch.pos[i]);
     }
@@ -369,6 +373,23 @@ llama_pos lminf_memory::make_room(llama_context & lctx, llama_seq_id seq_id, int
     return next - shift;
 }
 
+lminf_stream lminf_memory::new_stream() const {
+    lminf_stream res;
+    res.n_global = params.n_global;
+    return res;
+}
+
+bool lminf_memory::seq_set_sinks(llama_seq_id seq_id, int32_t n_global) {
+    if (n_global < 0 || n_global > params.n_global || streams[seq_id].begun) {
+        lminf_set_error(format("an empty sequence can keep 0 to %d sinks", params.n_global));
+        return false;
+    }
+
+    streams[seq_id].n_global = n_global;
+
+    return true;
+}
+
 bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
     if (stream_pos < 0 || streams[seq_id].begun) {
         lminf_set_error("a stream position can only be set to 0 or more, on an empty sequence");
@@ -376,7 +397,6 @@ bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
     }
 
     // graph positions begin anywhere within a block, as they would after a rebase
-    streams[seq_id]        = lminf_stream();
     streams[seq_id].start  = stream_pos;
     streams[seq_id].origin = stream_pos - stream_pos % lminf_stream::block;
 
@@ -425,6 +445,7 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
         info.stream_pos = stream.start;
     }
 
+    info.n_global      = stream.n_global;
     info.n_cells       = n_cells;
     info.n_rebase      = n_rebase;
     info.max_graph_pos = max_graph_pos;
@@ -444,7 +465,7 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
 void lminf_memory::clear(bool data) {
     window->clear(data);
 
-    std::fill(streams.begin(), streams.end(), lminf_stream());
+    std::fill(streams.begin(), streams.end(), new_stream());
 
     if (data) {
         for (auto & [_, buf] : ctxs_bufs) {
@@ -477,7 +498,7 @@ bool lminf_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
         if (is_whole) {
             window->seq_rm(s, -1, -1);
-            streams[s] = lminf_stream();
+            streams[s] = new_stream();
         } else if (!is_empty(s)) {
             window->seq_rm(s, p0, -1);
             streams[s].truncate(p0);
@@ -558,13 +579,12 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() co
 namespace {
 
 constexpr uint32_t state_magic   = 0x464e4d4c; // "LMNF"
-constexpr uint32_t state_version = 1;
+constexpr uint32_t state_version = 2;
 
 // everything that must agree is in front, so that a foreign state is refused before anything is changed
 struct state_header {
     uint32_t magic;
     uint32_t version;
-    int32_t  n_global;
     int32_t  n_local;
     int32_t  max_distance;
     int32_t  sink_mode;
@@ -572,7 +592,7 @@ struct state_header {
     int32_t  type_v;
     int32_t  n_layer;
     int32_t  n_stream; // of the cache
-    int32_t  n_seq;    // sequences that follow
+    int32_t  n_seq;    // sequences that follow: one, or all
     int32_t  n_cells;  // of the cache, per sequence
 };
 
@@ -584,7 +604,7 @@ struct state_seq {
     int32_t n_used; // window cells that are saved; their indices follow
     int32_t pos_max;
     int32_t stream; // of the cache, that they are saved from
-    int32_t unused;
+    int32_t n_global;
 };
 
 }
@@ -603,10 +623,63 @@ static std::vector<uint32_t> saved_cells(const llama_kv_cells & cells, llama_seq
 static state_header make_header(const lminf_cparams & params, const llama_kv_cache & window, int32_t n_layer, int32_t n_seq) {
     return {
         state_magic, state_version,
-        params.n_global, params.n_local, params.max_distance, params.sink_mode,
+        params.n_local, params.max_distance, params.sink_mode,
         window.type_k(), window.type_v(), n_layer, (int32_t) window.get_n_stream(), n_seq, (int32_t) window.get_size(),
     };
 }
+
+// llama_kv_cache saves one sequence as a cell count for each of its streams, all but one of them 0, and reads it only
+// into a cache of as many streams. This shows it what was saved from stream `from` of `n_from` as the last of `n_to`.
+class one_stream_reader : public llama_io_read_i {
+public:
+    one_stream_reader(llama_io_read_i & io, uint32_t n_from, uint32_t from, uint32_t n_to) : io(io), n_rest(n_from - 1 - from) {
+        uint32_t n_stream;
+        io.read(&n_stream, sizeof(n_stream));
+        if (n_stream != n_from) {
+            throw std::runtime_error(lminf_set_error("the saved state does not fit: its streams make no sense"));
+        }
+        skip(from);
+
+        shown.push_back(n_to);
+        shown.resize(n_to, 0);
+    }
+
+    void read(void * dst, size_t size) override {
+        if (i_shown == shown.size()) {
+            io.read(dst, size);
+            return;
+        }
+        GGML_ASSERT(size == sizeof(uint32_t));
+        memcpy(dst, &shown[i_shown++], size);
+    }
+
+    void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override { io.read_tensor(tensor, offset, size); }
+
+    void discard() override { io.discard(); }
+
+    size_t n_bytes() override { return io.n_bytes(); }
+
+    // the counts of the streams that come after
+    void skip_rest() { skip(n_rest); }
+
+private:
+    void skip(uint32_t n) {
+        for (uint32_t i = 0; i < n; ++i) {
+            uint32_t cell_count;
+            io.read(&cell_count, sizeof(cell_count));
+            if (cell_count != 0) {
+                throw std::runtime_error(lminf_set_error("the saved state does not fit: it holds cells of another sequence"));
+            }
+        }
+    }
+
+    llama_io_read_i & io;
+
+    const uint32_t n_rest;
+
+    std::vector<uint32_t> shown; // the number of streams, and a 0 for each but the last
+    size_t i_shown = 0;
+};
 
 void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     if (!pending_copies.empty()) {
@@ -625,7 +698,7 @@ void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama
 
         const state_seq seq = {
             stream.origin, stream.start, stream.n_sink, stream.begun ? 1 : 0,
-            (int32_t) cells.size(), window->seq_pos_max(s), (int32_t) window->get_stream(s), 0,
+            (int32_t) cells.size(), window->seq_pos_max(s), (int32_t) window->get_stream(s), stream.n_global,
         };
         io.write(&seq, sizeof(seq));
         io.write(cells.data(), cells.size()*sizeof(uint32_t));
@@ -660,14 +733,14 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
     if (header.magic != expected.magic || header.version != expected.version) {
         refuse("it was not made by this version of the Λ cache");
     }
-    if (header.n_global     != expected.n_global     || header.n_local   != expected.n_local ||
-        header.max_distance != expected.max_distance || header.sink_mode != expected.sink_mode) {
-        refuse("it was made with another n_global, n_local, max_distance or sink_mode");
+    if (header.n_local   != expected.n_local || header.max_distance != expected.max_distance ||
+        header.sink_mode != expected.sink_mode) {
+        refuse("it was made with another n_local, max_distance or sink_mode");
     }
     if (header.type_k != expected.type_k || header.type_v != expected.type_v) {
         refuse("it was made with another KV type");
     }
-    if (header.n_layer != expected.n_layer || header.n_stream != expected.n_stream || header.n_seq != expected.n_seq) {
+    if (header.n_layer != expected.n_layer || header.n_seq != expected.n_seq || (seq_id < 0 && header.n_stream != expected.n_stream)) {
         refuse("it was made with another number of layers or sequences");
     }
 
@@ -676,6 +749,8 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
     // where one sequence's cells were: the same places again make the same sums, to the last bit
     llama_kv_cache::slot_info_vec_t places(window->get_n_stream());
 
+    int32_t stream_from = 0;
+
     for (auto & stream : streams_new) {
         state_seq seq;
         io.read(&seq, sizeof(seq));
@@ -683,19 +758,22 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
         if (seq.n_used < 0 || seq.n_used > (int32_t) n_cells) {
             refuse("it holds more cells than this cache has");
         }
-        if (seq.n_sink < 0 || seq.n_sink > params.n_global || seq.start < 0 || seq.origin < 0 ||
-            (seq.begun && (seq.pos_max < 0 || seq.origin + seq.pos_max < seq.start))) {
+        if (seq.n_global < 0 || seq.n_global > params.n_global) {
+            refuse("it keeps more sinks than this context has room for");
+        }
+        if (seq.n_sink < 0 || seq.n_sink > seq.n_global || seq.start < 0 || seq.origin < 0 ||
+            (seq.begun && (seq.pos_max < 0 || seq.origin + seq.pos_max < seq.start)) ||
+            seq.stream < 0 || seq.stream >= header.n_stream) {
             refuse("its positions make no sense");
         }
 
-        if (seq.stream < 0 || seq.stream >= expected.n_stream) {
-            refuse("its positions make no sense");
-        }
+        stream_from = seq.stream;
 
-        auto & place = places[seq.stream];
+        // one sequence comes as the last stream, see one_stream_reader
+        auto & place = seq_id < 0 ? places[seq.stream] : places.back();
         if (seq.n_used > 0) {
             place.resize(1);
-            place.strm[0] = seq.stream;
+            place.strm[0] = seq_id < 0 ? seq.stream : window->get_stream(seq_id);
             place.idxs[0].resize(seq.n_used);
             io.read(place.idxs[0].data(), seq.n_used*sizeof(uint32_t));
 
@@ -705,21 +783,30 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
             }
         }
 
-        stream.origin = seq.origin;
-        stream.start  = seq.start;
-        stream.n_sink = seq.n_sink;
-        stream.begun  = seq.begun != 0;
+        stream.origin   = seq.origin;
+        stream.start    = seq.start;
+        stream.n_global = seq.n_global;
+        stream.n_sink   = seq.n_sink;
+        stream.begun    = seq.begun != 0;
     }
 
+    // from here on an exception leaves the sequence empty
     for (llama_seq_id s = s0; s < s1; ++s) {
-        streams[s] = lminf_stream();
+        window->seq_rm(s, -1, -1);
+        streams[s] = new_stream();
     }
-
-    // an exception leaves the sequence empty, as the cache does with its own cells
-    const bool same_places = seq_id >= 0 && header.n_cells == expected.n_cells;
-    window->state_read_sinfo(io, seq_id, flags, nullptr, same_places ? &places : nullptr);
 
     try {
+        if (seq_id < 0) {
+            window->state_read(io, seq_id, flags);
+        } else {
+            const bool same_places = header.n_cells == expected.n_cells;
+
+            one_stream_reader one(io, header.n_stream, stream_from, expected.n_stream);
+            window->state_read_sinfo(one, seq_id, flags, nullptr, same_places ? &places : nullptr);
+            one.skip_rest();
+        }
+
         for (llama_seq_id s = s0; s < s1; ++s) {
             const auto & stream = streams_new[s - s0];
             if (stream.n_sink == 0) {
@@ -756,6 +843,14 @@ lminf_memory_context::lminf_memory_context(lminf_memory * mem, slot_info_vec_t s
     }
 }
 
+int64_t lminf_memory_context::get_n_sink_rows() const {
+    int32_t n_global = 0;
+    for (uint32_t s = get_s0(); s < get_s0() + get_ns(); ++s) {
+        n_global = std::max(n_global, mem->streams[s].n_global);
+    }
+    return pad_sinks(n_global);
+}
+
 bool lminf_memory_context::next() {
     i_ubatch++;
 
@@ -769,7 +864,9 @@ bool lminf_memory_context::apply() {
 
     stores_sinks = false;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        stores_sinks |= mem->streams[ubatch.seq_id[i][0]].index(ubatch.pos[i]) < mem->params.n_global;
+        const auto & stream = mem->streams[ubatch.seq_id[i][0]];
+
+        stores_sinks |= stream.index(ubatch.pos[i]) < stream.n_global;
     }
 
     return llama_kv_cache_context::apply();

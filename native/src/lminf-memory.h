@@ -76,6 +76,9 @@ public:
     // graph position for n_tokens more, after rebasing if they would not fit below the bound; -1 if they never do
     llama_pos make_room(llama_context & lctx, llama_seq_id seq_id, int32_t n_tokens);
 
+    // an empty sequence keeps this many sinks
+    bool seq_set_sinks(llama_seq_id seq_id, int32_t n_global);
+
     // an empty sequence begins at this stream position
     bool seq_start(llama_seq_id seq_id, int64_t stream_pos);
 
@@ -93,7 +96,7 @@ public:
     const lminf_stream   & get_stream(llama_seq_id seq_id) const { return streams[seq_id]; }
     const llama_kv_cells & get_cells (llama_seq_id seq_id) const { return window->get_cells(seq_id); }
 
-    // rows of the sink store that attention reads, n_global padded; rows past n_sink are masked
+    // rows of the sink store, n_global padded
     int64_t get_n_sink_rows() const { return n_sink_rows; }
 
     // rows of one sequence in the store: one more, where keys that are no sinks are written to
@@ -131,6 +134,9 @@ private:
 
     // true if the tokens from p0 on can be forgotten and the next query still finds every key it needs
     bool can_truncate(llama_seq_id seq_id, llama_pos p0) const;
+
+    // what an empty sequence is
+    lminf_stream new_stream() const;
 
     // first graph position that a rollback can go back to
     llama_pos rollback_min(llama_seq_id seq_id) const;
@@ -183,6 +189,10 @@ public:
 
     // the micro-batch holds tokens that become sinks
     bool get_stores_sinks() const { return stores_sinks; }
+
+    // rows of the sink store that attention reads: the most that one of the micro-batch's sequences keeps, padded;
+    // rows past a sequence's n_sink are masked
+    int64_t get_n_sink_rows() const;
 
     // sequences [s0, s0 + ns) take part in the micro-batch
     uint32_t get_s0() const { return spans[i_ubatch].s0; }

@@ -18,6 +18,7 @@ struct lminf_cparams {
     int32_t max_distance = 0; // D
     int32_t n_slack      = 0;
     int32_t pos_bound    = 0; // 0: the memory chooses
+    int32_t n_seq_max    = 0; // 0: as llama_context_params says
 
     lminf_sink_mode sink_mode = LMINF_SINK_CEILING;
     lminf_attention attention = LMINF_ATTENTION_AUTO;

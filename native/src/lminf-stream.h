@@ -11,8 +11,9 @@ struct lminf_stream {
     int64_t origin = 0; // stream position of graph position 0; grows by whole blocks
     int64_t start  = 0; // stream position of the first token
 
-    int32_t n_sink = 0; // sinks stored: tokens [start, start + n_sink)
-    bool    begun  = false;
+    int32_t n_global = 0; // sinks to keep
+    int32_t n_sink   = 0; // sinks stored: tokens [start, start + n_sink)
+    bool    begun    = false;
 
     // the how-manyth token of the stream stands at this graph position
     int64_t index(llama_pos pos) const {
@@ -25,7 +26,7 @@ struct lminf_stream {
     }
 
     // tokens [p0, p1] of the sequence are in the cache from now on
-    void append(llama_pos p0, llama_pos p1, int32_t n_global) {
+    void append(llama_pos p0, llama_pos p1) {
         if (!begun) {
             begun = true;
             start = origin + p0;

@@ -1,0 +1,172 @@
+"""One sequence of a context with a Λ cache: a stream of tokens, of which the cache keeps the sinks and the window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llama_cpp import llama_cpp as bindings
+
+from lminf_edge.config import Window
+from lminf_edge.history import Tokens
+from lminf_edge.native import Info, Native, captured_errors
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What the cache holds of a sequence at one moment."""
+
+    position: int  # tokens processed since the start of the stream
+    n_rollback: int  # tokens that can be taken back once this has been loaded
+    data: npt.NDArray[np.uint8]  # (n_bytes,) as llama.cpp writes it
+
+
+class CacheSequence:
+    """A sequence, by its number; all of them share the context and belong to the thread that decodes."""
+
+    def __init__(self, native: Native, context: Any, window: Window, seq_id: int = 0) -> None:
+        """`context` is llama_cpp's wrapper of the llama_context."""
+        self.seq_id = seq_id
+        self.window = window
+        self._native, self._context = native, context
+
+    @property
+    def ctx(self) -> Any:
+        """The llama_context. Raises RuntimeError once it is freed."""
+        if self._context.ctx is None:
+            raise RuntimeError("This model has been closed.")
+        return self._context.ctx
+
+    @property
+    def attention(self) -> int:
+        """enum lminf_attention: what computes the attention of this context."""
+        return self._native.params(self.ctx).attention
+
+    @property
+    def position(self) -> int:
+        """The stream position of the next token."""
+        return self.info().stream_pos
+
+    def info(self) -> Info:
+        return self._native.info(self.ctx, self.seq_id)
+
+    def error(self) -> str:
+        """What went wrong in this thread's last call of the library, "" if it does not say."""
+        return self._native.last_error()
+
+    def next_pos(self, n_tokens: int) -> int:
+        """Makes room for n_tokens more; returns the graph position of the first. Raises RuntimeError if it cannot."""
+        position = self._native.next_pos(self.ctx, n_tokens, self.seq_id)
+        if position < 0:
+            raise RuntimeError(f"There is no room for {n_tokens} more tokens. {self.error()}".strip())
+        return position
+
+    def rollback(self, position: int) -> bool:
+        """Forgets all tokens from this stream position on; False, and nothing changed, if that is not possible."""
+        return self._native.rollback(self.ctx, position, self.seq_id)
+
+    def clear(self, n_sinks: int | None = None) -> None:
+        """Forgets everything; the next stream keeps n_sinks sinks, by default as many as the context has room for.
+
+        Raises ValueError if that is more.
+        """
+        memory = bindings.llama_get_memory(self.ctx)
+        if bindings.llama_n_seq_max(self.ctx) == 1:
+            bindings.llama_memory_clear(memory, False)  # as new: the next stream begins in the first cell
+        else:
+            bindings.llama_memory_seq_rm(memory, self.seq_id, -1, -1)
+        if n_sinks is not None and not self._native.set_sinks(self.ctx, n_sinks, self.seq_id):
+            raise ValueError(f"A stream keeps 0 to {self.window.n_global} sinks here, not {n_sinks}.")
+
+    def begin_at(self, position: int) -> None:
+        """Lets an empty sequence begin at this stream position, for tests of far positions."""
+        if not self._native.seq_start(self.ctx, position, self.seq_id):
+            raise RuntimeError(f"The stream cannot begin at {position}: {self.error()}")
+
+    def save(self) -> State:
+        """The state at this moment, a copy. Raises RuntimeError if the library does not give it."""
+        info = self.info()
+        n_bytes = bindings.llama_state_seq_get_size(self.ctx, self.seq_id)
+        data = np.empty(n_bytes, dtype=np.uint8)
+        n_written = bindings.llama_state_seq_get_data(self.ctx, _pointer(data), n_bytes, self.seq_id)
+        if n_written == 0:
+            raise RuntimeError(f"The state of the stream cannot be read. {self.error()}".strip())
+        # a state carries every cell while none has been recycled, later those of the window and the slack
+        window = self.window
+        whole = info.n_window <= window.n_local + window.n_slack and info.n_rollback >= info.n_window
+        n_rollback = info.n_rollback if whole else min(info.n_rollback, window.n_slack)
+        return State(info.stream_pos, n_rollback, data[:n_written])
+
+    def load(self, state: State) -> str | None:
+        """Becomes what it was; None, or why it cannot, in a few words, and the sequence is empty."""
+        self.clear()
+        data = np.ascontiguousarray(state.data)
+        with captured_errors() as errors:
+            n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(data), data.nbytes, self.seq_id)
+            if n_read != 0 and self.position == state.position:
+                return None
+            self.clear()
+        return self.error() or (errors[0] if errors else "its contents do not fit this cache")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Consecutive tokens of a sequence, int32 (n_tokens,), to be processed in one batch."""
+
+    sequence: CacheSequence
+    tokens: Tokens
+    n_logits: int = 1  # logits are kept of the last ones
+
+
+class Batch:
+    """A llama_batch, filled through arrays that look into its memory."""
+
+    def __init__(self, batch: Any) -> None:
+        """`batch` is llama_cpp's wrapper of the llama_batch."""
+        self._owner = batch
+        self.n_batch = n_batch = int(batch._n_tokens)
+        view = np.ctypeslib.as_array
+        self._token = view(batch.batch.token, shape=(n_batch,))
+        self._pos = view(batch.batch.pos, shape=(n_batch,))
+        self._logits = view(batch.batch.logits, shape=(n_batch,))
+        view(batch.batch.n_seq_id, shape=(n_batch,))[:] = 1
+        self._seq_id = [view(batch.batch.seq_id[i], shape=(1,)) for i in range(n_batch)]
+        self._filled_for = np.full(n_batch, -1, dtype=np.int32)  # what _seq_id holds
+
+    def decode(self, runs: Sequence[Run]) -> list[int]:
+        """Processes runs of different sequences, n_batch tokens in all at most.
+
+        Returns the index in the batch of each run's last token, to ask for its logits by. Raises RuntimeError if the
+        library cannot; how much of each run was processed is then for the sequence's position to say.
+        """
+        assert len({run.sequence.seq_id for run in runs}) == len(runs)
+        ends, start = [], 0
+        for run in runs:
+            n_tokens = len(run.tokens)
+            end = start + n_tokens
+            assert n_tokens > 0
+            assert end <= self.n_batch
+            position = run.sequence.next_pos(n_tokens)
+            self._token[start:end] = run.tokens
+            self._pos[start:end] = np.arange(position, position + n_tokens, dtype=np.int32)
+            self._logits[start:end] = False
+            self._logits[end - run.n_logits : end] = True
+            seq_id = run.sequence.seq_id
+            for i in np.flatnonzero(self._filled_for[start:end] != seq_id) + start:
+                self._seq_id[i][0] = self._filled_for[i] = seq_id
+            ends.append(end - 1)
+            start = end
+        self._owner.batch.n_tokens = start
+        result = bindings.llama_decode(runs[0].sequence.ctx, self._owner.batch)
+        if result != 0:
+            raise RuntimeError(f"llama_decode returned {result}: the batch was not processed, or only in part.")
+        return ends
+
+
+def _pointer(array: npt.NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(bindings.llama_state_seq_get_data.argtypes[1])
