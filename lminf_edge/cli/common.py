@@ -44,6 +44,19 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def size(text: str) -> int:
+    """An argparse type: a number of bytes, such as 500M or 2G."""
+    digits, unit = text.strip(), ""
+    if digits and not digits[-1].isdigit():
+        digits, unit = digits[:-1], digits[-1].lower()
+    if not digits.isdecimal() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 500M or 2G, not {text!r}")
+    return int(digits) * _UNITS[unit]
+
+
 def number(least: float, most: float | None = None) -> Callable[[str], float]:
     """An argparse type: a number that is `least` or more and `most` or less."""
 

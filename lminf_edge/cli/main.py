@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lminf_edge
-from lminf_edge.cli import bench, demo, doctor, generate, info, passkey, ppl
+from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, serve
 from lminf_edge.cli.common import CommandError
 
-COMMANDS = (generate, ppl, passkey, bench, info, doctor, demo)
+COMMANDS = (chat, serve, generate, ppl, passkey, bench, info, doctor, demo)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 

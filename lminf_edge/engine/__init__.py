@@ -1,6 +1,12 @@
-"""Several endless conversations with one model: `Engine` decodes them together and keeps what it can of each.
+"""Several endless conversations with one model: decoded together, and kept when they are not in the context.
 
     engine = load_engine("model.gguf", parallel=4)
-    voice = engine_voice(engine)            # looks like a llama_cpp.Llama, and belongs to one request
-    voice.create_chat_completion(messages)
+    Voice(engine).create_chat_completion(messages)  # one request, in the shape of a llama_cpp.Llama
+    engine.close()
 """
+
+from lminf_edge.engine.engine import Engine
+from lminf_edge.engine.loading import load_engine
+from lminf_edge.engine.voice import Voice
+
+__all__ = ["Engine", "Voice", "load_engine"]

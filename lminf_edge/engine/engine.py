@@ -20,6 +20,7 @@ import numpy as np
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import CheckpointError
+from lminf_edge.config import Window
 from lminf_edge.engine.segments import SegmentTokenizer, chat_template
 from lminf_edge.engine.slot import Slot
 from lminf_edge.engine.snapshots import Conversation, Snapshot, SnapshotStore, thinned
@@ -94,6 +95,7 @@ class Engine:
         self.segments = SegmentTokenizer(llm, chat_template(llm), segment_bytes)
         self.slots = [Slot(sequence) for sequence in llm.sequences]
         self.counters = Counters()
+        self._kv_bytes = int(llm.stream_info().kv_bytes)
         self.n_ubatch = int(llm.context_params.n_ubatch)
         self._on_trim = on_trim
         self._waiting: deque[Turn] = deque()
@@ -184,6 +186,16 @@ class Engine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+
+    @property
+    def window(self) -> Window:
+        """What a conversation attends to."""
+        return self.llm.stream.window
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all KV buffers; the same for ever."""
+        return self._kv_bytes
 
     @property
     def n_waiting(self) -> int:

@@ -108,7 +108,7 @@ class SnapshotStore:
         """
         self.memory_budget, self.disk_budget = memory_budget, disk_budget
         self.conversations: dict[str, Conversation] = {}
-        self._identity, self._folder = identity, folder
+        self._identity, self.folder = identity, folder
         self._by_key: dict[bytes, Snapshot] = {}
         self._lengths: Counter[int] = Counter()  # of the beginnings that have a key
         self._files = ThreadPoolExecutor(1, thread_name_prefix="lminf-files")  # all writing and the index, in order
@@ -317,8 +317,8 @@ class SnapshotStore:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _path(self, name: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{name}.state"
+        assert self.folder is not None
+        return self.folder / f"{name}.state"
 
     def _checkpoint_identity(self, snapshot: Snapshot) -> Identity:
         return replace(self._identity, n_global=snapshot.n_sinks)

@@ -1,0 +1,305 @@
+"""Talks with a model in the terminal, for as long as you like.
+
+Ctrl-C stops an answer, at the prompt it leaves. A line that ends in \\ goes on in the next.
+
+  /stats          where the stream is, and what it takes
+  /rewind [N]     takes back the last N questions with their answers; default 1
+  /system TEXT    begins anew with this system message; without a text, shows the present one
+  /save FILE      writes the conversation as JSON, in the form of OpenAI's messages
+  /load FILE      goes on with one that was saved
+  /help, /quit
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lminf_edge.cli.common import (
+    CommandError,
+    add_compute,
+    add_model,
+    add_window,
+    check_output,
+    human_bytes,
+    number,
+    print_json,
+    read_text,
+    whole_number,
+)
+from lminf_edge.cli.progress import Progress as ProgressBar
+
+if TYPE_CHECKING:
+    from lminf_edge.engine import Engine
+
+HELP = "talk with a model in the terminal, without end"
+
+MEMORY_FOR_REWIND = 512 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("-s", "--system", metavar="TEXT", help="system message")
+    parser.add_argument("-f", "--file", metavar="FILE", help="a UTF-8 text of any length to talk about, read first")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="ask this, print the answer and leave")
+    parser.add_argument(
+        "-n", "--tokens", metavar="N", type=whole_number(-1), default=-1, help="in an answer; default -1, no limit"
+    )
+    parser.add_argument("--temp", metavar="T", type=number(0), default=0.8, help="temperature; default 0.8")
+    parser.add_argument("--seed", metavar="S", type=whole_number(0), help="default: another one each time")
+    parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
+    parser.add_argument("--pin-system", action="store_true", help="never forget the system message, up to --max-sinks")
+    parser.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
+    add_window(parser)
+    add_compute(parser, stock=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.json and args.prompt is None:
+        raise CommandError("--json needs --prompt: a conversation is for people.")
+    text = None if args.file is None else read_text(args.file)
+    with contextlib.ExitStack() as stack:
+        engine = open_engine(args)
+        stack.callback(engine.llm.close)
+        stack.callback(engine.close)
+        chat = Chat(engine, args)
+        if text is not None:
+            chat.read_first(text)
+        if args.prompt is not None:
+            return ask_once(chat, args)
+        Terminal(chat).talk()
+    return 0
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """One conversation, kept nowhere but in memory."""
+    from lminf_edge.cli import serve
+
+    settings = {"parallel": 1, "on_trim": "reread", "memory": MEMORY_FOR_REWIND, "disk": 0, "folder": None}
+    return serve.open_engine(argparse.Namespace(**{**vars(args), **settings}))
+
+
+def ask_once(chat: Chat, args: argparse.Namespace) -> int:
+    pieces = []
+    for piece in chat.answer(args.prompt):
+        pieces.append(piece)
+        if not args.json:
+            print(piece, end="", flush=True)
+    if args.json:
+        print_json({"text": "".join(pieces), "finish_reason": chat.finish_reason, **chat.stats()})
+    else:
+        print()
+    return 0
+
+
+# --- the conversation -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chat:
+    """A conversation with its messages, in OpenAI's form."""
+
+    engine: Engine
+    args: argparse.Namespace
+    messages: list[dict[str, str]] = field(default_factory=list)
+    preface: str = ""  # read already, stands before the next question
+    finish_reason: str = "stop"
+    last: dict[str, Any] = field(default_factory=dict)  # figures of the last answer
+
+    def __post_init__(self) -> None:
+        if self.args.system is not None:
+            self.begin(self.args.system)
+
+    def begin(self, system: str) -> None:
+        self.messages = [{"role": "system", "content": system}]
+
+    def read_first(self, text: str) -> None:
+        """Reads a text that the next question is about, with a progress bar."""
+        self.preface = text.rstrip() + "\n\n"
+        with ProgressBar(quiet=self.args.json) as bar:
+            started = False
+
+            def show(progress: Any) -> None:
+                nonlocal started
+                if not started:
+                    bar.begin("reading", progress.n_prompt)
+                    started = True
+                bar.at(progress.n_cached + progress.n_read)
+
+            voice = self._voice(show)
+            # one token, which is thrown away: a prompt is read when the first token is asked for
+            messages = [*self.messages, {"role": "user", "content": self.preface.rstrip()}]
+            try:
+                voice.create_chat_completion(messages, max_tokens=1)
+            except KeyboardInterrupt:
+                voice.cancel()
+                raise
+
+    def answer(self, question: str) -> Iterator[str]:
+        """The answer, piece by piece. If the iterator is closed early, what came is the answer."""
+        question, self.preface = self.preface + question, ""
+        self.messages.append({"role": "user", "content": question})
+        voice = self._voice(None)
+        pieces: list[str] = []
+        self.finish_reason = "interrupted"
+        from lminf_edge.engine.meter import DEFAULTS, Meter
+
+        meter = Meter(voice)
+        try:
+            chunks = voice.create_chat_completion(
+                self.messages,
+                stream=True,
+                max_tokens=self.args.tokens,
+                seed=self.args.seed,
+                **{**DEFAULTS, "temperature": self.args.temp},
+            )
+            with contextlib.closing(chunks):
+                for chunk in chunks:
+                    meter.seen()
+                    choice = chunk["choices"][0]
+                    self.finish_reason = choice["finish_reason"] or self.finish_reason
+                    piece = choice["delta"].get("content") or ""
+                    if piece:
+                        pieces.append(piece)
+                        yield piece
+        finally:
+            voice.cancel()
+            meter.add_turn()
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            self.last = {**meter.usage(), **meter.timings(), **meter.stream()}
+
+    def rewind(self, n: int) -> int:
+        """Takes back the last n questions with their answers; returns how many there were."""
+        n_done = 0
+        while n_done < n and any(message["role"] == "user" for message in self.messages):
+            while self.messages.pop()["role"] != "user":
+                pass
+            n_done += 1
+        return n_done
+
+    def stats(self) -> dict[str, Any]:
+        return {"messages": len(self.messages), **self.last}
+
+    def save(self, path: Path) -> None:
+        """Raises CommandError if the file cannot be written."""
+        check_output(path)
+        unfinished = path.with_name(f".{path.name}.part")
+        unfinished.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1), encoding="utf-8")
+        unfinished.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Raises CommandError, and nothing is changed, if the file holds no conversation."""
+        try:
+            messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
+            messages = [{"role": str(each["role"]), "content": str(each["content"])} for each in messages]
+        except OSError as error:
+            raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CommandError(f"{path} holds no conversation that was saved here.") from error
+        self.messages = messages
+
+    def _voice(self, on_progress: Any) -> Any:
+        from lminf_edge.engine.voice import Voice
+
+        return Voice(self.engine, on_progress=on_progress)
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """Reads lines, prints answers."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+
+    def talk(self) -> None:
+        with contextlib.suppress(ImportError):  # not on Windows: lines can be edited there without it
+            import readline  # noqa: F401
+        if sys.stdin.isatty():
+            print("/help says what can be done here.")
+        while True:
+            try:
+                line = self.read_line()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if line.startswith("/"):
+                if line.split()[0] in ("/quit", "/exit"):
+                    return
+                try:
+                    self.command(*line[1:].split(maxsplit=1))
+                except CommandError as error:
+                    print(f"error: {error}", file=sys.stderr)
+            elif line.strip():
+                self.print_answer(line)
+
+    @staticmethod
+    def read_line() -> str:
+        prompt = "> " if sys.stdin.isatty() else ""
+        lines = [input(prompt)]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(input(". " if prompt else ""))
+        return "\n".join(lines)
+
+    def print_answer(self, question: str) -> None:
+        answer = self.chat.answer(question)
+        try:
+            for piece in answer:
+                print(piece, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print("\n[stopped]", file=sys.stderr)
+        finally:
+            answer.close()  # type: ignore[attr-defined]
+        if warning := self.chat.last.get("warning"):
+            print(f"warning: {warning}", file=sys.stderr)
+
+    def command(self, name: str, argument: str = "") -> None:
+        """Raises CommandError for what cannot be done."""
+        chat = self.chat
+        if name == "help":
+            print((__doc__ or "").strip())
+        elif name == "stats":
+            print(stats_line(chat.stats()))
+        elif name == "rewind":
+            if not (argument or "1").isdecimal():
+                raise CommandError(f"/rewind takes a number, not {argument!r}.")
+            n_done = chat.rewind(int(argument or 1))
+            print(f"{n_done} taken back" if n_done else "there is nothing to take back")
+        elif name == "system":
+            if argument:
+                chat.begin(argument)
+                print("a new conversation")
+            else:
+                system = [message["content"] for message in chat.messages if message["role"] == "system"]
+                print(system[0] if system else "there is no system message")
+        elif name in ("save", "load"):
+            if not argument:
+                raise CommandError(f"/{name} needs the name of a file.")
+            path = Path(argument).expanduser()
+            if name == "save":
+                chat.save(path)
+                print(f"{len(chat.messages)} messages in {path}")
+            else:
+                chat.load(path)
+                print(f"{len(chat.messages)} messages from {path}")
+        else:
+            raise CommandError(f"There is no /{name}: see /help.")
+
+
+def stats_line(stats: dict[str, Any]) -> str:
+    if "position" not in stats:
+        return f"{stats['messages']} messages, nothing asked yet"
+    return (
+        f"{stats['messages']} messages; stream position {stats['position']:,}, window {stats['sink']} + {stats['window']}, "
+        f"KV cache {human_bytes(stats['kv_bytes'])}; last prompt {stats['prompt_tokens']:,} tokens, "
+        f"{stats['prompt_tokens_details']['cached_tokens']:,} of them known; {stats['predicted_per_second']:.1f} tokens/s"
+    )

@@ -1,0 +1,60 @@
+"""The application: routes, guard, and an end that keeps every conversation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+import lminf_edge
+from lminf_edge.engine.engine import Engine
+from lminf_edge.server import llama_cpp_routes, metrics, openai_routes
+from lminf_edge.server.errors import add_error_handlers
+from lminf_edge.server.security import Guard
+from lminf_edge.server.settings import Settings
+from lminf_edge.server.state import Embedder, ServerState
+
+PAGE = Path(__file__).parent / "page"
+
+
+def create_app(engine: Engine, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
+    """An ASGI application. The engine is the caller's to close, after the application has shut down."""
+    state = ServerState(engine, settings, embedder)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.threads.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="lminf-edge",
+        summary="Endless conversations with GGUF models, by OpenAI's and llama.cpp's APIs.",
+        version=lminf_edge.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.server = state
+    app.include_router(openai_routes.router)
+    app.include_router(llama_cpp_routes.router)
+    app.include_router(metrics.router)
+    add_error_handlers(app)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Api-Key"],
+    )
+    app.add_middleware(Guard, settings=settings)
+    return app

@@ -1,0 +1,118 @@
+"""OpenAI's API, as its clients use it: models, chat, completions, embeddings."""
+
+from __future__ import annotations
+
+import base64
+from functools import partial
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from lminf_edge.engine.meter import Meter
+from lminf_edge.engine.voice import Voice
+from lminf_edge.server import answers
+from lminf_edge.server.errors import ApiError, ErrorResponse
+from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from lminf_edge.server.state import ServerState
+from lminf_edge.server.streaming import EventStream, Hung, ProgressReporter, as_api_error, in_thread
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 413, 500, 501, 503)
+}
+
+
+def gone() -> Response:
+    """For a client that will not read it."""
+    return Response(status_code=499)
+
+
+@router.get("/models")
+async def models(request: Request) -> dict[str, Any]:
+    """The model, its window, and how much context a client may send: there is no end to it."""
+    return {"object": "list", "data": [ServerState.of(request).model_card()]}
+
+
+@router.get("/models/{name:path}", responses={404: {"model": ErrorResponse}})
+async def model(request: Request, name: str) -> dict[str, Any]:
+    card = ServerState.of(request).model_card()
+    if name != card["id"]:
+        raise ApiError(404, f"There is no model {name[:200]!r} here, only {card['id']!r}.", "model_not_found", "model")
+    return card
+
+
+def open_stream(state: ServerState, request: Request, return_progress: bool) -> tuple[EventStream, Any]:
+    """A stream of events, and what reports a prompt's progress into it if that is wanted."""
+    events = EventStream(state.threads, request, state.settings.ping_seconds)
+    if not return_progress:
+        return events, None
+    return events, ProgressReporter(lambda progress: events.put(answers.progress_chunk(progress)))
+
+
+def new_voice(state: ServerState, pin_system: bool | None, on_progress: Any = None) -> Voice:
+    return Voice(state.engine, pin_system=pin_system, on_progress=on_progress)
+
+
+@router.post("/chat/completions", response_model=None, responses=PROBLEMS)
+async def chat(request: Request, body: ChatRequest) -> Any:
+    """An answer to a conversation of any length; what was sent before is recognised and not read again."""
+    state = ServerState.of(request)
+    arguments = answers.chat_arguments(state.llm, body, state.settings.model_name)
+    pin_system = body.lminf.pin_system if body.lminf else None
+    n = body.n or 1
+    state.log_messages(arguments["messages"])
+    if body.stream:
+        events, on_progress = open_stream(state, request, bool(body.return_progress))
+        voice = new_voice(state, pin_system, on_progress)
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        chunks = partial(answers.chat_chunks, voice, arguments, n, Meter(voice), usage)
+        return await events.respond(voice, chunks, "[DONE]")
+    voice = new_voice(state, pin_system)
+    return await run(state, request, voice, partial(answers.chat_answers, voice, arguments, n, Meter(voice)))
+
+
+@router.post("/completions", response_model=None, responses=PROBLEMS)
+async def completions(request: Request, body: CompletionRequest) -> Any:
+    """The continuation of a text of any length."""
+    state = ServerState.of(request)
+    arguments = answers.completion_arguments(state.llm, body, state.settings.model_name)
+    prompts = answers.prompts_of(body.prompt, state.llm.n_vocab())
+    n = body.n or 1
+    if body.stream:
+        events, on_progress = open_stream(state, request, bool(body.return_progress))
+        voice = new_voice(state, None, on_progress)
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        chunks = partial(answers.completion_chunks, voice, prompts, arguments, n, Meter(voice), usage)
+        return await events.respond(voice, chunks, "[DONE]")
+    voice = new_voice(state, None)
+    work = partial(answers.completion_answers, voice, prompts, arguments, n, Meter(voice))
+    return await run(state, request, voice, work)
+
+
+async def run(state: ServerState, request: Request, voice: Voice, work: Any) -> Any:
+    """An answer in one piece."""
+    try:
+        return await in_thread(state.threads, request, voice, work)
+    except Hung:
+        return gone()
+    except Exception as error:
+        raise as_api_error(error) from error
+
+
+@router.post("/embeddings", responses=PROBLEMS)
+async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+    """A vector for each text, where the server was started with --embeddings."""
+    state = ServerState.of(request)
+    if state.embedder is None:
+        raise ApiError(501, "This server makes no embeddings: start it with --embeddings.", "embeddings_disabled")
+    inputs = answers.prompts_of(body.input, state.llm.n_vocab())
+    vectors, n_tokens = await state.embedder.embed(inputs)
+    data: list[dict[str, Any]] = []
+    for i, vector in enumerate(vectors):
+        as_floats = body.encoding_format != "base64"
+        packed = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
+        data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"object": "list", "data": data, "model": state.settings.model_name, "usage": usage}

@@ -1,0 +1,129 @@
+"""What clients may ask: the fields we look at. Others are ignored, as every server of this API does."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing_extensions import Required, TypedDict
+
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1024
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+
+
+class Message(TypedDict, total=False):
+    """One message; whatever else it has reaches the model's chat template."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    role: Required[str]
+    content: str | list[dict[str, Any]] | None
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(_Lenient):
+    include_usage: bool | None = False
+
+
+class LambdaOptions(_Lenient):
+    """Ours alone."""
+
+    pin_system: bool | None = Field(None, description="keep the system block as the conversation's sinks")
+
+
+class _Sampling(_Lenient):
+    model: str | None = None
+    temperature: float | None = Field(None, ge=0, le=100, description="0: always the likeliest token; 0.8 if not given")
+    top_p: float | None = Field(None, ge=0, le=1, description="0.95 if not given")
+    top_k: int | None = Field(None, ge=0, le=1 << 30, description="40 if not given")
+    min_p: float | None = Field(None, ge=0, le=1, description="0.05 if not given")
+    typical_p: float | None = Field(None, ge=0, le=1)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repeat_penalty: float | None = Field(None, ge=0, le=10)
+    seed: int | None = Field(None, description="the same seed, prompt and parameters give the same text")
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    lminf: LambdaOptions | None = None
+    return_progress: bool | None = Field(False, description="tell how far the prompt has been read, in a stream")
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MAX_STOPS or any(len(each) > MAX_STOP_CHARACTERS for each in stops):
+            raise ValueError(f"there may be {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters at most")
+        return stop
+
+
+class _OpenAISampling(_Sampling):
+    max_tokens: int | None = Field(None, ge=-1, le=1 << 40, description="not given: until the model stops")
+    logit_bias: dict[str, float] | None = None
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class ChatRequest(_OpenAISampling):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=-1, le=1 << 40)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: str | dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(_OpenAISampling):
+    """POST /v1/completions"""
+
+    prompt: str | list[int] | list[str] | list[list[int]] = ""
+    suffix: str | None = None
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    grammar: str | None = None
+
+
+class EmbeddingRequest(_Lenient):
+    """POST /v1/embeddings"""
+
+    model: str | None = None
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = "float"
+
+
+class LlamaCompletionRequest(_Sampling):
+    """POST /completion, in llama.cpp's dialect"""
+
+    prompt: str | list[int] | list[int | str] = ""
+    n_predict: int | None = Field(-1, ge=-1, le=1 << 40)
+    n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    mirostat: Literal[0, 1, 2] | None = 0
+    mirostat_tau: float | None = Field(5.0, ge=0, le=100)
+    mirostat_eta: float | None = Field(0.1, ge=0, le=100)
+
+
+class TokenizeRequest(_Lenient):
+    """POST /tokenize"""
+
+    content: str = ""
+    add_special: bool | None = False
+    parse_special: bool | None = True
+    with_pieces: bool | None = False
+
+
+class DetokenizeRequest(_Lenient):
+    """POST /detokenize"""
+
+    tokens: list[int] = []

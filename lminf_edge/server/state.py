@@ -1,0 +1,86 @@
+"""What all routes share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+from fastapi import Request
+
+from lminf_edge.engine.engine import Engine
+from lminf_edge.llama import Llama
+from lminf_edge.server.errors import ApiError
+from lminf_edge.server.settings import ENDLESS, Settings
+
+log = logging.getLogger("lminf_edge.server")
+
+
+class Embedder:
+    """Embeddings by a context of its own, one text at a time."""
+
+    def __init__(self, llm: Llama) -> None:
+        """`llm` is loaded with embedding=True."""
+        self._llm = llm
+        self._lock = asyncio.Lock()
+
+    async def embed(self, inputs: Sequence[str | list[int]]) -> tuple[list[list[float]], int]:
+        """A vector (n_embd,) for each text, and the number of tokens in all. Raises ApiError for a text too long."""
+        tokens = [
+            self._llm.tokenize(each.encode("utf-8"), special=True) if isinstance(each, str) else each for each in inputs
+        ]
+        n_most = self._llm.n_ctx()
+        for each in tokens:
+            if not 0 < len(each) <= n_most:
+                raise ApiError(400, f"input: a text to embed has 1 to {n_most} tokens, not {len(each)}.", param="input")
+        async with self._lock:
+            vectors = [await asyncio.to_thread(self._embed, each) for each in tokens]
+        return vectors, sum(map(len, tokens))
+
+    def _embed(self, tokens: list[int]) -> list[float]:
+        text = self._llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
+        vector = self._llm.embed(text, normalize=True)
+        if vector and isinstance(vector[0], list):  # a vector for each token: their mean stands for the text
+            columns = zip(*cast(list[list[float]], vector), strict=True)
+            return [sum(column) / len(vector) for column in columns]
+        return cast(list[float], vector)
+
+
+class ServerState:
+    """The engine, the settings, and the threads in which answers are made."""
+
+    def __init__(self, engine: Engine, settings: Settings, embedder: Embedder | None) -> None:
+        self.engine, self.settings, self.embedder = engine, settings, embedder
+        self.threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="lminf-answer")
+        self.started = time.time()
+
+    @classmethod
+    def of(cls, request: Request) -> ServerState:
+        return cast(ServerState, request.app.state.server)
+
+    @property
+    def llm(self) -> Llama:
+        return self.engine.llm
+
+    def model_card(self) -> dict[str, Any]:
+        """The model as /v1/models lists it."""
+        window = self.engine.window
+        return {
+            "id": self.settings.model_name,
+            "object": "model",
+            "created": int(self.started),
+            "owned_by": "lminf-edge",
+            "name": self.settings.model_name,
+            "context_length": ENDLESS,
+            "max_model_len": ENDLESS,
+            "meta": {"n_vocab": self.llm.n_vocab(), "n_embd": self.llm.n_embd(), "n_ctx_train": self.llm._model.n_ctx_train()},
+            "lminf": {"sink": self.engine.n_sinks, "window": window.n_local, "max_distance": window.max_distance},
+        }
+
+    def log_messages(self, messages: Any) -> None:
+        if self.settings.log_messages:
+            log.info("%s", json.dumps(messages, ensure_ascii=False))
