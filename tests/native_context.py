@@ -29,6 +29,8 @@ _lib.lminf_refusal.argtypes = (ctypes.c_void_p,)
 _lib.lminf_refusal.restype = ctypes.c_char_p
 _lib.lminf_rollback.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
 _lib.lminf_rollback.restype = ctypes.c_bool
+_lib.lminf_seq_set_sinks.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
+_lib.lminf_seq_set_sinks.restype = ctypes.c_bool
 _lib.lminf_seq_start.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
 _lib.lminf_seq_start.restype = ctypes.c_bool
 _lib.lminf_set_next.argtypes = (ctypes.POINTER(Params),)
@@ -152,6 +154,9 @@ class NativeContext:
 
     def seq_start(self, stream_pos: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_start(self.context, seq_id, stream_pos))
+
+    def set_sinks(self, n_global: int, seq_id: int = 0) -> bool:
+        return bool(_lib.lminf_seq_set_sinks(self.context, seq_id, n_global))
 
     def save(self, seq_id: int = 0) -> bytes:
         size = llama_cpp.llama_state_seq_get_size(self.context, seq_id)

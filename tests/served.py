@@ -1,0 +1,54 @@
+"""A real server on a real port, in this process."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from lminf_edge.engine import Engine, load_engine
+from lminf_edge.server import Settings, create_app
+from lminf_edge.server.state import Embedder
+
+
+@dataclass
+class Served:
+    url: str
+    engine: Engine
+    settings: Settings
+
+
+@contextmanager
+def serve(
+    model: str, settings: Settings | None = None, embedder: Embedder | None = None, **kwargs: Any
+) -> Iterator[Served]:
+    """A server of `model`; the other arguments are load_engine's."""
+    settings = settings or Settings(model_name="nano")
+    engine = load_engine(model, **{"parallel": 2, "verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs})
+    sock = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        create_app(engine, settings, embedder),
+        http="h11",
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=32 << 10,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", engine, settings)
+    finally:
+        server.should_exit = True
+        thread.join()
+        sock.close()
+        engine.close()
+        engine.llm.close()
