@@ -164,11 +164,16 @@ class Engine:
         """Ends a turn and waits until what it said is on disk."""
         done: Future[None] = Future()
         with self._wake:
-            if turn.phase is Phase.DONE or not self._thread.is_alive():
+            if turn.phase is Phase.DONE:
                 return
-            self._ending.append((turn, done))
-            self._wake.notify()
-        done.result()
+            closing = self._closing
+            if not closing:
+                self._ending.append((turn, done))
+                self._wake.notify()
+        if closing:  # it may still be at work on this turn
+            self._thread.join()
+        else:
+            done.result()
 
     def call(self, function: Callable[[], Any]) -> Any:
         """What `function` returns, run between two batches by the thread that owns the context."""
@@ -253,7 +258,9 @@ class Engine:
 
         self._wake.wait_for(has_work, timeout=self._seconds_until_save())
         if any(turn.phase is Phase.ASKED for turn in self._turns()):
-            self._wake.wait_for(lambda: all(turn.phase is not Phase.GIVEN for turn in self._turns()), timeout=GRACE)
+            self._wake.wait_for(
+                lambda: self._ending or all(turn.phase is not Phase.GIVEN for turn in self._turns()), timeout=GRACE
+            )
 
     @staticmethod
     def _answer(function: Callable[[], Any], result: Future[Any]) -> None:
@@ -492,7 +499,7 @@ class Engine:
                 turn.give(error)
                 self._finish(turn)
             return
-        self._count(runs, bool(reading), time.perf_counter() - started)
+        self._count(runs, len(asked), time.perf_counter() - started)
         for (turn, slot), run, end in zip(parts, runs, ends, strict=True):
             slot.log.extend(run.tokens)
             slot.is_saved = False
@@ -504,13 +511,13 @@ class Engine:
             if not turn.wants_prompt_logits:
                 self._sample(turn, end)
 
-    def _count(self, runs: list[Run], reading: bool, seconds: float) -> None:
+    def _count(self, runs: list[Run], n_asked: int, seconds: float) -> None:
         self.counters.batches += 1
-        if reading:
-            self.counters.read_tokens += sum(len(run.tokens) for run in runs)
+        self.counters.answer_tokens += n_asked
+        self.counters.read_tokens += sum(len(run.tokens) for run in runs) - n_asked
+        if len(runs) > n_asked:
             self.counters.read_seconds += seconds
         else:
-            self.counters.answer_tokens += len(runs)
             self.counters.answer_seconds += seconds
 
     def _read(self, turn: Turn, slot: Slot, run: Run, end: int) -> None:
@@ -585,7 +592,7 @@ class Engine:
 
     def _keep_snapshot(self, slot: Slot, tip: bool = True) -> None:
         """Makes a snapshot of the marks that were passed, and with `tip` of the present moment."""
-        if slot.conversation is None or slot.is_saved:
+        if slot.conversation is None or slot.is_saved or len(slot) == 0:
             return
         if tip:
             slot.mark(len(slot))

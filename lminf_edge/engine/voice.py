@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class Voice:
         self.warning: str | None = None
         self.cancelled = False
         self._llm = engine.llm
-        self._seed = engine.llm._seed
+        self._seed = random.getrandbits(32)  # of what is drawn where the request gives none
         self._pin_system = engine.pin_system if pin_system is None else pin_system
         self._on_progress = on_progress
         self._messages: Sequence[dict[str, Any]] = ()
@@ -178,10 +179,12 @@ class Voice:
         if at is None:
             return
         offset, n_system = 0, 0
-        for piece, start in zip(self.engine.segments.split(self._text), starts, strict=False):
-            if offset > at:
+        for i, (piece, start) in enumerate(zip(self.engine.segments.split(self._text), starts, strict=False)):
+            if offset + len(piece) > at:
+                # what comes before the first message ends with the piece before, if there is one
+                n_system = start if i else start + len(self._llm.tokenize(piece[:at].encode("utf-8"), False, True))
                 break
-            n_system, offset = start, offset + len(piece)
+            offset += len(piece)
         limit = self.engine.max_sinks
         if n_system > limit:
             self.warning = (
