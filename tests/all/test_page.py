@@ -1,0 +1,197 @@
+"""The page in a real browser, with a real server behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from served import Served, serve
+
+from lminf_edge import LMInfConfig
+from lminf_edge.server import Settings
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCREENSHOT = os.environ.get("LMINF_SCREENSHOT")  # where to put a picture for the docs
+
+N_LOCAL = 128
+
+
+@pytest.fixture(scope="module")
+def server(nano_path: str) -> Iterator[Served]:
+    with serve(nano_path, Settings(model_name="nano"), lminf=LMInfConfig(n_global=4, n_local=N_LOCAL)) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM is not None, "there is no Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Browser, server: Served) -> Iterator[Page]:
+    """A fresh browser profile with short answers; nothing may go wrong in its console, or be asked of anyone else."""
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
+    made = context.new_page()
+    problems: list[str] = []
+    made.on("pageerror", lambda error: problems.append(str(error)))
+    made.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    made.on("request", lambda request: problems.append(request.url) if not request.url.startswith(server.url) else None)
+    made.goto(server.url)
+    made.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 24, temperature: 0}))")
+    made.reload()
+    yield made
+    context.close()
+    assert problems == []
+
+
+def say(page: Page, text: str, wait: bool = True) -> None:
+    n_answers = page.locator('[data-testid=message][data-role=assistant]').count()
+    page.get_by_test_id("message-text").fill(text)
+    page.get_by_test_id("send").click()
+    if wait:
+        answers = page.locator('[data-testid=message][data-role=assistant]:not([data-writing])')
+        expect(answers).to_have_count(n_answers + 1, timeout=60_000)
+
+
+def answers(page: Page) -> list[str]:
+    return page.locator('[data-testid=message][data-role=assistant]').all_inner_texts()
+
+
+def position(page: Page) -> int:
+    return int(re.sub(r"\D", "", page.get_by_test_id("position").inner_text()))
+
+
+def test_a_conversation_many_times_longer_than_the_window(page: Page, server: Served) -> None:
+    kv_memory = None
+    for i in range(10):
+        say(page, f"{i}. " + "The sea was calm and the lamp was lit, and nobody on board had slept. " * 6)
+        memory = page.get_by_test_id("kv-memory").inner_text()
+        assert kv_memory in (None, memory)
+        kv_memory = memory
+    assert position(page) > 8 * N_LOCAL
+    assert re.search(r"\d", page.get_by_test_id("speed").inner_text())
+    assert str(N_LOCAL) in page.get_by_test_id("window").inner_text()
+    assert len(answers(page)) == 10
+    if SCREENSHOT:
+        page.screenshot(path=SCREENSHOT)
+
+
+def test_stop_and_go_on(page: Page, server: Served) -> None:
+    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 100000}))")
+    page.reload()
+    say(page, "Tell me a very long story.", wait=False)
+    writing = page.locator("[data-testid=message][data-writing]")
+    expect(writing).to_have_count(1, timeout=30_000)
+    page.wait_for_function("document.querySelector('[data-testid=message][data-role=assistant]').innerText.length > 100")
+    page.keyboard.press("Escape")
+    expect(writing).to_have_count(0)
+    for _ in range(200):
+        if not server.engine.n_busy:
+            break
+        page.wait_for_timeout(20)
+    assert server.engine.n_busy == 0
+    [kept] = answers(page)
+    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 10}))")
+    page.reload()
+    assert kept[:80] in answers(page)[0]
+    say(page, "And then?")
+    assert len(answers(page)) == 2
+
+
+def test_regenerate_and_edit(page: Page) -> None:
+    say(page, "The ferry left at six.")
+    say(page, "Anna counted the lamps.")
+    before = answers(page)
+    page.get_by_test_id("regenerate").last.click()
+    expect(page.locator('[data-testid=message][data-role=assistant]:not([data-writing])')).to_have_count(2, timeout=60_000)
+    assert answers(page) == before  # at temperature 0
+    first = page.locator("[data-testid=message][data-role=user]").first
+    first.hover()
+    first.get_by_test_id("edit").click()
+    page.get_by_test_id("edit-text").fill("The train left at seven.")
+    page.get_by_test_id("edit-save").click()
+    expect(page.locator('[data-testid=message][data-role=assistant]:not([data-writing])')).to_have_count(1, timeout=60_000)
+    assert page.locator("[data-testid=message][data-role=user]").count() == 1
+    assert "The train left at seven." in page.get_by_test_id("messages").inner_text()
+
+
+def test_reload_and_continue(page: Page, server: Served) -> None:
+    say(page, "The ferry left at six. " * 20)
+    shown, url = page.get_by_test_id("messages").inner_text(), page.url
+    page.reload()
+    assert page.url == url
+    expect(page.get_by_test_id("messages")).to_have_text(re.compile(re.escape(shown[:60])))
+    cached = server.engine.counters.cached_tokens
+    say(page, "And then?")
+    assert server.engine.counters.cached_tokens - cached > 100
+
+
+def test_rename_delete_and_the_list(page: Page) -> None:
+    say(page, "The first one")
+    page.get_by_test_id("new").click()
+    say(page, "The second one")
+    listed = page.get_by_test_id("conversations")
+    expect(listed.get_by_role("listitem")).to_have_count(2)
+    page.get_by_role("button", name="Rename").click()
+    page.get_by_label("Title").fill("Lighthouses")
+    page.get_by_role("dialog").get_by_role("button", name="Rename").click()
+    expect(page.get_by_test_id("title")).to_have_text("Lighthouses")
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(listed.get_by_role("listitem")).to_have_count(1)
+    expect(listed).not_to_contain_text("Lighthouses")
+
+
+def test_what_is_said_is_never_markup(page: Page) -> None:
+    say(page, "<img src=x onerror=alert(1)> <script>alert(2)</script> [x](javascript:alert(3)) **bold**")
+    message = page.locator("[data-testid=message][data-role=user]").first
+    assert "<img src=x onerror=alert(1)>" in message.inner_text()
+    assert page.locator("[data-testid=messages] img, [data-testid=messages] script").count() == 0
+    assert page.locator('[data-testid=messages] a[href^="javascript"]').count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(browser: Browser, server: Served, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": 320, "height": 640}, color_scheme=scheme, has_touch=True)  # type: ignore[arg-type]
+    page = context.new_page()
+    page.goto(server.url)
+    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 8}))")
+    page.reload()
+    say(page, "The ferry left at six, an hour before the sun came over the hills.")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    page.get_by_role("button", name="Conversations").click()
+    expect(page.get_by_test_id("new")).to_be_visible()
+    context.close()
+
+
+def test_accessibility(page: Page) -> None:
+    axe = Path(__file__).parent / "node_modules" / "axe-core" / "axe.min.js"
+    say(page, "The ferry left at six.")
+    page.evaluate(axe.read_text(encoding="utf-8"))  # the page's policy lets no script in, the debugger does
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        violations = page.evaluate("axe.run().then(result => result.violations)")
+        assert [(each["id"], each["nodes"][0]["html"]) for each in violations] == [], json.dumps(violations)[:2000]
+
+
+def test_a_key_is_asked_for(browser: Browser, nano_path: str) -> None:
+    with serve(nano_path, Settings(model_name="nano", api_key="secret"), lminf=LMInfConfig(n_global=4, n_local=64)) as served:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url)
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_be_visible()
+        dialog.get_by_role("textbox").or_(dialog.locator("input[type=password]")).first.fill("secret")
+        page.keyboard.press("Enter")
+        expect(page.get_by_test_id("model")).to_have_text(re.compile("nano"))
+        context.close()
