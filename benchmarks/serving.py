@@ -1,0 +1,397 @@
+"""Measures what docs/serving.md says, with real servers in processes of their own, and writes docs/serving/*.json.
+
+    make serving-measure, or: .venv/bin/python benchmarks/serving.py [--only NAME]... [--minutes 30]
+
+About an hour on two cores, half of it the mixed load; leave the machine alone meanwhile. benchmarks/serving_report.py makes
+the page from what is written here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from machine import ROOT, describe
+
+from lminf_edge import native
+from lminf_edge.bench.random_model import SHAPES, random_model
+from lminf_edge.cli.demo import python_documentation
+
+FIGURES = ROOT / "docs" / "serving"
+
+Messages = list[dict[str, str]]
+Figures = dict[str, Any]
+
+
+# --- a server and its clients -----------------------------------------------------------------------------------------
+
+
+class Server:
+    """lminf-edge serve in a process of its own."""
+
+    def __init__(self, model: str, *options: str) -> None:
+        command = [sys.executable, "-m", "lminf_edge.cli", "serve", "-m", model, "--port", "0", "--json", *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("The server did not start.")
+        self.facts = json.loads(line)
+        self.client = httpx.Client(base_url=self.facts["url"], timeout=3600)
+
+    def resident(self) -> int:
+        """Bytes of memory that are the server's own: files it has mapped, such as the model, aside."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        [kilobytes] = re.findall(r"RssAnon:\s+(\d+) kB", status)
+        return 1024 * int(kilobytes)
+
+    def metric(self, name: str) -> float:
+        [value] = re.findall(rf"^lminf_{name} ([\d.e+-]+)$", self.client.get("/metrics").text, re.M)
+        return float(value)
+
+    def ask(self, messages: Messages, n_tokens: int) -> tuple[str, float, Figures]:
+        """An answer, the seconds until its first text came, and what the last chunk says."""
+        body = {
+            "messages": messages,
+            "max_tokens": n_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        started, first, text, last = time.perf_counter(), None, "", {}
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise RuntimeError(chunk["error"]["message"])
+                if chunk["choices"]:
+                    piece = chunk["choices"][0]["delta"].get("content") or ""
+                    if piece and first is None:
+                        first = time.perf_counter() - started
+                    text += piece
+                else:
+                    last = chunk
+        return text, first or time.perf_counter() - started, last
+
+    def stop(self) -> None:
+        self.client.close()
+        self.process.terminate()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def served(model: str, *options: str) -> Iterator[Server]:
+    server = Server(model, *options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Talk:
+    """A conversation that can be made as long as one likes, of Python's own documentation."""
+
+    def __init__(self, server: Server, seed: int) -> None:
+        self.server = server
+        self.messages: Messages = [{"role": "system", "content": f"Conversation {seed}: go on with what is said."}]
+        words = python_documentation().split()
+        self._rng = random.Random(seed)
+        self._words = words
+
+    def text(self, n_words: int) -> str:
+        start = self._rng.randrange(len(self._words) - n_words)
+        return " ".join(self._words[start : start + n_words])
+
+    def say(self, n_words: int, n_answer: int = 8) -> tuple[float, Figures]:
+        """A turn: seconds to the first text of the answer, and the figures of the last chunk."""
+        self.messages.append({"role": "user", "content": self.text(n_words)})
+        answer, first, last = self.server.ask(self.messages, n_answer)
+        self.messages.append({"role": "assistant", "content": answer})
+        return first, last
+
+    def grow(self, n_tokens: int) -> int:
+        """Until the history has about so many tokens; returns how many it has."""
+        n = 0
+        while n < n_tokens:
+            n_words = max(20, min(5000, (n_tokens - n) // 4))
+            n = self.say(n_words)[1]["usage"]["prompt_tokens"]
+        return n
+
+
+def spread(values: Sequence[float]) -> Figures:
+    return {
+        "median": float(np.median(values)),
+        "least": float(min(values)),
+        "most": float(max(values)),
+        "n": len(values),
+    }
+
+
+# --- experiments ------------------------------------------------------------------------------------------------------
+
+
+def first_token(args: argparse.Namespace) -> Figures:
+    """Time to the first token of the next turn, in conversations of different lengths, in turn."""
+    with served("nano", "--parallel", "2", "--disk", "0") as server:
+        talks = {n: Talk(server, n) for n in args.lengths}
+        lengths = {n: talk.grow(n) for n, talk in talks.items()}
+        seconds: dict[int, list[float]] = {n: [] for n in talks}
+        for i in range(args.rounds + 2):
+            for n, talk in talks.items():
+                first, last = talk.say(12)
+                assert last["usage"]["prompt_tokens"] - last["usage"]["prompt_tokens_details"]["cached_tokens"] < 200
+                if i >= 2:
+                    seconds[n].append(first)
+    return {
+        "conversations": [
+            {"tokens": lengths[n], "messages": len(talks[n].messages), "seconds": spread(seconds[n])} for n in talks
+        ],
+        "ratio": spread([b / a for a, b in zip(*(seconds[n] for n in args.lengths), strict=True)]),
+    }
+
+
+def cold(args: argparse.Namespace) -> Figures:
+    """A conversation comes back from its file: the time against that of one in the context, and its size on disk."""
+    rows = []
+    for n in args.cold_lengths:
+        with tempfile.TemporaryDirectory() as folder:
+            options = ("--parallel", "1", "--memory", "0", "--folder", folder)
+            with served("nano", *options) as server:
+                talk, other = Talk(server, 1), Talk(server, 2)
+                n_tokens = talk.grow(n)
+                hot, cold_seconds = [], []
+                for _ in range(args.rounds):
+                    hot.append(talk.say(12)[0])
+                    other.say(12)  # takes the only sequence
+                    before = server.metric("restored_from_files_total")
+                    cold_seconds.append(talk.say(12)[0])
+                    assert server.metric("restored_from_files_total") > before
+                time.sleep(3)
+                other.say(12)
+                files = [path for path in Path(folder).rglob("*.state")]
+                largest = max(files, key=lambda path: path.stat().st_size)
+                reads = []
+                for _ in range(20):
+                    started = time.perf_counter()
+                    largest.read_bytes()
+                    reads.append(time.perf_counter() - started)
+            rows.append(
+                {
+                    "tokens": n_tokens,
+                    "hot_seconds": spread(hot),
+                    "cold_seconds": spread(cold_seconds),
+                    "read_seconds": spread(reads),
+                    "state_bytes": largest.stat().st_size if largest.exists() else None,
+                    "ratio": spread([c / (2 * h + float(np.median(reads))) for h, c in zip(hot, cold_seconds, strict=True)]),
+                }
+            )
+    return {"conversations": rows}
+
+
+def memory(args: argparse.Namespace) -> Figures:
+    """Many conversations, few in the context: what the process takes, against what the budgets say."""
+    budget = args.memory_mib << 20
+    with served("nano", "--parallel", "4", "--disk", "0", "--memory", str(budget)) as server:
+        warm = Talk(server, 0)
+        for _ in range(20):
+            warm.say(300)
+        before, known = server.resident(), server.metric("memory_bytes")
+        talks = [Talk(server, 1 + i) for i in range(args.conversations)]
+        samples = []
+        for _ in range(args.turns):
+            for talk in talks:
+                talk.say(200)
+            samples.append({"resident": server.resident(), "accounted": server.metric("memory_bytes")})
+        n_known = server.metric("conversations")
+    return {
+        "budget_bytes": budget,
+        "before": {"resident": before, "accounted": known},
+        "samples": samples,
+        "conversations": n_known,
+        "grown_over_budget": (samples[-1]["resident"] - before + known) / budget,
+    }
+
+
+def parallel(args: argparse.Namespace) -> Figures:
+    """Tokens per second of 1 and of 4 answers at a time, with a model that is bound by memory."""
+    path = random_model(SHAPES["llama-3.2-1b"], "q4_0", ROOT / "build" / "models")
+    rounds = []
+    with served(str(path), "--parallel", "4", "--n-local", "1024", "--disk", "0", "--threads", str(args.threads)) as server:
+
+        def answer(client: httpx.Client, i: int) -> int:
+            prompt = np.random.default_rng(i).integers(1000, 100_000, 64).tolist()
+            body = {"prompt": prompt, "n_predict": args.n_answer, "temperature": 0, "ignore_eos": True}
+            return int(client.post("/completion", json=body).json()["tokens_predicted"])
+
+        async def several(n: int, first: int) -> tuple[int, float]:
+            counters = [server.metric("answer_tokens_total"), server.metric("answer_seconds_total")]
+            with contextlib.ExitStack() as stack:
+                clients = [
+                    stack.enter_context(httpx.Client(base_url=server.facts["url"], timeout=3600)) for _ in range(n)
+                ]
+                started = time.perf_counter()
+                await asyncio.gather(*(asyncio.to_thread(answer, client, first + i) for i, client in enumerate(clients)))
+                seconds = time.perf_counter() - started
+            n_tokens = server.metric("answer_tokens_total") - counters[0]
+            del seconds
+            return int(n_tokens), server.metric("answer_seconds_total") - counters[1]
+
+        for i in range(args.rounds_parallel):
+            rates = {}
+            for n in (1, 4):
+                n_tokens, seconds = asyncio.run(several(n, 10 * i))
+                rates[n] = n_tokens / seconds
+            rounds.append(rates)
+    return {
+        "model": "llama-3.2-1b q4_0",
+        "one": spread([rates[1] for rates in rounds]),
+        "four": spread([rates[4] for rates in rounds]),
+        "ratio": spread([rates[4] / rates[1] for rates in rounds]),
+    }
+
+
+async def _mixed_client(server: Server, i: int, until: float, first: list[float], errors: list[str]) -> int:
+    """One user: talks, regenerates, edits, hangs up, begins anew."""
+    rng, talk, n = random.Random(i), Talk(server, i), 0
+    async with httpx.AsyncClient(base_url=server.facts["url"], timeout=600) as client:
+        while time.monotonic() < until:
+            kind = rng.choices(("say", "regenerate", "edit", "hang up", "new", "wrong"), (10, 3, 2, 2, 1, 1))[0]
+            if kind == "new" or len(talk.messages) > 60:
+                talk.messages = talk.messages[:1]
+            if kind == "wrong":
+                answer = await client.post("/v1/chat/completions", json={"messages": []})
+                if answer.status_code != 400:
+                    errors.append(f"{answer.status_code} for a wrong request")
+                continue
+            if kind == "regenerate" and len(talk.messages) > 2:
+                talk.messages.pop()
+            elif kind == "edit" and len(talk.messages) > 4:
+                talk.messages = talk.messages[: 2 * rng.randrange(1, len(talk.messages) // 2) - 1]
+            if talk.messages[-1]["role"] != "user":
+                talk.messages.append({"role": "user", "content": talk.text(rng.choice((5, 30, 200, 1500)))})
+            body = {"messages": talk.messages, "max_tokens": rng.choice((5, 30, 120)), "stream": True}
+            started, text = time.perf_counter(), ""
+            try:
+                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    if response.status_code != 200:
+                        errors.append(f"{response.status_code}: {(await response.aread())[:200]!r}")
+                        continue
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data: {"):
+                            continue
+                        chunk = json.loads(line[6:])
+                        if "error" in chunk:
+                            errors.append(chunk["error"]["message"])
+                            break
+                        piece = chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
+                        if piece and not text:
+                            first.append(time.perf_counter() - started)
+                        text += piece
+                        if kind == "hang up" and len(text) > 20:
+                            break
+            except httpx.HTTPError as error:
+                errors.append(repr(error))
+            talk.messages.append({"role": "assistant", "content": text})
+            n += 1
+            await asyncio.sleep(rng.expovariate(2.0))
+    return n
+
+
+def mixed(args: argparse.Namespace) -> Figures:
+    """A mixed load for a while: errors, memory by time, and how long the first token takes."""
+    with tempfile.TemporaryDirectory() as folder, served(
+        "nano", "--parallel", "4", "--memory", "128M", "--disk", "512M", "--folder", folder
+    ) as server:
+        first: list[float] = []
+        errors: list[str] = []
+        samples: list[Figures] = []
+
+        async def everyone() -> list[int]:
+            until = time.monotonic() + 60 * args.minutes
+
+            async def sample() -> None:
+                started = time.monotonic()
+                while time.monotonic() < until:
+                    samples.append({"minute": (time.monotonic() - started) / 60, "resident": server.resident()})
+                    await asyncio.sleep(5)
+
+            clients = [_mixed_client(server, i, until, first, errors) for i in range(args.clients)]
+            *counts, _ = await asyncio.gather(*clients, sample())
+            return [count for count in counts if count is not None]
+
+        counts = asyncio.run(everyone())
+        after = [each["resident"] for each in samples if each["minute"] >= min(5, args.minutes / 2)]
+        return {
+            "minutes": args.minutes,
+            "clients": args.clients,
+            "turns": sum(counts),
+            "errors": errors[:20],
+            "n_errors": len(errors),
+            "first_token": {**spread(first), "p99": float(np.quantile(first, 0.99))},
+            "samples": samples[:: max(1, len(samples) // 100)],
+            "resident_after_5_minutes": spread(after),
+            "restored": server.metric("restored_total"),
+            "cancelled": server.metric("cancelled_total"),
+        }
+
+
+EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "first_token": first_token,
+    "cold": cold,
+    "memory": memory,
+    "parallel": parallel,
+    "mixed": mixed,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=EXPERIMENTS, help="repeatable; default: all")
+    parser.add_argument("--minutes", type=float, default=30, help="of mixed load; default 30")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="default docs/serving")
+    parser.add_argument("--tiny", action="store_true", help="little of everything, to try it out")
+    args = parser.parse_args()
+    tiny = args.tiny
+    args.lengths = (500, 3000) if tiny else (1000, 200_000)
+    args.cold_lengths = (500, 3000) if tiny else (10_000, 1_000_000)
+    args.rounds, args.rounds_parallel, args.n_answer = (3, 1, 8) if tiny else (30, 7, 48)
+    args.memory_mib, args.conversations, args.turns = (32, 10, 2) if tiny else (256, 100, 4)
+    args.clients, args.threads = (4 if tiny else 16), os.cpu_count() or 2
+    args.minutes = min(args.minutes, 0.3) if tiny else args.minutes
+    args.out.mkdir(parents=True, exist_ok=True)
+    folder = native.library_folder()
+    assert folder is not None
+    for name in args.only or EXPERIMENTS:
+        started = time.time()
+        figures = EXPERIMENTS[name](args)
+        result = {
+            "experiment": name,
+            "what": (EXPERIMENTS[name].__doc__ or "").strip(),
+            "seconds": round(time.time() - started, 1),
+            "machine": describe(folder, folder),
+            **figures,
+        }
+        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {json.dumps(figures)[:300]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
