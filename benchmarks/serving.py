@@ -18,18 +18,22 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import llama_cpp
 import numpy as np
 from machine import ROOT, describe
 
-from lminf_edge import native
+from lminf_edge import LMInfConfig, native
 from lminf_edge.bench.random_model import SHAPES, random_model
 from lminf_edge.cli.demo import python_documentation
+from lminf_edge.engine import load_engine
+from lminf_edge.history import Tokens
 
 FIGURES = ROOT / "docs" / "serving"
 
@@ -230,37 +234,40 @@ def memory(args: argparse.Namespace) -> Figures:
 
 
 def parallel(args: argparse.Namespace) -> Figures:
-    """Tokens per second of 1 and of 4 answers at a time, with a model that is bound by memory."""
-    path = random_model(SHAPES["llama-3.2-1b"], "q4_0", ROOT / "build" / "models")
+    """Tokens per second of 1 and of 4 conversations that answer at a time, with a model that is bound by memory.
+
+    The model has no vocabulary: tokens go into the engine itself, without HTTP around it.
+    """
+    path = random_model("llama-3.2-1b", SHAPES["llama-3.2-1b"], ROOT / "build" / "models")
+    settings = {"n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False}
+    engine = load_engine(path, parallel=4, lminf=LMInfConfig(n_local=1014), n_ctx=None, **settings)
+    rng = np.random.default_rng(0)
+
+    def answer(prompt: Tokens) -> None:
+        sampler = llama_cpp._internals.LlamaSampler()
+        sampler.add_greedy()
+        with contextlib.closing(engine.begin(prompt, sampler).tokens()) as tokens:
+            for _ in zip(range(args.n_answer), tokens, strict=False):
+                pass
+
     rounds = []
-    with served(str(path), "--parallel", "4", "--n-local", "1024", "--disk", "0", "--threads", str(args.threads)) as server:
-
-        def answer(client: httpx.Client, i: int) -> int:
-            prompt = np.random.default_rng(i).integers(1000, 100_000, 64).tolist()
-            body = {"prompt": prompt, "n_predict": args.n_answer, "temperature": 0, "ignore_eos": True}
-            return int(client.post("/completion", json=body).json()["tokens_predicted"])
-
-        async def several(n: int, first: int) -> tuple[int, float]:
-            counters = [server.metric("answer_tokens_total"), server.metric("answer_seconds_total")]
-            with contextlib.ExitStack() as stack:
-                clients = [
-                    stack.enter_context(httpx.Client(base_url=server.facts["url"], timeout=3600)) for _ in range(n)
-                ]
-                started = time.perf_counter()
-                await asyncio.gather(*(asyncio.to_thread(answer, client, first + i) for i, client in enumerate(clients)))
-                seconds = time.perf_counter() - started
-            n_tokens = server.metric("answer_tokens_total") - counters[0]
-            del seconds
-            return int(n_tokens), server.metric("answer_seconds_total") - counters[1]
-
-        for i in range(args.rounds_parallel):
-            rates = {}
-            for n in (1, 4):
-                n_tokens, seconds = asyncio.run(several(n, 10 * i))
-                rates[n] = n_tokens / seconds
-            rounds.append(rates)
+    for _ in range(args.rounds_parallel):
+        rates = {}
+        for n in (1, 4):
+            counters = engine.counters
+            before = counters.answer_tokens, counters.answer_seconds
+            threads = [threading.Thread(target=answer, args=(rng.integers(1000, 100_000, 64),)) for _ in range(n)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            rates[n] = (counters.answer_tokens - before[0]) / (counters.answer_seconds - before[1])
+        rounds.append(rates)
+    engine.close()
+    engine.llm.close()
     return {
-        "model": "llama-3.2-1b q4_0",
+        "model": path.stem,
+        "window": 1014,
         "one": spread([rates[1] for rates in rounds]),
         "four": spread([rates[4] for rates in rounds]),
         "ratio": spread([rates[4] / rates[1] for rates in rounds]),
