@@ -48,7 +48,7 @@ class Server:
     """lminf-edge serve in a process of its own."""
 
     def __init__(self, model: str, *options: str) -> None:
-        command = [sys.executable, "-m", "lminf_edge.cli", "serve", "-m", model, "--port", "0", "--json", *options]
+        command = [sys.executable, "-m", "lminf_edge", "serve", "-m", model, "--port", "0", "--json", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

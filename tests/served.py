@@ -31,9 +31,10 @@ def serve(
     """A server of `model`; the other arguments are load_engine's."""
     settings = settings or Settings(model_name="nano")
     engine = load_engine(model, **{"parallel": 2, "verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs})
+    app = create_app(engine, settings, embedder)
     sock = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(engine, settings, embedder),
+        app,
         http="h11",
         log_level="warning",
         timeout_graceful_shutdown=1,
@@ -51,4 +52,5 @@ def serve(
         thread.join()
         sock.close()
         engine.close()
+        app.state.server.threads.shutdown()
         engine.llm.close()

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import socket
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +42,8 @@ HELP = "serve a model to chat front ends (needs the extra [server])"
 KEY_VARIABLE = "LMINF_API_KEY"
 MAX_PARALLEL = 64
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_HEADER_BYTES = 32 << 10
+# what desktop apps made with Tauri, such as Jan, send; no page on the web has them
+APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.localhost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     import uvicorn
 
     from lminf_edge.server import Settings, create_app
+    from lminf_edge.server.security import MAX_HEADER_BYTES
 
     key = api_key(args)
     if args.host not in LOOPBACK and key is None:
@@ -152,19 +156,24 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         sock = stack.enter_context(listen(args.host, args.port))
         engine = open_engine(args)
-        stack.callback(engine.llm.close)
-        stack.callback(engine.close)
         name = args.alias or Path(args.model).stem
         settings = Settings(
             model_name=name,
             api_key=key,
             hosts=allowed_hosts(args.host, args.allowed_host),
-            origins=tuple(origin.rstrip("/") for origin in args.allowed_origin),
+            origins=(*APP_ORIGINS, *(origin.rstrip("/") for origin in args.allowed_origin)),
             max_body=args.max_body,
             max_requests=args.max_requests,
             log_messages=args.log_messages,
         )
         app = create_app(engine, settings, open_embedder(args, stack))
+        stack.callback(engine.llm.close)  # when nobody uses it any more:
+        stack.callback(app.state.server.threads.shutdown)
+        stack.callback(engine.close)
+        # uvicorn raises the signal that ended it once more, in a handler of its own if there is one: then what is
+        # above happens, too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        show_log(args.log_messages)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{sock.getsockname()[1]}"
         announce(args, engine, name, url)
@@ -174,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
             ws="none",
             log_level="warning" if args.json else "info",
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            limit_concurrency=args.max_requests + 256,  # connections; those beyond the limit are told so by the guard
             timeout_graceful_shutdown=3,
             server_header=False,
         )
@@ -184,11 +194,19 @@ def run(args: argparse.Namespace) -> int:
 def check_server_installed() -> None:
     try:
         import fastapi  # noqa: F401
+        import fastapi_offline  # noqa: F401
         import platformdirs  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise CommandError(f'{error.name} is missing: install the extra, pip install "lminf-edge[server]".') from None
+
+
+def show_log(messages: bool) -> None:
+    """Our log goes where uvicorn's goes, to stderr."""
+    log = logging.getLogger("lminf_edge.server")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO if messages else logging.WARNING)
 
 
 def api_key(args: argparse.Namespace) -> str | None:

@@ -8,6 +8,7 @@ and whoever goes away is noticed as soon.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -191,6 +192,11 @@ class Engine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether turns are answered."""
+        return self._thread.is_alive() and not self._closing
 
     @property
     def window(self) -> Window:
@@ -528,7 +534,8 @@ class Engine:
             self._mark(turn, slot)
             turn.drop_middle_at = -1
         if turn.on_progress is not None:
-            turn.on_progress(turn.progress)
+            with contextlib.suppress(Exception):  # the work does not depend on who watches it
+                turn.on_progress(turn.progress)
         if turn.wants_prompt_logits:
             turn.phase = Phase.GIVEN
             turn.give((run.tokens, np.stack([self._logits(i) for i in range(end - len(run.tokens) + 1, end + 1)])))

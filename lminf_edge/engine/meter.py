@@ -27,10 +27,10 @@ class Meter:
         """Something of the answer has come."""
         self.first = self.first or time.perf_counter()
 
-    def add_turn(self) -> None:
-        """A choice is complete."""
+    def add_turn(self, is_first: bool = True) -> None:
+        """A choice is complete; the prompt counts with the first of several."""
         turn = self.voice.turn
-        if turn is not None:
+        if turn is not None and is_first:
             self.n_prompt += len(turn.prompt)
             self.n_cached += turn.n_cached
         self.n_completion = self.voice.n_completion

@@ -94,7 +94,6 @@ def control_texts(llm: Llama, template: str) -> list[str]:
 
 
 def chat_template(llm: Llama) -> str:
-    """The Jinja template of the chat format in use, "" for a format written in Python."""
-    names = {"chat_template.default": "tokenizer.chat_template"}
-    chat_format = str(llm.chat_format)
-    return str(llm.metadata.get(names.get(chat_format, f"tokenizer.{chat_format}"), ""))
+    """The Jinja template of the model, "" if it has none; llama_cpp has formats of its own for a few well-known ones."""
+    default = llm.metadata.get("tokenizer.chat_template", "")
+    return str(llm.metadata.get(f"tokenizer.{llm.chat_format}", default))  # chat_template.NAME, if it has several

@@ -118,8 +118,8 @@ class Voice:
                     if stopping_criteria is not None and stopping_criteria(self._seen.view(), _NO_LOGITS):
                         return
                     self.n_completion += 1
-                    yield token
                     answer.append(token)
+                    yield token
                     self._seen.extend([token])
         finally:
             sampler.close()
@@ -162,6 +162,8 @@ class Voice:
         return self.turn
 
     def _remember(self, prompt: Tokens, answer: list[int]) -> None:
+        if answer and llama_cpp.llama_vocab_is_eog(self._llm._model.vocab, answer[-1]):
+            answer.pop()
         if not self._text or not answer:
             return
         text: bytes = self._llm.detokenize(answer, prev_tokens=prompt[-16:].tolist())

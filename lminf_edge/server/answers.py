@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import llama_cpp
 from jinja2 import TemplateError
-from llama_cpp import LlamaGrammar
-from llama_cpp.llama_grammar import json_schema_to_gbnf
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from lminf_edge.engine.meter import DEFAULTS, Meter
 from lminf_edge.engine.voice import Voice
 from lminf_edge.llama import Llama
-from lminf_edge.native import captured_errors
 from lminf_edge.server.errors import ApiError
+from lminf_edge.server.grammars import checked_tool_choice, checked_tools, response_format, text_grammar
 from lminf_edge.server.requests import ChatRequest, CompletionRequest, LlamaCompletionRequest
+
+# names that create_chat_completion, its formats and their templates use themselves
+_NOT_FOR_TEMPLATES = {
+    *inspect.signature(llama_cpp.Llama.create_chat_completion).parameters,
+    *inspect.signature(Jinja2ChatFormatter.__call__).parameters,
+    "llama",
+    "eos_token",
+    "bos_token",
+    "raise_exception",
+    "add_generation_prompt",
+    "strftime_now",
+}
 
 _SAMPLING = (
     "temperature",
@@ -40,34 +52,50 @@ def sampling_arguments(request: ChatRequest | CompletionRequest | LlamaCompletio
     return {**DEFAULTS, **given}
 
 
-def _common_arguments(request: ChatRequest | CompletionRequest, model_name: str) -> dict[str, Any]:
+def _common_arguments(llm: Llama, request: ChatRequest | CompletionRequest, model_name: str) -> dict[str, Any]:
     arguments = sampling_arguments(request)
     arguments["model"] = model_name
     if request.logit_bias:
-        try:
-            arguments["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
-        except ValueError:
-            raise ApiError(400, "logit_bias: its keys must be token numbers.", param="logit_bias") from None
+        arguments["logit_bias"] = token_bias(llm, request.logit_bias.items())
     return arguments
+
+
+def token_bias(llm: Llama, pairs: Iterable[tuple[Any, Any]]) -> dict[int, float]:
+    """What to add to the logits of tokens, False: minus infinity. Raises ApiError for what is no token."""
+    bias = {}
+    for token, value in pairs:
+        text = str(token)
+        if not text.isdecimal() or len(text) > 9 or int(text) >= llm.n_vocab():
+            raise ApiError(400, f"logit_bias: this model's tokens are 0 to {llm.n_vocab() - 1}.", param="logit_bias")
+        bias[int(text)] = -math.inf if value is False else float(value)
+    return bias
 
 
 def chat_arguments(llm: Llama, request: ChatRequest, model_name: str) -> dict[str, Any]:
     """For create_chat_completion. Raises ApiError for what the model cannot do."""
-    arguments = _common_arguments(request, model_name)
+    arguments = _common_arguments(llm, request, model_name)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     arguments["max_tokens"] = max_tokens
     arguments["messages"] = [plain_message(dict(message), i) for i, message in enumerate(request.messages)]
     if request.logprobs:
         arguments["logprobs"] = True
         arguments["top_logprobs"] = request.top_logprobs or 0
-    for name in ("tools", "functions", "function_call"):
-        if getattr(request, name) is not None:
-            arguments[name] = getattr(request, name)
-    if request.tool_choice is not None:
-        arguments["tool_choice"] = _tool_choice(request.tool_choice, request.tools or [])
+    tools = request.tools
+    choice = request.tool_choice
+    if request.functions is not None:  # what tools were called before
+        tools = [{"type": "function", "function": function} for function in request.functions]
+        named = isinstance(request.function_call, dict)
+        choice = {"type": "function", "function": request.function_call} if named else request.function_call
+    if tools:
+        arguments["tools"] = checked_tools(tools)
+    if choice is not None and (tools or choice not in ("auto", "none")):
+        arguments["tool_choice"] = checked_tool_choice(llm, choice, arguments.get("tools", []))
     if request.response_format is not None:
-        arguments.update(_response_format(llm, request.response_format))
-    arguments.update(request.chat_template_kwargs or {})
+        arguments.update(response_format(llm, request.response_format))
+    for name, value in (request.chat_template_kwargs or {}).items():
+        if name in _NOT_FOR_TEMPLATES or name in arguments:
+            raise ApiError(400, f"chat_template_kwargs: {name} is not for the template.", param="chat_template_kwargs")
+        arguments[name] = value
     return arguments
 
 
@@ -81,67 +109,14 @@ def plain_message(message: dict[str, Any], i: int) -> dict[str, Any]:
             if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
                 raise ApiError(400, f"messages.{i}.content: only text can be read, not {kind!r}.", param="messages")
             texts.append(text)
-        message["content"] = "\n".join(texts)
+        content = "\n".join(texts)
+    message["content"] = content or ""  # None beside tool calls; few templates expect that
     return message
-
-
-def _tool_choice(choice: str | dict[str, Any], tools: Sequence[dict[str, Any]]) -> str | dict[str, Any]:
-    if isinstance(choice, dict):
-        if not isinstance(choice.get("function"), dict) or "name" not in choice["function"]:
-            raise ApiError(400, "tool_choice: it must name a function.", param="tool_choice")
-        return choice
-    if choice == "required":
-        if len(tools) != 1:
-            raise ApiError(
-                400, 'tool_choice: "required" is possible with one tool; name the function to call.', param="tool_choice"
-            )
-        return {"type": "function", "function": {"name": tools[0].get("function", {}).get("name")}}
-    if choice not in ("auto", "none"):
-        raise ApiError(400, 'tool_choice: it must be "auto", "none", "required" or a function.', param="tool_choice")
-    return choice
-
-
-def _response_format(llm: Llama, value: Mapping[str, Any]) -> dict[str, Any]:
-    kind = value.get("type")
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        schema = value.get("schema")
-    elif kind == "json_schema":
-        schema = (value.get("json_schema") or {}).get("schema")
-        if schema is None:
-            raise ApiError(400, "response_format: a json_schema needs a schema.", param="response_format")
-    else:
-        raise ApiError(
-            400, 'response_format: its type must be "text", "json_object" or "json_schema".', param="response_format"
-        )
-    if schema is None:
-        return {"response_format": {"type": "json_object"}}
-    return {"grammar": schema_grammar(llm, schema, "response_format")}
-
-
-def schema_grammar(llm: Llama, schema: Any, param: str) -> LlamaGrammar:
-    """Raises ApiError for a schema that no grammar can be made of: it is never replaced by another silently."""
-    try:
-        text = json_schema_to_gbnf(json.dumps(schema))
-    except Exception as error:
-        raise ApiError(400, f"{param}: no grammar can be made of this JSON schema: {error}.", param=param) from None
-    return text_grammar(llm, text, param)
-
-
-def text_grammar(llm: Llama, text: str, param: str) -> LlamaGrammar:
-    """Raises ApiError for what is no grammar; llama.cpp would end the process at its first use."""
-    with captured_errors():
-        sampler = llama_cpp.llama_sampler_init_grammar(llm._model.vocab, text.encode("utf-8"), b"root")
-    if not sampler:
-        raise ApiError(400, f"{param}: this is no grammar in llama.cpp's GBNF with a rule named root.", param=param)
-    llama_cpp.llama_sampler_free(sampler)
-    return LlamaGrammar(_grammar=text)
 
 
 def completion_arguments(llm: Llama, request: CompletionRequest, model_name: str) -> dict[str, Any]:
     """For create_completion, all but the prompt."""
-    arguments = _common_arguments(request, model_name)
+    arguments = _common_arguments(llm, request, model_name)
     arguments.update(
         max_tokens=request.max_tokens, suffix=request.suffix, echo=bool(request.echo), logprobs=request.logprobs
     )
@@ -179,9 +154,12 @@ def merged_choices(answers: Sequence[dict[str, Any]], meter: Meter) -> dict[str,
 def chat_answers(engine_voice: Voice, arguments: dict[str, Any], n: int, meter: Meter) -> dict[str, Any]:
     answers = []
     for i in range(n):
-        answers.append(_run_template(lambda: engine_voice.create_chat_completion(**_choice(arguments, i))))
+        answer = _run_template(lambda i=i: engine_voice.create_chat_completion(**_choice(arguments, i)))  # type: ignore[misc]
+        for choice in answer["choices"]:
+            choice["message"].pop("function_call", None)  # the old form of tool_calls, which clients prefer if it is there
+        answers.append(answer)
         meter.seen()
-        meter.add_turn()
+        meter.add_turn(is_first=i == 0)
     return merged_choices(answers, meter)
 
 
@@ -191,6 +169,7 @@ def chat_chunks(
     """The chunks of all choices, one choice after the other."""
     yield from _chunks(
         lambda i: _run_template(lambda: engine_voice.create_chat_completion(stream=True, **_choice(arguments, i))),
+        n,
         n,
         meter,
         include_usage,
@@ -205,7 +184,7 @@ def completion_answers(
         for i in range(n):
             answers.append(engine_voice.create_completion(prompt, **_choice(arguments, i)))
             meter.seen()
-            meter.add_turn()
+            meter.add_turn(is_first=i == 0)
     return merged_choices(answers, meter)
 
 
@@ -220,23 +199,29 @@ def completion_chunks(
     yield from _chunks(
         lambda i: engine_voice.create_completion(prompts[i // n], stream=True, **_choice(arguments, i % n)),
         n * len(prompts),
+        n,
         meter,
         include_usage,
     )
 
 
 def _chunks(
-    start: Callable[[int], Iterator[dict[str, Any]]], n: int, meter: Meter, include_usage: bool
+    start: Callable[[int], Iterator[dict[str, Any]]], n_choices: int, n_per_prompt: int, meter: Meter, include_usage: bool
 ) -> Iterator[dict[str, Any]]:
     head: dict[str, Any] = {}
-    for i in range(n):
+    for i in range(n_choices):
+        has_tool = False
         for chunk in start(i):
             meter.seen()
             # one id for the whole answer, though llama_cpp makes one for each choice
             head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
             choices = [{**choice, "index": i} for choice in chunk["choices"]]
+            for choice in choices:
+                if "delta" in choice:
+                    choice["delta"] = plain_delta(choice["delta"], has_tool)
+                    has_tool = has_tool or "tool_calls" in choice["delta"]
             yield {**head, "choices": choices, **({"usage": None} if include_usage else {})}
-        meter.add_turn()
+        meter.add_turn(is_first=i % n_per_prompt == 0)
     if include_usage:
         yield {
             **head,
@@ -245,6 +230,17 @@ def _chunks(
             "timings": meter.timings(),
             "lminf": meter.stream(),
         }
+
+
+def plain_delta(delta: Mapping[str, Any], has_tool: bool) -> dict[str, Any]:
+    """A delta as clients add them up: llama_cpp repeats a tool's id and name in each, and gives it in an old form, too."""
+    plain = {name: value for name, value in delta.items() if value is not None and name != "function_call"}
+    if has_tool and "tool_calls" in plain:
+        plain["tool_calls"] = [
+            {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
+            for call in plain["tool_calls"]
+        ]
+    return plain
 
 
 def _choice(arguments: dict[str, Any], i: int) -> dict[str, Any]:
@@ -257,7 +253,7 @@ def _run_template(run: Callable[[], Any]) -> Any:
     """Turns the complaints of a chat template into one for the client."""
     try:
         return run()
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ApiError(400, f"The model's chat template refuses these messages: {error}.") from error
 
 

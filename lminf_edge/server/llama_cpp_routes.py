@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import llama_cpp
 from fastapi import APIRouter, Request
 
 from lminf_edge.engine.meter import DEFAULTS, Meter
@@ -14,7 +15,8 @@ from lminf_edge.engine.turn import Phase
 from lminf_edge.engine.voice import Voice
 from lminf_edge.server import answers
 from lminf_edge.server.errors import ApiError
-from lminf_edge.server.openai_routes import PROBLEMS, new_voice, open_stream, run
+from lminf_edge.server.grammars import schema_grammar, text_grammar
+from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, new_voice, open_stream, run
 from lminf_edge.server.requests import DetokenizeRequest, LlamaCompletionRequest, TokenizeRequest
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.state import ServerState
@@ -24,8 +26,10 @@ router = APIRouter(tags=["llama.cpp"])
 
 @router.get("/health")
 @router.get("/v1/health", include_in_schema=False)
-async def health() -> dict[str, str]:
+async def health(request: Request) -> dict[str, str]:
     """Whether the server is up; needs no key."""
+    if not ServerState.of(request).engine.is_alive:
+        raise ApiError(503, "The engine has stopped: the server's log says why.", "engine_stopped")
     return {"status": "ok"}
 
 
@@ -78,7 +82,7 @@ async def slots(request: Request) -> list[dict[str, Any]]:
 
 
 @router.post("/tokenize", responses=PROBLEMS)
-async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
+def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     """The tokens of a text."""
     llm = ServerState.of(request).llm
     tokens = llm.tokenize(body.content.encode("utf-8"), add_bos=bool(body.add_special), special=bool(body.parse_special))
@@ -96,26 +100,25 @@ def piece_of(piece: bytes) -> str | list[int]:
 
 
 @router.post("/detokenize", responses=PROBLEMS)
-async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str]:
+def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str]:
     """The text of tokens."""
     llm = ServerState.of(request).llm
     answers.prompts_of(body.tokens, llm.n_vocab())
     return {"content": llm.detokenize(body.tokens, special=True).decode("utf-8", errors="replace")}
 
 
-@router.post("/completion", response_model=None, responses=PROBLEMS)
+@router.post("/completion", response_model=None, responses=ANSWERS)
 @router.post("/completions", response_model=None, include_in_schema=False)
 async def completion(request: Request, body: LlamaCompletionRequest) -> Any:
     """The continuation of a text, in llama.cpp's dialect."""
     state = ServerState.of(request)
-    prompt = prompt_of(state, body.prompt)
     arguments = native_arguments(state, body)
     if body.stream:
         events, on_progress = open_stream(state, request, bool(body.return_progress))
         voice = new_voice(state, None, on_progress)
-        return await events.respond(voice, partial(native_chunks, state, voice, prompt, arguments), None)
+        return await events.respond(voice, partial(native_chunks, state, voice, body, arguments), None)
     voice = new_voice(state, None)
-    return await run(state, request, voice, partial(native_answer, state, voice, prompt, arguments))
+    return await run(state, request, voice, partial(native_answer, state, voice, body, arguments))
 
 
 def prompt_of(state: ServerState, prompt: str | list[int] | list[int | str]) -> str | list[int]:
@@ -137,53 +140,81 @@ def native_arguments(state: ServerState, body: LlamaCompletionRequest) -> dict[s
     arguments["max_tokens"] = body.n_predict
     arguments["logprobs"] = body.n_probs or None
     if body.mirostat:
-        arguments.update(mirostat_mode=body.mirostat, mirostat_tau=body.mirostat_tau, mirostat_eta=body.mirostat_eta)
+        tau, eta = body.mirostat_tau, body.mirostat_eta
+        arguments.update(
+            mirostat_mode=body.mirostat,
+            mirostat_tau=5.0 if tau is None else tau,
+            mirostat_eta=0.1 if eta is None else eta,
+        )
+    if body.logit_bias:
+        pairs = body.logit_bias.items() if isinstance(body.logit_bias, dict) else body.logit_bias
+        arguments["logit_bias"] = answers.token_bias(state.llm, pairs)
     if body.grammar is not None and body.json_schema is not None:
         raise ApiError(400, "Give a grammar or a json_schema, not both.", param="grammar")
     if body.grammar:
-        arguments["grammar"] = answers.text_grammar(state.llm, body.grammar, "grammar")
+        arguments["grammar"] = text_grammar(state.llm, body.grammar, "grammar")
     elif body.json_schema is not None:
-        arguments["grammar"] = answers.schema_grammar(state.llm, body.json_schema, "json_schema")
+        arguments["grammar"] = schema_grammar(state.llm, body.json_schema, "json_schema")
     return arguments
 
 
 def native_answer(
-    state: ServerState, voice: Voice, prompt: str | list[int], arguments: dict[str, Any]
+    state: ServerState, voice: Voice, body: LlamaCompletionRequest, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     last: dict[str, Any] = {}
-    texts = []
-    for chunk in native_chunks(state, voice, prompt, arguments):
+    texts, probabilities = [], []
+    for chunk in native_chunks(state, voice, body, arguments):
         texts.append(chunk["content"])
+        probabilities += chunk.get("completion_probabilities", [])
         last = chunk
-    return {**last, "content": "".join(texts)}
+    extra = {"completion_probabilities": probabilities} if body.n_probs else {}
+    return {**last, "content": "".join(texts), **extra}
 
 
 def native_chunks(
-    state: ServerState, voice: Voice, prompt: str | list[int], arguments: dict[str, Any]
+    state: ServerState, voice: Voice, body: LlamaCompletionRequest, arguments: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Chunks of text, the last of which says why it is the last."""
     meter = Meter(voice)
-    if arguments["max_tokens"] == 0:  # only to be read
+    only_read = arguments["max_tokens"] == 0
+    if only_read:  # a prompt is read when the first token is asked for
         arguments = {**arguments, "max_tokens": 1}
     reason = "stop"
-    for chunk in voice.create_completion(prompt, stream=True, **arguments):
+    for chunk in voice.create_completion(prompt_of(state, body.prompt), stream=True, **arguments):
         meter.seen()
         choice = chunk["choices"][0]
         reason = choice["finish_reason"] or reason
-        if choice["finish_reason"] is None:
-            logprobs = {"completion_probabilities": choice["logprobs"]} if choice["logprobs"] else {}
-            yield {"index": 0, "content": choice["text"], "stop": False, **logprobs}
+        if choice["finish_reason"] is None and not only_read:
+            probabilities = {"completion_probabilities": token_probabilities(choice["logprobs"])} if body.n_probs else {}
+            yield {"index": 0, "content": choice["text"], "stop": False, **probabilities}
     meter.add_turn()
+    turn = voice.turn
+    is_eog = turn is not None and bool(llama_cpp.llama_vocab_is_eog(state.llm._model.vocab, turn.token))
     yield {
         "index": 0,
         "content": "",
         "stop": True,
-        "stop_type": "limit" if reason == "length" else "eos",
+        "stop_type": "limit" if reason == "length" else "eos" if is_eog else "word",
         "model": state.settings.model_name,
-        "tokens_predicted": meter.n_completion,
+        "tokens_predicted": 0 if only_read else meter.n_completion,
         "tokens_evaluated": meter.n_prompt,
         "tokens_cached": meter.n_cached,
         "truncated": False,
         "timings": meter.timings(),
         "lminf": meter.stream(),
     }
+
+
+def token_probabilities(logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """OpenAI's lists of log probabilities in llama.cpp's form."""
+    if logprobs is None:
+        return []
+    rows = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+    return [
+        {
+            "token": token,
+            "logprob": logprob,
+            "top_logprobs": [{"token": other, "logprob": value} for other, value in (top or {}).items()],
+        }
+        for token, logprob, top in rows
+    ]

@@ -20,7 +20,11 @@ from lminf_edge.server.streaming import EventStream, Hung, ProgressReporter, as_
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 403, 413, 500, 501, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 408, 413, 431, 500, 501, 503)
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the answer, or its parts", "content": {"application/json": {}, "text/event-stream": {}}},
+    **PROBLEMS,
 }
 
 
@@ -55,7 +59,7 @@ def new_voice(state: ServerState, pin_system: bool | None, on_progress: Any = No
     return Voice(state.engine, pin_system=pin_system, on_progress=on_progress)
 
 
-@router.post("/chat/completions", response_model=None, responses=PROBLEMS)
+@router.post("/chat/completions", response_model=None, responses=ANSWERS)
 async def chat(request: Request, body: ChatRequest) -> Any:
     """An answer to a conversation of any length; what was sent before is recognised and not read again."""
     state = ServerState.of(request)
@@ -73,7 +77,7 @@ async def chat(request: Request, body: ChatRequest) -> Any:
     return await run(state, request, voice, partial(answers.chat_answers, voice, arguments, n, Meter(voice)))
 
 
-@router.post("/completions", response_model=None, responses=PROBLEMS)
+@router.post("/completions", response_model=None, responses=ANSWERS)
 async def completions(request: Request, body: CompletionRequest) -> Any:
     """The continuation of a text of any length."""
     state = ServerState.of(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import Required, TypedDict
@@ -35,16 +35,19 @@ class LambdaOptions(_Lenient):
     pin_system: bool | None = Field(None, description="keep the system block as the conversation's sinks")
 
 
+TokenLimit = Annotated[int, Field(ge=1, le=1 << 40)] | Literal[-1] | None
+
+
 class _Sampling(_Lenient):
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=100, description="0: always the likeliest token; 0.8 if not given")
     top_p: float | None = Field(None, ge=0, le=1, description="0.95 if not given")
-    top_k: int | None = Field(None, ge=0, le=1 << 30, description="40 if not given")
+    top_k: int | None = Field(None, ge=-1, le=1 << 30, description="40 if not given; 0 or -1: all tokens")
     min_p: float | None = Field(None, ge=0, le=1, description="0.05 if not given")
     typical_p: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    repeat_penalty: float | None = Field(None, ge=0, le=10)
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, description="the same seed, prompt and parameters give the same text")
     stop: str | list[str] | None = None
     stream: bool | None = False
@@ -61,7 +64,7 @@ class _Sampling(_Lenient):
 
 
 class _OpenAISampling(_Sampling):
-    max_tokens: int | None = Field(None, ge=-1, le=1 << 40, description="not given: until the model stops")
+    max_tokens: TokenLimit = Field(None, description="not given or -1: until the model stops")
     logit_bias: dict[str, float] | None = None
     n: int | None = Field(1, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
@@ -72,7 +75,7 @@ class ChatRequest(_OpenAISampling):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=-1, le=1 << 40)
+    max_completion_tokens: TokenLimit = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
@@ -107,6 +110,7 @@ class LlamaCompletionRequest(_Sampling):
     prompt: str | list[int] | list[int | str] = ""
     n_predict: int | None = Field(-1, ge=-1, le=1 << 40)
     n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
+    logit_bias: list[tuple[int, float | bool]] | dict[str, float] | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     mirostat: Literal[0, 1, 2] | None = 0

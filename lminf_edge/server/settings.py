@@ -16,6 +16,7 @@ class Settings:
     hosts         names and addresses that a Host header may carry, without the port; empty: any
     origins       web pages that may use the server, as in an Origin header
     max_body      bytes of a request's body
+    body_seconds  for each part of a body to arrive
     max_requests  that are open at a time
     ping_seconds  between signs of life while nothing else is sent
     log_messages  whether the log may hold what people write
@@ -26,6 +27,7 @@ class Settings:
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
     max_body: int = 64 << 20
+    body_seconds: float = 30.0
     max_requests: int = 64
     ping_seconds: float = 15.0
     log_messages: bool = False

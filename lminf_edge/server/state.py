@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
+import numpy as np
 from fastapi import Request
 
 from lminf_edge.engine.engine import Engine
@@ -30,24 +31,23 @@ class Embedder:
 
     async def embed(self, inputs: Sequence[str | list[int]]) -> tuple[list[list[float]], int]:
         """A vector (n_embd,) for each text, and the number of tokens in all. Raises ApiError for a text too long."""
-        tokens = [
-            self._llm.tokenize(each.encode("utf-8"), special=True) if isinstance(each, str) else each for each in inputs
-        ]
-        n_most = self._llm.n_ctx()
-        for each in tokens:
-            if not 0 < len(each) <= n_most:
-                raise ApiError(400, f"input: a text to embed has 1 to {n_most} tokens, not {len(each)}.", param="input")
         async with self._lock:
-            vectors = [await asyncio.to_thread(self._embed, each) for each in tokens]
-        return vectors, sum(map(len, tokens))
+            found = [await asyncio.to_thread(self._embed, each) for each in inputs]
+        return [vector for vector, _ in found], sum(n_tokens for _, n_tokens in found)
 
-    def _embed(self, tokens: list[int]) -> list[float]:
-        text = self._llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
-        vector = self._llm.embed(text, normalize=True)
-        if vector and isinstance(vector[0], list):  # a vector for each token: their mean stands for the text
-            columns = zip(*cast(list[list[float]], vector), strict=True)
-            return [sum(column) / len(vector) for column in columns]
-        return cast(list[float], vector)
+    def _embed(self, text: str | list[int]) -> tuple[list[float], int]:
+        """A vector of length 1, and the number of tokens."""
+        llm, n_most = self._llm, self._llm.n_ctx()
+        if not isinstance(text, str):
+            bos = [llm.token_bos()]
+            text = llm.detokenize(text[1:] if text[:1] == bos else text).decode("utf-8", errors="replace")
+        n_tokens = len(llm.tokenize(text.encode("utf-8")))
+        if not text or n_tokens > n_most:
+            raise ApiError(400, f"input: a text to embed has 1 to {n_most} tokens, not {n_tokens}.", param="input")
+        vector = np.asarray(llm.embed(text), dtype=np.float64)
+        if vector.ndim == 2:  # a vector for each token: their mean stands for the text
+            vector = vector.mean(axis=0)
+        return (vector / (np.linalg.norm(vector) or 1.0)).tolist(), n_tokens
 
 
 class ServerState:

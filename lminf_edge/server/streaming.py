@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,11 @@ from lminf_edge.engine.turn import Progress, TurnCancelled
 from lminf_edge.engine.voice import Voice
 from lminf_edge.server.errors import ApiError, error_body
 
+log = logging.getLogger("lminf_edge.server")
+
 T = TypeVar("T")
+
+MAX_UNREAD = 10_000  # events that wait for a client that does not read
 
 _PROGRESS_SECONDS = 0.1  # between two reports
 _END = object()
@@ -34,7 +40,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error) or "The request cannot be answered.")
     if isinstance(error, TurnCancelled):
         return ApiError(503, "The server is shutting down.")
-    return ApiError(500, f"The answer could not be made: {error}.")
+    log.error("an answer could not be made", exc_info=error)
+    return ApiError(500, "The answer could not be made: the server's log says why.")
 
 
 async def until_gone(request: Request) -> None:
@@ -46,6 +53,7 @@ async def until_gone(request: Request) -> None:
 async def in_thread(threads: ThreadPoolExecutor, request: Request, voice: Voice, work: Callable[[], T]) -> T:
     """What `work` returns, done in a thread; cancelled if the client hangs up, then Hung is raised."""
     working = asyncio.get_running_loop().run_in_executor(threads, work)
+    working.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to ask for it
     gone = asyncio.ensure_future(until_gone(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,7 +99,8 @@ class EventStream:
 
     def put(self, event: Any) -> None:
         """From any thread."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def respond(
         self, voice: Voice, events: Callable[[], Iterator[dict[str, Any]]], done: str | None
@@ -105,6 +114,8 @@ class EventStream:
             try:
                 for event in events():
                     self.put(event)
+                    if self._queue.qsize() > MAX_UNREAD:
+                        raise ApiError(500, "The client does not read its answer.")
                 self.put(_END)
             except BaseException as error:
                 self.put(error)

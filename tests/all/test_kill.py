@@ -18,7 +18,7 @@ class Server:
     """lminf-edge serve in a process of its own."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "lminf_edge.cli", "serve", "-m", "nano", "--port", "0", "--json"]
+        command = [sys.executable, "-m", "lminf_edge", "serve", "-m", "nano", "--port", "0", "--json"]
         options = ["--folder", str(folder), "--parallel", "2", "--n-local", "128", "--memory", "4M", "--threads", "1"]
         self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
