@@ -111,6 +111,8 @@ class Llama(llama_cpp.Llama):
         if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
             raise ValueError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
         n_batch = int(kwargs.pop("n_batch", 512))
+        if not 1 <= n_seq_max <= n_batch:
+            raise ValueError(f"n_seq_max={n_seq_max} must be 1 or more, and no more than n_batch={n_batch}.")
         on_gpu = bool(kwargs.get("n_gpu_layers"))
         n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch(on_gpu)))
         if not on_gpu:

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,10 @@ def load() -> Native:
     return Native(lib)
 
 
+_capturing = threading.local()  # .errors: the innermost list of this thread
+_capture_lock = threading.Lock()
+_n_capturing = 0  # captures going on, in all threads
+
 _LOG_LEVEL_ERROR = 4
 # llama_cpp's logger still goes by an older enum ggml_log_level, in which warnings would pass as errors
 _BINDINGS_LEVEL = {0: 0, 1: 4, 2: 1, 3: 2, 4: 3, 5: 5}
@@ -217,27 +222,45 @@ _BINDINGS_LEVEL = {0: 0, 1: 4, 2: 1, 3: 2, 4: 3, 5: 5}
 
 @contextlib.contextmanager
 def captured_errors() -> Iterator[list[str]]:
-    """Collects what llama.cpp logs as an error inside the `with` block, instead of printing it.
+    """Collects what llama.cpp logs as an error inside the `with` block, in this thread, instead of printing it.
 
-    The rest still goes to llama_cpp's logger. One thread at a time, as llama.cpp has one log callback.
+    The rest still goes to llama_cpp's logger.
     """
+    global _n_capturing
     from llama_cpp import _logger
     from llama_cpp import llama_cpp as bindings
 
     errors: list[str] = []
+    outer = getattr(_capturing, "errors", None)
+    _capturing.errors = errors
+    with _capture_lock:
+        _n_capturing += 1
+        bindings.llama_log_set(_capturing_callback(), None)
+    try:
+        yield errors
+    finally:
+        _capturing.errors = outer
+        with _capture_lock:
+            _n_capturing -= 1
+            if _n_capturing == 0:
+                bindings.llama_log_set(_logger.llama_log_callback, None)
+
+
+@functools.cache
+def _capturing_callback() -> Any:
+    """A log callback, made once and never freed: another thread may be in it when the last capture ends."""
+    from llama_cpp import _logger
+    from llama_cpp import llama_cpp as bindings
 
     @bindings.llama_log_callback  # type: ignore[untyped-decorator]
     def callback(level: int, text: bytes, user_data: Any) -> None:
-        if level == _LOG_LEVEL_ERROR:
+        errors = getattr(_capturing, "errors", None)
+        if level == _LOG_LEVEL_ERROR and errors is not None:
             errors.append(text.decode("utf-8", errors="replace").strip())
         else:
             _logger.llama_log_callback(_BINDINGS_LEVEL[level], text, user_data)
 
-    bindings.llama_log_set(callback, None)
-    try:
-        yield errors
-    finally:
-        bindings.llama_log_set(_logger.llama_log_callback, None)
+    return callback
 
 
 def load_failure(path: str, errors: list[str]) -> str | None:

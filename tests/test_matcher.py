@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from lminf_edge import Llama, LMInfConfig
 from lminf_edge.engine import Engine, load_engine
 
 SYSTEM = [1, 300, 301, 302, 303, 304, 305, 306]
+SEEDS = itertools.count()
 SETTINGS: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
 
 
@@ -44,15 +46,14 @@ class Client(RuleBasedStateMachine):
         super().__init__()
         self.chats = [Chat()]
         self.now = 0
-        self.n_said = 0
 
     @property
     def chat(self) -> Chat:
         return self.chats[self.now]
 
     def say(self, length: int) -> list[int]:
-        self.n_said += 1
-        return np.random.default_rng(self.n_said).integers(300, 1900, length).tolist()
+        # never the same twice, in any example: the engine knows them all
+        return np.random.default_rng(next(SEEDS)).integers(300, 1900, length).tolist()
 
     def ask(self) -> None:
         """Sends the history, and adds the answer to it."""

@@ -190,8 +190,12 @@ class Chat:
         """Raises CommandError if the file cannot be written."""
         check_output(path)
         unfinished = path.with_name(f".{path.name}.part")
-        unfinished.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1), encoding="utf-8")
-        unfinished.replace(path)
+        text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1)
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(path)
+        except OSError as error:
+            raise CommandError(f"{path} cannot be written: {error.strerror}.") from error
 
     def load(self, path: Path) -> None:
         """Raises CommandError, and nothing is changed, if the file holds no conversation."""
@@ -231,10 +235,11 @@ class Terminal:
                 print()
                 return
             if line.startswith("/"):
-                if line.split()[0] in ("/quit", "/exit"):
+                if line.strip() in ("/quit", "/exit"):
                     return
                 try:
-                    self.command(*line[1:].split(maxsplit=1))
+                    name, _, argument = line[1:].strip().partition(" ")
+                    self.command(name, argument.strip())
                 except CommandError as error:
                     print(f"error: {error}", file=sys.stderr)
             elif line.strip():
@@ -257,6 +262,11 @@ class Terminal:
             print()
         except KeyboardInterrupt:
             print("\n[stopped]", file=sys.stderr)
+        except (ValueError, RuntimeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            answer.close()  # type: ignore[attr-defined]
+            self.chat.rewind(1)
+            return
         finally:
             answer.close()  # type: ignore[attr-defined]
         if warning := self.chat.last.get("warning"):

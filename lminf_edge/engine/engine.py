@@ -22,6 +22,7 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import CheckpointError
 from lminf_edge.config import Window
+from lminf_edge.engine.sampling import sample_checked
 from lminf_edge.engine.segments import SegmentTokenizer, chat_template
 from lminf_edge.engine.slot import Slot
 from lminf_edge.engine.snapshots import Conversation, Snapshot, SnapshotStore, thinned
@@ -46,6 +47,7 @@ class Found:
     n_cached: int  # tokens of the prompt that need not be read
     slot: Slot | None = None  # a sequence that holds them, or
     snapshot: Snapshot | None = None  # a snapshot that does
+    n_at: int = 0  # tokens of its conversation that the snapshot is taken up at
     shifted: Conversation | None = None  # the conversation of which the client dropped the oldest messages
 
 
@@ -119,9 +121,12 @@ class Engine:
         n_sinks: int | None = None,
         wants_logits: bool = False,
         wants_prompt_logits: bool = False,
+        checks_logits: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Turn:
         """A turn that reads `prompt` (n_prompt,) and samples with `sampler`, in its place behind those before it.
+
+        The sampler is the engine's from then on.
 
         n_sinks None: as many as the engine keeps of every conversation. Raises ValueError for an empty prompt, RuntimeError once
         the engine is closed.
@@ -129,6 +134,8 @@ class Engine:
         tokens = as_tokens(prompt)
         if len(tokens) == 0:
             raise ValueError("The prompt is empty: give at least one token.")
+        if tokens.min() < 0 or tokens.max() >= self.llm.n_vocab():
+            raise ValueError(f"The prompt has tokens that are none: this model's are 0 to {self.llm.n_vocab() - 1}.")
         turn = Turn(
             engine=self,
             prompt=tokens,
@@ -137,6 +144,7 @@ class Engine:
             sampler=sampler,
             wants_logits=wants_logits,
             wants_prompt_logits=wants_prompt_logits,
+            checks_logits=checks_logits,
             on_progress=on_progress,
         )
         with self._wake:
@@ -234,7 +242,10 @@ class Engine:
                 for turn in cancelled:
                     self._finish(turn)
                 for turn, done in endings:
-                    self._finish(turn, done)
+                    try:
+                        self._finish(turn, done)
+                    except Exception as error:
+                        done.set_exception(error)
                 for function, result in calls:
                     self._answer(function, result)
                 self._take_up_loaded()
@@ -288,9 +299,11 @@ class Engine:
             done.set_result(None)
         for _, result in calls:
             result.set_exception(RuntimeError("The engine has been closed."))
-        for slot in self.slots:
-            self._displace(slot)
-        self.store.close()
+        try:
+            for slot in self.slots:
+                self._displace(slot)
+        finally:
+            self.store.close()
 
     # --- taking up ----------------------------------------------------------------------------------------------------
 
@@ -326,7 +339,7 @@ class Engine:
                 best = Found(n_same, slot=slot)
         kept = self.store.find(log, best.n_cached + 1, n_max, turn.n_sinks)
         if kept is not None:
-            best = Found(kept[1], snapshot=kept[0])
+            best = Found(kept[1], snapshot=kept[0], n_at=kept[1])
         if self._on_trim == "continue" and n_max - best.n_cached >= ANCHOR:
             best = self._find_shifted(turn, free, best)
         return best
@@ -343,15 +356,20 @@ class Engine:
                 continue  # busy with another turn
             log = self.store.log(conversation)
             kept = self.store.find(log, 1, len(log), turn.n_sinks)
-            if kept is not None and kept[0].conversation is conversation:
-                return Found(n_covered, snapshot=kept[0], shifted=conversation)
+            if kept is None or kept[0].conversation is not conversation:
+                continue
+            if len(log) - kept[1] <= n_covered - best.n_cached:  # or what has to be read again is more than what is saved
+                return Found(n_covered, snapshot=kept[0], n_at=kept[1], shifted=conversation)
         return best
 
     def _start(self, turn: Turn, found: Found, free: list[Slot]) -> None:
         """Assigns a sequence to a turn and brings it to where the prompt is taken up."""
         slot = found.slot or self._choose(found, free)
         slot.turn, turn.slot = turn, slot
-        state = None if found.snapshot is None else self.store.fetch(found.snapshot)
+        state = None
+        if found.snapshot is not None:
+            found.snapshot.conversation.used = time.time()  # so that it is not what makes room for itself
+            state = self.store.fetch(found.snapshot)
         if found.slot is not None:
             self._take_over(turn, found)
             return
@@ -396,13 +414,19 @@ class Engine:
                 raise RuntimeError(f"The stream cannot go back to {found.n_cached} tokens: {slot.sequence.error()}.")
             slot.hold(Conversation(log=TokenLog(turn.prompt[: found.n_cached])), n_sinks, n_dropped)
         else:
+            if len(slot) - found.n_cached > slot.sequence.window.n_slack:
+                self._keep_snapshot(slot)  # more than a correction: someone may come back to what was here
             slot.go_back_to(found.n_cached)
         self._begin_reading(turn)
 
     def _take_up_loaded(self) -> None:
         for turn, (_, state) in list(self._loading.items()):
             if state.done():
-                self._take_up(turn)
+                try:
+                    self._take_up(turn)
+                except Exception as error:
+                    turn.give(error)
+                    self._finish(turn)
 
     def _take_up(self, turn: Turn) -> None:
         """Goes on from a snapshot whose state has arrived."""
@@ -410,23 +434,23 @@ class Engine:
         slot, snapshot = turn.slot, found.snapshot
         assert slot is not None
         assert snapshot is not None
+        conversation, n_tokens = snapshot.conversation, found.n_at
+        if found.shifted is not None and (conversation.is_hot or len(self.store.log(conversation)) < n_tokens):
+            self._look_again(turn, slot)  # another turn took it meanwhile
+            return
         try:
             state = arrived.result()
             reason = slot.sequence.load(state)
             if reason is not None:
                 raise CheckpointError(f"The snapshot cannot be taken up: {reason}")
-        except (CheckpointError, OSError):
-            # damaged or gone: the turn looks for something else, ahead of the others
+        except (CheckpointError, OSError):  # damaged or gone
             self.store.forget(snapshot)
-            slot.turn = turn.slot = None
-            turn.phase = Phase.WAITING
-            with self._wake:
-                self._waiting.appendleft(turn)
+            self._look_again(turn, slot)
             return
         self.counters.restored += 1
         self.counters.from_files += snapshot.data is None
-        conversation = snapshot.conversation
-        n_tokens = snapshot.n_tokens
+        if n_tokens < snapshot.n_tokens and not slot.sequence.rollback(n_tokens + snapshot.n_dropped):
+            raise RuntimeError(f"The stream cannot go back to {n_tokens} tokens: {slot.sequence.error()}.")
         if found.shifted is not None:
             log = self.store.log(conversation)
             turn.replay = log.view()[n_tokens:].copy()
@@ -440,8 +464,6 @@ class Engine:
                 slot.drop_middle(turn.prompt[: found.n_cached])
         else:
             n_cached = found.n_cached
-            if n_cached < n_tokens and not slot.sequence.rollback(n_cached + snapshot.n_dropped):
-                raise RuntimeError(f"The stream cannot go back to {n_cached} tokens: {slot.sequence.error()}.")
             if conversation.is_hot or not _is_same(conversation, n_cached):
                 conversation = Conversation(log=TokenLog())
             else:
@@ -449,6 +471,13 @@ class Engine:
             conversation.become(turn.prompt[:n_cached])
             slot.hold(conversation, snapshot.n_sinks, snapshot.n_dropped)
         self._begin_reading(turn)
+
+    def _look_again(self, turn: Turn, slot: Slot) -> None:
+        """What was found is not to be had: the turn looks for something else, ahead of the others."""
+        slot.turn = turn.slot = None
+        turn.phase = Phase.WAITING
+        with self._wake:
+            self._waiting.appendleft(turn)
 
     def _begin_reading(self, turn: Turn) -> None:
         slot = turn.slot
@@ -545,7 +574,10 @@ class Engine:
         if turn.wants_logits:
             turn.logits = self._logits(end)
         try:
-            token = turn.sampler.sample(self.llm._ctx, end)
+            if turn.checks_logits:
+                token = sample_checked(turn.sampler, self._logits(end))
+            else:
+                token = turn.sampler.sample(self.llm._ctx, end)
         except Exception as error:  # of a logits processor or a grammar
             turn.give(error)
             self._finish(turn)
@@ -572,10 +604,14 @@ class Engine:
         slot, turn.slot = turn.slot, None
         if not was_done:
             self.counters.cancelled += turn.cancelled
+            turn.sampler.close()
         if slot is not None and slot.turn is turn:
             slot.turn = None
             slot.used = time.monotonic()
-            if turn.drop_middle_at >= 0:  # half way through a replay: neither what it was nor what it was to become
+            if turn.drop_middle_at >= 0 and slot.conversation is not None:
+                # half way through a replay: the sequence is neither what it was nor what it was to become
+                slot.log.extend(turn.replay[len(slot) - turn.drop_middle_at + len(turn.replay) :])
+                slot.conversation.n_tokens = len(slot)
                 slot.sequence.clear()
                 slot.hold(None)
             if slot.conversation is not None and len(slot):
@@ -594,6 +630,7 @@ class Engine:
         """Empties a sequence; what it held is kept as a snapshot."""
         if slot.conversation is not None:
             self._keep_snapshot(slot)
+            self.store.save(slot.conversation)
             slot.hold(None)
             self.store.trim()
 
@@ -604,6 +641,8 @@ class Engine:
         if tip:
             slot.mark(len(slot))
         slot.conversation.n_tokens = len(slot)
+        if not tip:
+            self.store.write_turn(slot.conversation)  # a snapshot's row needs its conversation's
         snapshot = slot.snapshot()
         if snapshot is not None:
             self.store.add(snapshot)
@@ -619,6 +658,7 @@ class Engine:
                 if time.monotonic() - slot.used >= SAVE_AFTER:
                     self._keep_snapshot(slot)
                     self.store.save(slot.conversation)
+                    self.store.trim()
 
 
 def _is_same(conversation: Conversation, n_tokens: int) -> bool:

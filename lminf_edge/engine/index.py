@@ -108,13 +108,13 @@ class Index:
         rows = self._db.execute("SELECT data FROM tokens WHERE conversation = ? ORDER BY start", (name,)).fetchall()
         return np.frombuffer(b"".join(data for (data,) in rows), dtype="<i4").astype(np.int32)
 
-    def write_snapshot(self, row: SnapshotRow, keys: dict[bytes, int]) -> None:
-        """Its file is there already. Nothing is written for a conversation that has been deleted meanwhile."""
+    def write_snapshot(self, row: SnapshotRow, keys: dict[bytes, int]) -> bool:
+        """Its file is there already. False, and nothing is written, if its conversation has been deleted meanwhile."""
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             known = self._db.execute("SELECT 1 FROM conversations WHERE name = ?", (row.conversation,)).fetchone()
             if known is None:
-                return
+                return False
             self._db.execute(
                 "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (row.name, row.conversation, row.position, row.n_rollback, row.n_dropped, row.n_sinks, row.n_bytes),
@@ -122,6 +122,7 @@ class Index:
             self._db.executemany(
                 "INSERT OR REPLACE INTO keys VALUES (?, ?, ?)", [(row.name, key, n) for key, n in keys.items()]
             )
+        return True
 
     def delete_snapshot(self, name: str) -> None:
         self._db.execute("DELETE FROM snapshots WHERE name = ?", (name,))

@@ -29,6 +29,7 @@ class Slot:
     turn: Turn | None = None  # at work
     n_sinks: int = 0
     n_dropped: int = 0
+    n_seam: int = 0  # length of the log at which tokens were dropped: what comes before is not where it was in the stream
     marks: list[int] = field(default_factory=list)  # lengths of the log to stay able to go back to, in order
     used: float = 0.0  # when the last turn ended, in seconds of the monotonic clock
     is_saved: bool = False  # what it holds is among the snapshots
@@ -51,10 +52,11 @@ class Slot:
         if conversation is not None:
             conversation.is_hot = True
         self.conversation, self.n_sinks, self.n_dropped, self.marks = conversation, n_sinks, n_dropped, []
+        self.n_seam = len(self) if n_dropped else 0
         self.is_saved = False
 
     def can_go_back_to(self, n_tokens: int) -> bool:
-        return len(self) - n_tokens <= self.sequence.info().n_rollback
+        return n_tokens >= self.n_seam and len(self) - n_tokens <= self.sequence.info().n_rollback
 
     def go_back_to(self, n_tokens: int) -> None:
         """Forgets all but the first n_tokens. Raises RuntimeError if the cache cannot."""
@@ -72,7 +74,8 @@ class Slot:
         assert self.conversation is not None
         self.n_dropped += len(self) - len(tokens)
         self.conversation.become(tokens)
-        self.marks = []
+        self.n_seam = len(tokens)
+        self.marks = [len(tokens)]
 
     def agree(self) -> None:
         """After a failure: the log is cut back to what was processed."""

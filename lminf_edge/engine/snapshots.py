@@ -7,6 +7,7 @@ old ones are kept. What was not used for longest goes first: from memory to a fi
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import uuid
 from collections import Counter
@@ -70,7 +71,8 @@ class Conversation:
     used: float = field(default_factory=time.time)  # seconds since 1970
     n_tokens: int = 0
     anchor: int | None = None  # hash of its last tokens
-    n_indexed: int = 0  # first tokens that the index has as they are
+    n_indexed: int = 0  # first tokens that the index has as they are, or will have
+    index_failed: bool = False  # it has not got them: the next time all of them are written
     log: TokenLog | None = None  # None: to be read from the index
     is_hot: bool = False  # a sequence of the context holds it
     snapshots: list[Snapshot] = field(default_factory=list)
@@ -125,6 +127,8 @@ class SnapshotStore:
         for conversation in list(self.conversations.values()):
             self.save(conversation)
         if self._index is not None:
+            self._files.submit(int).result()  # all of them are written
+            self._trim_disk()
             self._files.submit(self._index.close)
         self._files.shutdown()
         self._reads.shutdown()
@@ -164,7 +168,8 @@ class SnapshotStore:
     def find_shifted(self, prompt: Tokens) -> list[tuple[Conversation, int, int]]:
         """Conversations whose client dropped its oldest messages to make this prompt of them.
 
-        Each comes with the number of tokens of the prompt that it covers, and of those dropped; the most covered first.
+        Each comes with the number of tokens of the prompt that it covers, and of those dropped; the most covered first,
+        of several the one used last.
         """
         anchors: dict[int, list[Conversation]] = {}
         for conversation in self.conversations.values():
@@ -180,7 +185,7 @@ class SnapshotStore:
                 n_dropped = find_shifted_tail(prompt, self.log(conversation).view(), n_covered)
                 if n_dropped > 0:
                     found.append((conversation, n_covered, n_dropped))
-        return found
+        return sorted(found, key=lambda each: (each[1], each[0].used), reverse=True)
 
     def log(self, conversation: Conversation) -> TokenLog:
         """The tokens of a conversation, read from disk if need be."""
@@ -222,10 +227,10 @@ class SnapshotStore:
         self.conversations.setdefault(conversation.name, conversation)
         if self._index is None:
             return None
-        new = conversation.log.view()[conversation.n_indexed :].copy()
-        arguments = (conversation.name, conversation.used, conversation.anchor, conversation.n_indexed, new)
+        n_kept = 0 if conversation.index_failed else conversation.n_indexed
+        conversation.index_failed = False
         conversation.n_indexed = conversation.n_tokens
-        return self._files.submit(self._index.write_turn, *arguments)
+        return self._files.submit(self._write_turn, conversation, n_kept, conversation.log.view()[n_kept:].copy())
 
     def save(self, conversation: Conversation) -> None:
         """Begins to write a conversation's snapshots that are in memory only to files."""
@@ -247,6 +252,7 @@ class SnapshotStore:
         """Drops a conversation with all it has, on disk as well."""
         for snapshot in list(conversation.snapshots):
             self.forget(snapshot)
+        conversation.n_indexed = 0
         self.conversations.pop(conversation.name, None)
         if self._index is not None:
             self._files.submit(self._index.delete_conversation, conversation.name)
@@ -333,16 +339,26 @@ class SnapshotStore:
             snapshot.saving = self._files.submit(self._write, snapshot, checkpoint, dict(snapshot.keys))
         return snapshot.saving
 
+    def _write_turn(self, conversation: Conversation, n_kept: int, new: Tokens) -> None:
+        assert self._index is not None
+        try:
+            self._index.write_turn(conversation.name, conversation.used, conversation.anchor, n_kept, new)
+        except sqlite3.Error:
+            conversation.index_failed = True
+            raise
+
     def _write(self, snapshot: Snapshot, checkpoint: Checkpoint, keys: dict[bytes, int]) -> bool:
         """In the thread of the files: first the file, then its row, so that every row has a whole file."""
         assert self._index is not None
+        path = self._path(snapshot.name)
         try:
-            checkpoint.save(self._path(snapshot.name))
-        except OSError:  # a full disk: what is in memory stays there
-            return False
-        self._index.write_snapshot(snapshot.row(), keys)
-        snapshot.in_file = True
-        return True
+            checkpoint.save(path)
+            snapshot.in_file = self._index.write_snapshot(snapshot.row(), keys)
+        except (OSError, sqlite3.Error):  # a full disk: what is in memory stays there
+            snapshot.in_file = False
+        if not snapshot.in_file:
+            path.unlink(missing_ok=True)
+        return snapshot.in_file
 
     def _read(self, snapshot: Snapshot) -> State:
         checkpoint = Checkpoint.load(self._path(snapshot.name))

@@ -110,7 +110,7 @@ class Voice:
         prompt = as_tokens(tokens)
         self._seen = TokenLog(prompt[-N_RECENT:])
         sampler = llama_cpp.Llama._init_sampler(self, **sampling)  # type: ignore[arg-type]
-        turn = self._begin(prompt, sampler)
+        turn = self._begin(prompt, sampler, checks_logits=sampling.get("grammar") is not None)
         answer: list[int] = []
         try:
             with contextlib.closing(turn.tokens()) as given:
@@ -122,18 +122,14 @@ class Voice:
                     yield token
                     self._seen.extend([token])
         finally:
-            sampler.close()
             self._remember(prompt, answer)
 
     def prompt_logits(self, tokens: Tokens) -> Iterator[tuple[Tokens, Logits]]:
         """Processes tokens (n_tokens,) from an empty stream; yields them in parts, with the logits (n_part, n_vocab)."""
         sampler = llama_cpp.Llama._init_sampler(self, temp=0.0)  # type: ignore[arg-type]
         turn = self._begin(tokens, sampler, wants_prompt_logits=True)
-        try:
-            with contextlib.closing(turn.prompt_parts()) as parts:
-                yield from parts
-        finally:
-            sampler.close()
+        with contextlib.closing(turn.prompt_parts()) as parts:
+            yield from parts
 
     def logits_of_sample(self) -> Logits:
         """Logits (n_vocab,) that the last token was sampled from."""
@@ -147,7 +143,9 @@ class Voice:
         if self.turn is not None:
             self.turn.cancel()
 
-    def _begin(self, prompt: Tokens, sampler: Any, wants_prompt_logits: bool = False) -> Turn:
+    def _begin(
+        self, prompt: Tokens, sampler: Any, wants_prompt_logits: bool = False, checks_logits: bool = False
+    ) -> Turn:
         self.turn = self.engine.begin(
             prompt,
             sampler,
@@ -155,6 +153,7 @@ class Voice:
             n_sinks=self._n_sinks,
             wants_logits=self._wants_logits,
             wants_prompt_logits=wants_prompt_logits,
+            checks_logits=checks_logits,
             on_progress=self._on_progress,
         )
         if self.cancelled:

@@ -1,0 +1,32 @@
+"""Drawing a token where there may be none to draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import llama_cpp as bindings
+
+from lminf_edge.sequence import Logits
+
+_TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # struct llama_token_data
+
+
+def sample_checked(sampler: Any, logits: Logits) -> int:
+    """What llama_sampler_sample draws from `logits` (n_vocab,), a copy of which it works on.
+
+    A grammar may leave no token; llama.cpp would then end the process. Raises ValueError instead.
+    """
+    candidates = np.zeros(len(logits), dtype=_TOKEN_DATA)
+    candidates["id"], candidates["logit"] = np.arange(len(logits)), logits
+    data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
+    array = llama_cpp.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
+    bindings.llama_sampler_apply(sampler.sampler, array)
+    if not 0 <= array.selected < array.size:
+        raise ValueError("No token could be drawn.")
+    chosen = array.data[array.selected]
+    if not np.isfinite(chosen.logit):
+        raise ValueError("The grammar allows no token of this model here.")
+    bindings.llama_sampler_accept(sampler.sampler, chosen.id)
+    return int(chosen.id)
