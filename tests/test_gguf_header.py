@@ -14,7 +14,7 @@ from lminf_edge.models import embedded_models, find_model
 def test_nano(nano_path: str) -> None:
     header = read_header(nano_path)
     assert (header.architecture, header.n_ctx_train) == ("llama", 512)
-    assert header.n_embd_k == header.n_embd_v == 5 * 2 * 64  # layers, KV heads, head size
+    assert header.n_embd_k == header.n_embd_v == 6 * 2 * 64  # layers, KV heads, head size
     assert header.n_tensors > 0
 
 

@@ -154,7 +154,7 @@ def test_files_that_are_no_models(tmp_path: Path, nano_path: str, capfd: pytest.
     refused(ValueError, "is not a file", str(tmp_path))
     Path(path).write_bytes(b"not a model")
     refused(ValueError, "is not a GGUF model", path)
-    Path(path).write_bytes(model[:1000])
+    Path(path).write_bytes(model[:500])
     refused(ValueError, "cut short or damaged", path)
     Path(path).write_bytes(model[: len(model) // 2])
     refused(ValueError, "cannot be loaded: .*corrupted or incomplete", path)

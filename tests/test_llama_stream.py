@@ -285,13 +285,14 @@ class Oracle(LlamaDraftModel):
         self.text = [*prompt, *answer]
         self.wrong_every = wrong_every
         self.n_calls = 0
+        self.end = len(prompt)
 
     def __call__(self, input_ids: Tokens, /, **kwargs: Any) -> Tokens:
         self.n_calls += 1
-        # the stream may be longer than what is shown: find the place by its last tokens
+        # the stream may be longer than what is shown: find the place by its last tokens, after where it was before
         tail = input_ids[-16:].tolist()
-        end = next(i for i in range(len(self.text), 15, -1) if self.text[i - 16 : i] == tail)
-        drafts = np.array(self.text[end : end + 8], dtype=np.int32)
+        self.end = next(i for i in range(self.end, len(self.text) + 1) if self.text[i - 16 : i] == tail)
+        drafts = np.array(self.text[self.end : self.end + 8], dtype=np.int32)
         drafts[self.wrong_every - 1 :: self.wrong_every] += 1
         return drafts
 

@@ -27,11 +27,12 @@ from lminf_edge.history import Tokens
 F32 = {"type_k": 0, "type_v": 0}
 
 # What the embedded model does past its 512 tokens: nats per token over positions LATE, on the documentation that
-# comes with Python (that of 3.11 where it was measured), with a window of 4 + 252.
+# comes with Python (that of 3.11 where it was measured), with a window of 4 + 252. It does not lean on its first token,
+# so a window without sinks is as good: see docs/results.md.
 LATE = slice(4096, 6144)
-FULL_IS_WORSE_BY = 0.5  # than lminf and sinks; 0.759 was measured
-UNCAPPED_IS_WORSE_BY = 0.005  # than lminf; 0.018 was measured
-TIE = 0.02  # shift, window and sinks differ from lminf by less; 0.0007 was measured
+FULL_IS_WORSE_BY = 0.8  # than lminf and sinks; 1.26 was measured
+UNCAPPED_IS_WORSE_BY = 0.25  # than lminf; 0.41 was measured
+NEAR = 0.15  # shift, window and sinks differ from lminf by less; 0.061, -0.053 and 0.004 were measured
 
 MakeReader = Callable[..., Reader]
 
@@ -106,7 +107,7 @@ def test_past_the_training_length(nano_path: str) -> None:
     assert late["full"] - late["sinks"] > FULL_IS_WORSE_BY, late
     assert late["sinks-uncapped"] - late["lminf"] > UNCAPPED_IS_WORSE_BY, late
     for name in ("shift", "window", "sinks"):
-        assert abs(late[name] - late["lminf"]) < TIE, late
+        assert abs(late[name] - late["lminf"]) < NEAR, late
 
 
 # --- context shift ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 
+# these models go on with a text, and know of no questions: what is said to them is a paragraph, and they write the next
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n\n' }}{% endfor %}"
+)
+
 
 def interleave(weight: Array, n_head: int) -> Array:
     """Rows of Q or K reordered from RoPE pairs (i, i + head_size / 2) to llama.cpp's pairs (2 i, 2 i + 1)."""
@@ -96,6 +102,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: sentencepiece.SentencePiec
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)
+    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def write_gguf(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ class Progress:
     seconds: float = 0.0
     step: int = 0
     n_tokens: int = 0
+    key_nll: float = math.inf  # mean -log p of digits that can be copied, over the last LOG_STEPS steps
 
     @property
     def share(self) -> float:
@@ -124,9 +126,12 @@ class Run:
         self.loss(tokens, torch.zeros(n_windows, n_ctx))[0].backward()
         self.model.zero_grad()
 
+    def mixture(self) -> Mixture:
+        return Mixture.at(self.progress.share, self.progress.key_nll)
+
     def step(self, windows: Windows, n_windows: int) -> tuple[Tensor, Tensor]:
         """One step; returns weights and -log p of the targets, (n_windows, n_ctx) each."""
-        tokens, weights = (torch.from_numpy(a) for a in windows.batch(n_windows, Mixture.at(self.progress.share)))
+        tokens, weights = (torch.from_numpy(a) for a in windows.batch(n_windows, self.mixture()))
         loss, nll = self.loss(tokens.long(), weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -157,12 +162,13 @@ class Run:
                 books += nll[plain].mean(1).tolist()
                 keys += nll[weights == KEY_WEIGHT].tolist()
                 if progress.step % LOG_STEPS == 0:
+                    progress.key_nll = float(np.mean(keys or [np.nan]))
                     line = {
                         "step": progress.step,
                         "tokens": progress.n_tokens,
                         "share": round(progress.share, 4),
                         "book_nll": round(float(np.mean(books or [np.nan])), 4),
-                        "key_nll": round(float(np.mean(keys or [np.nan])), 4),
+                        "key_nll": round(progress.key_nll, 4),
                         "tokens_per_s": round(LOG_STEPS * weights.numel() / (now - shown)),
                     }
                     print(json.dumps(line), flush=True)

@@ -36,7 +36,7 @@ HELP = "speed beside stock llama.cpp"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "-m", "--model", metavar="M", help="path of a GGUF model, or the name of an embedded one (nano)"
+        "-m", "--model", metavar="M", help="path of a GGUF model, or the name of an embedded one (nano, nano-alibi)"
     )
     source.add_argument("--shape", metavar="S", help="random weights: llama-3.2-1b, qwen3-0.6b or llama-2-7b")
     parser.add_argument("--weights", metavar="T", default="q4_0", help="of --shape: q4_0, q8_0 or f16; default q4_0")

@@ -79,7 +79,7 @@ def _check_range(value: float, least: float, most: float | None) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    text = "path of a GGUF model, or the name of an embedded one (nano)"
+    text = "path of a GGUF model, or the name of an embedded one (nano, nano-alibi)"
     if default is not None:
         text += f"; default {default}"
     parser.add_argument("-m", "--model", metavar="M", required=default is None, default=default, help=text)
