@@ -23,7 +23,9 @@ from lminf_edge.engine.turn import Progress, Turn, TurnCancelled
 from lminf_edge.history import Tokens
 
 WINDOW = LMInfConfig(n_global=4, n_local=64)
-SETTINGS: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
+# with everything in f32, another order of additions is all that can differ
+F32: dict[str, Any] = {"type_k": 0, "type_v": 0}
+SETTINGS: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1, **F32}
 
 MakeEngine = Callable[..., Engine]
 
@@ -72,7 +74,7 @@ def run(engine: Engine, prompt: Sequence[int] | Tokens, n: int = 0, **kwargs: An
 @pytest.fixture
 def expected(make_llama: MakeLlama) -> Callable[..., Any]:
     """Logits (n_vocab,) after a stream of tokens, by a single stream that reads it from its start."""
-    llm = make_llama()
+    llm = make_llama(**F32)
 
     def logits(*parts: Sequence[int] | Tokens) -> Any:
         llm.reset()
@@ -85,7 +87,7 @@ def expected(make_llama: MakeLlama) -> Callable[..., Any]:
 
 
 def assert_close(got: Any, expected: Any) -> None:
-    np.testing.assert_allclose(got, expected, atol=2e-3, rtol=0)
+    np.testing.assert_allclose(got, expected, atol=5e-4, rtol=0)
 
 
 # --- one conversation -------------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def test_an_edit_costs_the_message_in_question(make_engine: MakeEngine, expected
     for k in (9, 8, 7):
         edited = sum(messages[:k], []) + tokens[1000 : 1000 + 50 + k].tolist()
         turn, _, first = run(engine, edited, 0, boundaries=starts[:k])
-        assert turn.n_cached >= 90 * k - 0
+        assert turn.n_cached >= 90 * k
         assert_close(first, expected(edited))
 
 
@@ -296,9 +298,9 @@ def test_prompt_logits_come_part_by_part(make_engine: MakeEngine, make_llama: Ma
     engine = make_engine()
     turn = engine.begin(tokens[:300], greedy(), wants_prompt_logits=True)
     rows = np.concatenate([logits for _, logits in turn.prompt_parts()])
-    llm = make_llama(logits_all=True, n_batch=300)
+    llm = make_llama(logits_all=True, n_batch=300, **F32)
     llm.eval(tokens[:300])
-    np.testing.assert_allclose(rows, llm.scores, atol=2e-3, rtol=0)
+    np.testing.assert_allclose(rows, llm.scores, atol=5e-4, rtol=0)
 
 
 def test_wrong_requests(make_engine: MakeEngine) -> None:
@@ -385,7 +387,7 @@ def test_two_engines_do_not_share_a_folder(make_engine: MakeEngine, tmp_path: Pa
 def test_sinks_of_a_conversation(make_engine: MakeEngine, make_llama: MakeLlama, tokens: Tokens) -> None:
     engine = make_engine(max_sinks=40)
     assert (engine.n_sinks, engine.max_sinks, engine.window.n_local) == (4, 40, 64)
-    pinned = make_llama(lminf=LMInfConfig(n_global=30, n_local=64))
+    pinned = make_llama(lminf=LMInfConfig(n_global=30, n_local=64), **F32)
     pinned.eval(tokens[:500])
     _, _, first = run(engine, tokens[:500], 0, n_sinks=30)
     assert_close(first, pinned.scores[-1])

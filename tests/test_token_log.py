@@ -89,7 +89,14 @@ def test_a_dropped_middle_is_found(n_system: int, n_dropped: int, n_tail: int, n
     system, middle, tail, new = (tokens(n, seed=i) for i, n in enumerate((n_system, n_dropped, n_tail, n_new)))
     log = np.concatenate([system, middle, tail])
     prompt = np.concatenate([system, tail, new])
-    assert find_shifted_tail(prompt, log, n_system + n_tail) == n_dropped
+    assert find_shifted_tail(prompt, log, n_system + n_tail) == n_dropped  # random: the two never begin alike
+
+
+def test_a_log_that_repeats_itself_is_no_dropped_middle() -> None:
+    log = np.concatenate([tokens(50), np.tile(tokens(4, seed=1), 40)])
+    for end in range(ANCHOR, len(log)):
+        assert find_shifted_tail(log, log, end) == 0
+        assert find_shifted_tail(np.concatenate([log[:end], tokens(9, seed=2)]), log, end) == 0
 
 
 @settings(deadline=None, max_examples=200)

@@ -25,7 +25,7 @@ from lminf_edge.engine.token_log import ANCHOR, TokenLog, find_shifted_tail, rol
 from lminf_edge.history import Past, Tokens
 from lminf_edge.sequence import State
 
-N_NEWEST = 4  # snapshots of a conversation that are never thinned out
+N_NEWEST = 8  # snapshots of a conversation that are never thinned out
 
 _NO_PAST = Past(np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int32))
 

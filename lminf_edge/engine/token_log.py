@@ -106,11 +106,12 @@ def rolling_hashes(tokens: Tokens) -> np.ndarray[tuple[int], np.dtype[np.uint64]
 def find_shifted_tail(prompt: Tokens, log: Tokens, end: int) -> int:
     """How many tokens were dropped from the middle of `log` (n_log,) to make prompt[:end] of it, 0 if it was not made so.
 
-    True for a client that dropped its oldest messages: prompt[:end] is log[:s] + log[s + n_dropped:] for some s.
+    True for a client that dropped its oldest messages: prompt[:end] is log[:s] + log[s + n_dropped:] for some s. A
+    beginning of the log is not made so, even if its end repeats itself.
     """
     n_dropped = len(log) - end
-    if n_dropped <= 0:
-        return 0
     n_prefix = common_prefix(log, prompt[:end])
+    if n_dropped <= 0 or n_prefix == end:
+        return 0
     # the tail must reach back to where the two stop being the same
     return n_dropped if np.array_equal(log[n_prefix + n_dropped :], prompt[n_prefix:end]) else 0
