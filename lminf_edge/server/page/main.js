@@ -1,0 +1,318 @@
+/** The page: which conversation is shown, and what the user does with it. */
+
+import { Api, apiKey } from "./api.js";
+import { Composer } from "./composer.js";
+import { ConflictError, Conversations } from "./conversations.js";
+import { ask } from "./dialogs.js";
+import { announce } from "./dom.js";
+import { loadSettings, saveSettings } from "./settings.js";
+import { Sidebar } from "./sidebar.js";
+import { showStatus } from "./status.js";
+import { Thread } from "./thread.js";
+import { Turn } from "./turn.js";
+
+const SAID = 1000; // characters of a finished answer that a screen reader is given to say
+
+const $ = (id) => document.getElementById(id);
+const api = new Api(askKey);
+const sidebar = new Sidebar();
+const composer = new Composer({ send, stop: () => shown.turn?.stop() });
+const thread = new Thread({ edit, regenerate, retry });
+const server = { model: "", cache: {} };
+const chats = new Map(); // id -> those shown or being answered: a record of the store, with messages, turn and problem
+let shown = newChat();
+let store;
+let statusFrame = 0;
+
+start();
+
+async function start() {
+  thread.show(shown);
+  try {
+    store = await Conversations.open();
+  } catch (error) {
+    showBanner(`This browser does not keep data for this page, so there can be no conversations: ${error.message}`);
+    return;
+  }
+  store.listen(changedElsewhere);
+  addEventListener("hashchange", route);
+  document.addEventListener("visibilitychange", saveTurns);
+  addEventListener("pagehide", saveTurns);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !event.defaultPrevented && !document.querySelector("dialog[open]")) shown.turn?.stop();
+  });
+  $("rename").addEventListener("click", rename);
+  $("delete").addEventListener("click", remove);
+  $("settings").addEventListener("click", changeSettings);
+  $("forget-key").addEventListener("click", () => {
+    apiKey.forget();
+    $("forget-key").hidden = true;
+  });
+  $("system").addEventListener("change", changeSystem);
+  $("new").addEventListener("click", () => composer.focus());
+  await route();
+  await connect();
+}
+
+function newChat() {
+  return { id: null, title: "", system: "", messages: [], turn: null, problem: null };
+}
+
+/* The server */
+
+async function connect() {
+  $("banner").hidden = true;
+  try {
+    const props = await api.props();
+    server.cache = props.lminf ?? {};
+    server.model = props.model_alias || (await api.models())[0];
+    $("model").textContent = server.model;
+    refreshStatus();
+  } catch (error) {
+    showBanner(error.message, connect);
+  }
+}
+
+function showBanner(text, retry) {
+  $("banner").hidden = false;
+  $("banner-text").textContent = text;
+  $("banner-retry").hidden = !retry;
+  $("banner-retry").onclick = retry;
+}
+
+async function askKey(why) {
+  $("key-error").textContent = why;
+  const answer = await ask("key-dialog");
+  if (answer) apiKey.set(answer.key.trim(), answer.remember === "on");
+  return Boolean(answer);
+}
+
+/* Which conversation is shown: the one that the address names */
+
+async function route() {
+  const id = location.hash.slice(1);
+  sidebar.close();
+  let chat;
+  if (id && id !== "new") chat = await load(id);
+  if (location.hash.slice(1) !== id) return; // the user went on
+  if (!chat) chat = newChat();
+  if (id && id !== "new" && !chat.id) {
+    history.replaceState(null, "", "#new");
+    chat.problem = { text: "This browser has no such conversation. It may have been deleted." };
+  }
+  if (shown.id && !shown.turn) chats.delete(shown.id);
+  if (chat.id) chats.set(chat.id, chat);
+  shown = chat;
+  composer.open(chat.id);
+  $("system").value = chat.system;
+  $("system-prompt").open = false;
+  thread.show(chat);
+  refresh();
+  composer.focus();
+}
+
+async function load(id) {
+  if (chats.has(id)) return chats.get(id);
+  const stored = await store.load(id);
+  return stored && withNotice({ ...newChat(), ...stored });
+}
+
+/** After a reload, or an answer that was stopped early, the last message may be without an answer. */
+function withNotice(chat) {
+  const isUnanswered = chat.messages.at(-1)?.role === "user";
+  if (isUnanswered) chat.problem ??= { text: "This message has no answer yet.", retry: "Ask again" };
+  return chat;
+}
+
+/** Shows the state of things. */
+function refresh() {
+  const { id, title, turn } = shown;
+  $("title").textContent = title || "New conversation";
+  document.title = title ? `${title} – lminf-edge` : "lminf-edge";
+  $("actions").hidden = !id;
+  composer.busy = Boolean(turn);
+  thread.refresh();
+  refreshStatus();
+  refreshList();
+}
+
+function refreshStatus() {
+  statusFrame = 0;
+  showStatus({ ...server.cache, ...shown.turn?.cache, ...(shown.turn ?? shown).stats });
+}
+
+async function refreshList() {
+  const writing = new Set([...chats.values()].filter(({ turn }) => turn).map(({ id }) => id));
+  sidebar.render(await store.list(), shown.id, writing);
+}
+
+/** Another tab changed something. An answer being written here finds out when it is saved. */
+async function changedElsewhere({ id, revision, index, message }) {
+  if (!message) refreshList();
+  if (id !== shown.id || shown.turn || thread.isEditing) return;
+  if (message && revision === shown.revision) {
+    shown.messages[index] = message;
+    thread.update();
+  } else await reload(shown);
+}
+
+/** Takes a conversation from the store again. */
+async function reload(chat) {
+  const stored = await store.load(chat.id);
+  if (stored) Object.assign(chat, stored, { problem: null });
+  else chats.delete(chat.id);
+  if (chat !== shown) return;
+  if (stored) {
+    refresh();
+    return;
+  }
+  const text = composer.text;
+  await route();
+  composer.text ||= text;
+}
+
+/* Asking and answering */
+
+async function send(text) {
+  const chat = shown;
+  if (await commit(chat, chat.messages.length, text)) {
+    if (chat === shown) composer.sent(chat.id);
+    answer(chat);
+  }
+}
+
+async function edit(index, text) {
+  const chat = shown;
+  if (chat.turn) return;
+  if (await commit(chat, index, text)) {
+    composer.focus();
+    answer(chat);
+  } else composer.text = [composer.text, text].filter(Boolean).join("\n\n"); // nothing that was typed is lost
+}
+
+/** Puts a message of the user in the place of all messages from `index` on. Returns whether that could be kept. */
+async function commit(chat, index, text) {
+  if (chat.turn || chat.isCommitting) return false;
+  chat.isCommitting = true;
+  const message = { role: "user", content: text };
+  try {
+    const fields = index === 0 && !chat.isRenamed ? { title: titleOf(text) } : {};
+    if (!chat.id) {
+      Object.assign(chat, await store.create({ ...fields, system: chat.system }));
+      if (chat === shown) {
+        chats.set(chat.id, chat);
+        history.replaceState(null, "", `#${chat.id}`);
+      }
+    }
+    chat.revision = await store.replaceTail(chat.id, chat.revision, index, [message], fields);
+    Object.assign(chat, fields);
+  } catch (error) {
+    await failed(chat, error);
+    return false;
+  } finally {
+    chat.isCommitting = false;
+  }
+  chat.messages.splice(index, Infinity, message);
+  return true;
+}
+
+/** The first words. */
+function titleOf(text) {
+  const words = text.slice(0, 500).trim().replace(/\s+/g, " ");
+  if (words.length <= 50) return words;
+  const end = words.lastIndexOf(" ", 50);
+  return `${words.slice(0, end > 20 ? end : 50)}…`;
+}
+
+/** Asks for an answer; `previous` is the one it replaces, which stays if none comes. */
+async function answer(chat, previous = null) {
+  const turn = new Turn(store, chat);
+  chat.turn = turn;
+  chat.problem = null;
+  chats.set(chat.id, chat);
+  if (chat === shown) {
+    refresh();
+    thread.scrollToEnd();
+  }
+  await turn.run(api, { model: server.model, ...loadSettings() }, () => {
+    if (chat !== shown) return;
+    thread.update();
+    statusFrame ||= requestAnimationFrame(refreshStatus);
+  });
+  chat.turn = null;
+  if (chat !== shown) chats.delete(chat.id);
+  if (!turn.answer && previous) chat.messages.push(previous);
+  chat.stats = turn.stats;
+  Object.assign(server.cache, turn.cache);
+  if (turn.error) await failed(chat, turn.error);
+  else if (turn.answer) await store.update(chat.id, { stats: chat.stats });
+  else if (!turn.stopped) chat.problem = { text: "The model has nothing to say to this.", retry: "Ask again" };
+  withNotice(chat);
+  if (chat !== shown) {
+    refreshList();
+    return;
+  }
+  refresh();
+  if (turn.answer) announce(`${turn.stopped ? "Stopped. " : ""}${turn.answer.content.slice(0, SAID)}`);
+}
+
+async function failed(chat, error) {
+  if (error instanceof ConflictError) {
+    await reload(chat);
+    chat.problem = { text: `${error.message} This is how it is now.`, isError: true };
+  } else chat.problem = { text: error.message, isError: true, retry: chat.messages.length > 0 && "Try again" };
+  if (chat === shown) refresh();
+}
+
+function regenerate() {
+  if (shown.turn || shown.messages.at(-1)?.role !== "assistant") return;
+  composer.focus();
+  answer(shown, shown.messages.pop());
+}
+
+function retry() {
+  if (shown.messages.at(-1)?.role === "assistant") regenerate();
+  else if (!shown.turn) {
+    composer.focus();
+    answer(shown);
+  }
+}
+
+function saveTurns() {
+  for (const { turn } of chats.values()) turn?.save();
+}
+
+/* The rest of what can be done with a conversation */
+
+async function rename() {
+  const chat = shown;
+  const fields = await ask("rename-dialog", { title: chat.title });
+  if (!fields?.title.trim()) return;
+  Object.assign(chat, { title: fields.title.trim(), isRenamed: true });
+  await store.update(chat.id, { title: chat.title, isRenamed: true });
+  refresh();
+}
+
+async function remove() {
+  const chat = shown;
+  $("delete-title").textContent = chat.title;
+  if (!(await ask("delete-dialog"))) return;
+  chat.turn?.stop();
+  await store.remove(chat.id);
+  chats.delete(chat.id);
+  shown = newChat();
+  history.replaceState(null, "", "#new");
+  await route();
+  announce("Deleted");
+}
+
+async function changeSystem() {
+  shown.system = $("system").value;
+  if (shown.id) await store.update(shown.id, { system: shown.system });
+}
+
+async function changeSettings() {
+  $("forget-key").hidden = !apiKey.get();
+  const fields = await ask("settings-dialog", loadSettings());
+  if (fields) saveSettings(fields);
+}
