@@ -161,7 +161,6 @@ class Chat:
             )
             with contextlib.closing(chunks):
                 for chunk in chunks:
-                    meter.seen()
                     choice = chunk["choices"][0]
                     self.finish_reason = choice["finish_reason"] or self.finish_reason
                     piece = choice["delta"].get("content") or ""

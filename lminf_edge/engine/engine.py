@@ -583,6 +583,7 @@ class Engine:
             self._finish(turn)
             return
         turn.token = token
+        turn.first_given = turn.first_given or time.perf_counter()
         turn.phase = Phase.GIVEN
         turn.give(token)
 

@@ -23,16 +23,14 @@ class Meter:
     n_cached: int = 0
     n_completion: int = 0
 
-    def seen(self) -> None:
-        """Something of the answer has come."""
-        self.first = self.first or time.perf_counter()
-
     def add_turn(self, is_first: bool = True) -> None:
         """A choice is complete; the prompt counts with the first of several."""
         turn = self.voice.turn
         if turn is not None and is_first:
             self.n_prompt += len(turn.prompt)
             self.n_cached += turn.n_cached
+        if turn is not None:
+            self.first = self.first or turn.first_given
         self.n_completion = self.voice.n_completion
 
     def usage(self) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Turn:
     n_read: int = 0
     token: int = -1  # the last one given
     logits: npt.NDArray[np.float32] | None = None  # (n_vocab,) it was sampled from
+    first_given: float | None = None  # when the first token was, in seconds of time.perf_counter()
     position: int = 0  # of the stream: tokens processed
     cancelled: bool = False
     replay: Tokens = field(default_factory=lambda: np.empty(0, dtype=np.int32))  # of the conversation, to be read first

@@ -158,7 +158,6 @@ def chat_answers(engine_voice: Voice, arguments: dict[str, Any], n: int, meter: 
         for choice in answer["choices"]:
             choice["message"].pop("function_call", None)  # the old form of tool_calls, which clients prefer if it is there
         answers.append(answer)
-        meter.seen()
         meter.add_turn(is_first=i == 0)
     return merged_choices(answers, meter)
 
@@ -183,7 +182,6 @@ def completion_answers(
     for prompt in prompts:
         for i in range(n):
             answers.append(engine_voice.create_completion(prompt, **_choice(arguments, i)))
-            meter.seen()
             meter.add_turn(is_first=i == 0)
     return merged_choices(answers, meter)
 
@@ -212,7 +210,6 @@ def _chunks(
     for i in range(n_choices):
         has_tool = False
         for chunk in start(i):
-            meter.seen()
             # one id for the whole answer, though llama_cpp makes one for each choice
             head = head or {name: chunk[name] for name in ("id", "object", "created", "model")}
             choices = [{**choice, "index": i} for choice in chunk["choices"]]

@@ -181,7 +181,6 @@ def native_chunks(
         arguments = {**arguments, "max_tokens": 1}
     reason = "stop"
     for chunk in voice.create_completion(prompt_of(state, body.prompt), stream=True, **arguments):
-        meter.seen()
         choice = chunk["choices"][0]
         reason = choice["finish_reason"] or reason
         if choice["finish_reason"] is None and not only_read:
