@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock demo test test-kernels sanitize lint bench bench-report results-measure results patches worktree clean
+.PHONY: help setup stock demo test test-all browser test-kernels sanitize lint bench bench-report results-measure results patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -21,6 +21,15 @@ stock: ## llama.cpp without our patches as well, for tests and benchmarks to com
 # passive: where tests share the cores with other work, OpenMP threads that spin while they wait take ten times as long
 test: stock ## the whole test suite; ARGS="-k name" for a part of it
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+
+test-all: browser stock ## make test, and the server with a real browser, node clients, kills and load; ARGS="-k name"
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests tests/all $(ARGS)
+
+browser: setup # what the tests of the page and of node clients need, beside Chromium and node themselves
+	@command -v npm > /dev/null || { echo "error: node and npm are needed: apt-get install nodejs npm" >&2; exit 1; }
+	@command -v chromium chromium-browser google-chrome > /dev/null || { echo "error: Chromium is needed: apt-get install chromium" >&2; exit 1; }
+	@$(BIN)/python -c "import playwright" 2> /dev/null || $(BIN)/python -m pip install -q playwright
+	@cd tests/all && { [ -d node_modules/openai ] || npm install --no-audit --no-fund --silent; }
 
 test-kernels: setup ## the attention kernels against float64, on and for everything at hand; ARGS="cpu neon" for some
 	@$(PYTHON) scripts/test_kernels.py $(ARGS)

@@ -1,9 +1,8 @@
-"""Measures what docs/serving.md says, with real servers in processes of their own, and writes docs/serving/*.json.
+"""Measures the server, with real servers in processes of their own, and writes docs/serving/*.json.
 
-    make serving-measure, or: .venv/bin/python benchmarks/serving.py [--only NAME]... [--minutes 30]
+    .venv/bin/python benchmarks/serving.py [--only NAME]... [--minutes 30]
 
-About an hour on two cores, half of it the mixed load; leave the machine alone meanwhile. benchmarks/serving_report.py makes
-the page from what is written here.
+About an hour on two cores, half of it the mixed load; leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -189,7 +188,7 @@ def cold(args: argparse.Namespace) -> Figures:
                     assert server.metric("restored_from_files_total") > before
                 time.sleep(3)
                 other.say(12)
-                files = [path for path in Path(folder).rglob("*.state")]
+                files = list(Path(folder).rglob("*.state"))
                 largest = max(files, key=lambda path: path.stat().st_size)
                 reads = []
                 for _ in range(20):
@@ -203,7 +202,9 @@ def cold(args: argparse.Namespace) -> Figures:
                     "cold_seconds": spread(cold_seconds),
                     "read_seconds": spread(reads),
                     "state_bytes": largest.stat().st_size if largest.exists() else None,
-                    "ratio": spread([c / (2 * h + float(np.median(reads))) for h, c in zip(hot, cold_seconds, strict=True)]),
+                    "ratio": spread(
+                        [c / (2 * h + float(np.median(reads))) for h, c in zip(hot, cold_seconds, strict=True)]
+                    ),
                 }
             )
     return {"conversations": rows}
@@ -323,9 +324,10 @@ async def _mixed_client(server: Server, i: int, until: float, first: list[float]
 
 def mixed(args: argparse.Namespace) -> Figures:
     """A mixed load for a while: errors, memory by time, and how long the first token takes."""
-    with tempfile.TemporaryDirectory() as folder, served(
-        "nano", "--parallel", "4", "--memory", "128M", "--disk", "512M", "--folder", folder
-    ) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        served("nano", "--parallel", "4", "--memory", "128M", "--disk", "512M", "--folder", folder) as server,
+    ):
         first: list[float] = []
         errors: list[str] = []
         samples: list[Figures] = []

@@ -99,7 +99,9 @@ class Llama(llama_cpp.Llama):
         else:
             self._init_lambda(path, config, n_ctx, n_seq_max, kwargs)
 
-    def _init_lambda(self, path: str, config: LMInfConfig, n_ctx: int | None, n_seq_max: int, kwargs: dict[str, Any]) -> None:
+    def _init_lambda(
+        self, path: str, config: LMInfConfig, n_ctx: int | None, n_seq_max: int, kwargs: dict[str, Any]
+    ) -> None:
         if isinstance(kwargs.get("chat_handler"), (Llava15ChatHandler, MTMDChatHandler)):
             raise ValueError("Chat handlers for images and sound do not work with lminf: load this model without it.")
         library = native.load()

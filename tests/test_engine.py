@@ -1,6 +1,6 @@
 """The engine: conversations that are resent, regenerated, edited, branched, trimmed, moved out and brought back.
 
-What it answers is compared with a single stream that reads the same tokens, by the logits of the first token it samples.
+What it answers is compared with a single stream that reads the same tokens, by the logits of the first token sampled.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ def expected(make_llama: MakeLlama) -> Callable[..., Any]:
     return logits
 
 
+def joined(messages: list[list[int]]) -> list[int]:
+    return [token for message in messages for token in message]
+
+
 def assert_close(got: Any, expected: Any) -> None:
     np.testing.assert_allclose(got, expected, atol=5e-4, rtol=0)
 
@@ -130,15 +134,17 @@ def test_an_edit_costs_the_message_in_question(make_engine: MakeEngine, expected
     engine = make_engine()
     messages = [tokens[i : i + 90].tolist() for i in range(0, 900, 90)]
     starts = list(range(90, 900, 90))
-    run(engine, sum(messages, []), 100, boundaries=starts)
+    run(engine, joined(messages), 100, boundaries=starts)
     for k in (9, 8, 7):
-        edited = sum(messages[:k], []) + tokens[1000 : 1000 + 50 + k].tolist()
+        edited = joined(messages[:k]) + tokens[1000 : 1000 + 50 + k].tolist()
         turn, _, first = run(engine, edited, 0, boundaries=starts[:k])
         assert turn.n_cached >= 90 * k
         assert_close(first, expected(edited))
 
 
-def test_an_edit_far_back_costs_no_more_than_the_way_from_the_end(make_engine: MakeEngine, expected: Any, tokens: Tokens) -> None:
+def test_an_edit_far_back_costs_no_more_than_the_way_from_the_end(
+    make_engine: MakeEngine, expected: Any, tokens: Tokens
+) -> None:
     engine = make_engine()
     boundaries = list(range(50, 2500, 50))
     run(engine, tokens[:2500], 0, boundaries=boundaries)
@@ -199,7 +205,9 @@ def test_dropped_messages_are_not_forgotten(make_engine: MakeEngine, expected: A
     assert engine.counters.shifted == 2
 
 
-def test_a_shifted_conversation_can_be_regenerated_and_edited(make_engine: MakeEngine, expected: Any, tokens: Tokens) -> None:
+def test_a_shifted_conversation_can_be_regenerated_and_edited(
+    make_engine: MakeEngine, expected: Any, tokens: Tokens
+) -> None:
     engine = make_engine()
     system, old, kept = tokens[:20].tolist(), tokens[100:400].tolist(), tokens[400:600].tolist()
     _, answer, _ = run(engine, system + old + kept, 10)
@@ -261,7 +269,9 @@ def test_a_long_prompt_does_not_stop_the_others(make_engine: MakeEngine, tokens:
         next(long.tokens())
 
 
-def test_cancelling_stops_reading_and_keeps_what_was_read(make_engine: MakeEngine, expected: Any, tokens: Tokens) -> None:
+def test_cancelling_stops_reading_and_keeps_what_was_read(
+    make_engine: MakeEngine, expected: Any, tokens: Tokens
+) -> None:
     engine = make_engine()
     text = np.tile(tokens, 4)
     seen = threading.Event()
@@ -363,7 +373,9 @@ def test_budgets_are_kept(make_engine: MakeEngine, expected: Any, tokens: Tokens
     assert_close(first, expected(tokens[1900:2210]))
 
 
-def test_a_damaged_file_is_read_again_from_the_text(make_engine: MakeEngine, expected: Any, tokens: Tokens, tmp_path: Path) -> None:
+def test_a_damaged_file_is_read_again_from_the_text(
+    make_engine: MakeEngine, expected: Any, tokens: Tokens, tmp_path: Path
+) -> None:
     engine = make_engine(parallel=1, folder=tmp_path)
     _, answer, _ = run(engine, tokens[:300], 5)
     close(engine)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import TEXT, MakeLlama
 
-from lminf_edge import CheckpointError, Llama, LMInfConfig
+from lminf_edge import CheckpointError, Llama, LMInfConfig, native
 from lminf_edge.config import physical_memory
 from lminf_edge.gguf_header import read_header
 from lminf_edge.history import Tokens

@@ -38,7 +38,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 1, "repeat_penalty": 1.1, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
     {"temperature": 1.5, "seed": 1, "mirostat_mode": 2},
     # without tokens for a gap the model is lost, and would write single bytes
-    {"suffix": " the end.", "logit_bias": {byte: -100.0 for byte in range(3, 259)}},
+    {"suffix": " the end.", "logit_bias": dict.fromkeys(range(3, 259), -100.0)},
     {"grammar": llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)},
 ]
 

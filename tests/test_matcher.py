@@ -70,10 +70,9 @@ class Client(RuleBasedStateMachine):
                 if len(answer) == 8:
                     break
                 answer.append(token)
-        if turn.position - len(answer) == len(prompt):
-            stream = prompt  # read as it was sent
-        else:
-            stream = chat.stream + chat.messages[-1]  # gone on with what was known
+        # read as it was sent, or gone on with what was known
+        as_sent = turn.position - len(answer) == len(prompt)
+        stream = prompt if as_sent else chat.stream + chat.messages[-1]
         assert turn.position == len(stream) + len(answer)
         self.alone.reset()
         self.alone.eval(stream)

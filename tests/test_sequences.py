@@ -70,7 +70,9 @@ def test_sinks_are_chosen_before_the_first_token_and_within_the_limit(nano_f32_p
         assert native.info(1).n_global == 8
 
 
-@pytest.mark.parametrize(("n_from", "seq_from", "n_to", "seq_to"), [(1, 0, 3, 1), (3, 2, 1, 0), (4, 1, 2, 1), (2, 0, 2, 1)])
+@pytest.mark.parametrize(
+    ("n_from", "seq_from", "n_to", "seq_to"), [(1, 0, 3, 1), (3, 2, 1, 0), (4, 1, 2, 1), (2, 0, 2, 1)]
+)
 def test_a_state_fits_into_another_sequence_of_another_context(
     nano_f32_path: str, tokens: Tokens, n_from: int, seq_from: int, n_to: int, seq_to: int
 ) -> None:
@@ -118,7 +120,13 @@ def test_runs_of_several_sequences(make_llama: MakeLlama, tokens: Tokens) -> Non
     llm = make_llama(n_seq_max=3)
     batch = Batch(llm._batch)
     alone = make_llama()
-    ends = batch.decode([Run(llm.sequences[0], tokens[:7]), Run(llm.sequences[2], tokens[7:20], 0), Run(llm.sequences[1], tokens[20:21])])
+    ends = batch.decode(
+        [
+            Run(llm.sequences[0], tokens[:7]),
+            Run(llm.sequences[2], tokens[7:20], 0),
+            Run(llm.sequences[1], tokens[20:21]),
+        ]
+    )
     assert ends == [6, 19, 20]
     assert [sequence.position for sequence in llm.sequences] == [7, 1, 13]
     ends = batch.decode([Run(llm.sequences[2], tokens[20:21])])

@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def test_logprobs_seed_stop_and_n(ai: openai.OpenAI) -> None:
     content = answer.choices[0].logprobs.content
     assert len(content) == 12
     assert all(len(entry.top_logprobs) >= 3 and entry.logprob <= 0 for entry in content)
-    drawn = [ask(ai, QUESTION, temperature=1, seed=seed, max_tokens=20).choices[0].message.content for seed in (1, 1, 2)]
+    drawn = [
+        ask(ai, QUESTION, temperature=1, seed=seed, max_tokens=20).choices[0].message.content for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     text = ask(ai, QUESTION, max_tokens=30).choices[0].message.content
     stop = text[len(text) // 2 :][:4]
@@ -278,7 +281,9 @@ def test_the_openapi_document(client: httpx.Client) -> None:
         ("/tokenize", {"content": 7}, ("content",)),
     ],
 )
-def test_a_wrong_request_is_told_what_is_wrong(client: httpx.Client, path: str, body: Any, parts: tuple[str, ...]) -> None:
+def test_a_wrong_request_is_told_what_is_wrong(
+    client: httpx.Client, path: str, body: Any, parts: tuple[str, ...]
+) -> None:
     assert_error(client.post(path, json=body), 400, *parts)
     if "stream" not in body:
         assert_error(client.post(path, json={**body, "stream": True}), 400, *parts)
@@ -301,8 +306,13 @@ def hang_up(server: Served, body: dict[str, Any], after: float) -> None:
     data = json.dumps(body).encode()
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
+        head = (
+            "POST /v1/chat/completions HTTP/1.1",
+            "Host: 127.0.0.1",
+            "Content-Type: application/json",
+            f"Content-Length: {len(data)}",
+        )
+        connection.sendall("\r\n".join((*head, "", "")).encode() + data)
         time.sleep(after)
 
 
@@ -321,7 +331,10 @@ def test_a_client_that_hangs_up_stops_its_work(server: Served, stream: bool, lon
 
 def test_progress_and_keep_alives(nano_path: str) -> None:
     settings = Settings(model_name="nano", ping_seconds=0.05)
-    with serve(nano_path, settings, lminf=WINDOW, n_ubatch=64) as served, httpx.Client(base_url=served.url, timeout=120) as client:
+    with (
+        serve(nano_path, settings, lminf=WINDOW, n_ubatch=64) as served,
+        httpx.Client(base_url=served.url, timeout=120) as client,
+    ):
         body = {
             "messages": [{"role": "user", "content": "the sea was calm. " * 5000}],
             "max_tokens": 2,
@@ -331,7 +344,7 @@ def test_progress_and_keep_alives(nano_path: str) -> None:
         response = client.post("/v1/chat/completions", json=body)
         progress = [chunk["prompt_progress"] for chunk in events(response)[:-1] if "prompt_progress" in chunk]
         assert len(progress) > 2
-        assert all(a["processed"] < b["processed"] for a, b in zip(progress, progress[1:], strict=False))
+        assert all(a["processed"] < b["processed"] for a, b in pairwise(progress))
         assert progress[-1]["processed"] == progress[-1]["total"] > 20_000
         assert ": keep-alive" in response.text
 
@@ -380,7 +393,14 @@ def test_hosts_and_origins(guarded: Served) -> None:
 
 @pytest.mark.parametrize(
     ("header", "name"),
-    [("localhost:80", "localhost"), ("[::1]:80", "::1"), ("127.0.0.1", "127.0.0.1"), ("LOCALHOST", "localhost"), ("[", ""), ("", "")],
+    [
+        ("localhost:80", "localhost"),
+        ("[::1]:80", "::1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("LOCALHOST", "localhost"),
+        ("[", ""),
+        ("", ""),
+    ],
 )
 def test_host_names(header: str, name: str) -> None:
     assert host_name(header) == name
@@ -391,12 +411,17 @@ def test_limits(guarded: Served) -> None:
     big = {"messages": [{"role": "user", "content": "x" * 30_000}]}
     assert_error(httpx.post(f"{guarded.url}/v1/chat/completions", json=big, headers=key), 413, "20,000 bytes")
     parts = (b"x" * 1000 for _ in range(30))  # without a Content-Length
-    chunked = httpx.post(f"{guarded.url}/v1/chat/completions", content=parts, headers={**key, "Content-Type": "application/json"})
+    chunked = httpx.post(
+        f"{guarded.url}/v1/chat/completions", content=parts, headers={**key, "Content-Type": "application/json"}
+    )
     assert_error(chunked, 413)
     assert httpx.get(f"{guarded.url}/v1/models", headers={**key, "X": "y" * 60_000}).status_code in (400, 431)
     with httpx.Client(base_url=guarded.url, headers=key, timeout=60) as client:
         body = {"messages": QUESTION, "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=body) as one, client.stream("POST", "/v1/chat/completions", json=body) as two:
+        with (
+            client.stream("POST", "/v1/chat/completions", json=body) as one,
+            client.stream("POST", "/v1/chat/completions", json=body) as two,
+        ):
             assert (one.status_code, two.status_code) == (200, 200)
             refused = httpx.get(f"{guarded.url}/v1/models", headers=key)
             assert_error(refused, 503, "try again")
@@ -410,7 +435,13 @@ def test_the_page_and_nothing_else(guarded: Served) -> None:
     page = httpx.get(f"{guarded.url}/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for path in ("/page/../app.py", "/page/..%2fapp.py", "/page//etc/passwd", "/page/%2e%2e/settings.py", "/page/nothing.js"):
+    for path in (
+        "/page/../app.py",
+        "/page/..%2fapp.py",
+        "/page//etc/passwd",
+        "/page/%2e%2e/settings.py",
+        "/page/nothing.js",
+    ):
         with socket.create_connection((httpx.URL(guarded.url).host, httpx.URL(guarded.url).port)) as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             answer = b""

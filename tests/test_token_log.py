@@ -83,7 +83,10 @@ def test_rolling_hashes_do_not_depend_on_what_is_around() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(
-    n_system=st.integers(0, 40), n_dropped=st.integers(1, 300), n_tail=st.integers(ANCHOR, 200), n_new=st.integers(1, 50)
+    n_system=st.integers(0, 40),
+    n_dropped=st.integers(1, 300),
+    n_tail=st.integers(ANCHOR, 200),
+    n_new=st.integers(1, 50),
 )
 def test_a_dropped_middle_is_found(n_system: int, n_dropped: int, n_tail: int, n_new: int) -> None:
     system, middle, tail, new = (tokens(n, seed=i) for i, n in enumerate((n_system, n_dropped, n_tail, n_new)))

@@ -90,7 +90,7 @@ class Mixture:
     def at(cls, progress: float, key_nll: float) -> Mixture:
         """Copying from the context is learned early, so that is when the windows that teach it are many.
 
-        `key_nll` is the mean -log p of digits that can be copied, in nats (a guess: 2.3): while it is high, they stay many.
+        `key_nll` is the mean -log p of digits that can be copied, in nats (a guess: 2.3): while it is high, they stay.
         """
         early = min(1.0, max(0.0, 1 - 2 * progress, key_nll))
         return cls(passkey=0.06 + 0.19 * early, copy=0.15 * early)

@@ -1,7 +1,7 @@
 """Serves a model to chat front ends, by OpenAI's and llama.cpp's APIs, and a page to try it on.
 
-A conversation may be of any length: of a history that is sent again only what is new is read. Conversations that are not
-in use are kept in memory, then in files, and survive a restart.
+A conversation may be of any length: of a history that is sent again only what is new is read. Conversations that are
+not in use are kept in memory, then in files, and survive a restart.
 
 --json prints, once the server is ready,
   url, model, pid, sink, window, parallel, kv_bytes, folder (null if nothing is kept on disk)
@@ -48,7 +48,9 @@ APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.loc
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only"
+    )
     parser.add_argument("--port", type=whole_number(0, 65535), default=8080, help="default 8080; 0: any that is free")
     parser.add_argument("--alias", metavar="NAME", help="the model's name for clients; default: that of its file")
     parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
@@ -62,10 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--api-key-file", metavar="FILE", type=Path, help="the same, from the first line of a file")
     group.add_argument(
-        "--allowed-origin", metavar="URL", action="append", default=[], help="a web page that may use this server; repeatable"
+        "--allowed-origin",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="a web page that may use this server; repeatable",
     )
     group.add_argument(
-        "--allowed-host", metavar="NAME", action="append", default=[], help="a name this server is reached by; repeatable"
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name this server is reached by; repeatable",
     )
     group.add_argument("--max-body", metavar="SIZE", type=size, default=64 << 20, help="of a request; default 64M")
     group.add_argument(
@@ -91,19 +101,19 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep a conversation's system block as its first tokens, which are never forgotten, up to --max-sinks",
     )
-    group.add_argument(
-        "--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system"
-    )
+    group.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
     group.add_argument(
         "--on-trim",
         choices=("continue", "reread"),
         default="continue",
-        help="when a front end drops the oldest messages: go on with the stream that knew them, or read anew what is sent",
+        help="when a front end drops the oldest messages: go on with the stream that knew them, or read what is sent",
     )
     group.add_argument(
         "--memory", metavar="SIZE", type=size, default=1 << 30, help="for conversations not in the context; default 1G"
     )
-    group.add_argument("--disk", metavar="SIZE", type=size, default=8 << 30, help="for their files; default 8G; 0: none")
+    group.add_argument(
+        "--disk", metavar="SIZE", type=size, default=8 << 30, help="for their files; default 8G; 0: none"
+    )
     group.add_argument("--folder", metavar="DIR", type=Path, help="of these files; default: the user's data folder")
 
 
@@ -221,7 +231,7 @@ def api_key(args: argparse.Namespace) -> str | None:
 
 
 def allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
-    """Names a Host header may carry. Behind an address for all interfaces, those that were listed and this machine's."""
+    """Names a Host header may carry: this machine's, those listed, and the address unless it is all of them."""
     names = [*LOOPBACK, *more]
     if host not in ("0.0.0.0", "::"):
         names.append(host)

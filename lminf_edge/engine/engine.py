@@ -128,8 +128,8 @@ class Engine:
 
         The sampler is the engine's from then on.
 
-        n_sinks None: as many as the engine keeps of every conversation. Raises ValueError for an empty prompt, RuntimeError once
-        the engine is closed.
+        n_sinks None: as many as the engine keeps of every conversation. Raises ValueError for a prompt that is empty or
+        has tokens that are none, RuntimeError once the engine is closed.
         """
         tokens = as_tokens(prompt)
         if len(tokens) == 0:
@@ -358,7 +358,9 @@ class Engine:
             kept = self.store.find(log, 1, len(log), turn.n_sinks)
             if kept is None or kept[0].conversation is not conversation:
                 continue
-            if len(log) - kept[1] <= n_covered - best.n_cached:  # or what has to be read again is more than what is saved
+            if (
+                len(log) - kept[1] <= n_covered - best.n_cached
+            ):  # or what has to be read again is more than what is saved
                 return Found(n_covered, snapshot=kept[0], n_at=kept[1], shifted=conversation)
         return best
 
@@ -590,7 +592,8 @@ class Engine:
     def _logits(self, i: int) -> Logits:
         """A copy of the logits (n_vocab,) of the batch's token i."""
         pointer = bindings.llama_get_logits_ith(self.llm.ctx, i)
-        return np.ctypeslib.as_array(pointer, shape=(self.llm.n_vocab(),)).copy()
+        logits: Logits = np.ctypeslib.as_array(pointer, shape=(self.llm.n_vocab(),)).copy()
+        return logits
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
@@ -655,15 +658,15 @@ class Engine:
 
     def _save_idle(self) -> None:
         for slot in self.slots:
-            if slot.turn is None and slot.conversation is not None and not slot.is_saved:
-                if time.monotonic() - slot.used >= SAVE_AFTER:
-                    self._keep_snapshot(slot)
-                    self.store.save(slot.conversation)
-                    self.store.trim()
+            is_idle = slot.turn is None and time.monotonic() - slot.used >= SAVE_AFTER
+            if is_idle and slot.conversation is not None and not slot.is_saved:
+                self._keep_snapshot(slot)
+                self.store.save(slot.conversation)
+                self.store.trim()
 
 
 def _is_same(conversation: Conversation, n_tokens: int) -> bool:
-    """Whether a prompt that shares its first n_tokens is the conversation itself going on, or another that began alike."""
+    """Whether a prompt that shares its first n_tokens is the conversation itself, or another that began alike."""
     return 2 * n_tokens >= conversation.n_tokens
 
 

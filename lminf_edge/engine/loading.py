@@ -57,7 +57,9 @@ def load_engine(
         try:
             store = SnapshotStore(llm.identity, place, memory_budget, disk_budget)
         except sqlite3.OperationalError as error:
-            raise ValueError(f"The conversations in {place} cannot be used, perhaps by another server: {error}.") from error
+            raise ValueError(
+                f"The conversations in {place} cannot be used, perhaps by another server: {error}."
+            ) from error
         except (OSError, sqlite3.Error) as error:
             raise ValueError(f"The conversations in {place} cannot be used: {error}.") from error
         return Engine(llm, store, n_sinks=config.n_global, pin_system=pin_system, on_trim=on_trim)

@@ -94,6 +94,6 @@ def control_texts(llm: Llama, template: str) -> list[str]:
 
 
 def chat_template(llm: Llama) -> str:
-    """The Jinja template of the model, "" if it has none; llama_cpp has formats of its own for a few well-known ones."""
+    """The Jinja template of the model, "" if it has none; for some well-known ones llama_cpp has formats of its own."""
     default = llm.metadata.get("tokenizer.chat_template", "")
     return str(llm.metadata.get(f"tokenizer.{llm.chat_format}", default))  # chat_template.NAME, if it has several

@@ -29,7 +29,9 @@ class Slot:
     turn: Turn | None = None  # at work
     n_sinks: int = 0
     n_dropped: int = 0
-    n_seam: int = 0  # length of the log at which tokens were dropped: what comes before is not where it was in the stream
+    n_seam: int = (
+        0  # length of the log at which tokens were dropped: what comes before is not where it was in the stream
+    )
     marks: list[int] = field(default_factory=list)  # lengths of the log to stay able to go back to, in order
     used: float = 0.0  # when the last turn ended, in seconds of the monotonic clock
     is_saved: bool = False  # what it holds is among the snapshots

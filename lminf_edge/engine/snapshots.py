@@ -101,7 +101,7 @@ def thinned(lengths: Iterable[int], end: int) -> set[int]:
 
 
 class SnapshotStore:
-    """All snapshots. Its methods belong to the thread that decodes; files are written and read in a thread of its own."""
+    """All snapshots. Its methods belong to the thread that decodes; it has threads of its own for files."""
 
     def __init__(self, identity: Identity, folder: Path | None, memory_budget: int, disk_budget: int) -> None:
         """Budgets in bytes; `folder` None: nothing is kept on disk.

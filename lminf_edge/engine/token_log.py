@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
+import numpy.typing as npt
 
 from lminf_edge.history import Tokens, as_tokens, common_prefix
+
+Hashes = npt.NDArray[np.uint64]
 
 BLOCK = 256  # tokens per link of the chain
 ANCHOR = 32  # tokens at the end by which a conversation is found in a longer text
@@ -28,7 +31,7 @@ class TokenLog:
         self._tokens = np.array(as_tokens(tokens))
         self._n_tokens = len(self._tokens)
         # of 0, 1, 2, ... blocks, as far as it was asked for
-        self._chain = [b""] if like is None else like._chain[: n_same // BLOCK + 1]
+        self._chain: list[bytes] = [b""] if like is None else like._chain[: n_same // BLOCK + 1]
 
     def __len__(self) -> int:
         return self._n_tokens
@@ -87,13 +90,13 @@ def _digest(before: bytes, tokens: Tokens) -> bytes:
     return blake2b(before + np.ascontiguousarray(tokens, dtype="<i4").tobytes(), digest_size=KEY_BYTES).digest()
 
 
-def rolling_hashes(tokens: Tokens) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def rolling_hashes(tokens: Tokens) -> Hashes:
     """A hash of every ANCHOR consecutive tokens: uint64 (n_tokens - ANCHOR + 1,), the first that of tokens[:ANCHOR].
 
     A polynomial in _BASE modulo 2^64, doubled in length in each of log2(ANCHOR) steps.
     """
     assert len(tokens) >= ANCHOR
-    hashes = tokens.astype(np.uint64) + np.uint64(1)
+    hashes: Hashes = tokens.astype(np.uint64) + np.uint64(1)
     factor, length = _BASE, 1
     while length < ANCHOR:
         with np.errstate(over="ignore"):
@@ -104,10 +107,10 @@ def rolling_hashes(tokens: Tokens) -> np.ndarray[tuple[int], np.dtype[np.uint64]
 
 
 def find_shifted_tail(prompt: Tokens, log: Tokens, end: int) -> int:
-    """How many tokens were dropped from the middle of `log` (n_log,) to make prompt[:end] of it, 0 if it was not made so.
+    """How many tokens were dropped from the middle of `log` (n_log,) to make prompt[:end] of it.
 
-    True for a client that dropped its oldest messages: prompt[:end] is log[:s] + log[s + n_dropped:] for some s. A
-    beginning of the log is not made so, even if its end repeats itself.
+    A client that dropped its oldest messages: prompt[:end] is log[:s] + log[s + n_dropped:] for some s. 0 if it is not;
+    a beginning of the log is not, even if its end repeats itself.
     """
     n_dropped = len(log) - end
     n_prefix = common_prefix(log, prompt[:end])

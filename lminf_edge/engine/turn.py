@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,7 @@ class Turn:
     def progress(self) -> Progress:
         return Progress(len(self.prompt), self.n_cached, self.n_read)
 
-    def prompt_parts(self) -> Iterator[tuple[Tokens, Logits]]:
+    def prompt_parts(self) -> Generator[tuple[Tokens, Logits], None, None]:
         """For wants_prompt_logits: parts of the prompt (n_part,), each with its logits (n_part, n_vocab).
 
         Raises as tokens() does. Closing the iterator, or its end, ends the turn.
@@ -94,7 +94,7 @@ class Turn:
         finally:
             self.engine.end(self)
 
-    def tokens(self) -> Iterator[int]:
+    def tokens(self) -> Generator[int, None, None]:
         """The tokens that follow the prompt, without an end of its own.
 
         Raises TurnCancelled, or what went wrong in the engine. Closing the iterator ends the turn; a token that was

@@ -56,11 +56,10 @@ class Voice:
         """As llama_cpp.Llama.create_chat_completion."""
         self._messages = messages
         llm = self._llm
-        handler = (
-            llm.chat_handler
-            or llm._chat_handlers.get(llm.chat_format)
-            or llama_chat_format.get_chat_completion_handler(llm.chat_format)
-        )
+        name = str(llm.chat_format)
+        handler: Any = llm.chat_handler or llm._chat_handlers.get(name)
+        if handler is None:
+            handler = llama_chat_format.get_chat_completion_handler(name)
         return handler(llama=self, messages=messages, **kwargs)
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +105,7 @@ class Voice:
     def generate(
         self, tokens: Sequence[int] | Tokens, reset: bool = True, stopping_criteria: Any = None, **sampling: Any
     ) -> Generator[int, None, None]:
-        """Tokens that follow `tokens`, without an end of its own; the arguments are those of llama_cpp.Llama.generate."""
+        """Tokens that follow `tokens`, without an end of its own; arguments as for llama_cpp.Llama.generate."""
         prompt = as_tokens(tokens)
         self._seen = TokenLog(prompt[-N_RECENT:])
         sampler = llama_cpp.Llama._init_sampler(self, **sampling)  # type: ignore[arg-type]
@@ -125,7 +124,7 @@ class Voice:
             self._remember(prompt, answer)
 
     def prompt_logits(self, tokens: Tokens) -> Iterator[tuple[Tokens, Logits]]:
-        """Processes tokens (n_tokens,) from an empty stream; yields them in parts, with the logits (n_part, n_vocab)."""
+        """Processes tokens (n_tokens,) from an empty stream; yields parts, and their logits (n_part, n_vocab)."""
         sampler = llama_cpp.Llama._init_sampler(self, temp=0.0)  # type: ignore[arg-type]
         turn = self._begin(tokens, sampler, wants_prompt_logits=True)
         with contextlib.closing(turn.prompt_parts()) as parts:
@@ -172,7 +171,7 @@ class Voice:
     # --- sinks --------------------------------------------------------------------------------------------------------
 
     def _choose_sinks(self, starts: list[int]) -> None:
-        """The system block as sinks, if it is to be pinned; `starts` are token numbers at which the text's pieces begin."""
+        """The system block as sinks, if it is to be pinned; the text's pieces begin at the tokens `starts`."""
         self._n_sinks = self.engine.n_sinks
         if not self._pin_system:
             return

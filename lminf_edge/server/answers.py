@@ -156,7 +156,9 @@ def chat_answers(engine_voice: Voice, arguments: dict[str, Any], n: int, meter: 
     for i in range(n):
         answer = _run_template(lambda i=i: engine_voice.create_chat_completion(**_choice(arguments, i)))  # type: ignore[misc]
         for choice in answer["choices"]:
-            choice["message"].pop("function_call", None)  # the old form of tool_calls, which clients prefer if it is there
+            choice["message"].pop(
+                "function_call", None
+            )  # the old form of tool_calls, which clients prefer if it is there
         answers.append(answer)
         meter.add_turn(is_first=i == 0)
     return merged_choices(answers, meter)
@@ -204,7 +206,11 @@ def completion_chunks(
 
 
 def _chunks(
-    start: Callable[[int], Iterator[dict[str, Any]]], n_choices: int, n_per_prompt: int, meter: Meter, include_usage: bool
+    start: Callable[[int], Iterator[dict[str, Any]]],
+    n_choices: int,
+    n_per_prompt: int,
+    meter: Meter,
+    include_usage: bool,
 ) -> Iterator[dict[str, Any]]:
     head: dict[str, Any] = {}
     for i in range(n_choices):
@@ -230,7 +236,7 @@ def _chunks(
 
 
 def plain_delta(delta: Mapping[str, Any], has_tool: bool) -> dict[str, Any]:
-    """A delta as clients add them up: llama_cpp repeats a tool's id and name in each, and gives it in an old form, too."""
+    """A delta as clients add them up: llama_cpp repeats a tool's id and name in each, and adds an older form of it."""
     plain = {name: value for name, value in delta.items() if value is not None and name != "function_call"}
     if has_tool and "tool_calls" in plain:
         plain["tool_calls"] = [

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llama_cpp
-from llama_cpp import LlamaGrammar
-from llama_cpp.llama_grammar import json_schema_to_gbnf
+from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
 
 from lminf_edge.llama import Llama
 from lminf_edge.native import captured_errors
@@ -30,9 +29,15 @@ def text_grammar(llm: Llama, text: str, param: str) -> LlamaGrammar:
     """Raises ApiError for what is no grammar."""
     if len(text) > MAX_CHARACTERS or _depth(text) > MAX_DEPTH:
         raise ApiError(
-            400, f"{param}: a grammar has {MAX_CHARACTERS:,} characters and {MAX_DEPTH} nested parentheses at most.", param=param
+            400,
+            f"{param}: a grammar has {MAX_CHARACTERS:,} characters and {MAX_DEPTH} nested parentheses at most.",
+            param=param,
         )
-    if any(int(number) > MAX_REPEATS for numbers in re.findall(r"\{\s*([\d,\s]+)\}", text) for number in re.findall(r"\d+", numbers)):
+    if any(
+        int(number) > MAX_REPEATS
+        for numbers in re.findall(r"\{\s*([\d,\s]+)\}", text)
+        for number in re.findall(r"\d+", numbers)
+    ):
         raise ApiError(400, f"{param}: nothing may be repeated more than {MAX_REPEATS:,} times.", param=param)
     with captured_errors():
         sampler = llama_cpp.llama_sampler_init_grammar(llm._model.vocab, text.encode("utf-8"), b"root")
@@ -100,7 +105,9 @@ def response_format(llm: Llama, value: Mapping[str, Any]) -> dict[str, Any]:
         schema = inner.get("schema") if isinstance(inner, dict) else None
     else:
         raise ApiError(
-            400, f'{param}: its type must be "text", "json_object" or "json_schema", not {str(kind)[:50]!r}.', param=param
+            400,
+            f'{param}: its type must be "text", "json_object" or "json_schema", not {str(kind)[:50]!r}.',
+            param=param,
         )
     return {"grammar": schema_grammar(llm, schema, param)}
 
@@ -126,7 +133,9 @@ def checked_tool_choice(llm: Llama, choice: Any, tools: Sequence[dict[str, Any]]
         return str(choice)
     if choice == "required":
         if len(tools) != 1:
-            raise ApiError(400, f'{param}: "required" is possible with one tool; name the function to call.', param=param)
+            raise ApiError(
+                400, f'{param}: "required" is possible with one tool; name the function to call.', param=param
+            )
         name = names[0]
     elif isinstance(choice, dict) and isinstance(choice.get("function"), dict):
         name = choice["function"].get("name")

@@ -85,7 +85,9 @@ async def slots(request: Request) -> list[dict[str, Any]]:
 def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     """The tokens of a text."""
     llm = ServerState.of(request).llm
-    tokens = llm.tokenize(body.content.encode("utf-8"), add_bos=bool(body.add_special), special=bool(body.parse_special))
+    tokens = llm.tokenize(
+        body.content.encode("utf-8"), add_bos=bool(body.add_special), special=bool(body.parse_special)
+    )
     if body.with_pieces:
         return {"tokens": [{"id": token, "piece": piece_of(llm.detokenize([token], special=True))} for token in tokens]}
     return {"tokens": tokens}
@@ -184,7 +186,9 @@ def native_chunks(
         choice = chunk["choices"][0]
         reason = choice["finish_reason"] or reason
         if choice["finish_reason"] is None and not only_read:
-            probabilities = {"completion_probabilities": token_probabilities(choice["logprobs"])} if body.n_probs else {}
+            probabilities = (
+                {"completion_probabilities": token_probabilities(choice["logprobs"])} if body.n_probs else {}
+            )
             yield {"index": 0, "content": choice["text"], "stop": False, **probabilities}
     meter.add_turn()
     turn = voice.turn

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -56,7 +55,9 @@ class Guard:
         counts = not _is_open(scope["path"])
         if counts and self.n_open >= self.settings.max_requests:
             response = error_response(
-                503, f"{self.n_open} requests are open, as many as may be: try again later.", headers={"Retry-After": "1"}
+                503,
+                f"{self.n_open} requests are open, as many as may be: try again later.",
+                headers={"Retry-After": "1"},
             )
             await response(scope, receive, send)
             return
@@ -109,9 +110,10 @@ class Guard:
         async def counted() -> Message:
             nonlocal n_bytes, is_whole
             if is_whole:  # what comes now is that the client hangs up, whenever that is
-                return await receive()
+                last: Message = await receive()
+                return last
             try:
-                message: Any = await asyncio.wait_for(receive(), self.settings.body_seconds)
+                message: Message = await asyncio.wait_for(receive(), self.settings.body_seconds)
             except asyncio.TimeoutError:
                 raise HTTPException(408, "The body of the request did not arrive in time.") from None
             if message["type"] == "http.request":

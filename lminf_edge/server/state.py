@@ -77,7 +77,11 @@ class ServerState:
             "name": self.settings.model_name,
             "context_length": ENDLESS,
             "max_model_len": ENDLESS,
-            "meta": {"n_vocab": self.llm.n_vocab(), "n_embd": self.llm.n_embd(), "n_ctx_train": self.llm._model.n_ctx_train()},
+            "meta": {
+                "n_vocab": self.llm.n_vocab(),
+                "n_embd": self.llm.n_embd(),
+                "n_ctx_train": self.llm._model.n_ctx_train(),
+            },
             "lminf": {"sink": self.engine.n_sinks, "window": window.n_local, "max_distance": window.max_distance},
         }
 

@@ -56,7 +56,8 @@ async def in_thread(threads: ThreadPoolExecutor, request: Request, voice: Voice,
     working.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to ask for it
     gone = asyncio.ensure_future(until_gone(request))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {working, gone}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             voice.cancel()
             await asyncio.wait({working})

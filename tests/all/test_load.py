@@ -37,7 +37,9 @@ async def talk(client: httpx.AsyncClient, i: int, rng: random.Random, leaves: bo
 
 def test_many_clients_half_of_which_hang_up(nano_path: str) -> None:
     settings = Settings(model_name="nano", max_requests=100)
-    with serve(nano_path, settings, parallel=4, lminf=LMInfConfig(n_global=4, n_local=128), memory_budget=64 << 20) as served:
+    with serve(
+        nano_path, settings, parallel=4, lminf=LMInfConfig(n_global=4, n_local=128), memory_budget=64 << 20
+    ) as served:
 
         async def everyone() -> list[list[int]]:
             limits = httpx.Limits(max_connections=None)

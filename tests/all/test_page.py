@@ -55,16 +55,16 @@ def page(browser: Browser, server: Served) -> Iterator[Page]:
 
 
 def say(page: Page, text: str, wait: bool = True) -> None:
-    n_answers = page.locator('[data-testid=message][data-role=assistant]').count()
+    n_answers = page.locator("[data-testid=message][data-role=assistant]").count()
     page.get_by_test_id("message-text").fill(text)
     page.get_by_test_id("send").click()
     if wait:
-        answers = page.locator('[data-testid=message][data-role=assistant]:not([data-writing])')
+        answers = page.locator("[data-testid=message][data-role=assistant]:not([data-writing])")
         expect(answers).to_have_count(n_answers + 1, timeout=60_000)
 
 
 def answers(page: Page) -> list[str]:
-    return page.locator('[data-testid=message][data-role=assistant]').all_inner_texts()
+    return page.locator("[data-testid=message][data-role=assistant]").all_inner_texts()
 
 
 def position(page: Page) -> int:
@@ -113,14 +113,18 @@ def test_regenerate_and_edit(page: Page) -> None:
     say(page, "Anna counted the lamps.")
     before = answers(page)
     page.get_by_test_id("regenerate").last.click()
-    expect(page.locator('[data-testid=message][data-role=assistant]:not([data-writing])')).to_have_count(2, timeout=60_000)
+    expect(page.locator("[data-testid=message][data-role=assistant]:not([data-writing])")).to_have_count(
+        2, timeout=60_000
+    )
     assert answers(page) == before  # at temperature 0
     first = page.locator("[data-testid=message][data-role=user]").first
     first.hover()
     first.get_by_test_id("edit").click()
     page.get_by_test_id("edit-text").fill("The train left at seven.")
     page.get_by_test_id("edit-save").click()
-    expect(page.locator('[data-testid=message][data-role=assistant]:not([data-writing])')).to_have_count(1, timeout=60_000)
+    expect(page.locator("[data-testid=message][data-role=assistant]:not([data-writing])")).to_have_count(
+        1, timeout=60_000
+    )
     assert page.locator("[data-testid=message][data-role=user]").count() == 1
     assert "The train left at seven." in page.get_by_test_id("messages").inner_text()
 
@@ -185,7 +189,9 @@ def test_accessibility(page: Page) -> None:
 
 
 def test_a_key_is_asked_for(browser: Browser, nano_path: str) -> None:
-    with serve(nano_path, Settings(model_name="nano", api_key="secret"), lminf=LMInfConfig(n_global=4, n_local=64)) as served:
+    with serve(
+        nano_path, Settings(model_name="nano", api_key="secret"), lminf=LMInfConfig(n_global=4, n_local=64)
+    ) as served:
         context = browser.new_context()
         page = context.new_page()
         page.goto(served.url)
