@@ -32,6 +32,7 @@ async function start() {
     store = await Conversations.open();
   } catch (error) {
     showBanner(`This browser does not keep data for this page, so there can be no conversations: ${error.message}`);
+    $("composer").inert = true;
     return;
   }
   store.listen(changedElsewhere);
