@@ -151,7 +151,8 @@ async function refreshList() {
 async function changedElsewhere({ id, revision, index, message }) {
   if (!message) refreshList();
   if (id !== shown.id || shown.turn || thread.isEditing) return;
-  if (message && revision === shown.revision) {
+  if (message && revision === shown.revision + 1) {
+    shown.revision = revision;
     shown.messages[index] = message;
     thread.update();
   } else await reload(shown);
