@@ -13,7 +13,7 @@ const html = (text) => parse(text).map((block) => blockNode(block).html()).join(
 const BLOCKS = [
   ["paragraphs; a line's end is a break", "a\nb\n\n\nc", "<p>a<br>b</p><p>c</p>"],
   ["CRLF", "a\r\n\r\n- b\r\n", "<p>a</p><ul><li>b</li></ul>"],
-  ["headings, below the page's own", "# a\n## b ##\n####### c\n#d", "<h3>a</h3><h4>b</h4><p>####### c<br>#d</p>"],
+  ["headings, below the page's own", "# a\n## b ##\n### c\n####### d\n#e", "<h3>a</h3><h3>b</h3><h4>c</h4><p>####### d<br>#e</p>"],
   ["rules", "a\n---\n* * *", "<p>a</p><hr><hr>"],
   ["a quote with blocks", "> a\n>\n> - b\nc", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote><p>c</p>"],
   ["lists", "- a\n- b\n\n1. c\n2. d", "<ul><li>a</li><li>b</li></ul><ol start=1><li>c</li><li>d</li></ol>"],
@@ -200,6 +200,20 @@ test("linear time: nested lists and quotes, each line deeper than the one before
   const depth = (node) => (node.children ? 1 + Math.max(0, ...node.children.map(depth)) : 0);
   for (const block of parse(lines.join(""))) assert.ok(depth(blockNode(block)) < 100);
   assert.ok(performance.now() - start < 3000);
+});
+
+test("a paragraph of very many lines is parsed a part at a time", () => {
+  const line = `${"word ".repeat(20)}\n`;
+  const blocks = parse(line.repeat(1000));
+  assert.ok(blocks.length > 20 && blocks.every(({ type }) => type === "paragraph"));
+  const parser = new IncrementalParser();
+  const final = [];
+  for (let i = 0; i < 1000; i++) {
+    const step = parser.push(line);
+    final.push(...step.final);
+    assert.ok(step.open.length <= 2);
+  }
+  assert.deepEqual(final, blocks.slice(0, final.length));
 });
 
 test("a long text that comes in small pieces takes linear time", () => {

@@ -38,7 +38,7 @@ export class Conversations {
     return store;
   }
 
-  /** Calls `changed({id, revision?, index?, message?})` after each change that another tab made. */
+  /** Calls `changed({id, revision?, index?, message?})` after each change that another tab made; `message` has grown. */
   listen(changed) {
     this.#channel.onmessage = ({ data }) => changed(data);
   }
@@ -86,16 +86,15 @@ export class Conversations {
     return revision + 1;
   }
 
-  /** Saves a message that has grown. */
-  saveMessage(id, revision, index, message) {
-    return this.#write(
-      id,
-      async (conversations, stored) => {
-        await this.#expect(conversations, id, revision);
-        stored.put(message, [id, index]);
-      },
-      { revision, index, message },
-    );
+  /** Saves a message that has grown; returns the new revision. */
+  async saveMessage(id, revision, index, message) {
+    const change = async (conversations, stored) => {
+      const conversation = await this.#expect(conversations, id, revision);
+      conversations.put({ ...conversation, revision: revision + 1 });
+      stored.put(message, [id, index]);
+    };
+    await this.#write(id, change, { revision: revision + 1, index, message });
+    return revision + 1;
   }
 
   remove(id) {

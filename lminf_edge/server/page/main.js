@@ -32,6 +32,7 @@ async function start() {
     store = await Conversations.open();
   } catch (error) {
     showBanner(`This browser does not keep data for this page, so there can be no conversations: ${error.message}`);
+    $("composer").inert = true;
     return;
   }
   store.listen(changedElsewhere);
@@ -49,7 +50,7 @@ async function start() {
     $("forget-key").hidden = true;
   });
   $("system").addEventListener("change", changeSystem);
-  $("new").addEventListener("click", () => composer.focus());
+  $("begin").addEventListener("click", () => composer.focus());
   await route();
   await connect();
 }
@@ -150,7 +151,8 @@ async function refreshList() {
 async function changedElsewhere({ id, revision, index, message }) {
   if (!message) refreshList();
   if (id !== shown.id || shown.turn || thread.isEditing) return;
-  if (message && revision === shown.revision) {
+  if (message && revision === shown.revision + 1) {
+    shown.revision = revision;
     shown.messages[index] = message;
     thread.update();
   } else await reload(shown);
@@ -184,10 +186,10 @@ async function send(text) {
 async function edit(index, text) {
   const chat = shown;
   if (chat.turn) return;
-  if (await commit(chat, index, text)) {
-    composer.focus();
-    answer(chat);
-  } else composer.text = [composer.text, text].filter(Boolean).join("\n\n"); // nothing that was typed is lost
+  const isKept = await commit(chat, index, text);
+  composer.focus();
+  if (isKept) answer(chat);
+  else composer.text = [composer.text, text].filter(Boolean).join("\n\n"); // nothing that was typed is lost
 }
 
 /** Puts a message of the user in the place of all messages from `index` on. Returns whether that could be kept. */
@@ -242,7 +244,7 @@ async function answer(chat, previous = null) {
   chat.turn = null;
   if (chat !== shown) chats.delete(chat.id);
   if (!turn.answer && previous) chat.messages.push(previous);
-  chat.stats = turn.stats;
+  if (turn.answer) chat.stats = turn.stats;
   Object.assign(server.cache, turn.cache);
   if (turn.error) await failed(chat, turn.error);
   else if (turn.answer) await store.update(chat.id, { stats: chat.stats });

@@ -41,8 +41,8 @@ export class MarkdownView {
 
 export function blockNode(block) {
   switch (block.type) {
-    case "heading": // below the headings of the page
-      return el(`h${Math.min(block.level + 2, 6)}`, {}, inlineNodes(block.children));
+    case "heading": // below a message's own, h2; models begin with # or ##
+      return el(`h${Math.min(Math.max(block.level + 1, 3), 6)}`, {}, inlineNodes(block.children));
     case "quote":
       return el("blockquote", {}, block.children.map(blockNode));
     case "list": {

@@ -11,6 +11,7 @@
  */
 
 const MAX_DEPTH = 16;
+const MAX_PARAGRAPH = 4000; // characters; it then ends with its line: while a text grows, its last block is parsed again
 
 const FENCE = /^( *)(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
@@ -75,7 +76,12 @@ function parseBlocks(lines, depth = 0, starts = []) {
     else if (isTable(lines, i)) [block, i] = parseTable(lines, i);
     else {
       const text = [lines[i++]];
-      while (i < lines.length && !isBlank(lines[i]) && !interrupts(lines[i]) && !isTable(lines, i)) text.push(lines[i++]);
+      let length = line.length;
+      while (i < lines.length && length < MAX_PARAGRAPH && !isBlank(lines[i])) {
+        if (interrupts(lines[i]) || isTable(lines, i)) break;
+        length += lines[i].length;
+        text.push(lines[i++]);
+      }
       block = { type: "paragraph", children: parseInline(text.map((part) => part.trim()).join("\n")) };
     }
     blocks.push(block);

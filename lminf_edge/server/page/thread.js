@@ -88,7 +88,8 @@ export class Thread {
     }
     if (rows.length) this.#fill(rows.at(-1), Boolean(turn) && turn.answer === rows.at(-1).message);
     this.#drawAround();
-    if (this.#atEnd) this.#toEnd();
+    const height = this.#scroller.scrollHeight; // lays the page out: this counts
+    if (this.#atEnd) this.#toEnd(height);
     const end = performance.now();
     this.#rest = end + (end - start) * (1 / BUSY - 1);
   }
@@ -170,10 +171,13 @@ export class Thread {
   #fillUser(body, text) {
     const isLong = text.length > 1.5 * FOLDED;
     body.textContent = isLong ? `${text.slice(0, FOLDED)}…` : text;
-    if (!isLong) return;
-    body.append(
-      button(`Show all ${count(text.length)} characters`, () => (body.textContent = text), { class: "unfold" }),
-    );
+    if (isLong) body.append(button(`Show all ${count(text.length)} characters`, unfold, { class: "unfold" }));
+
+    function unfold() {
+      body.textContent = text;
+      body.tabIndex = -1; // where the button was
+      body.focus({ preventScroll: true });
+    }
   }
 
   /** Replaces a message of the user by a text area, until it is saved or cancelled. */
@@ -230,9 +234,9 @@ export class Thread {
     }
   }
 
-  #toEnd() {
+  #toEnd(height = this.#scroller.scrollHeight) {
     this.#atEnd = true;
     this.#latest.hidden = true;
-    this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    this.#scroller.scrollTop = height;
   }
 }

@@ -104,8 +104,10 @@ export class Turn {
   async #save() {
     if (!this.answer || this.error instanceof ConflictError) return;
     const { id, revision } = this.#chat;
-    if (this.#stored) await this.#store.saveMessage(id, revision, this.#index, this.answer);
-    else this.#chat.revision = await this.#store.replaceTail(id, revision, this.#index, [this.answer]);
+    const answer = { ...this.answer }; // as it is now: it may grow meanwhile
+    this.#chat.revision = this.#stored
+      ? await this.#store.saveMessage(id, revision, this.#index, answer)
+      : await this.#store.replaceTail(id, revision, this.#index, [answer]);
     this.#stored = true;
   }
 }
