@@ -19,7 +19,8 @@ from lminf_edge.engine import Engine, load_engine
 
 SYSTEM = [1, 300, 301, 302, 303, 304, 305, 306]
 SEEDS = itertools.count()
-SETTINGS: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
+# with everything in f32, another order of additions is all that can differ
+SETTINGS: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0}
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Client(RuleBasedStateMachine):
         assert turn.position == len(stream) + len(answer)
         self.alone.reset()
         self.alone.eval(stream)
-        np.testing.assert_allclose(first, self.alone.scores[-1], atol=2e-3, rtol=0)
+        np.testing.assert_allclose(first, self.alone.scores[-1], atol=1e-3, rtol=0)
         chat.stream = [*stream, *answer]
         chat.messages.append(answer)
 

@@ -343,7 +343,7 @@ def test_the_whole_context_is_saved_and_restored(llama: Path) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"n_local": 33}, {"n_global": 3}, {"max_distance": 16}, {"mode": "order"}, {"type_k": F16}, {"type_v": F16}],
+    [{"n_local": 33}, {"n_global": 9}, {"max_distance": 16}, {"mode": "order"}, {"type_k": F16}, {"type_v": F16}],
 )
 def test_a_foreign_state_is_refused_and_nothing_is_lost(llama: Path, other: dict[str, object]) -> None:
     with NativeContext(llama, **{"n_local": L, "n_global": G, "n_ubatch": 16, **other}) as context:  # type: ignore[arg-type]
