@@ -27,7 +27,8 @@ test-all: browser stock ## make test, and the server with a real browser, node c
 
 browser: setup # what the tests of the page and of node clients need, beside Chromium and node themselves
 	@command -v npm > /dev/null || { echo "error: node and npm are needed: apt-get install nodejs npm" >&2; exit 1; }
-	@command -v chromium chromium-browser google-chrome > /dev/null || { echo "error: Chromium is needed: apt-get install chromium" >&2; exit 1; }
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null || \
+		{ echo "error: Chromium is needed: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -c "import playwright" 2> /dev/null || $(BIN)/python -m pip install -q playwright
 	@cd tests/all && { [ -d node_modules/openai ] || npm install --no-audit --no-fund --silent; }
 
