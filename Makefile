@@ -22,8 +22,8 @@ stock: ## llama.cpp without our patches as well, for tests and benchmarks to com
 test: stock ## the whole test suite; ARGS="-k name" for a part of it
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
 
-test-all: browser stock ## make test, and the server with a real browser, node clients, kills and load; ARGS="-k name"
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests tests/all $(ARGS)
+test-all: test browser ## make test, then the server with a real browser, node clients, kills and load
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/all
 
 browser: setup # what the tests of the page and of node clients need, beside Chromium and node themselves
 	@command -v npm > /dev/null || { echo "error: node and npm are needed: apt-get install nodejs npm" >&2; exit 1; }

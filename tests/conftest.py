@@ -20,6 +20,14 @@ from lminf_edge.models import find_model
 
 SHARED = Path(os.environ.get("LMINF_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """tests/all needs a browser and node: it is only run where it is asked for (make test-all)."""
+    if collection_path == Path(__file__).parent / "all":
+        return not any("all" in Path(argument).parts for argument in config.args)
+    return None
+
+
 # a few sentences of our own, so that the tests need no corpus
 TEXT = (
     "The ferry left at six, an hour before the sun came over the hills, and nobody on board had slept. "
