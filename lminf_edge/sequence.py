@@ -70,6 +70,11 @@ class CacheSequence:
         """Forgets all tokens from this stream position on; False, and nothing changed, if that is not possible."""
         return self._native.rollback(self.ctx, position, self.seq_id)
 
+    def go_back_to(self, position: int) -> None:
+        """The same where it has to be possible. Raises RuntimeError if it is not."""
+        if not self.rollback(position):
+            raise RuntimeError(f"The stream cannot go back to position {position}: {self.error()}.")
+
     def clear(self, n_sinks: int | None = None) -> None:
         """Forgets everything; the next stream keeps n_sinks sinks, by default as many as the context has room for.
 

@@ -412,8 +412,7 @@ class Engine:
             # another conversation that begins alike: what is here is kept
             n_dropped, n_sinks = slot.n_dropped, slot.n_sinks
             self._keep_snapshot(slot)
-            if not slot.sequence.rollback(found.n_cached + n_dropped):
-                raise RuntimeError(f"The stream cannot go back to {found.n_cached} tokens: {slot.sequence.error()}.")
+            slot.sequence.go_back_to(found.n_cached + n_dropped)
             slot.hold(Conversation(log=TokenLog(turn.prompt[: found.n_cached])), n_sinks, n_dropped)
         else:
             if len(slot) - found.n_cached > slot.sequence.window.n_slack:
@@ -451,8 +450,8 @@ class Engine:
             return
         self.counters.restored += 1
         self.counters.from_files += snapshot.data is None
-        if n_tokens < snapshot.n_tokens and not slot.sequence.rollback(n_tokens + snapshot.n_dropped):
-            raise RuntimeError(f"The stream cannot go back to {n_tokens} tokens: {slot.sequence.error()}.")
+        if n_tokens < snapshot.n_tokens:
+            slot.sequence.go_back_to(n_tokens + snapshot.n_dropped)
         if found.shifted is not None:
             log = self.store.log(conversation)
             turn.replay = log.view()[n_tokens:].copy()

@@ -29,9 +29,7 @@ class Slot:
     turn: Turn | None = None  # at work
     n_sinks: int = 0
     n_dropped: int = 0
-    n_seam: int = (
-        0  # length of the log at which tokens were dropped: what comes before is not where it was in the stream
-    )
+    n_seam: int = 0  # length of the log at which tokens were dropped: nothing before can be gone back to
     marks: list[int] = field(default_factory=list)  # lengths of the log to stay able to go back to, in order
     used: float = 0.0  # when the last turn ended, in seconds of the monotonic clock
     is_saved: bool = False  # what it holds is among the snapshots
@@ -62,13 +60,10 @@ class Slot:
 
     def go_back_to(self, n_tokens: int) -> None:
         """Forgets all but the first n_tokens. Raises RuntimeError if the cache cannot."""
-        assert self.conversation is not None
         if n_tokens == len(self):
             return
-        if not self.sequence.rollback(n_tokens + self.n_dropped):
-            raise RuntimeError(f"The stream cannot go back to {n_tokens} tokens: {self.sequence.error()}.")
-        self.conversation.become(self.log.view()[:n_tokens])
-        self.marks = [mark for mark in self.marks if mark <= n_tokens]
+        self.sequence.go_back_to(n_tokens + self.n_dropped)
+        self._cut_log(n_tokens)
         self.is_saved = False
 
     def drop_middle(self, tokens: Tokens) -> None:
@@ -85,11 +80,15 @@ class Slot:
             return
         n_tokens = self.sequence.position - self.n_dropped
         if 0 <= n_tokens <= len(self):
-            self.conversation.become(self.log.view()[:n_tokens])
-            self.marks = [mark for mark in self.marks if mark <= n_tokens]
+            self._cut_log(n_tokens)
         else:
             self.sequence.clear()
             self.hold(None)
+
+    def _cut_log(self, n_tokens: int) -> None:
+        assert self.conversation is not None
+        self.conversation.become(self.log.view()[:n_tokens])
+        self._drop_marks_after(n_tokens)
 
     # --- marks --------------------------------------------------------------------------------------------------------
 
@@ -100,8 +99,11 @@ class Slot:
 
     def end_turn(self) -> None:
         """Marks the present moment; what was not read has no marks any more."""
-        self.marks = [mark for mark in self.marks if mark <= len(self)]
+        self._drop_marks_after(len(self))
         self.mark(len(self))
+
+    def _drop_marks_after(self, n_tokens: int) -> None:
+        self.marks = [mark for mark in self.marks if mark <= n_tokens]
 
     def n_until_snapshot(self) -> int:
         """Tokens that can be processed before the first mark gets out of reach, 0 if a snapshot is to be made first."""
