@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import llama_cpp
@@ -16,7 +15,7 @@ from lminf_edge.engine.voice import Voice
 from lminf_edge.server import answers
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.grammars import schema_grammar, text_grammar
-from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, new_voice, open_stream, run
+from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, respond
 from lminf_edge.server.requests import DetokenizeRequest, LlamaCompletionRequest, TokenizeRequest
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.state import ServerState
@@ -115,12 +114,13 @@ async def completion(request: Request, body: LlamaCompletionRequest) -> Any:
     """The continuation of a text, in llama.cpp's dialect."""
     state = ServerState.of(request)
     arguments = native_arguments(state, body)
-    if body.stream:
-        events, on_progress = open_stream(state, request, bool(body.return_progress))
-        voice = new_voice(state, None, on_progress)
-        return await events.respond(voice, partial(native_chunks, state, voice, body, arguments), None)
-    voice = new_voice(state, None)
-    return await run(state, request, voice, partial(native_answer, state, voice, body, arguments))
+    return await respond(
+        request,
+        body,
+        lambda voice: native_answer(state, voice, body, arguments),
+        lambda voice: native_chunks(state, voice, body, arguments),
+        None,
+    )
 
 
 def prompt_of(state: ServerState, prompt: str | list[int] | list[int | str]) -> str | list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from lminf_edge.engine.meter import Meter
 from lminf_edge.engine.voice import Voice
 from lminf_edge.server import answers
 from lminf_edge.server.errors import ApiError, ErrorResponse
-from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import EventStream, Hung, ProgressReporter, as_api_error, in_thread
 
@@ -47,16 +48,25 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     return card
 
 
-def open_stream(state: ServerState, request: Request, return_progress: bool) -> tuple[EventStream, Any]:
-    """A stream of events, and what reports a prompt's progress into it if that is wanted."""
+async def respond(
+    request: Request,
+    body: Sampling,
+    whole: Callable[[Voice], dict[str, Any]],
+    chunks: Callable[[Voice], Iterator[dict[str, Any]]],
+    done: str | None,
+) -> Any:
+    """An answer in one piece or, with `stream`, in chunks and then `done`; both are made in a thread."""
+    state = ServerState.of(request)
+    pin_system = body.lminf.pin_system if body.lminf else None
+    if not body.stream:
+        voice = Voice(state.engine, pin_system=pin_system)
+        return await run(state, request, voice, partial(whole, voice))
     events = EventStream(state.threads, request, state.settings.ping_seconds)
-    if not return_progress:
-        return events, None
-    return events, ProgressReporter(lambda progress: events.put(answers.progress_chunk(progress)))
-
-
-def new_voice(state: ServerState, pin_system: bool | None, on_progress: Any = None) -> Voice:
-    return Voice(state.engine, pin_system=pin_system, on_progress=on_progress)
+    on_progress = None
+    if body.return_progress:
+        on_progress = ProgressReporter(lambda progress: events.put(answers.progress_chunk(progress)))
+    voice = Voice(state.engine, pin_system=pin_system, on_progress=on_progress)
+    return await events.respond(voice, partial(chunks, voice), done)
 
 
 @router.post("/chat/completions", response_model=None, responses=ANSWERS)
@@ -64,17 +74,16 @@ async def chat(request: Request, body: ChatRequest) -> Any:
     """An answer to a conversation of any length; what was sent before is recognised and not read again."""
     state = ServerState.of(request)
     arguments = answers.chat_arguments(state.llm, body, state.settings.model_name)
-    pin_system = body.lminf.pin_system if body.lminf else None
     n = body.n or 1
+    usage = bool(body.stream_options and body.stream_options.include_usage)
     state.log_messages(arguments["messages"])
-    if body.stream:
-        events, on_progress = open_stream(state, request, bool(body.return_progress))
-        voice = new_voice(state, pin_system, on_progress)
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        chunks = partial(answers.chat_chunks, voice, arguments, n, Meter(voice), usage)
-        return await events.respond(voice, chunks, "[DONE]")
-    voice = new_voice(state, pin_system)
-    return await run(state, request, voice, partial(answers.chat_answers, voice, arguments, n, Meter(voice)))
+    return await respond(
+        request,
+        body,
+        lambda voice: answers.chat_answers(voice, arguments, n, Meter(voice)),
+        lambda voice: answers.chat_chunks(voice, arguments, n, Meter(voice), usage),
+        "[DONE]",
+    )
 
 
 @router.post("/completions", response_model=None, responses=ANSWERS)
@@ -84,15 +93,14 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     arguments = answers.completion_arguments(state.llm, body, state.settings.model_name)
     prompts = answers.prompts_of(body.prompt, state.llm.n_vocab())
     n = body.n or 1
-    if body.stream:
-        events, on_progress = open_stream(state, request, bool(body.return_progress))
-        voice = new_voice(state, None, on_progress)
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        chunks = partial(answers.completion_chunks, voice, prompts, arguments, n, Meter(voice), usage)
-        return await events.respond(voice, chunks, "[DONE]")
-    voice = new_voice(state, None)
-    work = partial(answers.completion_answers, voice, prompts, arguments, n, Meter(voice))
-    return await run(state, request, voice, work)
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    return await respond(
+        request,
+        body,
+        lambda voice: answers.completion_answers(voice, prompts, arguments, n, Meter(voice)),
+        lambda voice: answers.completion_chunks(voice, prompts, arguments, n, Meter(voice), usage),
+        "[DONE]",
+    )
 
 
 async def run(state: ServerState, request: Request, voice: Voice, work: Any) -> Any:

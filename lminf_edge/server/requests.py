@@ -38,7 +38,7 @@ class LambdaOptions(_Lenient):
 TokenLimit = Annotated[int, Field(ge=1, le=1 << 40)] | Literal[-1] | None
 
 
-class _Sampling(_Lenient):
+class Sampling(_Lenient):
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=100, description="0: always the likeliest token; 0.8 if not given")
     top_p: float | None = Field(None, ge=0, le=1, description="0.95 if not given")
@@ -63,7 +63,7 @@ class _Sampling(_Lenient):
         return stop
 
 
-class _OpenAISampling(_Sampling):
+class _OpenAISampling(Sampling):
     max_tokens: TokenLimit = Field(None, description="not given or -1: until the model stops")
     logit_bias: dict[str, float] | None = None
     n: int | None = Field(1, ge=1, le=MAX_CHOICES)
@@ -104,7 +104,7 @@ class EmbeddingRequest(_Lenient):
     encoding_format: Literal["float", "base64"] | None = "float"
 
 
-class LlamaCompletionRequest(_Sampling):
+class LlamaCompletionRequest(Sampling):
     """POST /completion, in llama.cpp's dialect"""
 
     prompt: str | list[int] | list[int | str] = ""
