@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import llama_cpp
 import numpy as np
 from machine import ROOT, describe
 
@@ -75,8 +74,10 @@ class Server:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        data = json.dumps(body).encode()  # the client's own work is not part of what is measured
         started, first, text, last = time.perf_counter(), None, "", {}
-        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        headers = {"Content-Type": "application/json"}
+        with self.client.stream("POST", "/v1/chat/completions", content=data, headers=headers) as response:
             response.raise_for_status()
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
@@ -130,11 +131,15 @@ class Talk:
         return first, last
 
     def grow(self, n_tokens: int) -> int:
-        """Until the history has about so many tokens; returns how many it has."""
+        """Until the history has about so many tokens, in messages of 300 words; returns how many it has."""
         n = 0
         while n < n_tokens:
-            n_words = max(20, min(5000, (n_tokens - n) // 4))
-            n = self.say(n_words)[1]["usage"]["prompt_tokens"]
+            n_words = sum(len(message["content"].split()) for message in self.messages)
+            words_to_go = (n_tokens - n) * n_words // n if n else 0  # the first request shows what a word has
+            for _ in range(words_to_go // 600):
+                self.messages.append({"role": "user", "content": self.text(300)})
+                self.messages.append({"role": "assistant", "content": self.text(300)})
+            n = self.say(300)[1]["usage"]["prompt_tokens"]
         return n
 
 
@@ -155,18 +160,31 @@ def first_token(args: argparse.Namespace) -> Figures:
     with served("nano", "--parallel", "2", "--disk", "0") as server:
         talks = {n: Talk(server, n) for n in args.lengths}
         lengths = {n: talk.grow(n) for n, talk in talks.items()}
-        seconds: dict[int, list[float]] = {n: [] for n in talks}
-        for i in range(args.rounds + 2):
-            for n, talk in talks.items():
-                first, last = talk.say(12)
-                assert last["usage"]["prompt_tokens"] - last["usage"]["prompt_tokens_details"]["cached_tokens"] < 200
-                if i >= 2:
-                    seconds[n].append(first)
+        n_messages = {n: len(talk.messages) for n, talk in talks.items()}
+        turns = []
+        for n_words in (12, 100):
+            seconds: dict[int, list[float]] = {n: [] for n in talks}
+            read: list[int] = []
+            for i in range(args.rounds + 2):
+                for n, talk in talks.items():
+                    first, last = talk.say(n_words)
+                    if i >= 2:
+                        seconds[n].append(first)
+                        usage = last["usage"]
+                        read.append(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"])
+            short, long = (seconds[n] for n in args.lengths)
+            turns.append(
+                {
+                    "n_words": n_words,
+                    "tokens_read": spread(read),
+                    "seconds": {n: spread(each) for n, each in seconds.items()},
+                    "ratio": spread([b / a for a, b in zip(short, long, strict=True)]),
+                    "ratio_of_medians": float(np.median(long) / np.median(short)),
+                }
+            )
     return {
-        "conversations": [
-            {"tokens": lengths[n], "messages": len(talks[n].messages), "seconds": spread(seconds[n])} for n in talks
-        ],
-        "ratio": spread([b / a for a, b in zip(*(seconds[n] for n in args.lengths), strict=True)]),
+        "conversations": [{"tokens": lengths[n], "messages": n_messages[n]} for n in talks],
+        "turns": turns,
     }
 
 
@@ -242,6 +260,8 @@ def parallel(args: argparse.Namespace) -> Figures:
     path = random_model("llama-3.2-1b", SHAPES["llama-3.2-1b"], ROOT / "build" / "models")
     settings = {"n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False}
     engine = load_engine(path, parallel=4, lminf=LMInfConfig(n_local=1014), n_ctx=None, **settings)
+    import llama_cpp  # finds its library only once ours has been loaded
+
     rng = np.random.default_rng(0)
 
     def answer(prompt: Tokens) -> None:

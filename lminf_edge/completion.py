@@ -41,10 +41,10 @@ _CONTEXT = 16
 class Detokenizer:
     """The text of a token stream, token by token."""
 
-    def __init__(self, llm: Llama, before: Sequence[int], opening: Sequence[int]) -> None:
+    def __init__(self, llm: Llama, before: Tokens | Sequence[int], opening: Sequence[int]) -> None:
         """`before` are tokens that precede the text, `opening` tokens without text it begins with."""
         self._llm = llm
-        self._before = deque(before[-_CONTEXT:], maxlen=_CONTEXT)
+        self._before = deque(as_tokens(before[-_CONTEXT:]).tolist(), maxlen=_CONTEXT)
         self._opening = list(opening)
 
     def piece(self, token: int) -> bytes:
@@ -205,21 +205,20 @@ def _as_lists(entries: Sequence[TokenLogprobs]) -> dict[str, list[Any]]:
 # --- the prompt -------------------------------------------------------------------------------------------------------
 
 
-def prompt_to_tokens(llm: Llama, prompt: str | Sequence[int], suffix: str | None) -> list[int]:
-    """The tokens of a prompt, or of the text around a gap; a prompt of tokens without suffix stays as it is."""
+def prompt_to_tokens(llm: Llama, prompt: str | Sequence[int] | Tokens, suffix: str | None) -> Tokens:
+    """The tokens (n_tokens,) of a prompt, or of the text around a gap; tokens without suffix stay as they are."""
     if not isinstance(prompt, str) and suffix is None:
-        return list(prompt)
+        return as_tokens(prompt)
     model = llm._model
     bos = model.token_cls() if model.token_cls() != -1 else llm.token_bos()
     sep = model.token_sep()
     begin = [bos] if model.add_bos_token() and bos != -1 else []
     end = [sep if sep != -1 else llm.token_eos()] if model.add_eos_token() or sep != -1 else []
-    if not isinstance(prompt, str):
-        text = list(prompt)
-    else:
-        text = llm.tokenize(prompt.encode("utf-8"), add_bos=False, special=suffix is None) if prompt else []
+    text: Sequence[int] | Tokens = prompt if not isinstance(prompt, str) else []
+    if isinstance(prompt, str) and prompt:
+        text = llm.tokenize(prompt.encode("utf-8"), add_bos=False, special=suffix is None)
     if suffix is None:
-        return [*begin, *text, *end]
+        return _joined(begin, text, end)
 
     # a model without fill-in-the-middle tokens gets token 0 for them, as llama_cpp does for every model
     before, after, middle = (
@@ -231,10 +230,14 @@ def prompt_to_tokens(llm: Llama, prompt: str | Sequence[int], suffix: str | None
         spaced = llm.metadata.get("tokenizer.ggml.add_space_prefix", "true") == "true"
         rest = llm.tokenize(("☺" + suffix if spaced else suffix).encode("utf-8"), add_bos=False, special=False)
         rest = rest[2:] if spaced else rest
-    halves = [[before, *text], [after, *rest]]
+    halves = [_joined([before], text), _joined([after], rest)]
     if llm.spm_infill:
         halves.reverse()
-    return [*begin, *halves[0], *halves[1], middle, *end]
+    return _joined(begin, *halves, [middle], end)
+
+
+def _joined(*parts: Sequence[int] | Tokens) -> Tokens:
+    return np.concatenate([as_tokens(part) for part in parts])
 
 
 def _prompt_logprobs(llm: Llama, tokens: Tokens, reporter: LogprobReporter) -> list[TokenLogprobs]:
@@ -259,7 +262,7 @@ def _prompt_logprobs(llm: Llama, tokens: Tokens, reporter: LogprobReporter) -> l
 
 def complete(
     llm: Llama,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | Tokens,
     suffix: str | None = None,
     max_tokens: int | None = 16,
     temperature: float = 0.8,
@@ -284,7 +287,7 @@ def complete(
     if llm.verbose:
         llm._ctx.reset_timings()
     if llm.cache:
-        _load_from_cache(llm, llm.cache, as_tokens(tokens))
+        _load_from_cache(llm, llm.cache, tokens)
     # as llama_cpp does: without a seed of its own each call still depends on the one given to Llama
     llm.set_seed(random.Random(llm._seed).randint(0, 2**32) if seed is None else seed)
 
@@ -293,7 +296,7 @@ def complete(
     n_completion = len(opening)
     echo = echo and not stream  # llama_cpp's chunks never echo
     reporter = None if logprobs is None else LogprobReporter(llm, logprobs, 0 if echo else len(prompt))
-    entries = _prompt_logprobs(llm, as_tokens(tokens), reporter) if echo and reporter else []
+    entries = _prompt_logprobs(llm, tokens, reporter) if echo and reporter else []
     detokenizer = Detokenizer(llm, tokens, opening)
     scanner = StopScanner([text.encode("utf-8") for text in ([stop] if isinstance(stop, str) else stop or []) if text])
     parts: list[str] = []
@@ -338,7 +341,7 @@ def complete(
         yield chunk("", [], finish_reason)
     if llm.cache:
         # the key is what the state really holds; the last token was sampled but not processed
-        llm.cache[(tokens + spoken)[: llm.n_tokens]] = llm.save_state()
+        llm.cache[[*tokens.tolist(), *spoken][: llm.n_tokens]] = llm.save_state()
     if stream:
         return
 
@@ -350,16 +353,16 @@ def complete(
     yield {**response, "usage": {**usage, "total_tokens": len(tokens) + n_completion}}
 
 
-def _as_text(llm: Llama, prompt: str | Sequence[int]) -> str:
+def _as_text(llm: Llama, prompt: str | Sequence[int] | Tokens) -> str:
     if isinstance(prompt, str):
         return prompt
-    text: bytes = llm.detokenize(list(prompt))
+    text: bytes = llm.detokenize(as_tokens(prompt).tolist())
     return text.decode("utf-8", errors="ignore")
 
 
-def _warn_of_two_bos(llm: Llama, tokens: list[int]) -> None:
+def _warn_of_two_bos(llm: Llama, tokens: Tokens) -> None:
     bos = llm.token_bos()
-    if tokens[:2] == [bos, bos]:
+    if tokens[:2].tolist() == [bos, bos]:
         warnings.warn(
             f'The prompt begins with "{llm._model.token_get_text(bos)}" twice, which makes worse text: remove one.',
             RuntimeWarning,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -18,6 +19,7 @@ import pytest
 from served import Served, serve
 
 from lminf_edge import Llama, LMInfConfig
+from lminf_edge.cli.serve import listen
 from lminf_edge.server import Settings
 from lminf_edge.server.security import host_name
 from lminf_edge.server.settings import ENDLESS
@@ -448,6 +450,28 @@ def test_the_page_and_nothing_else(guarded: Served) -> None:
             while part := connection.recv(65536):
                 answer += part
         assert answer.startswith(b"HTTP/1.1 404"), path
+
+
+def test_answers_are_not_held_back() -> None:
+    """Nagle's algorithm is off for whoever connects: with it, the second piece of a stream waits for 40 ms."""
+
+    async def connected() -> int:
+        undelayed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def note(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = writer.get_extra_info("socket")
+            undelayed.set_result(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+        async with await asyncio.start_server(note, sock=listening):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            result = await undelayed
+            writer.close()
+        return result
+
+    assert asyncio.run(connected()) != 0
 
 
 def test_the_log_holds_no_messages(guarded: Served, caplog: pytest.LogCaptureFixture) -> None:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     prompt = args.prompt if args.file is None else read_text(args.file)
     with contextlib.closing(open_model(args)) as llm:
-        tokens = prompt_to_tokens(llm, prompt, None)
+        tokens = prompt_to_tokens(llm, prompt, None).tolist()
         pieces: list[str] = []
         finish_reason = "length"
         started = time.perf_counter()

@@ -241,7 +241,8 @@ def allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises CommandError if there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off only where the protocol is said; it would hold answers back for 40 ms
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

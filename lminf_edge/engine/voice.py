@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -70,7 +71,7 @@ class Voice:
 
     __call__ = create_completion
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> Sequence[int]:
         """As llama_cpp.Llama.tokenize; whole prompts at the price of what is new in them."""
         if not special:
             tokens: list[int] = self._llm.tokenize(text, add_bos=add_bos, special=False)
@@ -82,7 +83,8 @@ class Voice:
         ends = (np.cumsum([len(piece) for piece in pieces]) + len(start)).tolist()
         self._boundaries = _spaced([len(start), *ends[:-1]])
         self._choose_sinks([len(start), *ends])
-        return [*start, *np.concatenate(pieces).tolist()] if pieces else start
+        # not a list: to make one, and an array of it again, takes longer than all else here
+        return array.array("i", np.concatenate([as_tokens(start), *pieces]).tobytes())
 
     def set_seed(self, seed: int) -> None:
         self._seed = seed
