@@ -58,8 +58,8 @@ class Server:
     def resident(self) -> int:
         """Bytes of memory that are the server's own: files it has mapped, such as the model, aside."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        [kilobytes] = re.findall(r"RssAnon:\s+(\d+) kB", status)
-        return 1024 * int(kilobytes)
+        anonymous, shared = (int(re.findall(rf"Rss{kind}:\s+(\d+) kB", status)[0]) for kind in ("Anon", "Shmem"))
+        return 1024 * (anonymous + shared)
 
     def metric(self, name: str) -> float:
         [value] = re.findall(rf"^lminf_{name} ([\d.e+-]+)$", self.client.get("/metrics").text, re.M)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +99,7 @@ class CacheSequence:
         """The state at this moment, a copy. Raises RuntimeError if the library does not give it."""
         info = self.info()
         n_bytes = bindings.llama_state_seq_get_size(self.ctx, self.seq_id)
-        data = np.empty(n_bytes, dtype=np.uint8)
+        data = _own_pages(n_bytes)
         n_written = bindings.llama_state_seq_get_data(self.ctx, _pointer(data), n_bytes, self.seq_id)
         if n_written == 0:
             raise RuntimeError(f"The state of the stream cannot be read. {self.error()}".strip())
@@ -117,6 +119,12 @@ class CacheSequence:
                 return None
             self.clear()
         return self.error() or (errors[0] if errors else "its contents do not fit this cache")
+
+
+def _own_pages(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that goes back to the system when it is dropped: states come and go, and a heap of them gets holes."""
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return np.frombuffer(mmap.mmap(-1, max(n_bytes, 1), **private), dtype=np.uint8)[:n_bytes]
 
 
 @dataclass(frozen=True, eq=False)
