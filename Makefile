@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock demo test test-all browser test-kernels sanitize lint bench bench-report results-measure results patches worktree clean
+.PHONY: help setup stock demo test test-all browser test-kernels sanitize lint bench bench-report bench-server bench-server-report results-measure results patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -47,6 +47,13 @@ bench: stock ## measure docs/performance again: 15 minutes on an idle machine; A
 
 bench-report: setup ## docs/performance.md and its plot from the figures measured last, in seconds
 	@$(BIN)/python benchmarks/report.py
+
+bench-server: setup ## measure docs/server-performance again: 45 minutes; ARGS="--only cold" for a part of it
+	@$(BIN)/python benchmarks/server_speed.py $(ARGS)
+	@$(BIN)/python benchmarks/server_report.py
+
+bench-server-report: setup ## docs/server-performance.md from the figures measured last, in seconds
+	@$(BIN)/python benchmarks/server_report.py
 
 results-measure: setup ## measure docs/results again, hours: TEXT="book.txt ..."; ARGS="--only loss" for a part of it
 	@$(BIN)/python benchmarks/evidence.py $(if $(TEXT),--text $(TEXT)) $(ARGS)

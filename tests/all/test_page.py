@@ -14,12 +14,23 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from served import Served, serve
 
 from lminf_edge import LMInfConfig
+from lminf_edge.cli.demo import python_documentation
 from lminf_edge.server import Settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOT = os.environ.get("LMINF_SCREENSHOT")  # where to put a picture for the docs
 
 N_LOCAL = 128
+
+CONVERSATIONS = {  # in the picture
+    "The keeper of the light": ["The keeper of the lighthouse climbed the stairs."],
+    "A letter from Lisbon": ["A letter came from Lisbon, and she read it aloud.", "Who had written it?"],
+    "A voyage without an end": [
+        python_documentation()[:8000],
+        "What did the captain see?",
+        "And what did the sailors say to him in the evening?",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +74,13 @@ def say(page: Page, text: str, wait: bool = True) -> None:
         expect(answers).to_have_count(n_answers + 1, timeout=60_000)
 
 
+def rename(page: Page, title: str) -> None:
+    page.get_by_role("button", name="Rename").click()
+    page.get_by_label("Title").fill(title)
+    page.get_by_role("dialog").get_by_role("button", name="Rename").click()
+    expect(page.get_by_test_id("title")).to_have_text(title)
+
+
 def answers(page: Page) -> list[str]:
     return page.locator("[data-testid=message][data-role=assistant]").all_inner_texts()
 
@@ -82,8 +100,21 @@ def test_a_conversation_many_times_longer_than_the_window(page: Page, server: Se
     assert re.search(r"\d", page.get_by_test_id("speed").inner_text())
     assert str(N_LOCAL) in page.get_by_test_id("window").inner_text()
     assert len(answers(page)) == 10
-    if SCREENSHOT:
-        page.screenshot(path=SCREENSHOT)
+
+
+def test_the_picture_in_the_docs(page: Page, tmp_path: Path) -> None:
+    """Several conversations, the last with a text far longer than the window: LMINF_SCREENSHOT=FILE keeps it."""
+    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 80}))")
+    page.reload()
+    for title, messages in CONVERSATIONS.items():
+        page.get_by_test_id("new").click()
+        for message in messages:
+            say(page, message)
+        rename(page, title)
+    picture = Path(SCREENSHOT or tmp_path / "page.png")
+    page.screenshot(path=picture)
+    assert picture.stat().st_size > 20_000
+    assert position(page) > 8 * N_LOCAL
 
 
 def test_stop_and_go_on(page: Page, server: Served) -> None:
@@ -146,10 +177,7 @@ def test_rename_delete_and_the_list(page: Page) -> None:
     say(page, "The second one")
     listed = page.get_by_test_id("conversations")
     expect(listed.get_by_role("listitem")).to_have_count(2)
-    page.get_by_role("button", name="Rename").click()
-    page.get_by_label("Title").fill("Lighthouses")
-    page.get_by_role("dialog").get_by_role("button", name="Rename").click()
-    expect(page.get_by_test_id("title")).to_have_text("Lighthouses")
+    rename(page, "Lighthouses")
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(listed.get_by_role("listitem")).to_have_count(1)

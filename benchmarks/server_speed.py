@@ -1,8 +1,8 @@
-"""Measures the server, with real servers in processes of their own, and writes docs/serving/*.json.
+"""Measures the server, with real servers in processes of their own, and writes docs/server-performance/*.json.
 
-    .venv/bin/python benchmarks/serving.py [--only NAME]... [--minutes 30]
+    make bench-server, or: .venv/bin/python benchmarks/server_speed.py [--only NAME]... [--minutes 30]
 
-About an hour on two cores, half of it the mixed load; leave the machine alone meanwhile.
+About 45 minutes, most of it the mixed load; leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lminf_edge.cli.demo import python_documentation
 from lminf_edge.engine import load_engine
 from lminf_edge.history import Tokens
 
-FIGURES = ROOT / "docs" / "serving"
+FIGURES = ROOT / "docs" / "server-performance"
 
 Messages = list[dict[str, str]]
 Figures = dict[str, Any]
@@ -143,6 +143,11 @@ class Talk:
         return n
 
 
+def n_cores() -> int:
+    """Cores that this process and what it starts may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def spread(values: Sequence[float]) -> Figures:
     return {
         "median": float(np.median(values)),
@@ -192,37 +197,36 @@ def cold(args: argparse.Namespace) -> Figures:
     """A conversation comes back from its file: the time against that of one in the context, and its size on disk."""
     rows = []
     for n in args.cold_lengths:
-        with tempfile.TemporaryDirectory() as folder:
-            options = ("--parallel", "1", "--memory", "0", "--folder", folder)
-            with served("nano", *options) as server:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            hot, cold_seconds = [], []
+            with served("nano", "--parallel", "1", "--memory", "0", "--folder", name) as server:
                 talk, other = Talk(server, 1), Talk(server, 2)
                 n_tokens = talk.grow(n)
-                hot, cold_seconds = [], []
                 for _ in range(args.rounds):
                     hot.append(talk.say(12)[0])
                     other.say(12)  # takes the only sequence
                     before = server.metric("restored_from_files_total")
                     cold_seconds.append(talk.say(12)[0])
                     assert server.metric("restored_from_files_total") > before
-                time.sleep(3)
-                other.say(12)
-                files = list(Path(folder).rglob("*.state"))
-                largest = max(files, key=lambda path: path.stat().st_size)
-                reads = []
-                for _ in range(20):
-                    started = time.perf_counter()
-                    largest.read_bytes()
-                    reads.append(time.perf_counter() - started)
+            states = list(folder.rglob("*.state"))
+            largest = max(states, key=lambda path: path.stat().st_size)
+            reads = []
+            for _ in range(20):
+                started = time.perf_counter()
+                largest.read_bytes()
+                reads.append(time.perf_counter() - started)
+            limits = [2 * each + float(np.median(reads)) for each in hot]
             rows.append(
                 {
                     "tokens": n_tokens,
                     "hot_seconds": spread(hot),
                     "cold_seconds": spread(cold_seconds),
                     "read_seconds": spread(reads),
-                    "state_bytes": largest.stat().st_size if largest.exists() else None,
-                    "ratio": spread(
-                        [c / (2 * h + float(np.median(reads))) for h, c in zip(hot, cold_seconds, strict=True)]
-                    ),
+                    "of_limit": spread([c / limit for c, limit in zip(cold_seconds, limits, strict=True)]),
+                    "state_bytes": largest.stat().st_size,
+                    "n_states": len(states),
+                    "index_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f not in states),
                 }
             )
     return {"conversations": rows}
@@ -247,8 +251,9 @@ def memory(args: argparse.Namespace) -> Figures:
         "budget_bytes": budget,
         "before": {"resident": before, "accounted": known},
         "samples": samples,
-        "conversations": n_known,
-        "grown_over_budget": (samples[-1]["resident"] - before + known) / budget,
+        "conversations": args.conversations,
+        "remembered": n_known,
+        "over_budget": [(sample["resident"] - before + known) / budget for sample in samples],
     }
 
 
@@ -288,7 +293,10 @@ def parallel(args: argparse.Namespace) -> Figures:
     engine.llm.close()
     return {
         "model": path.stem,
+        "n_bytes": path.stat().st_size,
         "window": 1014,
+        "n_threads": args.threads,
+        "n_answer": args.n_answer,
         "one": spread([rates[1] for rates in rounds]),
         "four": spread([rates[4] for rates in rounds]),
         "ratio": spread([rates[4] / rates[1] for rates in rounds]),
@@ -377,6 +385,8 @@ def mixed(args: argparse.Namespace) -> Figures:
             "samples": samples[:: max(1, len(samples) // 100)],
             "resident_after_5_minutes": spread(after),
             "restored": server.metric("restored_total"),
+            "restored_from_files": server.metric("restored_from_files_total"),
+            "cached": server.metric("cached_tokens_total") / server.metric("prompt_tokens_total"),
             "cancelled": server.metric("cancelled_total"),
         }
 
@@ -394,7 +404,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=EXPERIMENTS, help="repeatable; default: all")
     parser.add_argument("--minutes", type=float, default=30, help="of mixed load; default 30")
-    parser.add_argument("--out", type=Path, default=FIGURES, help="default docs/serving")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="default docs/server-performance")
     parser.add_argument("--tiny", action="store_true", help="little of everything, to try it out")
     args = parser.parse_args()
     tiny = args.tiny
@@ -402,19 +412,20 @@ def main() -> int:
     args.cold_lengths = (500, 3000) if tiny else (10_000, 1_000_000)
     args.rounds, args.rounds_parallel, args.n_answer = (3, 1, 8) if tiny else (30, 7, 48)
     args.memory_mib, args.conversations, args.turns = (32, 10, 2) if tiny else (256, 100, 4)
-    args.clients, args.threads = (4 if tiny else 16), os.cpu_count() or 2
+    args.clients, args.threads = (4 if tiny else 16), n_cores()
     args.minutes = min(args.minutes, 0.3) if tiny else args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     folder = native.library_folder()
     assert folder is not None
     for name in args.only or EXPERIMENTS:
-        started = time.time()
+        machine, started = describe(folder, folder), time.time()
         figures = EXPERIMENTS[name](args)
         result = {
             "experiment": name,
             "what": (EXPERIMENTS[name].__doc__ or "").strip(),
             "seconds": round(time.time() - started, 1),
-            "machine": describe(folder, folder),
+            "cores": n_cores(),
+            "machine": machine,
             **figures,
         }
         (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

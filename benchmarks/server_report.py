@@ -1,0 +1,223 @@
+"""Writes docs/server-performance.md from the figures that benchmarks/server_speed.py measured.
+
+    make bench-server-report, or: .venv/bin/python benchmarks/server_report.py [--figures DIR] [--page FILE]
+
+Every number of the page comes from those files; only the words around them are here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine import ROOT
+from report import Figures, table
+
+from lminf_edge.cli.common import human_bytes
+
+Record = dict[str, Any]
+
+HEAD = """# Performance of the server
+
+Written by `benchmarks/server_report.py` from what `benchmarks/server_speed.py` measured: do not edit.
+`make bench-server` measures again, `make bench-server-report` rewrites this page.
+
+Each figure is from a real `lminf-edge serve` and clients that send the whole history with every turn, as chat front
+ends do. Figures are medians, with (least – most); ratios are taken within a round. The model is `nano` unless another
+is named: where the model takes almost no time, what the server itself takes shows most.
+"""
+
+
+def milliseconds(spread: Record) -> str:
+    return f"{1000 * spread['median']:.1f} ms ({1000 * spread['least']:.1f} – {1000 * spread['most']:.1f})"
+
+
+def rate(spread: Record) -> str:
+    return f"{spread['median']:.1f} ({spread['least']:.1f} – {spread['most']:.1f})"
+
+
+def times(spread: Record) -> str:
+    return f"{spread['median']:.2f} × ({spread['least']:.2f} – {spread['most']:.2f})"
+
+
+def met(is_met: bool) -> str:
+    return "met" if is_met else "**not met**"
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def first_token(record: Record) -> str:
+    short, long = record["conversations"]
+    rows = []
+    for turn in record["turns"]:
+        seconds = list(turn["seconds"].values())
+        rows.append(
+            [
+                f"{turn['n_words']} words, {turn['tokens_read']['median']:.0f} tokens read",
+                milliseconds(seconds[0]),
+                milliseconds(seconds[1]),
+                times(turn["ratio"]),
+                met(turn["ratio_of_medians"] <= 1.2),
+            ]
+        )
+    names = [f"{each['tokens']:,} tokens, {each['messages']:,} messages" for each in (short, long)]
+    return (
+        "## The first token of the next turn\n\n"
+        "From the moment the request is sent until the first text arrives, in a short conversation and in a long one "
+        "by turns. Target: 1.2 times at most, by the medians.\n\n"
+        + table(["the new message", *names, "ratio", "target"], rows)
+        + "\nWhat a longer history adds is its way through the socket, JSON, the template and the search for tokens "
+        "already known; none of it is read by the model.\n"
+    )
+
+
+def cold(record: Record) -> str:
+    rows = [
+        [
+            f"{each['tokens']:,} tokens",
+            milliseconds(each["hot_seconds"]),
+            milliseconds(each["cold_seconds"]),
+            f"{1000 * each['read_seconds']['median']:.2f} ms",
+            times(each["of_limit"]),
+            f"{each['state_bytes']:,}",
+            f"{each['index_bytes']:,}",
+        ]
+        for each in record["conversations"]
+    ]
+    first, last = record["conversations"]
+    per_token = (last["index_bytes"] - first["index_bytes"]) / (last["tokens"] - first["tokens"])
+    is_met = all(each["of_limit"]["median"] < 1 for each in record["conversations"])
+    same = "the same" if first["state_bytes"] == last["state_bytes"] else "not the same"
+    header = [
+        "conversation",
+        "hot",
+        "cold",
+        "reading the file",
+        "cold / (2 hot + reading)",
+        "state, bytes",
+        "index, bytes",
+    ]
+    return (
+        "## A conversation comes back from its file\n\n"
+        "First token of a turn of 12 words, in a conversation that is in the context (hot) and in one that is in a "
+        f"file only (cold). Target: less than twice the hot time and the time to read the file: {met(is_met)}.\n\n"
+        + table(header, rows)
+        + f"\nThe size of a state is {same} at both lengths. The index grows by {per_token:.2f} bytes for each token "
+        f"of history. With the other conversation of this test, there were {first['n_states']} and {last['n_states']} "
+        "states in the folder: their number grows with the logarithm of a history's length.\n"
+    )
+
+
+def memory(record: Record) -> str:
+    budget, before = record["budget_bytes"], record["before"]
+    rows = [
+        [
+            str(i + 1),
+            human_bytes(sample["accounted"]),
+            human_bytes(sample["resident"] - before["resident"] + before["accounted"]),
+            f"{100 * share:.1f} %",
+        ]
+        for i, (sample, share) in enumerate(zip(record["samples"], record["over_budget"], strict=True))
+    ]
+    last = record["over_budget"][-1]
+    return (
+        "## Memory\n\n"
+        f"{record['conversations']} conversations in turn, 4 of them in the context, with `--memory` "
+        f"{human_bytes(budget)} and no disk. What the process has taken since the first conversations, against what "
+        "it accounts for. Target: what the budget says, within 5 %: "
+        f"{met(abs(last - 1) <= 0.05)} ({100 * last:.1f} %).\n\n"
+        + table(["round", "accounted for", "taken", "of the budget"], rows)
+        + f"\nAt the end {record['remembered']:.0f} conversations are remembered; the others were forgotten to stay "
+        "within the budget.\n"
+    )
+
+
+def parallel(record: Record) -> str:
+    ratio = record["ratio"]
+    return (
+        "## Several conversations at a time\n\n"
+        f"Tokens per second in all, of {record['model']} (random weights, {human_bytes(record['n_bytes'])}) with a "
+        f"window of {record['window']}, in the engine, {record['n_threads']} threads. Target: four conversations at "
+        f"least 1.8 times one: {met(ratio['median'] >= 1.8)}.\n\n"
+        + table(
+            ["one", "four", "ratio"],
+            [[rate(record["one"]), rate(record["four"]), times(ratio)]],
+            0,
+        )
+    )
+
+
+def mixed(record: Record) -> str:
+    first, after = record["first_token"], record["resident_after_5_minutes"]
+    late = [sample["resident"] for sample in record["samples"] if sample["minute"] >= record["minutes"] - 5]
+    rows = [
+        ["turns", f"{record['turns']:,}"],
+        ["turns whose client hung up", f"{record['cancelled']:.0f}"],
+        ["errors, beside those provoked", f"{record['n_errors']}"],
+        ["tokens of prompts that were known", f"{100 * record['cached']:.1f} %"],
+        ["taken up from a snapshot", f"{record['restored']:.0f}, {record['restored_from_files']:.0f} from files"],
+        ["first token, median", f"{1000 * first['median']:.0f} ms"],
+        ["first token, 99 of 100 within", f"{1000 * first['p99']:.0f} ms"],
+        ["first token, longest", f"{1000 * first['most']:.0f} ms"],
+        ["memory after 5 minutes, median (least – most)",
+         f"{human_bytes(after['median'])} ({human_bytes(after['least'])} – {human_bytes(after['most'])})"],
+        ["memory in the last 5 minutes", f"{human_bytes(min(late))} – {human_bytes(max(late))}"],
+    ]  # fmt: skip
+    return (
+        "## A mixed load\n\n"
+        f"{record['clients']} clients at once for {record['minutes']:g} minutes, four sequences: they talk, in "
+        "messages of 5 to 1,500 words, regenerate, edit, hang up, begin anew and send wrong requests.\n\n"
+        + table(["", ""], rows)
+    )
+
+
+SECTIONS: dict[str, Callable[[Record], str]] = {
+    "first_token": first_token,
+    "cold": cold,
+    "memory": memory,
+    "parallel": parallel,
+    "mixed": mixed,
+}
+
+
+def machine_section(records: dict[str, Record]) -> str:
+    lines = ["## What it was measured on\n"]
+    for name, record in records.items():
+        machine = record["machine"]
+        facts = (
+            machine["cpu"],
+            f"{record['cores']} of {machine['n_cores']} cores for server and clients together",
+            machine["system"],
+            f"Python {machine['python']}",
+            machine["upstream"],
+            f"commit {machine['commit'] or 'not known'}",
+        )
+        lines.append(f"- `{name}`, {machine['date']}, {record['seconds']:.0f} s: {', '.join(facts)}")
+    return "\n".join(lines) + "\n"
+
+
+def page(records: dict[str, Record]) -> str:
+    sections = [make(records[name]) for name, make in SECTIONS.items() if name in records]
+    return "\n".join([HEAD, *sections, machine_section(records)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--figures", metavar="DIR", type=Path, default=ROOT / "docs" / "server-performance")
+    parser.add_argument("--page", metavar="FILE", type=Path, default=ROOT / "docs" / "server-performance.md")
+    args = parser.parse_args()
+    records = Figures(args.figures).records
+    if not records:
+        print(f"error: There are no figures in {args.figures}: make bench-server measures them.", file=sys.stderr)
+        return 1
+    args.page.write_text(page(records), encoding="utf-8")
+    print(f"wrote {args.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
