@@ -265,6 +265,19 @@ def test_shape_needs_gguf(tmp_path: Path, monkeypatch: Any, capfd: pytest.Captur
     assert capfd.readouterr().err == "error: Making a model needs the package gguf: pip install 'lminf-edge[bench]'.\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["generate", "-p", "a"], ["ppl", "-f", __file__], ["passkey"], ["serve", "--port", "0"], ["chat"]]
+)
+def test_a_model_without_vocabulary_takes_no_text(
+    model: Path, arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--disk", "0"] if arguments[0] == "serve" else []
+    assert main([arguments[0], "-m", str(model), *arguments[1:], *options]) == 1
+    error = capfd.readouterr().err
+    assert "has no vocabulary" in error
+    assert error.count("\n") == 1
+
+
 # --- benchmarks/ ------------------------------------------------------------------------------------------------------
 
 

@@ -221,8 +221,20 @@ def read_text(path: str) -> str:
     return text
 
 
+def require_vocabulary(llm: Llama) -> None:
+    """Raises CommandError for a model without one: llama.cpp ends the program when it is to tokenize for it."""
+    from llama_cpp import llama_cpp as bindings
+
+    if bindings.llama_vocab_type(llm._model.vocab) == bindings.LLAMA_VOCAB_TYPE_NONE:
+        raise CommandError(f"{llm.model_path} has no vocabulary, so it can neither read nor write text.")
+
+
 def tokenize(llm: Llama, text: str) -> list[int]:
-    """Tokens of a text to be measured: BOS if the model wants one, markup of special tokens taken as plain text."""
+    """Tokens of a text to be measured: BOS if the model wants one, markup of special tokens taken as plain text.
+
+    Raises CommandError for a model without vocabulary.
+    """
+    require_vocabulary(llm)
     return list(llm.tokenize(text.encode("utf-8"), add_bos=llm._model.add_bos_token(), special=False))
 
 

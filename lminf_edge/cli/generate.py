@@ -25,6 +25,7 @@ from lminf_edge.cli.common import (
     open_model,
     print_json,
     read_text,
+    require_vocabulary,
     whole_number,
 )
 
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     prompt = args.prompt if args.file is None else read_text(args.file)
     with contextlib.closing(open_model(args)) as llm:
+        require_vocabulary(llm)
         tokens = prompt_to_tokens(llm, prompt, None).tolist()
         pieces: list[str] = []
         finish_reason = "length"

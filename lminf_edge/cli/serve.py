@@ -28,6 +28,7 @@ from lminf_edge.cli.common import (
     model_header,
     model_settings,
     print_json,
+    require_vocabulary,
     size,
     whole_number,
     window_config,
@@ -143,6 +144,12 @@ def open_engine(args: argparse.Namespace) -> Engine:
             )
         except ValueError as error:
             raise ValueError(load_failure(path, errors) or str(error)) from error
+    try:
+        require_vocabulary(engine.llm)
+    except CommandError:
+        engine.close()
+        engine.llm.close()
+        raise
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it takes llama.cpp's warnings for errors
     return engine
 

@@ -81,7 +81,9 @@ def _n_bytes(text: str, tokens: Tokens) -> int:
 def control_texts(llm: Llama, template: str) -> list[str]:
     """The texts of the control tokens that a template uses, those aside that eat spaces before them."""
     vocab = llm._model.vocab
-    texts = set()
+    texts: set[str] = set()
+    if llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        return []
     for token in range(llm.n_vocab()):
         attributes = llama_cpp.llama_vocab_get_attr(vocab, token)
         if not attributes & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL or attributes & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP:
