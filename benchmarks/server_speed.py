@@ -27,10 +27,10 @@ import httpx
 import numpy as np
 from machine import ROOT, describe
 
-from lminf_edge import LMInfConfig, native
+from lminf_edge import Llama, LMInfConfig, native
 from lminf_edge.bench.random_model import SHAPES, random_model
 from lminf_edge.cli.demo import python_documentation
-from lminf_edge.engine import load_engine
+from lminf_edge.engine import Engine, load_engine
 from lminf_edge.history import Tokens
 
 FIGURES = ROOT / "docs" / "server-performance"
@@ -258,49 +258,72 @@ def memory(args: argparse.Namespace) -> Figures:
 
 
 def parallel(args: argparse.Namespace) -> Figures:
-    """Tokens per second of 1 and of 4 conversations that answer at a time, with a model that is bound by memory.
+    """Tokens per second of 1 and of 4 conversations that answer at a time, in models of 1B parameters.
 
-    The model has no vocabulary: tokens go into the engine itself, without HTTP around it.
+    The models have no vocabulary: tokens go into the engine itself, without HTTP around it. Beside it, what llama.cpp's
+    own full attention makes of batches of 1 and of 4 tokens, all with logits: the most that weights read once can give.
     """
-    path = random_model("llama-3.2-1b", SHAPES["llama-3.2-1b"], ROOT / "build" / "models")
+    return {"weights": [_parallel(args, weights) for weights in args.weights], "n_threads": args.threads}
+
+
+def _parallel(args: argparse.Namespace, weights: str) -> Figures:
+    path = random_model("llama-3.2-1b", SHAPES["llama-3.2-1b"], ROOT / "build" / "models", weights)
     settings = {"n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False}
     engine = load_engine(path, parallel=4, lminf=LMInfConfig(n_local=1014), n_ctx=None, **settings)
-    import llama_cpp  # finds its library only once ours has been loaded
+    stock = Llama(path, n_ctx=1024, **settings)
+    rounds, stock_rounds = [], []
+    for _ in range(args.rounds_parallel):
+        rounds.append({n: _engine_rate(engine, n, args.n_answer) for n in (1, 4)})
+        stock.reset()
+        stock_rounds.append({n: _stock_rate(stock, n, args.n_answer // 4) for n in (1, 4)})
+    engine.close()
+    engine.llm.close()
+    stock.close()
+    return {
+        "model": path.stem,
+        "weights": weights,
+        "n_bytes": path.stat().st_size,
+        "window": 1014,
+        "one": spread([rates[1] for rates in rounds]),
+        "four": spread([rates[4] for rates in rounds]),
+        "ratio": spread([rates[4] / rates[1] for rates in rounds]),
+        "stock_ratio": spread([rates[4] / rates[1] for rates in stock_rounds]),
+    }
 
-    rng = np.random.default_rng(0)
+
+def _engine_rate(engine: Engine, n: int, n_answer: int) -> float:
+    """Tokens per second in all, of n conversations."""
+    import llama_cpp  # finds its library only once ours has been loaded
 
     def answer(prompt: Tokens) -> None:
         sampler = llama_cpp._internals.LlamaSampler()
         sampler.add_greedy()
         with contextlib.closing(engine.begin(prompt, sampler).tokens()) as tokens:
-            for _ in zip(range(args.n_answer), tokens, strict=False):
+            for _ in zip(range(n_answer), tokens, strict=False):
                 pass
 
-    rounds = []
-    for _ in range(args.rounds_parallel):
-        rates = {}
-        for n in (1, 4):
-            counters = engine.counters
-            before = counters.answer_tokens, counters.answer_seconds
-            threads = [threading.Thread(target=answer, args=(rng.integers(1000, 100_000, 64),)) for _ in range(n)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            rates[n] = (counters.answer_tokens - before[0]) / (counters.answer_seconds - before[1])
-        rounds.append(rates)
-    engine.close()
-    engine.llm.close()
-    return {
-        "model": path.stem,
-        "n_bytes": path.stat().st_size,
-        "window": 1014,
-        "n_threads": args.threads,
-        "n_answer": args.n_answer,
-        "one": spread([rates[1] for rates in rounds]),
-        "four": spread([rates[4] for rates in rounds]),
-        "ratio": spread([rates[4] / rates[1] for rates in rounds]),
-    }
+    rng = np.random.default_rng()
+    counters = engine.counters
+    before = counters.answer_tokens, counters.answer_seconds
+    threads = [threading.Thread(target=answer, args=(rng.integers(1000, 100_000, 64),)) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return (counters.answer_tokens - before[0]) / (counters.answer_seconds - before[1])
+
+
+def _stock_rate(llm: Llama, n: int, n_batches: int) -> float:
+    """Tokens per second of batches of n tokens that all have logits."""
+    rng = np.random.default_rng()
+    seconds = []
+    for _ in range(n_batches):
+        llm._batch.set_batch(rng.integers(1000, 100_000, n).tolist(), n_past=llm.n_tokens, logits_all=True)
+        started = time.perf_counter()
+        llm._ctx.decode(llm._batch)
+        seconds.append(time.perf_counter() - started)
+        llm.n_tokens += n
+    return n / float(np.median(seconds))
 
 
 async def _mixed_client(server: Server, i: int, until: float, first: list[float], errors: list[str]) -> int:
@@ -411,6 +434,7 @@ def main() -> int:
     args.lengths = (500, 3000) if tiny else (1000, 200_000)
     args.cold_lengths = (500, 3000) if tiny else (10_000, 1_000_000)
     args.rounds, args.rounds_parallel, args.n_answer = (3, 1, 8) if tiny else (30, 7, 48)
+    args.weights = ("q4_0",) if tiny else ("q4_0", "q8_0")
     args.memory_mib, args.conversations, args.turns = (32, 10, 2) if tiny else (256, 100, 4)
     args.clients, args.threads = (4 if tiny else 16), n_cores()
     args.minutes = min(args.minutes, 0.3) if tiny else args.minutes
