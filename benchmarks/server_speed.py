@@ -275,6 +275,7 @@ def _parallel(args: argparse.Namespace, weights: str) -> Figures:
     for _ in range(args.rounds_parallel):
         rounds.append({n: _engine_rate(engine, n, args.n_answer) for n in (1, 4)})
         stock.reset()
+        stock._ctx.kv_cache_clear()
         stock_rounds.append({n: _stock_rate(stock, n, args.n_answer // 4) for n in (1, 4)})
     engine.close()
     engine.llm.close()

@@ -186,6 +186,75 @@ def test_json_and_tools(ai: openai.OpenAI) -> None:
     assert forced.choices[0].message.tool_calls[0].function.arguments.startswith("{")
 
 
+NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+
+
+def test_strings_of_a_schema_are_json(ai: openai.OpenAI) -> None:
+    """llama_cpp's own grammar lets line breaks into them, which this model is fond of."""
+    tool = {"type": "function", "function": {"name": "call", "parameters": NAME}}
+    n_complete = 0
+    for seed in range(12):
+        sampling = {"temperature": 0.8, "seed": seed, "max_tokens": 300}
+        said = ask(
+            ai,
+            [{"role": "user", "content": "Make one"}],
+            response_format={"type": "json_schema", "json_schema": {"name": "name", "schema": NAME}},
+            **sampling,
+        ).choices[0]
+        called = ask(ai, QUESTION, tools=[tool], tool_choice="required", **sampling).choices[0]
+        for reason, text in (
+            (said.finish_reason, said.message.content),
+            (called.finish_reason, called.message.tool_calls[0].function.arguments),
+        ):
+            if reason != "length" and text.rstrip().endswith("}"):
+                assert set(json.loads(text)) == {"name"}
+                n_complete += 1
+    assert n_complete >= 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_of_several_tools_is_required(ai: openai.OpenAI, stream: bool) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": NAME}} for name in ("greet", "call_up")]
+    answer = ask(ai, QUESTION, tools=tools, tool_choice="required", max_tokens=60, stream=stream)
+    if stream:
+        calls = [call for chunk in answer for choice in chunk.choices for call in choice.delta.tool_calls or []]
+        name, arguments = calls[0].function.name, "".join(call.function.arguments for call in calls)
+    else:
+        [call] = answer.choices[0].message.tool_calls
+        name, arguments = call.function.name, call.function.arguments
+    assert name in ("greet", "call_up")
+    assert re.match(r"\{\s*\"name\"", arguments)
+
+
+@pytest.fixture(scope="module")
+def calling(nano_path: str) -> Iterator[openai.OpenAI]:
+    """A server with the chat format that decides by itself whether to call a tool."""
+    with serve(nano_path, lminf=WINDOW, chat_format="chatml-function-calling") as served:
+        yield openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_tool_is_called_where_none_was_required(calling: openai.OpenAI) -> None:
+    """The answer is the same whether it is streamed, and whether "auto" is said."""
+    tool = {"type": "function", "function": {"name": "call", "parameters": NAME}}
+    kinds = set()
+    for content in ("Call her.", "message"):
+        messages = [{"role": "user", "content": content}]
+        whole = ask(calling, messages, tools=[tool], tool_choice="auto").choices[0]
+        chunks = list(ask(calling, messages, tools=[tool], stream=True, stream_options={"include_usage": True}))
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert chunks[-1].usage.completion_tokens > 0
+        deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+        assert "".join(delta.content or "" for delta in deltas) == (whole.message.content or "")
+        called = [
+            [(call.function.name, call.function.arguments) for call in calls or []]
+            for calls in (whole.message.tool_calls, [call for delta in deltas for call in delta.tool_calls or []])
+        ]
+        assert called[0] == called[1]
+        assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == whole.finish_reason
+        kinds.add(bool(called[0]))
+    assert kinds == {True, False}
+
+
 def test_embeddings(ai: openai.OpenAI, client: httpx.Client) -> None:
     texts = ["The ferry left at six.", "The sea was calm."]
     answer = ai.embeddings.create(model="nano", input=texts)
@@ -234,6 +303,27 @@ def test_llama_cpp_completion(client: httpx.Client) -> None:
     assert last["tokens_cached"] >= last["tokens_evaluated"] - 1
     mixed = client.post("/completion", json={"prompt": [1, "The ferry", 400], "n_predict": 2}).json()
     assert mixed["tokens_predicted"] == 2
+
+
+def test_penalties_and_ends_as_llama_server_has_them(client: httpx.Client) -> None:
+    def said(**fields: Any) -> dict[str, Any]:
+        body = {"prompt": "The sea was calm, and the sea", "n_predict": 24, "temperature": 0, **fields}
+        answer: dict[str, Any] = client.post("/completion", json=body).json()
+        return answer
+
+    plain = said()["content"]
+    assert said(repeat_penalty=3)["content"] != plain
+    assert said(repeat_penalty=3, repeat_last_n=0)["content"] == plain
+    end = {"logit_bias": [[2, 100]]}  # the end-of-text token
+    assert said(**end)["stop_type"] == "eos"
+    assert said(**end, ignore_eos=True)["tokens_predicted"] == 24
+
+
+def test_llama_servers_other_paths(client: httpx.Client) -> None:
+    assert client.get("/models").json() == client.get("/v1/models").json()
+    body = {"messages": QUESTION, "max_tokens": 3, "temperature": 0}
+    one, other = (client.post(f"{prefix}/chat/completions", json=body).json() for prefix in ("", "/v1"))
+    assert one["choices"] == other["choices"]
 
 
 def test_a_grammar(client: httpx.Client) -> None:

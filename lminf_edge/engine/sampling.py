@@ -1,4 +1,4 @@
-"""Drawing a token where there may be none to draw."""
+"""What llama.cpp and llama_cpp leave open about drawing tokens by a grammar."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as bindings
+from llama_cpp.llama_grammar import LlamaGrammar
 
 from lminf_edge.sequence import Logits
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # struct llama_token_data
+
+# a character of a string as llama_cpp writes it for a JSON schema, and without what JSON forbids there
+_LOOSE_CHARACTER, _CHARACTER = r'char ::= [^"\\] |', r'char ::= [^"\\\x7F\x00-\x1F] |'
+
+
+def strict_strings(grammar: LlamaGrammar) -> LlamaGrammar:
+    """A grammar that llama_cpp has made of a JSON schema, so that its strings are JSON: without line breaks."""
+    return LlamaGrammar(_grammar=grammar._grammar.replace(_LOOSE_CHARACTER, _CHARACTER))
 
 
 def sample_checked(sampler: Any, logits: Logits) -> int:

@@ -14,6 +14,7 @@ from llama_cpp import llama_chat_format
 
 from lminf_edge.completion import complete
 from lminf_edge.engine.engine import Engine
+from lminf_edge.engine.sampling import strict_strings
 from lminf_edge.engine.token_log import TokenLog
 from lminf_edge.engine.turn import Progress, Turn
 from lminf_edge.history import N_RECENT, Tokens, as_tokens
@@ -42,6 +43,8 @@ class Voice:
         self._pin_system = engine.pin_system if pin_system is None else pin_system
         self._on_progress = on_progress
         self._messages: Sequence[dict[str, Any]] = ()
+        self._is_chat = False
+        self._max_tokens: int | None = None  # of a chat
         self._text = ""  # of the last prompt
         self._boundaries: list[int] = []
         self._n_sinks: int | None = None
@@ -55,7 +58,7 @@ class Voice:
 
     def create_chat_completion(self, messages: Sequence[dict[str, Any]], **kwargs: Any) -> Any:
         """As llama_cpp.Llama.create_chat_completion."""
-        self._messages = messages
+        self._messages, self._is_chat, self._max_tokens = messages, True, kwargs.get("max_tokens")
         llm = self._llm
         name = str(llm.chat_format)
         handler: Any = llm.chat_handler or llm._chat_handlers.get(name)
@@ -66,6 +69,12 @@ class Voice:
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         """As llama_cpp.Llama.create_completion."""
         self._wants_logits = kwargs.get("logprobs") is not None
+        if self._is_chat:
+            # some formats forget the limit, and make grammars of tools' parameters themselves
+            if kwargs.get("max_tokens") is None:
+                kwargs["max_tokens"] = self._max_tokens
+            if kwargs.get("grammar") is not None:
+                kwargs["grammar"] = strict_strings(kwargs["grammar"])
         chunks = complete(self, *args, **kwargs)  # type: ignore[arg-type]
         return chunks if kwargs.get("stream") else next(chunks)
 

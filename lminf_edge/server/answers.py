@@ -15,8 +15,9 @@ from lminf_edge.engine.meter import DEFAULTS, Meter
 from lminf_edge.engine.voice import Voice
 from lminf_edge.llama import Llama
 from lminf_edge.server.errors import ApiError
-from lminf_edge.server.grammars import checked_tool_choice, checked_tools, response_format, text_grammar
+from lminf_edge.server.grammars import response_format, text_grammar
 from lminf_edge.server.requests import ChatRequest, CompletionRequest, LlamaCompletionRequest
+from lminf_edge.server.tools import as_chunks, checked_tool_choice, checked_tools, streams_nothing, with_tool_named
 
 # names that create_chat_completion, its formats and their templates use themselves
 _NOT_FOR_TEMPLATES = {
@@ -88,6 +89,8 @@ def chat_arguments(llm: Llama, request: ChatRequest, model_name: str) -> dict[st
         choice = {"type": "function", "function": request.function_call} if named else request.function_call
     if tools:
         arguments["tools"] = checked_tools(tools)
+    if choice is None and tools:
+        choice = "auto"
     if choice is not None and (tools or choice not in ("auto", "none")):
         arguments["tool_choice"] = checked_tool_choice(llm, choice, arguments.get("tools", []))
     if request.response_format is not None:
@@ -154,7 +157,7 @@ def merged_choices(answers: Sequence[dict[str, Any]], meter: Meter) -> dict[str,
 def chat_answers(engine_voice: Voice, arguments: dict[str, Any], n: int, meter: Meter) -> dict[str, Any]:
     answers = []
     for i in range(n):
-        answer = _run_template(lambda i=i: engine_voice.create_chat_completion(**_choice(arguments, i)))  # type: ignore[misc]
+        answer = _chat(engine_voice, _choice(arguments, i))
         for choice in answer["choices"]:
             choice["message"].pop(
                 "function_call", None
@@ -169,12 +172,27 @@ def chat_chunks(
 ) -> Iterator[dict[str, Any]]:
     """The chunks of all choices, one choice after the other."""
     yield from _chunks(
-        lambda i: _run_template(lambda: engine_voice.create_chat_completion(stream=True, **_choice(arguments, i))),
+        lambda i: _streamed_chat(engine_voice, _choice(arguments, i)),
         n,
         n,
         meter,
         include_usage,
     )
+
+
+def _chat(voice: Voice, arguments: dict[str, Any], stream: bool = False) -> Any:
+    """create_chat_completion, whose complaints about the messages are the client's."""
+    try:
+        return voice.create_chat_completion(**with_tool_named(voice, arguments), stream=stream)
+    except (TemplateError, TypeError) as error:
+        raise ApiError(400, f"The model's chat template refuses these messages: {error}.") from error
+
+
+def _streamed_chat(voice: Voice, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if streams_nothing(voice.engine.llm, arguments):
+        return as_chunks(_chat(voice, arguments))
+    chunks: Iterator[dict[str, Any]] = _chat(voice, arguments, stream=True)
+    return chunks
 
 
 def completion_answers(
@@ -250,14 +268,6 @@ def _choice(arguments: dict[str, Any], i: int) -> dict[str, Any]:
     """The arguments of one of several choices: each has a seed of its own."""
     seed = arguments.get("seed")
     return arguments if seed is None or i == 0 else {**arguments, "seed": seed + i}
-
-
-def _run_template(run: Callable[[], Any]) -> Any:
-    """Turns the complaints of a chat template into one for the client."""
-    try:
-        return run()
-    except (TemplateError, TypeError) as error:
-        raise ApiError(400, f"The model's chat template refuses these messages: {error}.") from error
 
 
 def progress_chunk(progress: dict[str, Any]) -> dict[str, Any]:

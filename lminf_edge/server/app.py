@@ -42,6 +42,7 @@ def create_app(engine: Engine, settings: Settings, embedder: Embedder | None = N
     )
     app.state.server = state
     app.include_router(openai_routes.router)
+    app.include_router(openai_routes.unprefixed)
     app.include_router(llama_cpp_routes.router)
     app.include_router(metrics.router)
     add_error_handlers(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -89,7 +90,9 @@ def _first_problem(error: RequestValidationError) -> tuple[str, str | None, str 
     problem = error.errors()[0]
     if problem["type"] == "json_invalid":
         return "The body of the request is not JSON.", "invalid_json", None
-    names = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
+    # without the types that pydantic tried where there may be several, "constrained-int" or "list[str]"
+    names = [str(part) for part in problem["loc"] if re.fullmatch(r"\w+", str(part))]
+    names = [name for name in names if name not in ("body", "query", "path", "int", "str", "float", "bool")]
     param = ".".join(names) or None
     what = problem["msg"].removeprefix("Value error, ")
     what = what[:1].lower() + what[1:]

@@ -1,4 +1,4 @@
-"""Grammars out of what clients send: GBNF text, JSON schemas, tools. Checked before llama.cpp sees them.
+"""Grammars out of what clients send: GBNF text and JSON schemas. Checked before llama.cpp sees them.
 
 llama.cpp's parser recurses, and what it refuses makes a sampler that is not there: either would end the process.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import llama_cpp
 from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
 
+from lminf_edge.engine.sampling import strict_strings
 from lminf_edge.llama import Llama
 from lminf_edge.native import captured_errors
 from lminf_edge.server.errors import ApiError
@@ -63,7 +64,7 @@ def schema_grammar(llm: Llama, schema: Any, param: str) -> LlamaGrammar:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ApiError(400, f"{param}: no grammar can be made of this JSON schema: {reason}.", param=param) from None
-    return text_grammar(llm, text, param)
+    return strict_strings(text_grammar(llm, text, param))
 
 
 def check_schema(schema: Any, param: str) -> None:
@@ -110,38 +111,3 @@ def response_format(llm: Llama, value: Mapping[str, Any]) -> dict[str, Any]:
             param=param,
         )
     return {"grammar": schema_grammar(llm, schema, param)}
-
-
-def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """Tools with all that llama_cpp looks at. Raises ApiError for what is none."""
-    checked = []
-    for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise ApiError(400, f"tools.{i}: a tool has a function with a name.", param="tools")
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        check_schema(parameters, f"tools.{i}.function.parameters")
-        checked.append({**tool, "type": "function", "function": {**function, "parameters": parameters}})
-    return checked
-
-
-def checked_tool_choice(llm: Llama, choice: Any, tools: Sequence[dict[str, Any]]) -> str | dict[str, Any]:
-    """A choice that llama_cpp can keep to. Raises ApiError for another."""
-    param = "tool_choice"
-    names = [tool["function"]["name"] for tool in tools]
-    if choice in ("auto", "none"):
-        return str(choice)
-    if choice == "required":
-        if len(tools) != 1:
-            raise ApiError(
-                400, f'{param}: "required" is possible with one tool; name the function to call.', param=param
-            )
-        name = names[0]
-    elif isinstance(choice, dict) and isinstance(choice.get("function"), dict):
-        name = choice["function"].get("name")
-        if name not in names:
-            raise ApiError(400, f"{param}: there is no tool {str(name)[:100]!r}.", param=param)
-    else:
-        raise ApiError(400, f'{param}: it must be "auto", "none", "required" or a function.', param=param)
-    schema_grammar(llm, tools[names.index(name)]["function"]["parameters"], "tools")  # as llama_cpp will make it
-    return {"type": "function", "function": {"name": name}}

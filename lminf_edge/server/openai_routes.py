@@ -128,3 +128,9 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]
         data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     return {"object": "list", "data": data, "model": state.settings.model_name, "usage": usage}
+
+
+# llama-server has these at its root, too; /completions and /embeddings are other things there
+unprefixed = APIRouter(include_in_schema=False)
+unprefixed.get("/models")(models)
+unprefixed.post("/chat/completions", response_model=None)(chat)

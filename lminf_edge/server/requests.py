@@ -113,6 +113,8 @@ class LlamaCompletionRequest(Sampling):
     logit_bias: list[tuple[int, float | bool]] | dict[str, float] | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
+    repeat_last_n: int | None = Field(None, ge=-1, description="0: no penalties; else those of the last 64 tokens")
+    ignore_eos: bool | None = Field(False, description="go on to the limit")
     mirostat: Literal[0, 1, 2] | None = 0
     mirostat_tau: float | None = Field(5.0, ge=0, le=100)
     mirostat_eta: float | None = Field(0.1, ge=0, le=100)
