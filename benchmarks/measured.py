@@ -135,6 +135,19 @@ def drift(record: Record, within: bool = False) -> Estimate | None:
         return None
 
 
+def readings_again(record: Record) -> Array:
+    """Of every block past settings["start"] that had been read before: its loss minus that of its first reading."""
+    _, difference, place = paired(record)
+    first: dict[int, float] = {}
+    later = []
+    for block, value in zip(place.tolist(), difference.tolist(), strict=True):
+        if block in first:
+            later.append(value - first[block])
+        else:
+            first[block] = value
+    return np.array(later)
+
+
 def drift_points(record: Record) -> list[tuple[float, float, float]]:
     """(position, mean, margin) in four bins for each power of ten."""
     position, difference, place = paired(record)

@@ -41,6 +41,7 @@ from measured import (
     paired,
     reach,
     read_everywhere,
+    readings_again,
     smallest_enough,
     stream_records,
     variant_of,
@@ -120,7 +121,7 @@ def claims(records: dict[str, Record]) -> list[Claim]:
     for record in loss_records(records, "f16"):
         found += loss_claims(record)
     for record in stream_records(records):
-        found.append(stream_claim(record))
+        found += stream_claims(record)
     for name in ("kl-f32", "kl-f16"):
         if name in records:
             found.append(kl_claim(records[name]))
@@ -170,16 +171,31 @@ def loss_claims(record: Record) -> list[Claim]:
     return rows
 
 
-def stream_claim(record: Record) -> Claim:
+def stream_claims(record: Record) -> list[Claim]:
     estimate, name = drift(record), record["model"]["name"]
     assert estimate is not None
-    return (
-        f"`{name}`: drift over {reached(record)} tokens, past {short(record['settings']['start'])}, for ten times the "
-        "position",
-        f"{interval(estimate, 5)} nats",
-        "zero within its interval",
-        "reached" if estimate.is_zero else "**not reached**",
-    )
+    found = [
+        (
+            f"`{name}`: drift over {reached(record)} tokens, past {short(record['settings']['start'])}, for ten times "
+            "the position",
+            f"{interval(estimate, 5)} nats",
+            "zero within its interval",
+            "reached" if estimate.is_zero else "**not reached**",
+        )
+    ]
+    again = readings_again(record)
+    if len(again):
+        largest = float(np.abs(again).max())
+        found.append(
+            (
+                f"`{name}`: blocks of text in these {reached(record)} tokens that cost what they cost when they were "
+                "read before",
+                f"{int((again == 0).sum()):,} of {len(again):,}; largest difference {largest:.5f} nats",
+                "–",
+                "–",
+            )
+        )
+    return found
 
 
 def reached(record: Record) -> str:
@@ -372,8 +388,20 @@ def drift_sentence(record: Record) -> str:
     span = f"from position {position[0]:,.0f} to {position[-1]:,.0f}"
     if estimate.is_zero:
         bound = max(abs(estimate.low), abs(estimate.high)) * decades
-        return f"`{name}`: no drift; {span} the line rises or falls by {bound:.4f} nats at most (95 %)."
-    return f"`{name}`: {span} the loss drifts by {estimate.value * decades:+.4f} nats."
+        sentence = f"`{name}`: no drift; {span} the line rises or falls by {bound:.4f} nats at most (95 %)."
+    else:
+        sentence = f"`{name}`: {span} the line moves by {estimate.value * decades:+.4f} nats."
+    again = readings_again(record)
+    if len(again) == 0:
+        return sentence
+    n_same, most = int((again == 0).sum()), float(np.abs(again).max())
+    sentence += (
+        f" Of {len(again):,} blocks that had been read before, {n_same:,} have the same loss as then, to five digits "
+        f"after the point; the largest difference is {most:.5f} nats."
+    )
+    if not estimate.is_zero and n_same == len(again):
+        sentence += " So the line follows the texts, which come one after another, and not the position."
+    return sentence
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -269,4 +270,15 @@ def load_failure(path: str, errors: list[str]) -> str | None:
         _, found, reason = error.partition("error loading model: ")
         if found:
             return f"{path} cannot be loaded: {reason}."
+    unfit = context_failure(errors)
+    return f"{path} cannot be used so: {unfit}" if unfit else None
+
+
+def context_failure(errors: list[str]) -> str | None:
+    """Why a context could not be made, in one sentence, from what llama.cpp logged."""
+    for error in errors:
+        found = re.search(r"cache type (\S+) with block size (\d+) does not divide n_embd_head_\w+=(\d+)", error)
+        if found:
+            kv_type, block, size = found.groups()
+            return f"a {kv_type} cache needs heads whose size is a multiple of {block}, and these have {size}."
     return None

@@ -278,6 +278,18 @@ def test_a_model_without_vocabulary_takes_no_text(
     assert error.count("\n") == 1
 
 
+def test_heads_too_small_for_a_quantized_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shape = small("llama-3.2-1b", head_size=16, n_head=16, n_head_kv=4)
+    path = str(random_model.random_model("small-heads", shape, tmp_path))
+    sentence = "a q8_0 cache needs heads whose size is a multiple of 32, and these have 16."
+    assert main(["generate", "-m", path, "-p", "a", "--kv-type", "q8_0"]) == 1
+    assert capfd.readouterr().err == f"error: {path} cannot be used so: {sentence}\n"
+    assert main(["info", "-m", path, "--kv-type", "q8_0"]) == 0
+    assert f"no: {sentence}" in capfd.readouterr().out
+    assert main(["info", "-m", path]) == 0
+    assert "no:" not in capfd.readouterr().out
+
+
 # --- benchmarks/ ------------------------------------------------------------------------------------------------------
 
 

@@ -29,8 +29,8 @@ def probe(path: str, kv_type: int, attention: Attention) -> tuple[str | None, At
             return reason, None
         # some models are only found out when their graph is built, so asking lminf_refusal is not enough
         with library.next_context(window):
-            context = bindings.llama_init_from_model(model, _small_context(kv_type))
-            refusal = None if context else library.last_error() or "llama.cpp cannot make a context for this model."
+            context, why = _context(model, kv_type)
+            refusal = None if context else library.last_error() or why
         chosen = ATTENTIONS[library.params(context).attention] if context else None
         if context:
             bindings.llama_free(context)
@@ -61,9 +61,9 @@ def stock_refusal(path: str, kv_type: int, n_positions: int, shift: bool = False
             return f"it adds learned absolute positions, and there are {n_ctx_train} of them."
         if not shift:
             return None
-        context = bindings.llama_init_from_model(model, _small_context(kv_type))
+        context, why = _context(model, kv_type)
         if not context:
-            return "llama.cpp cannot make a context for this model."
+            return why
         able = can_shift(context)
         bindings.llama_free(context)
     return None if able else "llama.cpp cannot shift the cache of this model."
@@ -95,11 +95,16 @@ def _without_weights(path: str) -> Iterator[tuple[Any, str | None]]:
             bindings.llama_model_free(model)
 
 
-def _small_context(kv_type: int) -> Any:
+def _context(model: Any, kv_type: int) -> tuple[Any, str]:
+    """A small context, or none and a sentence that says why."""
     from llama_cpp import llama_cpp as bindings
+
+    from lminf_edge import native
 
     params = bindings.llama_context_default_params()
     params.n_ctx = params.n_batch = 64
     params.type_k = params.type_v = kv_type
     params.flash_attn_type = int(is_quantized(kv_type))  # llama.cpp has quantized values only with flash attention
-    return params
+    with native.captured_errors() as errors:
+        context = bindings.llama_init_from_model(model, params)
+    return context, native.context_failure(errors) or "llama.cpp cannot make a context for this model."

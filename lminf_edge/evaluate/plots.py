@@ -70,7 +70,7 @@ def plot_losses(path: Path, curves: Mapping[str, Sequence[Bucket]], n_ctx_train:
     if title:
         axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9, handlelength=4)
+    figure.legend(fontsize=9, handlelength=4, loc="outside lower center", ncols=3, frameon=False)
     _save(figure, path)
 
 
