@@ -50,6 +50,7 @@ class EngineCollector(Collector):
             ("kv_bytes", "KV cache; never changes.", engine.kv_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
             ("memory_budget_bytes", "What these may take.", store.memory_budget),
+            ("text_bytes", "Texts of messages with their tokens.", engine.segments.n_bytes),
             ("disk_bytes", "Conversations in files.", store.disk_bytes),
             ("disk_budget_bytes", "What these may take.", store.disk_budget),
         ):
