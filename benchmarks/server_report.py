@@ -177,8 +177,8 @@ def mixed(record: Record) -> str:
     return (
         "## A mixed load\n\n"
         f"{record['clients']} clients at once for {record['minutes']:g} minutes, four sequences: they talk, in "
-        "messages of 5 to 1,500 words, regenerate, edit, hang up, begin anew and send wrong requests. Targets: no error "
-        f"but those provoked: {met(record['n_errors'] == 0)}; memory flat after the first 5 minutes, within 5 %: "
+        "messages of 5 to 1,500 words, regenerate, edit, hang up, begin anew and send wrong requests. Targets: no "
+        f"error but those provoked: {met(record['n_errors'] == 0)}; memory flat after the first 5 minutes, within 5 %: "
         f"{met(growth <= 0.05)} ({100 * growth:.0f} %).\n\n"
         + table(["", ""], rows)
         + "\n"
