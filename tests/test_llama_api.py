@@ -343,9 +343,9 @@ def test_infill_uses_the_tokens_of_the_model(make_llama: MakeLlama, monkeypatch:
     from lminf_edge.completion import prompt_to_tokens
 
     llm = make_llama()
-    without = prompt_to_tokens(llm, "Anna", " left")
+    without = prompt_to_tokens(llm, "Anna", " left").tolist()
     assert without.count(0) == 3
-    assert prompt_to_tokens(llm, "Anna", "")[-2:] == [0, 0]
+    assert prompt_to_tokens(llm, "Anna", "").tolist()[-2:] == [0, 0]
     for name, token in (("token_prefix", 100), ("token_suffix", 101), ("token_middle", 102)):
         monkeypatch.setattr(llm._model, name, lambda token=token: token)
     marks = [token for token in prompt_to_tokens(llm, "Anna", " left") if 100 <= token <= 102]
