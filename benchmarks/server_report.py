@@ -25,22 +25,25 @@ HEAD = """# Performance of the server
 Written by `benchmarks/server_report.py` from what `benchmarks/server_speed.py` measured: do not edit.
 `make bench-server` measures again, `make bench-server-report` rewrites this page.
 
-Each figure is from a real `lminf-edge serve` and clients that send the whole history with every turn, as chat front
-ends do. Figures are medians, with (least – most); ratios are taken within a round. The model is `nano` unless another
-is named: where the model takes almost no time, what the server itself takes shows most.
+Each figure, but for several conversations at a time, is from a real `lminf-edge serve` and clients that send the whole
+history with every turn, as chat front ends do. Figures are medians, with (least – most); ratios are taken within a
+round. The model is `nano` unless another is named: where the model takes almost no time, what the server itself takes
+shows most.
 """
 
 
-def milliseconds(spread: Record) -> str:
-    return f"{1000 * spread['median']:.1f} ms ({1000 * spread['least']:.1f} – {1000 * spread['most']:.1f})"
+def spread(value: Record, form: str = "{:.1f}", unit: str = "", factor: float = 1) -> str:
+    """Median (least – most)."""
+    median, least, most = (form.format(factor * value[name]) for name in ("median", "least", "most"))
+    return f"{median}{unit} ({least} – {most})"
 
 
-def rate(spread: Record) -> str:
-    return f"{spread['median']:.1f} ({spread['least']:.1f} – {spread['most']:.1f})"
+def milliseconds(value: Record) -> str:
+    return spread(value, unit=" ms", factor=1000)
 
 
-def times(spread: Record) -> str:
-    return f"{spread['median']:.2f} × ({spread['least']:.2f} – {spread['most']:.2f})"
+def times(value: Record) -> str:
+    return spread(value, "{:.2f}", " ×")
 
 
 def met(is_met: bool) -> str:
@@ -140,8 +143,8 @@ def parallel(record: Record) -> str:
     rows = [
         [
             f"{each['weights']}, {human_bytes(each['n_bytes'])}",
-            rate(each["one"]),
-            rate(each["four"]),
+            spread(each["one"]),
+            spread(each["four"]),
             times(each["ratio"]),
             met(each["ratio"]["median"] >= 1.8),
             times(each["stock_ratio"]),

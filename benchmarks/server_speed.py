@@ -42,6 +42,20 @@ Figures = dict[str, Any]
 # --- a server and its clients -----------------------------------------------------------------------------------------
 
 
+def chunk_of(line: str) -> Figures | None:
+    """What a line of a stream holds, None for lines between chunks. Raises RuntimeError for an error."""
+    if not line.startswith("data: {"):
+        return None
+    chunk: Figures = json.loads(line[6:])
+    if "error" in chunk:
+        raise RuntimeError(chunk["error"]["message"])
+    return chunk
+
+
+def text_of(chunk: Figures) -> str:
+    return chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
+
+
 class Server:
     """lminf-edge serve in a process of its own."""
 
@@ -80,18 +94,14 @@ class Server:
         with self.client.stream("POST", "/v1/chat/completions", content=data, headers=headers) as response:
             response.raise_for_status()
             for line in response.iter_lines():
-                if not line.startswith("data: {"):
+                chunk = chunk_of(line)
+                if chunk is None:
                     continue
-                chunk = json.loads(line[6:])
-                if "error" in chunk:
-                    raise RuntimeError(chunk["error"]["message"])
-                if chunk["choices"]:
-                    piece = chunk["choices"][0]["delta"].get("content") or ""
-                    if piece and first is None:
-                        first = time.perf_counter() - started
-                    text += piece
-                else:
-                    last = chunk
+                piece = text_of(chunk)
+                if piece and first is None:
+                    first = time.perf_counter() - started
+                text += piece
+                last = chunk
         return text, first or time.perf_counter() - started, last
 
     def stop(self) -> None:
@@ -354,19 +364,16 @@ async def _mixed_client(server: Server, i: int, until: float, first: list[float]
                         errors.append(f"{response.status_code}: {(await response.aread())[:200]!r}")
                         continue
                     async for line in response.aiter_lines():
-                        if not line.startswith("data: {"):
+                        chunk = chunk_of(line)
+                        if chunk is None:
                             continue
-                        chunk = json.loads(line[6:])
-                        if "error" in chunk:
-                            errors.append(chunk["error"]["message"])
-                            break
-                        piece = chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
+                        piece = text_of(chunk)
                         if piece and not text:
                             first.append(time.perf_counter() - started)
                         text += piece
                         if kind == "hang up" and len(text) > 20:
                             break
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, RuntimeError) as error:
                 errors.append(repr(error))
             talk.messages.append({"role": "assistant", "content": text})
             n += 1
@@ -432,6 +439,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="little of everything, to try it out")
     args = parser.parse_args()
     tiny = args.tiny
+    if tiny and args.out == FIGURES:
+        parser.error("--tiny needs --out: its figures say nothing")
     args.lengths = (500, 3000) if tiny else (1000, 200_000)
     args.cold_lengths = (500, 3000) if tiny else (10_000, 1_000_000)
     args.rounds, args.rounds_parallel, args.n_answer = (3, 1, 8) if tiny else (30, 7, 48)

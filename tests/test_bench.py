@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from benchmark_script import run_benchmark
 from native_context import NativeContext
 
 from lminf_edge.bench import random_model
@@ -22,7 +22,6 @@ from lminf_edge.bench.state import stretch, stretch_lambda
 from lminf_edge.cli import main
 from lminf_edge.native import library_folder
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 N_THREADS = 1
 
 
@@ -297,13 +296,9 @@ def test_speed_and_report(tmp_path: Path) -> None:
     folder = library_folder()
     figures, page = tmp_path / "performance", tmp_path / "performance.md"
 
-    def python(script: str, *arguments: object) -> None:
-        command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    python("speed.py", "--tiny", "--threads", 1, "--stock-lib", folder, "--models", tmp_path / "m", "--out", figures)
-    python("report.py", "--figures", figures, "--page", page)
+    options = ["--threads", 1, "--stock-lib", folder, "--models", tmp_path / "m", "--out", figures]
+    run_benchmark("speed.py", "--tiny", *options)
+    run_benchmark("report.py", "--figures", figures, "--page", page)
     records = {path.stem: json.loads(path.read_text()) for path in figures.glob("*.json")}
     assert len(records) == 13
     for name, record in records.items():
@@ -316,6 +311,6 @@ def test_speed_and_report(tmp_path: Path) -> None:
     assert (figures / "decode-speed.png").stat().st_size > 10_000
 
     plot = (figures / "decode-speed.png").read_bytes()
-    python("report.py", "--figures", figures, "--page", page)
+    run_benchmark("report.py", "--figures", figures, "--page", page)
     assert page.read_text() == text
     assert (figures / "decode-speed.png").read_bytes() == plot

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from benchmark_script import BENCHMARKS, run_benchmark
 
 from lminf_edge import LMInfConfig
 from lminf_edge.cli import main
@@ -19,13 +18,12 @@ from lminf_edge.cli.demo import python_documentation
 from lminf_edge.evaluate.policies import POLICIES
 from lminf_edge.models import find_model
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other
 
-import evidence  # noqa: E402
-import measured  # noqa: E402
-from quantize import quantize, tensor_types  # noqa: E402
-from trend import mean_difference, slope, t_quantile  # noqa: E402
+import evidence
+import measured
+from quantize import quantize, tensor_types
+from trend import mean_difference, slope, t_quantile
 
 Record = dict[str, Any]
 
@@ -47,13 +45,6 @@ EXPERIMENTS = {
 N_TEXT = 6144  # tokens of it that are read
 
 
-def python(script: str, *arguments: object, expect: int = 0) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"})
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `results` with the figures of every experiment, and text.txt, which they were measured on."""
@@ -62,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     f16 = folder / "nano-f16.gguf"
     quantize(Path(find_model("nano")), f16, "F16", 1, again=True)
     options = ["--tiny", "--threads", 1, "--text", folder / "text.txt", "--f16", f16, "--weights", folder / "weights"]
-    python("evidence.py", *options, "--out", folder / "results")
+    run_benchmark("evidence.py", *options, "--out", folder / "results")
     return folder
 
 
@@ -96,7 +87,7 @@ def test_a_file_for_each_experiment(folder: Path, records: dict[str, Record]) ->
 def test_what_was_measured_is_not_measured_again(folder: Path) -> None:
     out = folder / "results"
     before = {path.name: path.read_bytes() for path in out.glob("*.json")}
-    said = python(
+    said = run_benchmark(
         "evidence.py", "--tiny", "--threads", 1, "--text", folder / "text.txt", "--only", "sweep-g", "--only", "kl",
         "--out", out,
     )  # fmt: skip
@@ -197,7 +188,7 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
     page = folder / "results.md"
 
     def make() -> str:
-        python("results.py", "--figures", folder / "results", "--performance", folder / "none", "--page", page)
+        run_benchmark("results.py", "--figures", folder / "results", "--performance", folder / "none", "--page", page)
         return page.read_text(encoding="utf-8")
 
     text = make()
@@ -234,7 +225,7 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
 
 
 def test_without_figures(tmp_path: Path) -> None:
-    said = python("results.py", "--figures", tmp_path, "--page", tmp_path / "page.md", expect=1)
+    said = run_benchmark("results.py", "--figures", tmp_path, "--page", tmp_path / "page.md", expect=1)
     assert said.startswith("error: There are no figures in ")
 
 
@@ -250,7 +241,7 @@ def test_bad_input(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.", encoding="utf-8")
     filled = [argument.format(short=short) for argument in arguments]
-    said = python("evidence.py", "--tiny", "--out", tmp_path / "out", *filled, expect=1)
+    said = run_benchmark("evidence.py", "--tiny", "--out", tmp_path / "out", *filled, expect=1)
     assert f"error: {sentence}" in said
     assert "Traceback" not in said
 

@@ -58,11 +58,16 @@ def page(browser: Browser, server: Served) -> Iterator[Page]:
     made.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     made.on("request", lambda request: problems.append(request.url) if not request.url.startswith(server.url) else None)
     made.goto(server.url)
-    made.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 24, temperature: 0}))")
-    made.reload()
+    choose(made, max_tokens=24, temperature=0)
     yield made
     context.close()
     assert problems == []
+
+
+def choose(page: Page, **settings: float) -> None:
+    """Settings of the page, as it keeps them itself."""
+    page.evaluate("settings => localStorage.setItem('lminf-edge.settings', JSON.stringify(settings))", settings)
+    page.reload()
 
 
 def say(page: Page, text: str, wait: bool = True) -> None:
@@ -104,8 +109,7 @@ def test_a_conversation_many_times_longer_than_the_window(page: Page, server: Se
 
 def test_the_picture_in_the_docs(page: Page, tmp_path: Path) -> None:
     """Several conversations, the last with a text far longer than the window: LMINF_SCREENSHOT=FILE keeps it."""
-    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 80}))")
-    page.reload()
+    choose(page, max_tokens=80)
     for title, messages in CONVERSATIONS.items():
         page.get_by_test_id("new").click()
         for message in messages:
@@ -118,8 +122,7 @@ def test_the_picture_in_the_docs(page: Page, tmp_path: Path) -> None:
 
 
 def test_stop_and_go_on(page: Page, server: Served) -> None:
-    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 100000}))")
-    page.reload()
+    choose(page, max_tokens=100000)
     say(page, "Tell me a very long story.", wait=False)
     writing = page.locator("[data-testid=message][data-writing]")
     expect(writing).to_have_count(1, timeout=30_000)
@@ -132,8 +135,7 @@ def test_stop_and_go_on(page: Page, server: Served) -> None:
         page.wait_for_timeout(20)
     assert server.engine.n_busy == 0
     [kept] = answers(page)
-    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 10}))")
-    page.reload()
+    choose(page, max_tokens=10)
     assert kept[:80] in answers(page)[0]
     say(page, "And then?")
     assert len(answers(page)) == 2
@@ -197,8 +199,7 @@ def test_a_phone(browser: Browser, server: Served, scheme: str) -> None:
     context = browser.new_context(viewport={"width": 320, "height": 640}, color_scheme=scheme, has_touch=True)  # type: ignore[arg-type]
     page = context.new_page()
     page.goto(server.url)
-    page.evaluate("localStorage.setItem('lminf-edge.settings', JSON.stringify({max_tokens: 8}))")
-    page.reload()
+    choose(page, max_tokens=8)
     say(page, "The ferry left at six, an hour before the sun came over the hills.")
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
     page.get_by_role("button", name="Conversations").click()

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def python(script: str, *arguments: object) -> None:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+from benchmark_script import run_benchmark
 
 
 def test_figures_and_page(tmp_path: Path) -> None:
     figures, page = tmp_path / "server-performance", tmp_path / "server-performance.md"
     names = ["first_token", "cold", "memory", "mixed"]  # the other takes a model of 700 MB
     only = [argument for name in names for argument in ("--only", name)]
-    python("server_speed.py", "--tiny", "--minutes", 0.1, "--out", figures, *only)
-    python("server_report.py", "--figures", figures, "--page", page)
+    run_benchmark("server_speed.py", "--tiny", "--minutes", 0.1, "--out", figures, *only)
+    run_benchmark("server_report.py", "--figures", figures, "--page", page)
     records = {path.stem: json.loads(path.read_text()) for path in figures.glob("*.json")}
     assert set(records) == set(names)
     short, long = records["cold"]["conversations"]
