@@ -85,14 +85,16 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(500, "Something went wrong in the server: its log says what.")
 
 
+_NOT_FIELDS = ("body", "query", "path", "int", "str", "float", "bool")
+
+
 def _first_problem(error: RequestValidationError) -> tuple[str, str | None, str | None]:
     """Message, code and parameter of the first thing that is wrong with a request's body."""
     problem = error.errors()[0]
     if problem["type"] == "json_invalid":
         return "The body of the request is not JSON.", "invalid_json", None
     # without the types that pydantic tried where there may be several, "constrained-int" or "list[str]"
-    names = [str(part) for part in problem["loc"] if re.fullmatch(r"\w+", str(part))]
-    names = [name for name in names if name not in ("body", "query", "path", "int", "str", "float", "bool")]
+    names = [str(part) for part in problem["loc"] if re.fullmatch(r"\w+", str(part)) and part not in _NOT_FIELDS]
     param = ".".join(names) or None
     what = problem["msg"].removeprefix("Value error, ")
     what = what[:1].lower() + what[1:]

@@ -152,9 +152,7 @@ def native_arguments(state: ServerState, body: LlamaCompletionRequest) -> dict[s
         arguments.update(repeat_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0)
     pairs = list(body.logit_bias.items() if isinstance(body.logit_bias, dict) else body.logit_bias or [])
     if body.ignore_eos:
-        vocab = state.llm._model.vocab
-        ends = [token for token in range(state.llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, token)]
-        pairs += [(token, False) for token in ends]
+        pairs += [(token, False) for token in state.end_tokens]
     if pairs:
         arguments["logit_bias"] = answers.token_bias(state.llm, pairs)
     if body.grammar is not None and body.json_schema is not None:

@@ -8,8 +8,10 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, cast
 
+import llama_cpp
 import numpy as np
 from fastapi import Request
 
@@ -65,6 +67,12 @@ class ServerState:
     @property
     def llm(self) -> Llama:
         return self.engine.llm
+
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text, of the whole vocabulary."""
+        vocab = self.llm._model.vocab
+        return [token for token in range(self.llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, token)]
 
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
