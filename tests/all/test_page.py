@@ -79,6 +79,12 @@ def say(page: Page, text: str, wait: bool = True) -> None:
         expect(answers).to_have_count(n_answers + 1, timeout=60_000)
 
 
+def begin(page: Page) -> None:
+    """A new conversation; until it is shown, the messages of the one before are."""
+    page.get_by_test_id("new").click()
+    expect(page.get_by_test_id("message")).to_have_count(0)
+
+
 def rename(page: Page, title: str) -> None:
     page.get_by_role("button", name="Rename").click()
     page.get_by_label("Title").fill(title)
@@ -111,7 +117,7 @@ def test_the_picture_in_the_docs(page: Page, tmp_path: Path) -> None:
     """Several conversations, the last with a text far longer than the window: LMINF_SCREENSHOT=FILE keeps it."""
     choose(page, max_tokens=80)
     for title, messages in CONVERSATIONS.items():
-        page.get_by_test_id("new").click()
+        begin(page)
         for message in messages:
             say(page, message)
         rename(page, title)
@@ -175,7 +181,7 @@ def test_reload_and_continue(page: Page, server: Served) -> None:
 
 def test_rename_delete_and_the_list(page: Page) -> None:
     say(page, "The first one")
-    page.get_by_test_id("new").click()
+    begin(page)
     say(page, "The second one")
     listed = page.get_by_test_id("conversations")
     expect(listed.get_by_role("listitem")).to_have_count(2)
