@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lminf_edge.config import KV_TYPES, SINK_MODES
+from lminf_edge.errors import UserError
 from lminf_edge.history import Digests, Past, Tokens
 
 MAGIC = b"LMINFCKP"
@@ -34,7 +35,7 @@ _HEAD_SAMPLE = 1 << 20  # bytes from the start of a model file
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used here, and why, in one sentence. The running stream is as it was."""
 
 

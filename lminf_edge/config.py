@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header
 
 SinkMode = Literal["ceiling", "order", "true"]
@@ -72,9 +73,9 @@ class LMInfConfig:
         _check("n_checkpoints", self.n_checkpoints, 0)
         _check("pos_bound", self.pos_bound, 0)
         if self.sink_mode not in SINK_MODES:
-            raise ValueError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
+            raise UserError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
         if self.attention not in ATTENTIONS:
-            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}.")
+            raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}.")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
     if config.n_local is not None:
         n_local = config.n_local
         if n_ctx is not None and n_ctx != config.n_global + n_local:
-            raise ValueError(
+            raise UserError(
                 f"n_ctx={n_ctx} is not n_global + n_local = {config.n_global} + {n_local}: "
                 "give only one of n_ctx and n_local."
             )
@@ -151,7 +152,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         size = min(DEFAULT_WINDOW, n_ctx_train) if n_ctx is None else n_ctx or n_ctx_train
         n_local = size - config.n_global
         if n_local < 1:
-            raise ValueError(
+            raise UserError(
                 f"An attention window of {size} tokens leaves no room beside n_global={config.n_global}: "
                 "give a larger n_ctx or a smaller n_global."
             )
@@ -179,7 +180,7 @@ def check_kv_type(name: str, value: int | None) -> int:
         return KV_TYPE_DEFAULT
     if value not in KV_TYPES:
         known = ", ".join(f"{number} ({kind})" for number, (kind, _, _) in KV_TYPES.items())
-        raise ValueError(f"{name}={value} is not a GGML type for a KV cache: use one of {known}.")
+        raise UserError(f"{name}={value} is not a GGML type for a KV cache: use one of {known}.")
     return value
 
 
@@ -225,8 +226,8 @@ def _check(name: str, value: object, least: int) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, not {value!r}.")
+        raise UserError(f"{name} must be a whole number, not {value!r}.")
     if value < least:
-        raise ValueError(f"{name} must be {least} or more, not {value}.")
+        raise UserError(f"{name} must be {least} or more, not {value}.")
     if value > MAX_WINDOW:
-        raise ValueError(f"{name} must be {MAX_WINDOW} or less, not {value}.")
+        raise UserError(f"{name} must be {MAX_WINDOW} or less, not {value}.")

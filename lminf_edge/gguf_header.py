@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from lminf_edge.errors import UserError
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -33,17 +35,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     name = os.fspath(path)
     if not os.path.exists(name):
-        raise ValueError(f"Model path does not exist: {name}")
+        raise UserError(f"Model path does not exist: {name}")
     if not os.path.isfile(name):
-        raise ValueError(f"{name} is not a file: give the path of a GGUF model.")
+        raise UserError(f"{name} is not a file: give the path of a GGUF model.")
     with open(name, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{name} is not a GGUF model.")
+            raise UserError(f"{name} is not a GGUF model.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _parse(_Reader(data))
             except (struct.error, IndexError, KeyError, OverflowError, TypeError, ValueError):
-                raise ValueError(f"{name} is cut short or damaged: download or convert it again.") from None
+                raise UserError(f"{name} is cut short or damaged: download or convert it again.") from None
 
 
 class _Reader:

@@ -14,6 +14,8 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from lminf_edge.errors import UserError
+
 Tokens = npt.NDArray[np.int32]
 Digests = npt.NDArray[np.uint64]
 
@@ -151,7 +153,7 @@ class TokenHistory:
             self._n_digests = self._n_recent = 0
             return
         if not self.n_digested <= n_tokens <= len(self):
-            raise ValueError(f"A history of {len(self)} tokens cannot go back to {n_tokens}.")
+            raise UserError(f"A history of {len(self)} tokens cannot go back to {n_tokens}.")
         self._n_recent = n_tokens - self.n_digested
 
     def recent(self) -> Tokens:

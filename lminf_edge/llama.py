@@ -30,6 +30,7 @@ from lminf_edge.config import (
     is_quantized,
     resolve,
 )
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.history import Tokens, as_tokens
 from lminf_edge.models import find_model
@@ -103,18 +104,18 @@ class Llama(llama_cpp.Llama):
         self, path: str, config: LMInfConfig, n_ctx: int | None, n_seq_max: int, kwargs: dict[str, Any]
     ) -> None:
         if isinstance(kwargs.get("chat_handler"), (Llava15ChatHandler, MTMDChatHandler)):
-            raise ValueError("Chat handlers for images and sound do not work with lminf: load this model without it.")
+            raise UserError("Chat handlers for images and sound do not work with lminf: load this model without it.")
         library = native.load()
         header = read_header(path)
         if header.n_tensors == 0:
-            raise ValueError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
+            raise UserError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
         window = resolve(config, n_ctx, training_length(header, kwargs.get("kv_overrides") or {}))
         type_k, type_v = check_kv_type("type_k", kwargs.get("type_k")), check_kv_type("type_v", kwargs.get("type_v"))
         if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
-            raise ValueError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
+            raise UserError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
         n_batch = int(kwargs.pop("n_batch", 512))
         if not 1 <= n_seq_max <= n_batch:
-            raise ValueError(f"n_seq_max={n_seq_max} must be 1 or more, and no more than n_batch={n_batch}.")
+            raise UserError(f"n_seq_max={n_seq_max} must be 1 or more, and no more than n_batch={n_batch}.")
         on_gpu = bool(kwargs.get("n_gpu_layers"))
         n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch(on_gpu)))
         if not on_gpu:
@@ -138,10 +139,10 @@ class Llama(llama_cpp.Llama):
                 super().__init__(path, n_ctx=max(window.size, n_batch), n_batch=n_batch, n_ubatch=n_ubatch, **kwargs)
             except ValueError as error:
                 reason = library.last_error() or native.load_failure(path, errors) or str(error)
-                raise ValueError(reason) from error
+                raise UserError(reason) from error
         if self.lora_path and not self._lora_adapter:  # the base class takes a null pointer for an adapter
             reason = errors[0] if errors else "llama.cpp does not say why"
-            raise ValueError(f"{self.lora_path} cannot be loaded as an adapter: {reason}.")
+            raise UserError(f"{self.lora_path} cannot be loaded as an adapter: {reason}.")
         assert library.enabled(self._ctx.ctx)
 
         self._config = replace(config, n_local=window.n_local)
@@ -178,7 +179,7 @@ class Llama(llama_cpp.Llama):
     def stream(self) -> Stream:
         """The stream of a model with a Λ cache. Raises ValueError for a model without one."""
         if self._stream is None:
-            raise ValueError("This model has no stream: it was loaded without lminf, or with embedding or vocab_only.")
+            raise UserError("This model has no stream: it was loaded without lminf, or with embedding or vocab_only.")
         return self._stream
 
     def stream_info(self) -> StreamInfo:
@@ -215,7 +216,7 @@ class Llama(llama_cpp.Llama):
         elif not self._stream.truncate(value):
             past = self._stream.history.snapshot()
             if len(past.digests):
-                raise ValueError(f"The stream cannot go back to {value} tokens: give the whole prompt again.")
+                raise UserError(f"The stream cannot go back to {value} tokens: give the whole prompt again.")
             self._process(past.recent[:value])
 
     @property
@@ -319,7 +320,7 @@ class Llama(llama_cpp.Llama):
         self._sampler = self._init_sampler(**sampling)
         if reset:
             if len(prompt) == 0:
-                raise ValueError("The prompt is empty: give at least one token.")
+                raise UserError("The prompt is empty: give at least one token.")
             self._process(prompt)
         else:
             self.eval(prompt)

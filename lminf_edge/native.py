@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lminf_edge.errors import UserError
+
 LIBRARY_NAMES = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")
 MARK = "lminf_set_next"  # a function only the patched library has
 
@@ -148,7 +150,7 @@ class Native:
         Raises ValueError if the parameters make no sense.
         """
         if not self._set_next(ctypes.byref(params)):
-            raise ValueError(self.last_error())
+            raise UserError(self.last_error())
         try:
             yield
         finally:

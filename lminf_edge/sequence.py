@@ -13,6 +13,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.config import Window
+from lminf_edge.errors import UserError
 from lminf_edge.history import Tokens
 from lminf_edge.native import Info, Native, captured_errors
 
@@ -88,7 +89,7 @@ class CacheSequence:
         else:
             bindings.llama_memory_seq_rm(memory, self.seq_id, -1, -1)
         if n_sinks is not None and not self._native.set_sinks(self.ctx, n_sinks, self.seq_id):
-            raise ValueError(f"A stream keeps 0 to {self.window.n_global} sinks here, not {n_sinks}.")
+            raise UserError(f"A stream keeps 0 to {self.window.n_global} sinks here, not {n_sinks}.")
 
     def begin_at(self, position: int) -> None:
         """Lets an empty sequence begin at this stream position, for tests of far positions."""

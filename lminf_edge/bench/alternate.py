@@ -19,6 +19,7 @@ from typing import Any
 
 from lminf_edge.bench.contender import Contender
 from lminf_edge.config import check_memory
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import read_header
 from lminf_edge.native import LIBRARY_NAMES
 
@@ -33,7 +34,7 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         if not any((folder / name).exists() for name in LIBRARY_NAMES):
-            raise ValueError(f"There is no llama.cpp library in {folder}.")
+            raise UserError(f"There is no llama.cpp library in {folder}.")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lminf_edge.bench.worker"],
             env=os.environ | {"LMINF_LIB_PATH": str(folder)},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lminf_edge.config import KV_TYPES, kv_bytes
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header
 
 KV_TYPE_NUMBERS = {name: number for number, (name, _, _) in KV_TYPES.items()}
@@ -41,9 +42,9 @@ class Contender:
 
     def __post_init__(self) -> None:
         if self.cache == "window" and self.depth != self.window - self.n_tokens:
-            raise ValueError(f"A window of {self.window} tokens must be larger than a test of {self.n_tokens}.")
+            raise UserError(f"A window of {self.window} tokens must be larger than a test of {self.n_tokens}.")
         if self.cache == "lambda" and self.window <= self.n_global:
-            raise ValueError(f"A window of {self.window} tokens must be larger than n_global={self.n_global}.")
+            raise UserError(f"A window of {self.window} tokens must be larger than n_global={self.n_global}.")
 
     @property
     def n_ctx(self) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lminf_edge.errors import UserError
+
 Bytes = npt.NDArray[np.uint8]
 
 WEIGHT_TYPES = ("q4_0", "q8_0", "f16")
@@ -127,7 +129,7 @@ SHAPES = {
 def find_shape(name: str) -> Shape:
     """Raises ValueError for a name that is not in SHAPES."""
     if name not in SHAPES:
-        raise ValueError(f"There is no shape {name!r}: use one of {', '.join(SHAPES)}.")
+        raise UserError(f"There is no shape {name!r}: use one of {', '.join(SHAPES)}.")
     return SHAPES[name]
 
 
@@ -137,7 +139,7 @@ def random_model(name: str, shape: Shape, folder: str | os.PathLike[str], weight
     Raises ImportError, in one sentence, without the package gguf, and ValueError for an unknown weight type.
     """
     if weight_type not in WEIGHT_TYPES:
-        raise ValueError(f"There is no weight type {weight_type!r}: use one of {', '.join(WEIGHT_TYPES)}.")
+        raise UserError(f"There is no weight type {weight_type!r}: use one of {', '.join(WEIGHT_TYPES)}.")
     recipe = hashlib.sha256(repr((_RECIPE, shape, weight_type)).encode()).hexdigest()[:8]
     path = Path(folder) / f"{name}-{weight_type}-{recipe}.gguf"
     if not path.exists():

@@ -11,6 +11,8 @@ import struct
 
 import numpy as np
 
+from lminf_edge.errors import UserError
+
 _POSITION_BLOCK = 256  # graph positions are moved back by multiples of this
 _LAMBDA_MAGIC = 0x464E4D4C
 
@@ -57,7 +59,7 @@ def stretch(state: bytes, n_cells: int) -> bytearray:
     with_cells.copy("Ii")  # magic, sequence
     _stretch_cache(with_cells, n_cells, 0)
     if with_cells.offset != len(state):
-        raise ValueError("The states of this model's cache cannot be stretched.")
+        raise UserError("The states of this model's cache cannot be stretched.")
     return with_cells.out
 
 
@@ -71,11 +73,11 @@ def stretch_lambda(state: bytes, stream_pos: int) -> bytearray:
     far.copy("Ii")
     magic, _, *_, n_layer, _, n_seq, n_cells_max = far.copy("II9i")
     if magic != _LAMBDA_MAGIC or n_seq != 1:
-        raise ValueError("This is not the state of a sequence in a Λ cache.")
+        raise UserError("This is not the state of a sequence in a Λ cache.")
     _, start, n_sink, begun, n_used, _, stream, n_global = far.read("qq6i")
     far.offset += 4 * n_used  # the cells' places
     if start != 0 or not begun or n_sink != n_global or n_layer < 1:
-        raise ValueError("Only a stream that has all its sinks can be stretched.")
+        raise UserError("Only a stream that has all its sinks can be stretched.")
     n_cells = min(stream_pos, n_cells_max)
     first = stream_pos - n_cells
     origin = first - first % _POSITION_BLOCK
@@ -91,7 +93,7 @@ def _stretch_cache(state: _State, n_cells: int, first_pos: int) -> None:
     (n_stream,) = state.copy("I")
     (n_saved,) = state.read("I")
     if n_stream != 1 or n_saved < 1:
-        raise ValueError("The states of this model's cache cannot be stretched.")
+        raise UserError("The states of this model's cache cannot be stretched.")
     state.write("I", n_cells)
     state.offset += 12 * n_saved
     cells = np.empty((n_cells, 3), dtype="<i4")  # position, number of sequences, sequence
@@ -100,7 +102,7 @@ def _stretch_cache(state: _State, n_cells: int, first_pos: int) -> None:
 
     is_transposed, n_layer = state.copy("II")
     if is_transposed > 1 or not 0 < n_layer < 4096:
-        raise ValueError("The states of this model's cache cannot be stretched.")
+        raise UserError("The states of this model's cache cannot be stretched.")
     for _ in range(n_layer):
         _, row_bytes = state.copy("iQ")
         state.stretch_rows(n_saved, row_bytes, n_cells)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory, is_quantized, kv_bytes
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
 
@@ -23,7 +24,7 @@ MAX_BATCH = 65536
 KV_TYPE_NUMBERS = {name: number for number, (name, _, _) in KV_TYPES.items()}
 
 
-class CommandError(Exception):
+class CommandError(UserError):
     """One sentence for the user."""
 
 
@@ -185,7 +186,7 @@ def load(path: str, **settings: Any) -> Llama:
         try:
             llm = Llama(path, verbose=False, **settings)
         except ValueError as error:
-            raise ValueError(load_failure(path, errors) or str(error)) from error
+            raise UserError(load_failure(path, errors) or str(error)) from error
     # llama_cpp's logger takes llama.cpp's warnings for errors, and some come when a context is freed
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     return llm

@@ -33,6 +33,7 @@ from lminf_edge.cli.common import (
     whole_number,
     window_config,
 )
+from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
     from lminf_edge.engine import Engine
@@ -143,7 +144,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
                 **model_settings(args),
             )
         except ValueError as error:
-            raise ValueError(load_failure(path, errors) or str(error)) from error
+            raise UserError(load_failure(path, errors) or str(error)) from error
     try:
         require_vocabulary(engine.llm)
     except CommandError:

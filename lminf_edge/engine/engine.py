@@ -28,6 +28,7 @@ from lminf_edge.engine.slot import Slot
 from lminf_edge.engine.snapshots import Conversation, Snapshot, SnapshotStore, thinned
 from lminf_edge.engine.token_log import ANCHOR, TokenLog
 from lminf_edge.engine.turn import Phase, Progress, Turn, TurnCancelled
+from lminf_edge.errors import UserError
 from lminf_edge.history import Tokens, as_tokens, common_prefix
 from lminf_edge.llama import Llama
 from lminf_edge.sequence import Logits, Run, State
@@ -89,7 +90,7 @@ class Engine:
         segment_bytes  memory for texts whose tokens are remembered
         """
         if on_trim not in ON_TRIM:
-            raise ValueError(f"on_trim must be one of {', '.join(ON_TRIM)}, not {on_trim!r}.")
+            raise UserError(f"on_trim must be one of {', '.join(ON_TRIM)}, not {on_trim!r}.")
         self.llm = llm
         self.store = store
         self.max_sinks = llm.stream.window.n_global
@@ -133,9 +134,9 @@ class Engine:
         """
         tokens = as_tokens(prompt)
         if len(tokens) == 0:
-            raise ValueError("The prompt is empty: give at least one token.")
+            raise UserError("The prompt is empty: give at least one token.")
         if tokens.min() < 0 or tokens.max() >= self.llm.n_vocab():
-            raise ValueError(f"The prompt has tokens that are none: this model's are 0 to {self.llm.n_vocab() - 1}.")
+            raise UserError(f"The prompt has tokens that are none: this model's are 0 to {self.llm.n_vocab() - 1}.")
         turn = Turn(
             engine=self,
             prompt=tokens,

@@ -13,6 +13,7 @@ from lminf_edge.checkpoint import Identity
 from lminf_edge.config import LMInfConfig, Window, resolve
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.snapshots import SnapshotStore
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import read_header
 from lminf_edge.llama import Llama, training_length
 from lminf_edge.models import find_model
@@ -45,7 +46,7 @@ def load_engine(
     The other arguments are Llama's. Raises ValueError, in one sentence, for what cannot be, as Llama does.
     """
     if parallel < 1:
-        raise ValueError(f"parallel must be 1 or more, not {parallel}.")
+        raise UserError(f"parallel must be 1 or more, not {parallel}.")
     config = lminf or LMInfConfig()
     room = max(max_sinks, config.n_global)
     if room > config.n_global and config.n_local is None:
@@ -57,11 +58,11 @@ def load_engine(
         try:
             store = SnapshotStore(llm.identity, place, memory_budget, disk_budget)
         except sqlite3.OperationalError as error:
-            raise ValueError(
+            raise UserError(
                 f"The conversations in {place} cannot be used, perhaps by another server: {error}."
             ) from error
         except (OSError, sqlite3.Error) as error:
-            raise ValueError(f"The conversations in {place} cannot be used: {error}.") from error
+            raise UserError(f"The conversations in {place} cannot be used: {error}.") from error
         return Engine(llm, store, n_sinks=config.n_global, pin_system=pin_system, on_trim=on_trim)
     except BaseException:
         llm.close()

@@ -9,6 +9,7 @@ import numpy as np
 from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_grammar import LlamaGrammar
 
+from lminf_edge.errors import UserError
 from lminf_edge.sequence import Logits
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # struct llama_token_data
@@ -33,9 +34,9 @@ def sample_checked(sampler: Any, logits: Logits) -> int:
     array = llama_cpp.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
     bindings.llama_sampler_apply(sampler.sampler, array)
     if not 0 <= array.selected < array.size:
-        raise ValueError("No token could be drawn.")
+        raise UserError("No token could be drawn.")
     chosen = array.data[array.selected]
     if not np.isfinite(chosen.logit):
-        raise ValueError("The grammar allows no token of this model here.")
+        raise UserError("The grammar allows no token of this model here.")
     bindings.llama_sampler_accept(sampler.sampler, chosen.id)
     return int(chosen.id)

@@ -8,6 +8,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from lminf_edge.errors import UserError
 from lminf_edge.evaluate.reader import Reader, reader_of
 from lminf_edge.history import Tokens, as_tokens
 
@@ -38,10 +39,10 @@ def nll_blocks(
     text = as_tokens(tokens)
     n_tokens = len(text) if n_tokens is None else n_tokens
     if n_tokens > len(text) <= n_bos:
-        raise ValueError(f"{len(text)} tokens are none to repeat after the first {n_bos}.")
+        raise UserError(f"{len(text)} tokens are none to repeat after the first {n_bos}.")
     reader = llm if isinstance(llm, Reader) else reader_of(llm)
     if reader.limit is not None and n_tokens - 1 > reader.limit:
-        raise ValueError(
+        raise UserError(
             f"{n_tokens} tokens do not fit the n_ctx of {reader.limit}: "
             "use a larger n_ctx, or lminf, which has no limit."
         )

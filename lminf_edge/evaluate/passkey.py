@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lminf_edge.errors import UserError
 from lminf_edge.history import Tokens, as_tokens
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Passkey:
 
         n_least = len(self._tokenize(text(0)))
         if n_least > length:
-            raise ValueError(f"A prompt of {length} tokens is too short: without filler it has {n_least}.")
+            raise UserError(f"A prompt of {length} tokens is too short: without filler it has {n_least}.")
         fits, too_many = 0, length  # a unit of filler is a token at least
         while too_many - fits > 1:
             middle = (fits + too_many) // 2

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lminf_edge.errors import UserError
 from lminf_edge.evaluate.buckets import Bucket
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ NAMES = {
 def check_plot(path: Path) -> None:
     """Raises ImportError without matplotlib, ValueError for a kind of file that is not drawn; in one sentence."""
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path} is no picture that can be drawn: give a name that ends in {', '.join(FORMATS)}.")
+        raise UserError(f"{path} is no picture that can be drawn: give a name that ends in {', '.join(FORMATS)}.")
     _pyplot()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lminf_edge.config import LMInfConfig, SinkMode, Window, default_ubatch
+from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
     from lminf_edge.evaluate.reader import Reader
@@ -67,7 +68,7 @@ def parse_policies(text: str) -> list[Policy]:
     names = list(POLICIES) if text == "all" else text.split(",")
     for name in names:
         if name not in POLICIES:
-            raise ValueError(f"there is no policy {name!r}: give all, or some of {','.join(POLICIES)}")
+            raise UserError(f"there is no policy {name!r}: give all, or some of {','.join(POLICIES)}")
     return [policy for policy in POLICIES.values() if policy.name in names]
 
 

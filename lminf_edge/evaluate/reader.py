@@ -10,6 +10,7 @@ import numpy as np
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge import Llama
+from lminf_edge.errors import UserError
 from lminf_edge.history import Tokens
 from lminf_edge.sequence import Logits
 
@@ -51,7 +52,7 @@ class Reader(abc.ABC):
         is passed, RuntimeError if the library cannot.
         """
         if self.limit is not None and self.position + len(tokens) > self.limit:
-            raise ValueError(f"{self.position + len(tokens)} tokens do not fit the n_ctx of {self.limit}.")
+            raise UserError(f"{self.position + len(tokens)} tokens do not fit the n_ctx of {self.limit}.")
         logits = self._read(tokens, logits_all)
         self.position += len(tokens)
         return logits
@@ -115,9 +116,9 @@ class ShiftReader(FullReader):
         super().__init__(llm)
         self.limit = None
         if window < self.LEAST:
-            raise ValueError(f"A window of {window} tokens is too small for context shift: {self.LEAST} are needed.")
+            raise UserError(f"A window of {window} tokens is too small for context shift: {self.LEAST} are needed.")
         if not can_shift(llm._ctx.ctx):
-            raise ValueError("llama.cpp cannot shift the cache of this model.")
+            raise UserError("llama.cpp cannot shift the cache of this model.")
         # llama.cpp rounds n_ctx up to a multiple of 256: the tools would shift at that, we at the window
         self.window = window
         self.n_keep = min(n_keep, window - 4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lminf_edge.errors import UserError
+
 _FOLDER = Path(__file__).parent
 
 
@@ -24,6 +26,6 @@ def find_model(name_or_path: str | os.PathLike[str]) -> str:
     models = embedded_models()
     if path in models:
         return str(models[path])
-    raise ValueError(
+    raise UserError(
         f"Model path does not exist: {path} (it is no embedded model either; there is {', '.join(models)})."
     )
