@@ -13,6 +13,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
 from lminf_edge import native
@@ -34,10 +35,12 @@ from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.history import Tokens, as_tokens
 from lminf_edge.models import find_model
+from lminf_edge.sampling import sample_checked
 from lminf_edge.sequence import Batch, CacheSequence, Logits
 from lminf_edge.stream import Stream
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 
 # what the keys in a cache depend on besides model and window
 _ROPE_SETTINGS = (
@@ -292,10 +295,22 @@ class Llama(llama_cpp.Llama):
         self.eval(prompt[n_reused:])
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """Samples a token. Raises RuntimeError if nothing was processed that it could follow."""
+        """Samples a token.
+
+        Raises RuntimeError if nothing was processed that it could follow, and ValueError if a grammar cannot be used,
+        allows no token, or takes too much work.
+        """
         if self._stream is not None and not self._stream.fresh:
             raise RuntimeError("There are no logits to sample from: process at least one token first.")
-        return int(super().sample(*args, **kwargs))
+        call = _SAMPLE.bind(self, *args, **kwargs)
+        if call.arguments.get("grammar") is None:
+            return int(super().sample(*args, **kwargs))
+        call.apply_defaults()
+        sampling = {name: value for name, value in call.arguments.items() if name not in ("self", "idx")}
+        idx = call.arguments["idx"]
+        pointer = bindings.llama_get_logits_ith(self.ctx, -1 if idx is None else idx - self.n_tokens)
+        logits = np.ctypeslib.as_array(pointer, shape=(self._n_vocab,))
+        return sample_checked(self._sampler or self._init_sampler(**sampling), logits)
 
     def generate(
         self, tokens: Sequence[int] | Tokens, *args: Any, **kwargs: Any

@@ -127,6 +127,7 @@ class Native:
         self._next_pos = declare("lminf_next_pos", int32, pointer, int32, int32)
         self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
         self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
+        self._grammar_overran = declare("lminf_grammar_overran", boolean)
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
 
     def default_params(self) -> Params:
@@ -182,6 +183,10 @@ class Native:
     def set_sinks(self, ctx: Any, n_global: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence keep this many sinks; False if that is more than the context has room for."""
         return bool(self._seq_set_sinks(ctx, seq_id, n_global))
+
+    def grammar_overran(self) -> bool:
+        """Whether this thread's last call into a grammar was given up because it took too much work."""
+        return bool(self._grammar_overran())
 
     def seq_start(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence begin at this position."""

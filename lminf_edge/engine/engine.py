@@ -22,7 +22,6 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import CheckpointError
 from lminf_edge.config import Window
-from lminf_edge.engine.sampling import sample_checked
 from lminf_edge.engine.segments import SegmentTokenizer, chat_template
 from lminf_edge.engine.slot import Slot
 from lminf_edge.engine.snapshots import Conversation, Snapshot, SnapshotStore, thinned
@@ -31,6 +30,7 @@ from lminf_edge.engine.turn import Phase, Progress, Turn, TurnCancelled
 from lminf_edge.errors import UserError
 from lminf_edge.history import Tokens, as_tokens, common_prefix
 from lminf_edge.llama import Llama
+from lminf_edge.sampling import sample_checked
 from lminf_edge.sequence import Logits, Run, State
 
 ON_TRIM = ("continue", "reread")

@@ -14,10 +14,10 @@ from llama_cpp import llama_chat_format
 
 from lminf_edge.completion import complete
 from lminf_edge.engine.engine import Engine
-from lminf_edge.engine.sampling import strict_strings
 from lminf_edge.engine.token_log import TokenLog
 from lminf_edge.engine.turn import Progress, Turn
 from lminf_edge.history import N_RECENT, Tokens, as_tokens
+from lminf_edge.sampling import strict_strings
 from lminf_edge.sequence import Logits
 
 # beginnings of messages nearer to the next than this are not worth a snapshot of their own, in tokens

@@ -1,70 +1,158 @@
-"""Grammars out of what clients send: GBNF text and JSON schemas. Checked before llama.cpp sees them.
+"""Grammars out of what clients send: GBNF text and JSON schemas.
 
-llama.cpp's parser recurses, and what it refuses makes a sampler that is not there: either would end the process.
+A client can ask for a grammar that takes any time and any memory to make. Making one is bounded here, following one in
+libllama (native/src/lminf-grammar.h); both still take up to a few tenths of a second, so these functions belong in a
+worker thread, where they hold nobody up. They keep nothing, so what they return may be thrown away.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import llama_cpp
-from llama_cpp.llama_grammar import LlamaGrammar, json_schema_to_gbnf
+from llama_cpp import llama_grammar
+from llama_cpp.llama_grammar import INVALID_RULE_CHARS_RE, LlamaGrammar, SchemaConverter
 
-from lminf_edge.engine.sampling import strict_strings
+from lminf_edge import native
 from lminf_edge.llama import Llama
-from lminf_edge.native import captured_errors
+from lminf_edge.sampling import TOO_MUCH, strict_strings
 from lminf_edge.server.errors import ApiError
 
 MAX_CHARACTERS = 256 << 10
-MAX_DEPTH = 256  # of parentheses, and of a schema
+MAX_DEPTH = 256  # of a schema
 MAX_REPEATS = 1000  # minItems, maxLength and the like
 MAX_PARTS = 10_000  # of a schema
+MAX_NAME = 8192  # characters of a rule's name, which has all names on the way to it
+MAX_PATTERN = 4096  # characters
+MAX_WRITTEN = 8 << 20  # characters of rules while a schema is converted: many are written again and again
 
 _REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 
 
 def text_grammar(llm: Llama, text: str, param: str) -> LlamaGrammar:
-    """Raises ApiError for what is no grammar."""
-    if len(text) > MAX_CHARACTERS or _depth(text) > MAX_DEPTH:
-        raise ApiError(
-            400,
-            f"{param}: a grammar has {MAX_CHARACTERS:,} characters and {MAX_DEPTH} nested parentheses at most.",
-            param=param,
-        )
+    """Raises ApiError for what is no grammar, and for one that takes too much work."""
+    if len(text) > MAX_CHARACTERS:
+        raise ApiError(400, f"{param}: a grammar has {MAX_CHARACTERS:,} characters at most.", param=param)
     if any(
-        int(number) > MAX_REPEATS
+        len(number) > 9 or int(number) > MAX_REPEATS
         for numbers in re.findall(r"\{\s*([\d,\s]+)\}", text)
-        for number in re.findall(r"\d+", numbers)
+        for number in re.findall(r"[0-9]+", numbers)
     ):
         raise ApiError(400, f"{param}: nothing may be repeated more than {MAX_REPEATS:,} times.", param=param)
-    with captured_errors():
-        sampler = llama_cpp.llama_sampler_init_grammar(llm._model.vocab, text.encode("utf-8"), b"root")
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{param}: half of a surrogate pair is no character.", param=param) from None
+    if b"\0" in data:
+        raise ApiError(400, f"{param}: a grammar has no zero characters.", param=param)
+    with native.captured_errors():
+        sampler = llama_cpp.llama_sampler_init_grammar(llm._model.vocab, data, b"root")
     if not sampler:
+        if native.load().grammar_overran():
+            raise ApiError(400, f"{param}: {TOO_MUCH}.", param=param)
         raise ApiError(400, f"{param}: this is no grammar in llama.cpp's GBNF with a rule named root.", param=param)
     llama_cpp.llama_sampler_free(sampler)
     return LlamaGrammar(_grammar=text)
-
-
-def _depth(text: str) -> int:
-    depth = most = 0
-    for character in text:
-        depth += (character == "(") - (character == ")")
-        most = max(most, depth)
-    return most
 
 
 def schema_grammar(llm: Llama, schema: Any, param: str) -> LlamaGrammar:
     """Raises ApiError for a schema that no grammar can be made of: it is never replaced by another silently."""
     check_schema(schema, param)
     try:
-        text = json_schema_to_gbnf(json.dumps(schema))
+        text = schema_gbnf(json.dumps(schema))
+    except TooMuchError:
+        raise ApiError(400, f"{param}: the JSON schema is too large.", param=param) from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ApiError(400, f"{param}: no grammar can be made of this JSON schema: {reason}.", param=param) from None
     return strict_strings(text_grammar(llm, text, param))
+
+
+class TooMuchError(ValueError):
+    """A schema takes too much work to convert."""
+
+
+class _Converter(SchemaConverter):
+    """llama_cpp's, which writes no more than MAX_WRITTEN characters. It raises anything for what it does not know."""
+
+    def __init__(self, prop_order: Sequence[str]) -> None:
+        order = {name: i for i, name in enumerate(prop_order)}
+        super().__init__(prop_order=order, allow_fetch=False, dotall=False, raw_pattern=False)  # type: ignore[no-untyped-call]
+        self._n_left = MAX_WRITTEN
+        self._n_renamed: dict[str, int] = {}
+
+    def visit(self, schema: Any, name: str) -> str:
+        if len(name) > MAX_NAME:
+            raise TooMuchError
+        self._write(64 + len(name) + 64 * self._n_combined(schema))
+        return str(super().visit(schema, name))  # type: ignore[no-untyped-call]
+
+    def _n_combined(self, schema: Any) -> int:
+        """Properties that an allOf brings together, repeated for each reference to them."""
+        parts = schema.get("allOf", []) if isinstance(schema, dict) else []
+        n = 0
+        for part in parts if isinstance(parts, list) else []:
+            alternatives = part.get("anyOf", [part]) if isinstance(part, dict) else []
+            for alternative in alternatives if isinstance(alternatives, list) else []:
+                if isinstance(alternative, dict):
+                    target = self._refs.get(alternative.get("$ref"), alternative)
+                    properties = target.get("properties") if isinstance(target, dict) else None
+                    n += 1 + len(properties or ())
+        return n
+
+    def _add_rule(self, name: str, rule: str) -> str:
+        plain = INVALID_RULE_CHARS_RE.sub("-", name)
+        n_tried = 0
+        if self._rules.get(plain, rule) != rule:  # the name is taken: all numbers behind it are tried in turn
+            n_tried = self._n_renamed[plain] = self._n_renamed.get(plain, 0) + 1
+        self._write(64 + len(name) + len(rule) + 16 * n_tried)
+        return str(super()._add_rule(name, rule))  # type: ignore[no-untyped-call]
+
+    def _visit_pattern(self, pattern: str, name: str) -> str:
+        if len(pattern) > MAX_PATTERN:
+            raise TooMuchError
+        return str(super()._visit_pattern(_closed(pattern), name))  # type: ignore[no-untyped-call]
+
+    def _write(self, n_characters: int) -> None:
+        self._n_left -= n_characters
+        if self._n_left < 0:
+            raise TooMuchError
+
+
+def schema_gbnf(schema: str, prop_order: Sequence[str] | None = None) -> str:
+    """llama_cpp's json_schema_to_gbnf. Raises TooMuchError, and anything for what it does not know."""
+    converter = _Converter(prop_order or ())
+    converter.visit(converter.resolve_refs(json.loads(schema), "schema"), "")
+    return str(converter.format_grammar())  # type: ignore[no-untyped-call]
+
+
+# the chat formats of llama_cpp convert the parameters of tools themselves, after the model has chosen one
+llama_grammar.json_schema_to_gbnf = schema_gbnf
+
+
+# of a regular expression: an escape, a class, a quantifier, or what closes one that was not opened
+_PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|[\]}]", re.DOTALL)
+
+
+def _closed(pattern: str) -> str:
+    """The same pattern, with what it closes without having opened it as a plain character: on that, llama_cpp waits.
+
+    Raises TooMuchError if something is repeated too often, ValueError for what is no number of repetitions.
+    """
+
+    def part(match: re.Match[str]) -> str:
+        text = match[0]
+        if text[0] == "{":
+            if not re.fullmatch(r"\{\s*[0-9]*\s*(,\s*[0-9]*\s*)?\}", text):  # Python's int takes more than digits
+                raise ValueError(f"{text[:50]} is no number of repetitions")
+            if any(len(number) > 9 or int(number) > MAX_REPEATS for number in re.findall("[0-9]+", text)):
+                raise TooMuchError
+        return f"\\{text}" if text in ("]", "}") else text
+
+    return _PATTERN_PART.sub(part, pattern)
 
 
 def check_schema(schema: Any, param: str) -> None:
