@@ -29,6 +29,9 @@ MAX_NAME = 8192  # characters of a rule's name, which has all names on the way t
 MAX_PATTERN = 4096  # characters
 MAX_WRITTEN = 8 << 20  # characters of rules while a schema is converted: many are written again and again
 
+# the dot of a pattern, in a string of JSON
+_DOT = r'[^"\\\x7F\x00-\x1F] | "\\" ["\\/bft]'
+
 _REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 
 
@@ -104,6 +107,7 @@ class _Converter(SchemaConverter):
         return n
 
     def _add_rule(self, name: str, rule: str) -> str:
+        rule = _DOT if rule == llama_grammar.DOT else rule
         plain = INVALID_RULE_CHARS_RE.sub("-", name)
         n_tried = 0
         if self._rules.get(plain, rule) != rule:  # the name is taken: all numbers behind it are tried in turn
@@ -114,7 +118,7 @@ class _Converter(SchemaConverter):
     def _visit_pattern(self, pattern: str, name: str) -> str:
         if len(pattern) > MAX_PATTERN:
             raise TooMuchError
-        return str(super()._visit_pattern(_closed(pattern), name))  # type: ignore[no-untyped-call]
+        return str(super()._visit_pattern(_json_pattern(pattern), name))  # type: ignore[no-untyped-call]
 
     def _write(self, n_characters: int) -> None:
         self._n_left -= n_characters
@@ -133,12 +137,18 @@ def schema_gbnf(schema: str, prop_order: Sequence[str] | None = None) -> str:
 llama_grammar.json_schema_to_gbnf = schema_gbnf
 
 
-# of a regular expression: an escape, a class, a quantifier, or what closes one that was not opened
-_PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|[\]}]", re.DOTALL)
+# of a regular expression: an escape, a class, a quantifier, what closes one that was not opened, a quotation mark
+_PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|[\]}\"]", re.DOTALL)
+_CLASS_CHARACTER = r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\[trn\\\"\[\]-]|[^\\]"
+_CLASS_PART = re.compile(rf"({_CLASS_CHARACTER})(?:-({_CLASS_CHARACTER}))?")
+_UNESCAPED = {"\\t": 9, "\\n": 10, "\\r": 13}
+_FORBIDDEN = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C), (0x7F, 0x7F))  # in a string of JSON, as it stands
 
 
-def _closed(pattern: str) -> str:
-    """The same pattern, with what it closes without having opened it as a plain character: on that, llama_cpp waits.
+def _json_pattern(pattern: str) -> str:
+    """The same pattern for what stands in a JSON string, in what llama_cpp's converter understands.
+
+    It waits for ever on what closes without having been opened, and takes no notice of what JSON escapes.
 
     Raises TooMuchError if something is repeated too often, ValueError for what is no number of repetitions.
     """
@@ -150,9 +160,40 @@ def _closed(pattern: str) -> str:
                 raise ValueError(f"{text[:50]} is no number of repetitions")
             if any(len(number) > 9 or int(number) > MAX_REPEATS for number in re.findall("[0-9]+", text)):
                 raise TooMuchError
+        if text[0] == "[":
+            return _json_class(text)
+        if text in ('"', '\\"', "\\\\"):
+            return f"(\\\\{text[-1]})" if text[-1] == '"' else "(\\\\\\\\)"
         return f"\\{text}" if text in ("]", "}") else text
 
-    return _PATTERN_PART.sub(part, pattern)
+    inside = _PATTERN_PART.sub(part, pattern[1:-1])
+    return f"{pattern[:1]}({inside}){pattern[-1:]}" if "|" in inside else f"{pattern[:1]}{inside}{pattern[-1:]}"
+
+
+def _json_class(text: str) -> str:
+    """A class of characters without those that JSON escapes."""
+    if text.startswith("[^"):
+        return f'[^"\\\\\\x7F\\x00-\\x1F{text[2:]}'
+    body = text[1:-1]
+    ranges = [(_code_point(low), _code_point(high or low)) for low, high in _CLASS_PART.findall(body)]
+    if not any(low <= end and start <= high for low, high in ranges for start, end in _FORBIDDEN):
+        return text
+    for start, end in _FORBIDDEN:
+        ranges = [
+            piece
+            for low, high in ranges
+            for piece in ((low, min(high, start - 1)), (max(low, end + 1), high))
+            if piece[0] <= piece[1]
+        ]
+    if not ranges:
+        raise ValueError(f"{text[:50]} takes only characters that JSON escapes")
+    return "[" + "".join(f"\\U{low:08X}-\\U{high:08X}" for low, high in ranges) + "]"
+
+
+def _code_point(character: str) -> int:
+    if character[:2] in ("\\x", "\\u", "\\U") and len(character) > 2:
+        return int(character[2:], 16)
+    return _UNESCAPED.get(character, ord(character[-1]))
 
 
 def check_schema(schema: Any, param: str) -> None:
