@@ -28,7 +28,7 @@ from lminf_edge.engine import Engine, Voice, load_engine
 from lminf_edge.errors import UserError
 from lminf_edge.native import LIBRARY_NAMES, library_folder
 from lminf_edge.sampling import sample_checked
-from lminf_edge.server.grammars import schema_gbnf, schema_grammar
+from lminf_edge.server.grammars import TooMuchError, schema_gbnf, schema_grammar
 
 WAIT = 20.0  # seconds until a process counts as held up
 MOST = 0.5  # of work, for a grammar or a token: some ten times what was seen on a slow machine
@@ -308,6 +308,13 @@ def test_strings_of_a_pattern_are_json(make_llama: MakeLlama, pattern: str) -> N
             drawn.append(sample_checked(sampler, logits))
         text = llm.detokenize(drawn[:-1]).decode()
         assert re.fullmatch(pattern, json.loads(text), re.DOTALL), text
+
+
+def test_chat_formats_convert_with_the_same_bounds() -> None:
+    """They make grammars of tools' parameters themselves."""
+    with pytest.raises(TooMuchError):
+        LlamaGrammar.from_json_schema(json.dumps({"type": "string", "pattern": "^a{1000000000}$"}))
+    assert LlamaGrammar.from_json_schema('{"type": "string", "pattern": "^}$"}')._grammar
 
 
 # --- the two faces, and the server ------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@
 #include <exception>
 #include <stdexcept>
 
-// An enumeration of 3000 words takes five of these six million units, a schema of 200 fields or a grammar of C one at
-// most; classes of many ranges take up to fifty for each candidate. All of them are spent in a few tens of milliseconds.
-static constexpr size_t UNITS_PER_GRAMMAR   = 6 << 20;
-static constexpr size_t UNITS_PER_TOKEN     = 6 << 20;
+// An enumeration of 3000 words takes most of them, a schema of 200 fields or a grammar of C a tenth; classes of many
+// ranges take up to fifty for each candidate. All of them are spent in a few tens of milliseconds.
+static constexpr size_t UNITS_PER_GRAMMAR   = 4 << 20;
+static constexpr size_t UNITS_PER_TOKEN     = 3 << 20;
 static constexpr size_t UNITS_PER_CANDIDATE = 64;
 
 static constexpr int MAX_NESTING = 5000; // 1250 parentheses: schemas with maxLength 1000 nest so deep
