@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
 from lminf_edge.engine import Engine, load_engine
 from lminf_edge.server import Settings, create_app
+from lminf_edge.server.connections import Server
 from lminf_edge.server.state import Embedder
 
 
@@ -22,6 +21,7 @@ class Served:
     url: str
     engine: Engine
     settings: Settings
+    server: Server
 
 
 @contextmanager
@@ -33,24 +33,17 @@ def serve(
     engine = load_engine(model, **{"parallel": 2, "verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs})
     app = create_app(engine, settings, embedder)
     sock = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=32 << 10,
-    )
-    server = uvicorn.Server(config)
+    server = Server(app, log_level="warning")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", engine, settings)
+        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", engine, settings, server)
     finally:
         server.should_exit = True
         thread.join()
         sock.close()
         engine.close()
-        app.state.server.threads.shutdown()
+        assert app.state.server.close(10)
         engine.llm.close()

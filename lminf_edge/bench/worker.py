@@ -33,6 +33,7 @@ from llama_cpp._logger import set_verbose
 from lminf_edge import native
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
 from lminf_edge.bench.state import stretch, stretch_lambda
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import read_header
 
 N_BATCH = 512
@@ -43,7 +44,7 @@ Tokens = npt.NDArray[np.int32]
 
 
 class Model:
-    """A loaded model. Raises RuntimeError, in one sentence, if the library cannot load it."""
+    """A loaded model. Raises UserError if the library cannot load it."""
 
     def __init__(self, path: str, n_threads: int, n_gpu_layers: int) -> None:
         params = bindings.llama_model_default_params()
@@ -51,7 +52,7 @@ class Model:
         with native.captured_errors() as errors:
             self.model = bindings.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
-            raise RuntimeError(native.load_failure(path, errors) or f"{path} cannot be loaded.")
+            raise UserError(native.load_failure(path, errors) or f"{path} cannot be loaded.")
         self.n_threads = n_threads
         self.n_vocab = bindings.llama_vocab_n_tokens(bindings.llama_model_get_vocab(self.model))
         self.header = read_header(path)
@@ -96,7 +97,7 @@ class Context:
                 self.ctx = bindings.llama_init_from_model(model.model, params)
         if not self.ctx:
             reason = self._native.last_error() if self._native else ""
-            raise RuntimeError(reason or (errors[0] if errors else "llama.cpp cannot make a context for this model."))
+            raise UserError(reason or (errors[0] if errors else "llama.cpp cannot make a context for this model."))
         self._memory = bindings.llama_get_memory(self.ctx)
         try:
             self._fill()
@@ -301,7 +302,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             reply = answer(request.pop("op"), request)
-        except (ValueError, RuntimeError, MemoryError, ImportError) as error:
+        except (UserError, MemoryError, ImportError) as error:
             reply = {"error": str(error)}
         print(json.dumps(reply), file=answers)
 

@@ -37,12 +37,15 @@ from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
     from lminf_edge.engine import Engine
-    from lminf_edge.server.state import Embedder
+    from lminf_edge.server.connections import Server
+    from lminf_edge.server.state import Embedder, ServerState
 
 HELP = "serve a model to chat front ends (needs the extra [server])"
 
 KEY_VARIABLE = "LMINF_API_KEY"
 MAX_PARALLEL = 64
+FAILED = 1
+CLOSE_SECONDS = 1.0  # for threads to end that work for nobody any more
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # what desktop apps made with Tauri, such as Jan, send; no page on the web has them
 APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.localhost")
@@ -62,9 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"asked from clients; must be given for an address other than this machine's; default ${KEY_VARIABLE}",
+        action="append",
+        default=[],
+        help="clients must send it; needed for an address other than this machine's; repeatable, conversations of one "
+        f"key serve no other; default ${KEY_VARIABLE}",
     )
-    group.add_argument("--api-key-file", metavar="FILE", type=Path, help="the same, from the first line of a file")
+    group.add_argument("--api-key-file", metavar="FILE", type=Path, help="more of them, one in each line of a file")
     group.add_argument(
         "--allowed-origin",
         metavar="URL",
@@ -79,9 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a name this server is reached by; repeatable",
     )
-    group.add_argument("--max-body", metavar="SIZE", type=size, default=64 << 20, help="of a request; default 64M")
+    group.add_argument("--max-body", metavar="SIZE", type=size, default=16 << 20, help="of a request; default 16M")
     group.add_argument(
-        "--max-requests", metavar="N", type=whole_number(1, 4096), default=64, help="open at a time; default 64"
+        "--max-requests", metavar="N", type=whole_number(1, 4096), default=64, help="answered at a time; default 64"
     )
     group.add_argument("--log-messages", action="store_true", help="write what people say into the log")
     add_window(parser)
@@ -163,13 +169,11 @@ def default_folder() -> Path:
 
 def run(args: argparse.Namespace) -> int:
     check_server_installed()
-    import uvicorn
-
     from lminf_edge.server import Settings, create_app
-    from lminf_edge.server.security import MAX_HEADER_BYTES
+    from lminf_edge.server.connections import Server
 
-    key = api_key(args)
-    if args.host not in LOOPBACK and key is None:
+    keys = api_keys(args)
+    if args.host not in LOOPBACK and not keys:
         raise CommandError(f"To listen at {args.host}, which others can reach, give --api-key or set {KEY_VARIABLE}.")
     with ExitStack() as stack:
         sock = stack.enter_context(listen(args.host, args.port))
@@ -177,36 +181,42 @@ def run(args: argparse.Namespace) -> int:
         name = args.alias or Path(args.model).stem
         settings = Settings(
             model_name=name,
-            api_key=key,
+            api_keys=keys,
             hosts=allowed_hosts(args.host, args.allowed_host),
             origins=(*APP_ORIGINS, *(origin.rstrip("/") for origin in args.allowed_origin)),
             max_body=args.max_body,
             max_requests=args.max_requests,
+            max_connections=args.max_requests + 256,
             log_messages=args.log_messages,
         )
         app = create_app(engine, settings, open_embedder(args, stack))
-        stack.callback(engine.llm.close)  # when nobody uses it any more:
-        stack.callback(app.state.server.threads.shutdown)
-        stack.callback(engine.close)
+        server = Server(app, log_level="warning" if args.json else "info")
+        stack.callback(close, engine, server, app.state.server)
         # uvicorn raises the signal that ended it once more, in a handler of its own if there is one: then what is
         # above happens, too
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, exit_once)
         show_log(args.log_messages)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{sock.getsockname()[1]}"
         announce(args, engine, name, url)
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            log_level="warning" if args.json else "info",
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            limit_concurrency=args.max_requests + 256,  # connections; those beyond the limit are told so by the guard
-            timeout_graceful_shutdown=3,
-            server_header=False,
-        )
-        uvicorn.Server(config).run(sockets=[sock])
-    return 0
+        server.run(sockets=[sock])
+    return FAILED if server.has_failed else 0
+
+
+def exit_once(*_: Any) -> None:
+    """A handler of SIGTERM: what follows is not to be interrupted by another."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def close(engine: Engine, server: Server, state: ServerState) -> None:
+    """Closes all that the server used. What still works for a client that has gone ends with the process."""
+    engine.close()
+    if not state.close(CLOSE_SECONDS):
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(FAILED if server.has_failed else 0)
+    engine.llm.close()
 
 
 def check_server_installed() -> None:
@@ -227,15 +237,21 @@ def show_log(messages: bool) -> None:
     log.setLevel(logging.INFO if messages else logging.WARNING)
 
 
-def api_key(args: argparse.Namespace) -> str | None:
-    """The key clients must send, None for none. Raises CommandError for one that is no key."""
-    key: str | None = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The keys clients may send, none if nobody has to. Raises CommandError for one that is no key."""
+    keys: list[str] = list(args.api_key)
     if args.api_key_file is not None:
         lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
-        key = lines[0] if lines else ""
-    if key is not None and not key.strip():
+        in_file = [line for line in lines if line.strip()]
+        if not in_file:
+            raise CommandError(f"{args.api_key_file} has no API key: write one in each line.")
+        keys += in_file
+    elif not keys and KEY_VARIABLE in os.environ:
+        keys.append(os.environ[KEY_VARIABLE])
+    keys = [key.strip() for key in keys]
+    if not all(keys):
         raise CommandError("The API key is empty.")
-    return None if key is None else key.strip()
+    return tuple(dict.fromkeys(keys))
 
 
 def allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ class ShiftReader(FullReader):
         n_discard = (self.n_past - self.n_keep) // 2
         memory = bindings.llama_get_memory(self.llm._ctx.ctx)
         if not bindings.llama_memory_seq_rm(memory, 0, self.n_keep, self.n_keep + n_discard):
-            raise RuntimeError("llama.cpp cannot take tokens out of the cache of this model.")
+            raise UserError("llama.cpp cannot take tokens out of the cache of this model.")
         bindings.llama_memory_seq_add(memory, 0, self.n_keep + n_discard, self.n_past, -n_discard)
         self.n_past -= n_discard
 

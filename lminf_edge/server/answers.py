@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jinja2
 import llama_cpp
-from jinja2 import TemplateError
+from llama_cpp import llama_chat_format
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from lminf_edge.engine.meter import DEFAULTS, Meter
@@ -184,8 +186,22 @@ def _chat(voice: Voice, arguments: dict[str, Any], stream: bool = False) -> Any:
     """create_chat_completion, whose complaints about the messages are the client's."""
     try:
         return voice.create_chat_completion(**with_tool_named(voice, arguments), stream=stream)
-    except (TemplateError, TypeError) as error:
-        raise ApiError(400, f"The model's chat template refuses these messages: {error}.") from error
+    except Exception as error:
+        if not comes_from_template(error):
+            raise
+        what = " ".join(str(error).split())[:500].rstrip(".")
+        raise ApiError(400, f"The model's chat template refuses these messages: {what}.") from error
+
+
+def comes_from_template(error: Exception) -> bool:
+    """Whether a chat template, of the model's or of llama_cpp's own, failed on the messages or refused them.
+
+    All that a template works with is the client's; what happens before and after it is rendered is ours.
+    """
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if jinja2.Template.render.__code__ in codes:
+        return not isinstance(error, MemoryError)
+    return isinstance(error, ValueError) and codes[-1].co_filename == llama_chat_format.__file__
 
 
 def _streamed_chat(voice: Voice, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ def create_app(engine: Engine, settings: Settings, embedder: Embedder | None = N
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        state.threads.shutdown(wait=False, cancel_futures=True)
+        state.close(0)
 
     app = FastAPI(
         title="lminf-edge",
@@ -58,7 +58,7 @@ def create_app(engine: Engine, settings: Settings, embedder: Embedder | None = N
     async def docs() -> FileResponse:
         return FileResponse(PAGE / "docs.html")
 
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, stopping=state.stopping)
     # around the guard: a listed page is to be able to read why it was refused
     app.add_middleware(
         CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from lminf_edge.engine.meter import DEFAULTS, Meter
 from lminf_edge.engine.segments import chat_template
 from lminf_edge.engine.turn import Phase
 from lminf_edge.engine.voice import Voice
 from lminf_edge.server import answers
-from lminf_edge.server.errors import ApiError
+from lminf_edge.server.bodies import BodyRoute
+from lminf_edge.server.errors import ApiError, engine_stopped
 from lminf_edge.server.grammars import schema_grammar, text_grammar
 from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, respond
 from lminf_edge.server.requests import DetokenizeRequest, LlamaCompletionRequest, TokenizeRequest
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.state import ServerState
+from lminf_edge.server.streaming import encoded, gone, in_thread
 
-router = APIRouter(tags=["llama.cpp"])
+router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
 
 
 @router.get("/health")
@@ -28,7 +31,7 @@ router = APIRouter(tags=["llama.cpp"])
 async def health(request: Request) -> dict[str, str]:
     """Whether the server is up; needs no key."""
     if not ServerState.of(request).engine.is_alive:
-        raise ApiError(503, "The engine has stopped: the server's log says why.", "engine_stopped")
+        raise engine_stopped()
     return {"status": "ok"}
 
 
@@ -80,16 +83,27 @@ async def slots(request: Request) -> list[dict[str, Any]]:
     return result
 
 
-@router.post("/tokenize", responses=PROBLEMS)
-def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
+@router.post("/tokenize", response_model=None, responses=PROBLEMS)
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """The tokens of a text."""
     llm = ServerState.of(request).llm
-    tokens = llm.tokenize(
-        body.content.encode("utf-8"), add_bos=bool(body.add_special), special=bool(body.parse_special)
-    )
-    if body.with_pieces:
-        return {"tokens": [{"id": token, "piece": piece_of(llm.detokenize([token], special=True))} for token in tokens]}
-    return {"tokens": tokens}
+
+    def work() -> Response:
+        tokens = llm.tokenize(
+            body.content.encode("utf-8"), add_bos=bool(body.add_special), special=bool(body.parse_special)
+        )
+        if body.with_pieces:
+            pieces = [{"id": token, "piece": piece_of(llm.detokenize([token], special=True))} for token in tokens]
+            return encoded_list("tokens", pieces)
+        return encoded_list("tokens", tokens)
+
+    return await in_thread(request, work, lambda: None) or gone()
+
+
+def encoded_list(name: str, values: list[Any]) -> Response:
+    """{name: values} as JSON; in parts, as nobody else has a turn while Python makes one."""
+    parts = [json.dumps(values[i : i + 10_000], ensure_ascii=False)[1:-1] for i in range(0, len(values), 10_000)]
+    return Response(f'{{"{name}":[{",".join(parts)}]}}'.encode(), media_type="application/json")
 
 
 def piece_of(piece: bytes) -> str | list[int]:
@@ -100,25 +114,29 @@ def piece_of(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-@router.post("/detokenize", responses=PROBLEMS)
-def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, str]:
+@router.post("/detokenize", response_model=None, responses=PROBLEMS)
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """The text of tokens."""
     llm = ServerState.of(request).llm
-    answers.prompts_of(body.tokens, llm.n_vocab())
-    return {"content": llm.detokenize(body.tokens, special=True).decode("utf-8", errors="replace")}
+
+    def work() -> Response:
+        answers.prompts_of(body.tokens, llm.n_vocab())
+        return encoded({"content": llm.detokenize(body.tokens, special=True).decode("utf-8", errors="replace")})
+
+    return await in_thread(request, work, lambda: None) or gone()
 
 
 @router.post("/completion", response_model=None, responses=ANSWERS)
 @router.post("/completions", response_model=None, include_in_schema=False)
-async def completion(request: Request, body: LlamaCompletionRequest) -> Any:
+async def completion(request: Request, body: LlamaCompletionRequest) -> Response:
     """The continuation of a text, in llama.cpp's dialect."""
     state = ServerState.of(request)
-    arguments = native_arguments(state, body)
     return await respond(
         request,
         body,
-        lambda voice: native_answer(state, voice, body, arguments),
-        lambda voice: native_chunks(state, voice, body, arguments),
+        lambda: native_arguments(state, body),
+        lambda voice, arguments: native_answer(state, voice, body, arguments),
+        lambda voice, arguments: native_chunks(state, voice, body, arguments),
         None,
     )
 

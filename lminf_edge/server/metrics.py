@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +10,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from lminf_edge.engine.engine import Engine
+from lminf_edge.server.errors import engine_stopped
 from lminf_edge.server.state import ServerState
+from lminf_edge.server.streaming import gone, in_thread
 
 router = APIRouter(tags=["llama.cpp"])
 
@@ -63,5 +64,15 @@ async def metrics(request: Request) -> Response:
     engine = ServerState.of(request).engine
     registry = CollectorRegistry(auto_describe=False)
     registry.register(EngineCollector(engine))
-    text = await asyncio.to_thread(engine.call, lambda: generate_latest(registry))  # where nothing changes meanwhile
-    return Response(text, media_type=CONTENT_TYPE)
+
+    def collect() -> bytes:
+        try:
+            text: bytes = engine.call(lambda: generate_latest(registry))  # where nothing changes meanwhile
+        except RuntimeError:
+            if engine.is_alive:
+                raise
+            raise engine_stopped() from None
+        return text
+
+    text = await in_thread(request, collect, lambda: None)
+    return gone() if text is None else Response(text, media_type=CONTENT_TYPE)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -13,12 +14,15 @@ from fastapi import APIRouter, Request, Response
 from lminf_edge.engine.meter import Meter
 from lminf_edge.engine.voice import Voice
 from lminf_edge.server import answers
+from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
 from lminf_edge.server.state import ServerState
-from lminf_edge.server.streaming import EventStream, Hung, ProgressReporter, as_api_error, in_thread
+from lminf_edge.server.streaming import EventStream, ProgressReporter, encoded, gone, in_thread
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+T = TypeVar("T")
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=BodyRoute)
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 408, 413, 431, 500, 501, 503)
@@ -27,11 +31,6 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "the answer, or its parts", "content": {"application/json": {}, "text/event-stream": {}}},
     **PROBLEMS,
 }
-
-
-def gone() -> Response:
-    """For a client that will not read it."""
-    return Response(status_code=499)
 
 
 @router.get("/models")
@@ -51,86 +50,95 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 async def respond(
     request: Request,
     body: Sampling,
-    whole: Callable[[Voice], dict[str, Any]],
-    chunks: Callable[[Voice], Iterator[dict[str, Any]]],
+    prepare: Callable[[], T],
+    whole: Callable[[Voice, T], dict[str, Any]],
+    chunks: Callable[[Voice, T], Iterator[dict[str, Any]]],
     done: str | None,
-) -> Any:
-    """An answer in one piece or, with `stream`, in chunks and then `done`; both are made in a thread."""
+) -> Response:
+    """An answer in one piece or, with `stream`, in chunks and then `done`.
+
+    Both are made in a thread, and so is what `prepare` makes of the request for them.
+    """
     state = ServerState.of(request)
     pin_system = body.lminf.pin_system if body.lminf else None
     if not body.stream:
         voice = Voice(state.engine, pin_system=pin_system)
-        return await run(state, request, voice, partial(whole, voice))
-    events = EventStream(state.threads, request, state.settings.ping_seconds)
+        return await in_thread(request, lambda: encoded(whole(voice, prepare())), voice.cancel) or gone()
+    events = EventStream(request)
     on_progress = None
     if body.return_progress:
         on_progress = ProgressReporter(lambda progress: events.put(answers.progress_chunk(progress)))
     voice = Voice(state.engine, pin_system=pin_system, on_progress=on_progress)
-    return await events.respond(voice, partial(chunks, voice), done)
+    return await events.respond(voice, prepare, partial(chunks, voice), done)
 
 
 @router.post("/chat/completions", response_model=None, responses=ANSWERS)
-async def chat(request: Request, body: ChatRequest) -> Any:
+async def chat(request: Request, body: ChatRequest) -> Response:
     """An answer to a conversation of any length; what was sent before is recognised and not read again."""
     state = ServerState.of(request)
-    arguments = answers.chat_arguments(state.llm, body, state.settings.model_name)
     n = body.n or 1
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    state.log_messages(arguments["messages"])
+
+    def prepare() -> dict[str, Any]:
+        arguments = answers.chat_arguments(state.llm, body, state.settings.model_name)
+        state.log_messages(arguments["messages"])
+        return arguments
+
     return await respond(
         request,
         body,
-        lambda voice: answers.chat_answers(voice, arguments, n, Meter(voice)),
-        lambda voice: answers.chat_chunks(voice, arguments, n, Meter(voice), usage),
+        prepare,
+        lambda voice, arguments: answers.chat_answers(voice, arguments, n, Meter(voice)),
+        lambda voice, arguments: answers.chat_chunks(voice, arguments, n, Meter(voice), usage),
         "[DONE]",
     )
 
 
 @router.post("/completions", response_model=None, responses=ANSWERS)
-async def completions(request: Request, body: CompletionRequest) -> Any:
+async def completions(request: Request, body: CompletionRequest) -> Response:
     """The continuation of a text of any length."""
     state = ServerState.of(request)
-    arguments = answers.completion_arguments(state.llm, body, state.settings.model_name)
-    prompts = answers.prompts_of(body.prompt, state.llm.n_vocab())
     n = body.n or 1
     usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    def prepare() -> tuple[list[str | list[int]], dict[str, Any]]:
+        arguments = answers.completion_arguments(state.llm, body, state.settings.model_name)
+        return answers.prompts_of(body.prompt, state.llm.n_vocab()), arguments
+
     return await respond(
         request,
         body,
-        lambda voice: answers.completion_answers(voice, prompts, arguments, n, Meter(voice)),
-        lambda voice: answers.completion_chunks(voice, prompts, arguments, n, Meter(voice), usage),
+        prepare,
+        lambda voice, prepared: answers.completion_answers(voice, *prepared, n, Meter(voice)),
+        lambda voice, prepared: answers.completion_chunks(voice, *prepared, n, Meter(voice), usage),
         "[DONE]",
     )
 
 
-async def run(state: ServerState, request: Request, voice: Voice, work: Any) -> Any:
-    """An answer in one piece."""
-    try:
-        return await in_thread(state.threads, request, voice, work)
-    except Hung:
-        return gone()
-    except Exception as error:
-        raise as_api_error(error) from error
-
-
-@router.post("/embeddings", responses=PROBLEMS)
-async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+@router.post("/embeddings", response_model=None, responses=PROBLEMS)
+async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     """A vector for each text, where the server was started with --embeddings."""
     state = ServerState.of(request)
-    if state.embedder is None:
+    embedder = state.embedder
+    if embedder is None:
         raise ApiError(501, "This server makes no embeddings: start it with --embeddings.", "embeddings_disabled")
-    inputs = answers.prompts_of(body.input, state.llm.n_vocab())
-    vectors, n_tokens = await state.embedder.embed(inputs)
-    data: list[dict[str, Any]] = []
-    for i, vector in enumerate(vectors):
-        as_floats = body.encoding_format != "base64"
-        packed = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
-        data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
-    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    return {"object": "list", "data": data, "model": state.settings.model_name, "usage": usage}
+    cancelled = threading.Event()
+
+    def embed() -> Response:
+        inputs = answers.prompts_of(body.input, state.llm.n_vocab())
+        vectors, n_tokens = embedder.embed(inputs, cancelled.is_set)
+        data: list[dict[str, Any]] = []
+        for i, vector in enumerate(vectors):
+            as_floats = body.encoding_format != "base64"
+            packed = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
+            data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return encoded({"object": "list", "data": data, "model": state.settings.model_name, "usage": usage})
+
+    return await in_thread(request, embed, cancelled.set) or gone()
 
 
 # llama-server has these at its root, too; /completions and /embeddings are other things there
-unprefixed = APIRouter(include_in_schema=False)
+unprefixed = APIRouter(include_in_schema=False, route_class=BodyRoute)
 unprefixed.get("/models")(models)
 unprefixed.post("/chat/completions", response_model=None)(chat)

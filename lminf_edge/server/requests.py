@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator
 from typing_extensions import Required, TypedDict
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1024
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
+MAX_BIASES = 1 << 16
+
+
+def _few_biases(value: Any) -> Any:
+    if isinstance(value, (dict, list)) and len(value) > MAX_BIASES:
+        raise ValueError(f"there may be {MAX_BIASES} biases at most")
+    return value
+
+
+class _FailFast(FailFast):
+    """pydantic's, to be had in unions."""
+
+    __hash__ = object.__hash__
+
+
+# pydantic notes down everything that is wrong, which for a long list takes gigabytes: these stop at the first
+T = TypeVar("T")
+Many = Annotated[list[T], _FailFast()]
+LogitBias = Annotated[T, BeforeValidator(_few_biases)]
 
 
 class Message(TypedDict, total=False):
@@ -18,7 +37,7 @@ class Message(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
     role: Required[str]
-    content: str | list[dict[str, Any]] | None
+    content: str | Many[dict[str, Any]] | None
 
 
 class _Lenient(BaseModel):
@@ -49,14 +68,14 @@ class Sampling(_Lenient):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, description="the same seed, prompt and parameters give the same text")
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     stream: bool | None = False
     lminf: LambdaOptions | None = None
     return_progress: bool | None = Field(False, description="tell how far the prompt has been read, in a stream")
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+    def _few_stops(cls, stop: str | Many[str] | None) -> str | Many[str] | None:
         stops = [stop] if isinstance(stop, str) else stop or []
         if len(stops) > MAX_STOPS or any(len(each) > MAX_STOP_CHARACTERS for each in stops):
             raise ValueError(f"there may be {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters at most")
@@ -65,7 +84,7 @@ class Sampling(_Lenient):
 
 class _OpenAISampling(Sampling):
     max_tokens: TokenLimit = Field(None, description="not given or -1: until the model stops")
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias[dict[str, float] | None] = None
     n: int | None = Field(1, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -74,14 +93,14 @@ class _OpenAISampling(Sampling):
 class ChatRequest(_OpenAISampling):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    functions: list[dict[str, Any]] | None = None
+    functions: Many[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -89,7 +108,7 @@ class ChatRequest(_OpenAISampling):
 class CompletionRequest(_OpenAISampling):
     """POST /v1/completions"""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = ""
+    prompt: str | Many[int] | Many[str] | Many[Many[int]] = ""
     suffix: str | None = None
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -100,17 +119,17 @@ class EmbeddingRequest(_Lenient):
     """POST /v1/embeddings"""
 
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Many[str] | Many[int] | Many[Many[int]]
     encoding_format: Literal["float", "base64"] | None = "float"
 
 
 class LlamaCompletionRequest(Sampling):
     """POST /completion, in llama.cpp's dialect"""
 
-    prompt: str | list[int] | list[int | str] = ""
+    prompt: str | Many[int] | Many[int | str] = ""
     n_predict: int | None = Field(-1, ge=-1, le=1 << 40)
     n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
-    logit_bias: list[tuple[int, float | bool]] | dict[str, float] | None = None
+    logit_bias: LogitBias[Many[tuple[int, float | bool]] | dict[str, float] | None] = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     repeat_last_n: int | None = Field(None, ge=-1, description="0: no penalties; else those of the last 64 tokens")
@@ -132,4 +151,4 @@ class TokenizeRequest(_Lenient):
 class DetokenizeRequest(_Lenient):
     """POST /detokenize"""
 
-    tokens: list[int] = []
+    tokens: Many[int] = []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import llama_cpp
 import numpy as np
@@ -17,10 +18,12 @@ from fastapi import Request
 
 from lminf_edge.engine.engine import Engine
 from lminf_edge.llama import Llama
-from lminf_edge.server.errors import ApiError
+from lminf_edge.server.errors import ApiError, engine_stopped
 from lminf_edge.server.settings import ENDLESS, Settings
 
 log = logging.getLogger("lminf_edge.server")
+
+T = TypeVar("T")
 
 
 class Embedder:
@@ -29,13 +32,24 @@ class Embedder:
     def __init__(self, llm: Llama) -> None:
         """`llm` is loaded with embedding=True."""
         self._llm = llm
-        self._lock = asyncio.Lock()
+        self._lock = threading.Lock()
 
-    async def embed(self, inputs: Sequence[str | list[int]]) -> tuple[list[list[float]], int]:
-        """A vector (n_embd,) for each text, and the number of tokens in all. Raises ApiError for a text too long."""
-        async with self._lock:
-            found = [await asyncio.to_thread(self._embed, each) for each in inputs]
-        return [vector for vector, _ in found], sum(n_tokens for _, n_tokens in found)
+    def embed(
+        self, inputs: Sequence[str | list[int]], is_cancelled: Callable[[], bool] = lambda: False
+    ) -> tuple[list[list[float]], int]:
+        """A vector (n_embd,) for each text, and the number of tokens in all; those so far once it is cancelled.
+
+        Raises ApiError for a text too long.
+        """
+        vectors, n_tokens = [], 0
+        for each in inputs:
+            if is_cancelled():
+                break
+            with self._lock:
+                vector, n = self._embed(each)
+            vectors.append(vector)
+            n_tokens += n
+        return vectors, n_tokens
 
     def _embed(self, text: str | list[int]) -> tuple[list[float], int]:
         """A vector of length 1, and the number of tokens."""
@@ -57,12 +71,31 @@ class ServerState:
 
     def __init__(self, engine: Engine, settings: Settings, embedder: Embedder | None) -> None:
         self.engine, self.settings, self.embedder = engine, settings, embedder
-        self.threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="lminf-answer")
         self.started = time.time()
+        self.stopping = asyncio.Event()  # once the server is to end
+        self.parsing = asyncio.Lock()  # of a long body: it takes many times its bytes for a while
+        self._threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="lminf-answer")
+        self._working: set[Future[Any]] = set()
 
     @classmethod
     def of(cls, request: Request) -> ServerState:
         return cast(ServerState, request.app.state.server)
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Has `work` done in a thread. Raises ApiError if all are busy with what nobody waits for any more."""
+        if not self.engine.is_alive:
+            raise engine_stopped()
+        if len(self._working) >= self.settings.max_requests:
+            raise ApiError(503, "The server is busy: try again later.", headers={"Retry-After": "1"})
+        future = self._threads.submit(work)
+        self._working.add(future)
+        future.add_done_callback(self._working.discard)
+        return future
+
+    def close(self, seconds: float) -> bool:
+        """Takes no more work; whether all of it has ended in so many seconds."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        return not wait(list(self._working), timeout=seconds).not_done
 
     @property
     def llm(self) -> Llama:

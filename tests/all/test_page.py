@@ -225,7 +225,7 @@ def test_accessibility(page: Page) -> None:
 
 def test_a_key_is_asked_for(browser: Browser, nano_path: str) -> None:
     with serve(
-        nano_path, Settings(model_name="nano", api_key="secret"), lminf=LMInfConfig(n_global=4, n_local=64)
+        nano_path, Settings(model_name="nano", api_keys=("secret",)), lminf=LMInfConfig(n_global=4, n_local=64)
     ) as served:
         context = browser.new_context()
         page = context.new_page()
