@@ -71,7 +71,7 @@ class Model:
 class Context:
     """A context that stands ready for its contender's test.
 
-    Raises RuntimeError, in one sentence, if the library refuses it or it is not in the state it should be in.
+    Raises UserError if the library refuses it, RuntimeError if it is not in the state it should be in.
     """
 
     def __init__(self, model: Model, contender: Contender) -> None:

@@ -30,7 +30,7 @@ def parse(model: type[M], data: bytes) -> M:
         try:
             return model.model_validate_json(data)
         except ValidationError as error:
-            if "surrogate" not in str(error.errors(include_url=False, include_input=False)[0]["msg"]):
+            if "escape" not in error.errors(include_url=False, include_input=False)[0]["msg"]:
                 raise
             return model.model_validate_json(_ESCAPE.sub(_whole, data))
     except ValidationError as error:
