@@ -19,10 +19,12 @@ from conftest import TEXT
 from reference import tiny_models, unsupported_models
 
 from lminf_edge import Llama, LMInfConfig
+from lminf_edge.cli import info as cli_info
 from lminf_edge.cli import main
 from lminf_edge.cli.common import human_bytes
 from lminf_edge.cli.demo import Bucket, Figures, bucket_edges, python_documentation, sparkline, summarize
 from lminf_edge.config import kv_bytes
+from lminf_edge.errors import UserError
 from lminf_edge.evaluate import nll, token_nll
 from lminf_edge.gguf_header import read_header
 
@@ -590,6 +592,45 @@ def test_failure_is_one_sentence(
     monkeypatch.chdir(bad)
     assert main(arguments) == 1
     _assert_one_sentence(capfd, expected)
+
+
+@pytest.mark.parametrize("fault", [ValueError("v"), TypeError("t"), KeyError("k"), RuntimeError("r"), OSError("o")])
+def test_a_fault_of_ours_is_called_one(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fail(_: Any) -> int:
+        raise fault
+
+    monkeypatch.setattr(cli_info, "run", fail)
+    monkeypatch.setenv("LMINF_DEBUG", "0")
+    assert main(["info", "-m", "nano"]) == 1
+    _assert_one_sentence(capfd, f"This is a bug in lminf-edge ({type(fault).__name__}: {fault})")
+    for arguments in (["--debug", "info", "-m", "nano"], ["info", "-m", "nano", "--debug"]):
+        monkeypatch.setenv("LMINF_DEBUG", "0")
+        assert main(arguments) == 1
+        assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (UserError("Do it otherwise."), "Do it otherwise."),
+        (MemoryError("Too much."), "Too much."),
+        (MemoryError(), "There is not enough memory."),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file or directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ImportError("A plot needs matplotlib."), "A plot needs matplotlib."),
+    ],
+)
+def test_what_the_user_can_mend_is_no_bug(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: Exception, sentence: str
+) -> None:
+    def fail(_: Any) -> int:
+        raise fault
+
+    monkeypatch.setattr(cli_info, "run", fail)
+    assert main(["info", "-m", "nano"]) == 1
+    assert capfd.readouterr().err == f"error: {sentence}\n"
 
 
 def _assert_one_sentence(capfd: pytest.CaptureFixture[str], expected: str) -> None:

@@ -7,9 +7,10 @@ remembered with the tokens the model wrote it in, which are not always those its
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lminf_edge.llama import Llama
 
 _OVERHEAD = 300  # bytes of a remembered segment beside its text and tokens, about
+_LONG = 1 << 18  # characters of a text that is tokenized alone
 
 
 class SegmentTokenizer:
@@ -32,6 +34,7 @@ class SegmentTokenizer:
         self.n_bytes = 0
         self._known: OrderedDict[str, Tokens] = OrderedDict()
         self._lock = threading.Lock()
+        self._long = threading.Lock()
         self._cuts = control_texts(llm, template or "")
 
     def split(self, text: str) -> list[str]:
@@ -58,9 +61,14 @@ class SegmentTokenizer:
             if tokens is not None:
                 self._known.move_to_end(text)
                 return tokens
-        tokens = as_tokens(self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=True))
+        with self.turn_for(text):
+            tokens = as_tokens(self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=True))
         self._remember(text, tokens)
         return tokens
+
+    def turn_for(self, text: str) -> contextlib.AbstractContextManager[Any]:
+        """To tokenize a text in: llama.cpp takes a hundred times its bytes for a while, so long ones come in turn."""
+        return self._long if len(text) > _LONG else contextlib.nullcontext()
 
     def _remember(self, text: str, tokens: Tokens) -> None:
         with self._lock:

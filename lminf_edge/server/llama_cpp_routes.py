@@ -86,12 +86,11 @@ async def slots(request: Request) -> list[dict[str, Any]]:
 @router.post("/tokenize", response_model=None, responses=PROBLEMS)
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """The tokens of a text."""
-    llm = ServerState.of(request).llm
+    state = ServerState.of(request)
+    llm = state.llm
 
     def work() -> Response:
-        tokens = llm.tokenize(
-            body.content.encode("utf-8"), add_bos=bool(body.add_special), special=bool(body.parse_special)
-        )
+        tokens = state.tokenize(body.content, add_bos=bool(body.add_special), special=bool(body.parse_special))
         if body.with_pieces:
             pieces = [{"id": token, "piece": piece_of(llm.detokenize([token], special=True))} for token in tokens]
             return encoded_list("tokens", pieces)
@@ -148,7 +147,7 @@ def prompt_of(state: ServerState, prompt: str | list[int] | list[int | str]) -> 
     tokens: list[int] = []
     for i, part in enumerate(prompt):
         if isinstance(part, str):
-            tokens += state.llm.tokenize(part.encode("utf-8"), add_bos=i == 0, special=True)
+            tokens += state.tokenize(part, add_bos=i == 0, special=True)
         else:
             tokens.append(part)
     answers.prompts_of(tokens, state.llm.n_vocab())

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lminf_edge.server.errors import ApiError, shutting_down
 from lminf_edge.server.settings import Settings
+from lminf_edge.server.state import give_back_memory
 
 # what needs no key: the page itself, which asks for one, and whether the server is alive
 _OPEN = ("/", "/health", "/v1/health", "/docs", "/openapi.json")
@@ -66,6 +67,7 @@ class Guard:
             if not await self._read(body, receive):
                 return
             self._check_room(counts)
+            scope["state"]["is_long"] = body.n_held > 0
             n_places = int(counts)
             self._n_open += n_places
             await self.app(scope, _after(body, receive), _with_page_headers(send))
@@ -74,6 +76,8 @@ class Guard:
         finally:
             self._n_open -= n_places
             self._n_held -= body.n_held
+            if body.n_held:
+                asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
     def _check(self, scope: Scope) -> str:
         """Whose request it is, as a digest of the key. Raises ApiError for one that may not go on."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +27,13 @@ from lminf_edge.server.settings import ENDLESS, Settings
 log = logging.getLogger("lminf_edge.server")
 
 T = TypeVar("T")
+
+
+def give_back_memory() -> None:
+    """Returns to the system what was freed: glibc keeps it, for each thread, and a long text may leave gigabytes."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class Embedder:
@@ -81,13 +91,20 @@ class ServerState:
     def of(cls, request: Request) -> ServerState:
         return cast(ServerState, request.app.state.server)
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T], is_long: bool = False) -> Future[T]:
         """Has `work` done in a thread. Raises ApiError if all are busy with what nobody waits for any more."""
+
+        def run() -> T:
+            try:
+                return work()
+            finally:
+                give_back_memory()
+
         if not self.engine.is_alive:
             raise engine_stopped()
         if len(self._working) >= self.settings.max_requests:
             raise ApiError(503, "The server is busy: try again later.", headers={"Retry-After": "1"})
-        future = self._threads.submit(work)
+        future = self._threads.submit(run if is_long else work)
         self._working.add(future)
         future.add_done_callback(self._working.discard)
         return future
@@ -100,6 +117,11 @@ class ServerState:
     @property
     def llm(self) -> Llama:
         return self.engine.llm
+
+    def tokenize(self, text: str, add_bos: bool, special: bool) -> list[int]:
+        with self.engine.segments.turn_for(text):
+            tokens: list[int] = self.llm.tokenize(text.encode("utf-8"), add_bos=add_bos, special=special)
+        return tokens
 
     @cached_property
     def end_tokens(self) -> list[int]:

@@ -73,7 +73,7 @@ class Waiting:
 
 async def in_thread(request: Request, work: Callable[[], T], cancel: Callable[[], None]) -> T | None:
     """What `work` returns, done in a thread; cancelled if the client hangs up, then None. Raises ApiError."""
-    working = asyncio.wrap_future(ServerState.of(request).submit(work))
+    working = asyncio.wrap_future(ServerState.of(request).submit(work, request.state.is_long))
     working.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to ask for it
     waiting = Waiting(request)
     try:
@@ -145,7 +145,7 @@ class EventStream:
             except BaseException as error:
                 self.put(error)
 
-        self._state.submit(run)
+        self._state.submit(run, self._request.state.is_long)
         ping_seconds = self._state.settings.ping_seconds
         waiting = Waiting(self._request)
         first: list[Any] = []
