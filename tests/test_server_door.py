@@ -167,36 +167,50 @@ def bare_server(app: Any, **settings: Any) -> Iterator[int]:
         thread.join()
 
 
+class Sender:
+    """An application that sends more than the sockets' buffers hold."""
+
+    N_BYTES = 24 << 20
+
+    def __init__(self) -> None:
+        self.has_ended = threading.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"x" * self.N_BYTES, "more_body": True})
+            await send({"type": "http.response.body", "body": b"y"})
+            self.has_ended.set()
+
+
 @pytest.mark.parametrize("reads", [False, True])
 def test_who_does_not_read_is_given_up(reads: bool) -> None:
     """And who reads slowly is not."""
-    n_bytes = 24 << 20  # more than the sockets' buffers hold
-    ended = threading.Event()
-
-    class App:
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "http":
-                await send({"type": "http.response.start", "status": 200, "headers": []})
-                await send({"type": "http.response.body", "body": b"x" * n_bytes, "more_body": True})
-                await send({"type": "http.response.body", "body": b"y"})
-                ended.set()
-
-    with bare_server(App(), write_seconds=0.3, min_rate=1 << 10) as port:
+    app = Sender()
+    with bare_server(app, write_seconds=0.3, min_rate=1 << 10) as port:
         connection = socket.create_connection(("127.0.0.1", port))
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         if not reads:
-            assert ended.wait(5)
-            n_read = len(read_all(connection))
-            assert n_read < n_bytes
+            assert app.has_ended.wait(5)
+            assert len(read_all(connection)) < app.N_BYTES
         else:
             n_read = 0
             for _ in range(16):  # 0.8 s, nearly three times write_seconds
                 time.sleep(0.05)
                 n_read += len(connection.recv(1 << 20))
-            assert not ended.is_set()
-            n_read += len(read_all(connection))
-            assert n_read > n_bytes
+            assert not app.has_ended.is_set()
+            assert n_read + len(read_all(connection)) > app.N_BYTES
         connection.close()
+
+
+def test_the_end_waits_for_nobody_who_does_not_read() -> None:
+    with ExitStack() as stack:
+        with bare_server(Sender(), write_seconds=60, stop_seconds=0.3) as port:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            started = time.monotonic()
+        assert time.monotonic() - started < 3
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------

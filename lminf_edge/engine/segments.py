@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 
+from lminf_edge.engine.turn import TurnCancelled
 from lminf_edge.history import Tokens, as_tokens
 
 if TYPE_CHECKING:
@@ -54,14 +56,16 @@ class SegmentTokenizer:
         if answer and last and len(self.split(last + answer)) == 1:
             self._remember(last + answer, np.concatenate([self.tokens_of(last), as_tokens(answer_tokens)]))
 
-    def tokens_of(self, text: str) -> Tokens:
-        """The tokens of one piece of a text: int32 (n_tokens,)."""
+    def tokens_of(self, text: str, is_cancelled: Callable[[], bool] = lambda: False) -> Tokens:
+        """The tokens of one piece of a text: int32 (n_tokens,). Raises TurnCancelled."""
         with self._lock:
             tokens = self._known.get(text)
             if tokens is not None:
                 self._known.move_to_end(text)
                 return tokens
         with self.turn_for(text):
+            if is_cancelled():
+                raise TurnCancelled
             tokens = as_tokens(self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=True))
         self._remember(text, tokens)
         return tokens

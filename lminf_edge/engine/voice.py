@@ -87,7 +87,7 @@ class Voice:
             return tokens
         segments = self.engine.segments
         self._text = text.decode("utf-8", errors="replace")
-        pieces = [segments.tokens_of(piece) for piece in segments.split(self._text)]
+        pieces = [segments.tokens_of(piece, lambda: self.cancelled) for piece in segments.split(self._text)]
         start: list[int] = self._llm.tokenize(b"", add_bos=True, special=True) if add_bos else []
         ends = (np.cumsum([len(piece) for piece in pieces]) + len(start)).tolist()
         self._boundaries = _spaced([len(start), *ends[:-1]])
