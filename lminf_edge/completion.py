@@ -15,7 +15,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ import llama_cpp
 import numpy as np
 
 from lminf_edge.checkpoint import Checkpoint, CheckpointError
-from lminf_edge.history import Tokens, as_tokens
+from lminf_edge.errors import UserError
+from lminf_edge.history import Tokens, as_tokens, check_ids
 
 if TYPE_CHECKING:
     from llama_cpp.llama_cache import BaseLlamaCache
@@ -307,7 +308,7 @@ def complete(
         lists = _as_lists(reported) if reported else None
         return {**head, "choices": [{"text": text, "index": 0, "logprobs": lists, "finish_reason": finish_reason}]}
 
-    processors = _with_bias(logits_processor, logit_bias)
+    processors = _with_bias(logits_processor, logit_bias, llm.n_vocab())
     generated = llm.generate(tokens, temp=temperature, logits_processor=processors, **sampling)
     with contextlib.closing(generated):
         for token in generated:
@@ -330,19 +331,19 @@ def complete(
             if max_tokens is not None and 0 < max_tokens <= n_completion:
                 finish_reason = "length"
                 break
+    if llm.cache:
+        # the key is what the state really holds; the last token was sampled but not processed
+        llm.cache[[*tokens.tolist(), *spoken][: llm.n_tokens]] = llm.save_state()
+    if llm.verbose:
+        llm._ctx.print_timings()
+    # nothing from here on looks at the stream: between two chunks it may go to somebody else
     for part in scanner.flush():
         if stream:
             yield chunk(part.text, part.logprobs)
         else:
             parts.append(part.text)
-    if llm.verbose:
-        llm._ctx.print_timings()
     if stream:
         yield chunk("", [], finish_reason)
-    if llm.cache:
-        # the key is what the state really holds; the last token was sampled but not processed
-        llm.cache[[*tokens.tolist(), *spoken][: llm.n_tokens]] = llm.save_state()
-    if stream:
         return
 
     text = "".join(parts)
@@ -370,19 +371,77 @@ def _warn_of_two_bos(llm: Llama, tokens: Tokens) -> None:
         )
 
 
-def _with_bias(processors: Any, logit_bias: dict[int, float] | None) -> Any:
+def _with_bias(processors: Any, logit_bias: dict[int, float] | None, n_vocab: int) -> Any:
     """The logits processors, and one more that adds the bias."""
     if not logit_bias:
         return processors
-    ids = np.array([int(token) for token in logit_bias], dtype=np.intp)
-    bias = np.array([float(value) for value in logit_bias.values()], dtype=np.float32)
+    try:
+        ids = check_ids(as_tokens([int(token) for token in logit_bias]), n_vocab)
+        bias = np.array([float(value) for value in logit_bias.values()], dtype=np.float32)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"logit_bias must give numbers to tokens: {error}") from error
 
     def add_bias(input_ids: Tokens, scores: Logits) -> Logits:
         biased: Logits = scores.copy()
         biased[ids] += bias
         return biased
 
-    return llama_cpp.LogitsProcessorList([*(processors or []), add_bias])
+    return llama_cpp.LogitsProcessorList([*as_processors(processors), add_bias])
+
+
+# --- logits processors ------------------------------------------------------------------------------------------------
+
+
+def as_processors(processors: Any) -> list[Any]:
+    """Logits processors given as None, one of them or several. Raises ValueError for anything else."""
+    if processors is None:
+        return []
+    found = list(processors) if hasattr(processors, "__iter__") else [processors]
+    for processor in found:
+        if not callable(processor):
+            raise UserError(f"A logits processor must be a function of tokens and scores, not {processor!r}.")
+    return found
+
+
+class CarefulProcessors:
+    """Logits processors as a list of one, whose exceptions outlive the C code they are called through.
+
+    ctypes prints what a callback raises and goes on. Here the first exception is kept until `check` raises it.
+    """
+
+    def __init__(self, processors: Any, callback: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._processors = as_processors(processors)
+        self._callback = callback
+        self._error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[Callable[[Tokens, Logits], Logits]]:
+        return iter([self._apply])
+
+    def _apply(self, input_ids: Tokens, scores: Logits) -> Logits:
+        """Changes scores (n_vocab,) in place, as llama_cpp does, and returns them."""
+        if self._error is not None:
+            return scores
+        try:
+            with self._callback():
+                for processor in self._processors:
+                    scores[:] = _checked_scores(processor(input_ids, scores), len(scores))
+        except BaseException as error:
+            self._error = error
+        return scores
+
+    def check(self) -> None:
+        """Raises what a processor has raised, once."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def _checked_scores(scores: Any, n_vocab: int) -> Any:
+    if np.shape(scores) != (n_vocab,):
+        raise UserError(
+            f"A logits processor must return scores ({n_vocab},), not {type(scores).__name__} {np.shape(scores)}."
+        )
+    return scores
 
 
 def _load_from_cache(llm: Llama, cache: BaseLlamaCache, prompt: Tokens) -> None:

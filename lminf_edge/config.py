@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header
@@ -178,7 +179,7 @@ def check_kv_type(name: str, value: int | None) -> int:
     """The GGML type number of a cache, f16 for None. Raises ValueError for a type no cache can have."""
     if value is None:
         return KV_TYPE_DEFAULT
-    if value not in KV_TYPES:
+    if not hasattr(value, "__index__") or (value := operator.index(value)) not in KV_TYPES:
         known = ", ".join(f"{number} ({kind})" for number, (kind, _, _) in KV_TYPES.items())
         raise UserError(f"{name}={value} is not a GGML type for a KV cache: use one of {known}.")
     return value
@@ -195,13 +196,13 @@ def kv_bytes(header: Header, kv_type: int, n_cells: int) -> int:
     return n_cells * (header.n_embd_k + header.n_embd_v) * block_bytes // block_elements
 
 
-def check_memory(n_bytes: int) -> None:
-    """Raises MemoryError if a cache of this size cannot fit in this machine's memory."""
+def check_memory(n_bytes: int, what: str = "KV cache", parameters: str = "n_ctx or n_local") -> None:
+    """Raises MemoryError if a cache, or `what`, of this size cannot fit in this machine's memory."""
     total = physical_memory()
     if total is not None and n_bytes > total:
         raise MemoryError(
-            f"The KV cache would take {n_bytes:,} bytes and this machine has {total:,} bytes of memory: "
-            "give a smaller n_ctx or n_local."
+            f"The {what} would take {n_bytes:,} bytes and this machine has {total:,} bytes of memory: "
+            f"give a smaller {parameters}."
         )
 
 
@@ -220,6 +221,16 @@ def _sink_type(kv_type: int) -> int:
 def _row_bytes(kv_type: int, n_elements: int) -> int:
     _, block_bytes, block_elements = KV_TYPES[kv_type]
     return n_elements * block_bytes // block_elements
+
+
+def whole_number(name: str, value: Any, least: int, most: int = MAX_WINDOW) -> int:
+    """The value of a parameter, an int. Raises ValueError, which names it, for anything else and out of range."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"{name} must be a whole number, not {value!r}.")
+    number = operator.index(value)
+    if not least <= number <= most:
+        raise UserError(f"{name} must be {least} to {most}, not {number}.")
+    return number
 
 
 def _check(name: str, value: object, least: int) -> None:

@@ -26,8 +26,27 @@ _COMPARE_BLOCK = 1 << 16  # tokens
 
 
 def as_tokens(tokens: Sequence[int] | Tokens) -> Tokens:
-    """`tokens` as an int32 array (n_tokens,), not copied if it is one already."""
-    return np.asarray(tokens, dtype=np.int32).reshape(-1)
+    """`tokens` as an int32 array (n_tokens,), not copied if it is one already.
+
+    Raises ValueError, in one sentence, for what are no whole numbers of 32 bits.
+    """
+    try:
+        array = np.asarray(tokens)
+    except ValueError:  # of unequal lengths
+        array = np.array(None)
+    if array.dtype != np.int32 and array.size:
+        limits = np.iinfo(np.int32)
+        if array.dtype.kind not in "iu" or array.min() < limits.min or array.max() > limits.max:
+            raise UserError("Tokens must be a sequence of whole numbers, the ids of this model's vocabulary.")
+    return array.astype(np.int32, copy=False).reshape(-1)
+
+
+def check_ids(tokens: Tokens, n_vocab: int) -> Tokens:
+    """The same tokens (n_tokens,). Raises ValueError if one is not in the vocabulary."""
+    wrong = tokens[(tokens < 0) | (tokens >= n_vocab)]
+    if len(wrong):
+        raise UserError(f"Token {wrong[0]} is not in the vocabulary: this model's tokens are 0 to {n_vocab - 1}.")
+    return tokens
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from lminf_edge.errors import UserError
 from lminf_edge.history import BLOCK, TokenHistory, as_tokens, common_prefix
 
 
@@ -125,7 +126,7 @@ def test_common_prefix_across_blocks(at: int) -> None:
     assert common_prefix(a, b) == at
 
 
-@pytest.mark.parametrize("bad", [[2**31], [-(2**31) - 1]])
+@pytest.mark.parametrize("bad", [[2**31], [-(2**31) - 1], [2**70], [1.5], ["a"], [None], [[1], [2, 3]], [True]])
 def test_a_token_must_be_int32(bad: list[int]) -> None:
-    with pytest.raises(OverflowError):
+    with pytest.raises(UserError, match="whole numbers"):
         as_tokens(bad)

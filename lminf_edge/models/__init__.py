@@ -15,12 +15,23 @@ def embedded_models() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_FOLDER.glob("*.gguf"))}
 
 
-def find_model(name_or_path: str | os.PathLike[str]) -> str:
+def path_text(name: str, path: object) -> str:
+    """A path given as text, bytes or an os.PathLike, as text, with a leading `~` expanded.
+
+    Raises ValueError, with the parameter's `name`, for anything else.
+    """
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise UserError(f"{name} must be a path, not {path!r}.")
+    text: str = os.fsdecode(path)
+    return text if os.path.exists(text) else os.path.expanduser(text)
+
+
+def find_model(name_or_path: str | bytes | os.PathLike[str]) -> str:
     """The path of a model; a file of that name goes before an embedded model.
 
     Raises ValueError if it is neither.
     """
-    path = os.fspath(name_or_path)
+    path = path_text("model_path", name_or_path)
     if os.path.exists(path):
         return path
     models = embedded_models()
