@@ -4,8 +4,11 @@
 
     llm = Llama("model.gguf", lminf=True)
 
-`Llama` is `llama_cpp.Llama` with one more argument. Importing this package points llama_cpp at the library that has
-the Λ cache, so import it first; llama_cpp itself is only loaded when `Llama` is asked for.
+`Llama` is `llama_cpp.Llama` with one more argument. Importing this package lets llama_cpp load the library that has the
+Λ cache, so import it first; llama_cpp itself is only loaded when `Llama` is asked for.
+
+`patch()` does the same for packages that make a `llama_cpp.Llama` themselves, LMINF=1 in the environment without a line
+of code.
 """
 
 from __future__ import annotations
@@ -18,8 +21,18 @@ from lminf_edge.config import LMInfConfig, StreamInfo
 if TYPE_CHECKING:
     from lminf_edge.checkpoint import Checkpoint, CheckpointError
     from lminf_edge.llama import Llama
+    from lminf_edge.patching import patch, unpatch
 
-__all__ = ["Checkpoint", "CheckpointError", "LMInfConfig", "Llama", "StreamInfo", "__version__"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "LMInfConfig",
+    "Llama",
+    "StreamInfo",
+    "__version__",
+    "patch",
+    "unpatch",
+]
 
 __version__ = "0.1.0"
 
@@ -36,4 +49,8 @@ def __getattr__(name: str) -> Any:
         from lminf_edge import checkpoint
 
         return getattr(checkpoint, name)
+    if name in ("patch", "unpatch"):
+        from lminf_edge import patching
+
+        return getattr(patching, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
-from lminf_edge import native
+from lminf_edge import native, startup
 from lminf_edge.checkpoint import Checkpoint, Identity, model_digest
 from lminf_edge.completion import CarefulProcessors, complete
 from lminf_edge.config import (
@@ -45,8 +45,8 @@ from lminf_edge.scores import ScoreWindow
 from lminf_edge.sequence import Batch, CacheSequence, Logits
 from lminf_edge.stream import Stream
 
-_STOCK = llama_cpp.Llama  # that name may become ours later, see lminf_edge.patching
-_GENERATE = inspect.signature(_STOCK.generate)
+STOCK = llama_cpp.Llama  # that name may become ours later, see lminf_edge.patching
+_GENERATE = inspect.signature(STOCK.generate)
 
 # whole numbers among the parameters, and the least they may be
 _WHOLE_NUMBERS = {
@@ -77,7 +77,7 @@ _ROPE_SETTINGS = (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _with_signature(signature: inspect.Signature) -> Callable[[F], F]:
+def with_signature(signature: inspect.Signature) -> Callable[[F], F]:
     """Lets a function that passes its arguments on be asked for those of the other one."""
 
     def decorate(function: F) -> F:
@@ -89,7 +89,7 @@ def _with_signature(signature: inspect.Signature) -> Callable[[F], F]:
 
 def _init_signature() -> inspect.Signature:
     """llama_cpp.Llama's with what ours has more."""
-    stock = inspect.signature(_STOCK.__init__)
+    stock = inspect.signature(STOCK.__init__)
     parameters = [
         parameter.replace(default=None) if name == "n_ctx" else parameter
         for name, parameter in stock.parameters.items()
@@ -177,7 +177,7 @@ class Llama(llama_cpp.Llama):
     model, and MemoryError if the cache cannot fit in memory.
     """
 
-    @_with_signature(_init_signature())
+    @with_signature(_init_signature())
     def __init__(
         self,
         model_path: str | bytes | os.PathLike[str],
@@ -473,9 +473,9 @@ class Llama(llama_cpp.Llama):
         if isinstance(self, Llama) and sampling.get("logits_processor") is not None:
             self._processors = CarefulProcessors(sampling["logits_processor"], self._guard.callback)
             sampling["logits_processor"] = self._processors
-        return _STOCK._init_sampler(self, **sampling)
+        return STOCK._init_sampler(self, **sampling)
 
-    @_with_signature(inspect.signature(_STOCK.sample))
+    @with_signature(inspect.signature(STOCK.sample))
     @_raising_what_processors_raise
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """Samples a token. Raises RuntimeError if nothing was processed that it could follow."""
@@ -483,7 +483,7 @@ class Llama(llama_cpp.Llama):
             raise RuntimeError("There are no logits to sample from: process at least one token first.")
         return int(super().sample(*args, **kwargs))
 
-    @_with_signature(_GENERATE)
+    @with_signature(_GENERATE)
     def generate(
         self, tokens: Sequence[int] | Tokens, *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
@@ -632,3 +632,9 @@ def training_length(header: Header, overrides: dict[str, Any]) -> int:
     """Tokens the model was trained on, at most; a default if the file does not say."""
     value = overrides.get(f"{header.architecture}.context_length", header.n_ctx_train)
     return int(value) or DEFAULT_WINDOW
+
+
+if startup.wanted():  # llama_cpp was imported by this module, before there was a class to put into it
+    from lminf_edge import patching
+
+    patching.patch_at_import()

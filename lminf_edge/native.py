@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
-import os
 import re
 import sys
 import threading
@@ -14,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lminf_edge import startup
 from lminf_edge.errors import UserError
+from lminf_edge.startup import LIBRARY_NAMES as LIBRARY_NAMES
 
-LIBRARY_NAMES = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")
 MARK = "lminf_set_next"  # a function only the patched library has
 
 
@@ -73,21 +72,9 @@ class Info(ctypes.Structure):
 
 
 def library_folder() -> Path | None:
-    """The folder of the patched library, None if there is none.
-
-    That is LMINF_LIB_PATH if set, else the package's own lib folder (an editable install has the package in two
-    places, the sources in one and the library in the other), else LLAMA_CPP_LIB_PATH if set.
-    """
-    override = os.environ.get("LMINF_LIB_PATH")
-    if override:
-        return Path(override)
-    spec = importlib.util.find_spec(__package__)
-    for place in (spec.submodule_search_locations if spec else None) or ():
-        folder = Path(place) / "lib"
-        if any((folder / name).exists() for name in LIBRARY_NAMES):
-            return folder
-    inherited = os.environ.get("LLAMA_CPP_LIB_PATH")
-    return Path(inherited) if inherited else None
+    """The folder of the patched library, None if there is none: see lminf_edge.startup."""
+    folder = startup.library_folder()
+    return Path(folder) if folder else None
 
 
 def prepare() -> None:
@@ -96,15 +83,12 @@ def prepare() -> None:
     Raises ImportError if llama_cpp has loaded another one already.
     """
     bindings = sys.modules.get("llama_cpp.llama_cpp")
-    if bindings is not None:
-        if not hasattr(getattr(bindings, "_lib", None), MARK):
-            raise ImportError(
-                "llama_cpp was imported before lminf_edge and runs a stock llama.cpp: import lminf_edge first."
-            )
-        return
-    folder = library_folder()
-    if folder is not None:
-        os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    if bindings is None:
+        startup.install().ours_in_any_case = True
+    elif not hasattr(getattr(bindings, "_lib", None), MARK):
+        raise ImportError(
+            "llama_cpp was imported before lminf_edge and runs a stock llama.cpp: import lminf_edge first."
+        )
 
 
 class Native:
