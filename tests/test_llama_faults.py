@@ -274,26 +274,18 @@ def test_tokens_in_every_form(either: Llama) -> None:
     assert either.detokenize([]) == b""
 
 
-def test_a_token_longer_than_any_buffer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_spaces", [31, 32, 33, 47, 300])
+def test_a_token_of_many_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_spaces: int) -> None:
     from reference import tiny_models
 
-    path = tiny_models.write(next(iter(tiny_models.MODELS)), tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        llm = Llama(str(path), n_ctx=64, verbose=False, n_threads=1)
-        piece = llama_cpp.llama_cpp.llama_token_to_piece
-
-        def long_piece(vocab: Any, token: int, buffer: Any, size: int, lstrip: int, special: bool) -> int:
-            if token != 7:
-                return int(piece(vocab, token, buffer, size, lstrip, special))
-            if size < 47:
-                return -47
-            buffer[:47] = b" " * 47
-            return 47
-
-        patch.setattr(llama_cpp.llama_cpp, "llama_token_to_piece", long_piece)
-        assert llm.detokenize([7]) == b" " * 47
-        assert llm.detokenize([7, 7]) == b" " * 94
-        llm.close()
+    pieces, piece_scores, types = tiny_models.vocabulary()
+    token = len(pieces) - 1
+    monkeypatch.setattr(tiny_models, "vocabulary", lambda: ([*pieces[:-1], "\u2581" * n_spaces], piece_scores, types))
+    llm = Llama(tiny_models.write(next(iter(tiny_models.MODELS)), tmp_path), n_ctx=64, verbose=False, n_threads=1)
+    for detokenize in (llm.detokenize, llm.tokenizer().detokenize):
+        assert detokenize([token]) == b" " * n_spaces
+        assert detokenize([token, 5, token]) == b" " * n_spaces + b"\x02" + b" " * n_spaces
+    llm.close()
 
 
 @pytest.mark.parametrize("bad", [[1, 2], [], None, 3, [b"a"]])
