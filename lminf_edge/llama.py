@@ -38,7 +38,7 @@ from lminf_edge.config import (
 )
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
-from lminf_edge.guard import Freed, Guard, guarded
+from lminf_edge.guard import Freed, Guard, StreamTakenError, guarded
 from lminf_edge.history import Tokens, as_tokens, check_ids
 from lminf_edge.models import find_model, path_text
 from lminf_edge.scores import ScoreWindow
@@ -527,7 +527,10 @@ class Llama(llama_cpp.Llama):
                         return
                 if position < len(stream) and stream.history.token(position) != token:
                     self.n_tokens = position
+                left = len(stream), stream.fresh
                 sent = yield token
+                if (len(stream), stream.fresh) != left:  # moved by itself, not by a call of this class
+                    raise StreamTakenError
                 pending = [] if position < len(stream) else [token]
                 position += 1
                 if sent:

@@ -17,6 +17,7 @@ from conftest import MakeLlama
 
 from lminf_edge import Llama, scores
 from lminf_edge.errors import UserError
+from lminf_edge.evaluate import token_nll
 from lminf_edge.guard import ClosedError, StreamTakenError
 from lminf_edge.history import Tokens
 from lminf_edge.scores import DroppedError, ScoreWindow
@@ -43,6 +44,7 @@ MOVES: dict[str, Callable[[Llama], Any]] = {
     "reset": lambda llm: llm.reset(),
     "n_tokens": lambda llm: setattr(llm, "n_tokens", 1),
     "load_state": lambda llm: llm.load_state(llm.save_state()),
+    "token_nll": lambda llm: token_nll(llm, [1, 5, 6, 7]),
 }
 
 
@@ -58,6 +60,15 @@ def test_a_stream_that_was_moved_is_lost(either: Llama, move: str) -> None:
             list(open_stream)
     expected = texts(either("Anna", stream=True, temperature=0.0, max_tokens=8))
     assert either("Anna", temperature=0.0, max_tokens=8)["choices"][0]["text"] == expected
+
+
+def test_a_stream_that_was_moved_below_is_lost_as_well(make_llama: MakeLlama) -> None:
+    llm = make_llama()
+    stream = llm("Anna was late and", stream=True, temperature=0.0, max_tokens=30)
+    next(stream)
+    llm.stream.clear()
+    with pytest.raises(StreamTakenError):
+        list(stream)
 
 
 def test_only_what_moves_the_stream_takes_it(make_llama: MakeLlama, tokens: Tokens) -> None:

@@ -64,7 +64,7 @@ class LambdaReader(Reader):
     llm: Llama
 
     def _clear(self) -> None:
-        self.llm.stream.clear()
+        self.llm.reset()
 
     def _read(self, tokens: Tokens, logits_all: bool) -> Logits:
         self.llm.stream.decode(tokens, logits_all)
