@@ -410,6 +410,14 @@ class Llama(llama_cpp.Llama):
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
+    @with_signature(inspect.signature(STOCK.tokenize))
+    def tokenize(self, text: bytes, *args: Any, **kwargs: Any) -> list[int]:
+        """The tokens of a text, as llama_cpp's. Raises ValueError if it is no bytes."""
+        if not isinstance(text, bytes):
+            raise UserError(f"A text to tokenize must be bytes, not {type(text).__name__}: encode it as UTF-8.")
+        tokens: list[int] = super().tokenize(text, *args, **kwargs)
+        return tokens
+
     def detokenize(
         self, tokens: Sequence[int] | Tokens, prev_tokens: Sequence[int] | Tokens | None = None, special: bool = False
     ) -> bytes:

@@ -274,6 +274,12 @@ def test_tokens_that_are_none(either: Llama, bad: Any) -> None:
     assert either("Anna", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize("bad", ["a text", None, 5, [b"a"]])
+def test_a_text_that_is_not_bytes(either: Llama, bad: Any) -> None:
+    with pytest.raises(UserError, match="must be bytes"):
+        either.tokenize(bad)
+
+
 def test_tokens_in_every_form(either: Llama) -> None:
     ids = either.tokenize(b"Anna was late")
     text = either.detokenize(ids)
