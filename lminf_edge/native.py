@@ -126,6 +126,7 @@ class Native:
         self._get_info = declare("lminf_get_info", boolean, pointer, int32, ctypes.POINTER(Info))
         self._next_pos = declare("lminf_next_pos", int32, pointer, int32, int32)
         self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
+        self._skip = declare("lminf_skip", boolean, pointer, int32, int64)
         self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
 
@@ -178,6 +179,10 @@ class Native:
     def rollback(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
         """Forgets all tokens from this stream position on; False, and nothing changed, if that is not possible."""
         return bool(self._rollback(ctx, seq_id, stream_pos))
+
+    def skip(self, ctx: Any, n_tokens: int, seq_id: int = 0) -> bool:
+        """Advances the stream by tokens that are not processed; False, and nothing changed, if that is not possible."""
+        return bool(self._skip(ctx, seq_id, n_tokens))
 
     def set_sinks(self, ctx: Any, n_global: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence keep this many sinks; False if that is more than the context has room for."""

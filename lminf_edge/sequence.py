@@ -78,6 +78,14 @@ class CacheSequence:
         if not self.rollback(position):
             raise RuntimeError(f"The stream cannot go back to position {position}: {self.error()}.")
 
+    def skip(self, n_tokens: int) -> None:
+        """Advances the position by tokens that are not processed: the sinks stay, the window is empty.
+
+        Raises RuntimeError if they are fewer than n_local, or if sinks are still missing.
+        """
+        if not self._native.skip(self.ctx, n_tokens, self.seq_id):
+            raise RuntimeError(f"The stream cannot skip {n_tokens} tokens: {self.error()}.")
+
     def clear(self, n_sinks: int | None = None) -> None:
         """Forgets everything; the next stream keeps n_sinks sinks, by default as many as the context has room for.
 

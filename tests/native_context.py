@@ -33,6 +33,8 @@ _lib.lminf_seq_set_sinks.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_i
 _lib.lminf_seq_set_sinks.restype = ctypes.c_bool
 _lib.lminf_seq_start.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
 _lib.lminf_seq_start.restype = ctypes.c_bool
+_lib.lminf_skip.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
+_lib.lminf_skip.restype = ctypes.c_bool
 _lib.lminf_set_next.argtypes = (ctypes.POINTER(Params),)
 _lib.lminf_set_next.restype = ctypes.c_bool
 
@@ -151,6 +153,9 @@ class NativeContext:
 
     def rollback(self, stream_pos: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_rollback(self.context, seq_id, stream_pos))
+
+    def skip(self, n_tokens: int, seq_id: int = 0) -> bool:
+        return bool(_lib.lminf_skip(self.context, seq_id, n_tokens))
 
     def seq_start(self, stream_pos: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_start(self.context, seq_id, stream_pos))

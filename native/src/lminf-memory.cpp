@@ -242,6 +242,8 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
 
     balloc.split_reset();
 
+    std::map<llama_seq_id, llama_pos> next; // position that a sequence's next token must have
+
     std::vector<llama_ubatch> ubatches;
     while (true) {
         auto ubatch = n_seq_max == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
@@ -257,6 +259,14 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
             if (ubatch.pos[i] < 0 || ubatch.pos[i] >= params.pos_bound) {
                 LLAMA_LOG_ERROR("%s: position %d is outside of [0, %d): ask lminf_next_pos for each batch's first position\n",
                         __func__, ubatch.pos[i], params.pos_bound);
+                return failed();
+            }
+
+            const llama_seq_id seq_id = ubatch.seq_id[i][0];
+            const llama_pos    pos    = next.try_emplace(seq_id, next_pos(seq_id)).first->second++;
+            if (ubatch.pos[i] != pos) {
+                LLAMA_LOG_ERROR("%s: a token of sequence %d has position %d where %d comes next: ask lminf_next_pos for each batch's first position\n",
+                        __func__, seq_id, ubatch.pos[i], pos);
                 return failed();
             }
         }
@@ -282,7 +292,7 @@ llama_memory_context_ptr lminf_memory::init_full() {
 
 void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i], ubatch.pos[i]);
+        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i]);
 
         max_graph_pos = std::max(max_graph_pos, ubatch.pos[i]);
     }
@@ -351,11 +361,7 @@ llama_pos lminf_memory::make_room(llama_context & lctx, llama_seq_id seq_id, int
         return -1;
     }
 
-    if (!stream.begun) {
-        return (llama_pos) (stream.start - stream.origin);
-    }
-
-    const llama_pos next = window->seq_pos_max(seq_id) + 1;
+    const llama_pos next = next_pos(seq_id);
     if (next + n_tokens <= params.pos_bound) {
         return next;
     }
@@ -391,16 +397,45 @@ bool lminf_memory::seq_set_sinks(llama_seq_id seq_id, int32_t n_global) {
 }
 
 bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
-    if (stream_pos < 0 || streams[seq_id].begun) {
-        lminf_set_error("a stream position can only be set to 0 or more, on an empty sequence");
+    if (stream_pos < 0 || stream_pos > lminf_stream::max_start || streams[seq_id].begun) {
+        lminf_set_error(format("a stream position can only be set on an empty sequence, to 0 to %lld", (long long) lminf_stream::max_start));
         return false;
     }
 
     // graph positions begin anywhere within a block, as they would after a rebase
-    streams[seq_id].start  = stream_pos;
-    streams[seq_id].origin = stream_pos - stream_pos % lminf_stream::block;
+    streams[seq_id].begin_at(stream_pos);
 
     return true;
+}
+
+bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
+    auto & stream = streams[seq_id];
+
+    if (n_tokens < params.n_local) {
+        lminf_set_error(format("a skip must be n_local = %d tokens or more, so that no query sees across it", params.n_local));
+        return false;
+    }
+    if (stream.n_sink < stream.n_global) {
+        lminf_set_error(format("the sequence holds %d of its %d sinks: process those first, then skip", stream.n_sink, stream.n_global));
+        return false;
+    }
+
+    const int64_t stream_pos = stream.origin + next_pos(seq_id);
+    if (n_tokens > lminf_stream::max_start - stream_pos) {
+        lminf_set_error(format("a skip can lead to stream position %lld at most", (long long) lminf_stream::max_start));
+        return false;
+    }
+
+    window->seq_rm(seq_id, -1, -1);
+    stream.skip_to(stream_pos + n_tokens);
+
+    return true;
+}
+
+llama_pos lminf_memory::next_pos(llama_seq_id seq_id) const {
+    const llama_pos pos_max = window->seq_pos_max(seq_id);
+
+    return pos_max >= 0 ? pos_max + 1 : (llama_pos) streams[seq_id].pos_resume();
 }
 
 llama_pos lminf_memory::graph_pos(llama_seq_id seq_id, int64_t stream_pos) const {
@@ -410,12 +445,12 @@ llama_pos lminf_memory::graph_pos(llama_seq_id seq_id, int64_t stream_pos) const
 }
 
 llama_pos lminf_memory::rollback_min(llama_seq_id seq_id) const {
-    const int64_t pos_min   = window->seq_pos_min(seq_id);
-    const int64_t pos_start = streams[seq_id].pos_start();
+    const int64_t pos_min    = window->seq_pos_min(seq_id);
+    const int64_t pos_resume = streams[seq_id].pos_resume();
 
     // nothing has been recycled yet: any token can be the last one
-    if (pos_min <= pos_start) {
-        return (llama_pos) pos_start;
+    if (pos_min <= pos_resume) {
+        return (llama_pos) pos_resume;
     }
 
     return (llama_pos) (pos_min + params.n_local - 1);
@@ -430,22 +465,18 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
 
     lminf_info info = {};
 
-    const llama_pos next = window->seq_pos_max(seq_id) + 1;
+    const llama_pos next = next_pos(seq_id);
 
-    if (stream.begun) {
-        const int64_t n_tokens  = stream.index(next);
-        const int64_t n_outside = std::max<int64_t>(0, n_tokens - (params.n_local - 1));
+    // what the next query can see of the window
+    const int64_t n_inside  = std::min<int64_t>(params.n_local - 1, next - stream.pos_resume());
+    const int64_t n_outside = stream.index(next) - n_inside;
 
-        info.stream_pos = stream.origin + next;
-        info.n_evicted  = n_outside - std::min<int64_t>(n_outside, stream.n_sink);
-        info.n_sink     = stream.n_sink;
-        info.n_window   = window->get_cells(seq_id).get_used();
-        info.n_rollback = (int32_t) std::max<int64_t>(0, next - std::max<int64_t>(rollback_min(seq_id), stream.pos_start()));
-    } else {
-        info.stream_pos = stream.start;
-    }
-
+    info.stream_pos    = stream.origin + next;
+    info.n_evicted     = n_outside - std::min<int64_t>(n_outside, stream.n_sink);
+    info.n_sink        = stream.n_sink;
     info.n_global      = stream.n_global;
+    info.n_window      = window->get_cells(seq_id).get_used();
+    info.n_rollback    = std::max(0, next - rollback_min(seq_id));
     info.n_cells       = n_cells;
     info.n_rebase      = n_rebase;
     info.max_graph_pos = max_graph_pos;
@@ -483,23 +514,25 @@ bool lminf_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
-    const auto is_empty = [&](llama_seq_id s) { return p0 >= p1 || p0 > window->seq_pos_max(s); };
+    // nothing of the sequence lies there. From 0 on is all of it, even while its window is empty.
+    const auto is_empty = [&](llama_seq_id s) { return p0 >= p1 || (p0 > 0 && p0 >= next_pos(s)); };
 
     // all or nothing: refuse before anything is changed
     for (llama_seq_id s = s0; s < s1; ++s) {
-        const bool leaves_hole = p1 <= window->seq_pos_max(s);
+        const bool leaves_hole = p1 < next_pos(s);
         if (!is_empty(s) && (leaves_hole || !can_truncate(s, p0))) {
             return false;
         }
     }
 
     for (llama_seq_id s = s0; s < s1; ++s) {
-        const bool is_whole = p0 <= std::max<int64_t>(0, streams[s].pos_start()) && p1 > window->seq_pos_max(s);
-
-        if (is_whole) {
+        if (is_empty(s)) {
+            continue;
+        }
+        if (p0 <= std::max<int64_t>(0, streams[s].pos_start())) {
             window->seq_rm(s, -1, -1);
             streams[s] = new_stream();
-        } else if (!is_empty(s)) {
+        } else {
             window->seq_rm(s, p0, -1);
             streams[s].truncate(p0);
         }
@@ -516,7 +549,7 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     }
 
     const bool from_start = p0 <= std::max<int64_t>(0, streams[seq_id_src].pos_start());
-    const bool to_end     = p1 < 0 || p1 > window->seq_pos_max(seq_id_src);
+    const bool to_end     = p1 < 0 || p1 >= next_pos(seq_id_src);
 
     if (!from_start || (!to_end && !can_truncate(seq_id_src, p1))) {
         LLAMA_LOG_ERROR("%s: [%d, %d) of sequence %d cannot be copied: its tokens attend to others that would not be\n",
@@ -561,7 +594,7 @@ llama_pos lminf_memory::seq_pos_min(llama_seq_id seq_id) const {
 }
 
 llama_pos lminf_memory::seq_pos_max(llama_seq_id seq_id) const {
-    return window->seq_pos_max(seq_id);
+    return next_pos(seq_id) - 1;
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() const {
@@ -579,7 +612,7 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() co
 namespace {
 
 constexpr uint32_t state_magic   = 0x464e4d4c; // "LMNF"
-constexpr uint32_t state_version = 2;
+constexpr uint32_t state_version = 3;
 
 // everything that must agree is in front, so that a foreign state is refused before anything is changed
 struct state_header {
@@ -599,6 +632,7 @@ struct state_header {
 struct state_seq {
     int64_t origin;
     int64_t start;
+    int64_t resume;
     int32_t n_sink;
     int32_t begun;
     int32_t n_used; // window cells that are saved; their indices follow
@@ -697,7 +731,7 @@ void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama
         const auto   cells  = saved_cells(window->get_cells(s), s, params.n_local + params.n_slack);
 
         const state_seq seq = {
-            stream.origin, stream.start, stream.n_sink, stream.begun ? 1 : 0,
+            stream.origin, stream.start, stream.resume, stream.n_sink, stream.begun ? 1 : 0,
             (int32_t) cells.size(), window->seq_pos_max(s), (int32_t) window->get_stream(s), stream.n_global,
         };
         io.write(&seq, sizeof(seq));
@@ -762,7 +796,8 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
             refuse("it keeps more sinks than this context has room for");
         }
         if (seq.n_sink < 0 || seq.n_sink > seq.n_global || seq.start < 0 || seq.origin < 0 ||
-            (seq.begun && (seq.pos_max < 0 || seq.origin + seq.pos_max < seq.start)) ||
+            (seq.begun && seq.n_used > 0 && (seq.pos_max < 0 || seq.origin + seq.pos_max < seq.resume)) ||
+            (seq.begun && seq.n_used == 0 && (seq.pos_max != -1 || seq.resume <= seq.start || seq.resume <= seq.origin)) ||
             seq.stream < 0 || seq.stream >= header.n_stream) {
             refuse("its positions make no sense");
         }
@@ -785,6 +820,7 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
 
         stream.origin   = seq.origin;
         stream.start    = seq.start;
+        stream.resume   = seq.resume;
         stream.n_global = seq.n_global;
         stream.n_sink   = seq.n_sink;
         stream.begun    = seq.begun != 0;

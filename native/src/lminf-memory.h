@@ -58,6 +58,7 @@ public:
     void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    // before the next token: also while the window is empty, as it is after a skip
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
@@ -81,6 +82,9 @@ public:
 
     // an empty sequence begins at this stream position
     bool seq_start(llama_seq_id seq_id, int64_t stream_pos);
+
+    // the sequence goes on n_tokens further, with its sinks and an empty window
+    bool skip(llama_seq_id seq_id, int64_t n_tokens);
 
     // graph position of a stream position; -1 if it lies before the graph's origin
     llama_pos graph_pos(llama_seq_id seq_id, int64_t stream_pos) const;
@@ -128,6 +132,9 @@ private:
         llama_seq_id src;
         llama_seq_id dst;
     };
+
+    // graph position of the next token
+    llama_pos next_pos(llama_seq_id seq_id) const;
 
     // called once per micro-batch, before its graph is built
     void apply_ubatch(const llama_ubatch & ubatch);
