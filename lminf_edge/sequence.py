@@ -127,7 +127,10 @@ class CacheSequence:
             if n_read != 0 and self.position == state.position:
                 return None
             self.clear()
-        return self.error() or (errors[0] if errors else "its contents do not fit this cache")
+        reasons = [
+            reason for error in errors for _, found, reason in [error.partition("error loading state: ")] if found
+        ]
+        return reasons[0] if reasons else "its contents do not fit this cache"
 
 
 def _own_pages(n_bytes: int) -> npt.NDArray[np.uint8]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
-from native_context import ATTENTIONS, BF16, F16, F32, Q4_0, Q8_0, NativeContext, _lib, last_error
+from native_context import ATTENTIONS, BF16, F16, F32, Q4_0, Q8_0, SILENT, NativeContext, _lib, last_error
 from reference import tiny_models
 from reference.rule import Rule
 from reference.transformer import Transformer
@@ -178,6 +180,22 @@ def test_positions_that_do_not_come_next_are_refused(llama: Path, positions: lis
         assert context.info().stream_pos == n_before
         expected = fresh(llama, TOKENS[: n_before + 3], n_ubatch=16)
         assert np.abs(context.feed(TOKENS[n_before : n_before + 3])[-1] - expected).max() < 1e-4
+
+
+def test_a_rebase_needs_no_more_memory_than_was_reserved(llama: Path) -> None:
+    """A large window and small batches; llama.cpp compares when a context is freed."""
+    logged: list[bytes] = []
+    keep = llama_cpp.llama_log_callback(lambda level, text, user_data: logged.append(text))
+    for type_k in (F32, F16):
+        with NativeContext(llama, 2000, G, n_ubatch=16, n_seq_max=2, type_k=type_k, attention="fused") as context:
+            for _ in range(7):
+                context.feed(TOKENS)
+            assert context.info().n_rebase >= 1
+            llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
+        sizes = [text for text in logged if b"compute buffer size" in text]
+        assert sizes
+        assert not any(b"does not match" in text for text in sizes)
 
 
 #
@@ -562,6 +580,99 @@ def test_a_foreign_state_is_refused_and_nothing_is_lost(llama: Path, other: dict
         assert not context.load(state)
         assert "the saved state does not fit" in last_error()
         assert np.abs(context.feed(TOKENS[200:201])[-1] - fresh(llama, TOKENS[:201], n_ubatch=16)).max() < 1e-4
+
+
+def test_a_changed_state_is_refused_or_can_be_continued(llama: Path) -> None:
+    """In a process of its own: what is trusted and should not be ends in an abort."""
+    command = [sys.executable, str(Path(__file__).with_name("state_mutations.py")), str(llama), "fused"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    n_refused, n_taken = map(int, result.stdout.split())
+    assert n_refused > 1000
+    assert n_taken > 100
+
+
+def test_a_state_from_a_context_with_larger_positions_is_taken(llama: Path) -> None:
+    """Its graph positions lie beyond this context's bound until the next token."""
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=1 << 20) as context:
+        context.feed(TOKENS[:680])
+        state = context.save()
+        expected = context.feed(TOKENS[680:])
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=528) as context:
+        assert context.load(state)
+        assert context.info().stream_pos == 680
+        assert np.abs(context.feed(TOKENS[680:]) - expected).max() < 1e-3
+        assert context.info().max_graph_pos < 528
+
+
+def poisoned(state: bytes, value: float, n_newest: int, is_transposed: bool) -> bytes:
+    """The f32 state of sequence 1 of 2 with other keys and values for its newest tokens, sinks too if that is all."""
+    n_layer, row = 2, 32  # of the model "llama"
+    words = np.frombuffer(state, dtype=np.float32).copy()
+    integers = np.frombuffer(state, dtype=np.int32)
+    at = (8 + 40 + 48) // 4
+    n_used = int(integers[at - 1])
+    at += n_used + 3
+    positions = integers[at : at + 3 * n_used : 3]
+    newest = positions > positions.max() - n_newest
+    at += 3 * n_used + 2
+    for is_value in (False, True):
+        for _ in range(n_layer):
+            block = words[at + 3 : at + 3 + n_used * row]
+            at += 3 + n_used * row
+            (block.reshape(row, n_used).T if is_value and is_transposed else block.reshape(n_used, row))[newest] = value
+    assert len(words) - at == 2 * n_layer * row * G
+    if newest.all():
+        words[at:] = value
+    return words.tobytes()
+
+
+@pytest.mark.parametrize("attention", ["fused", "stock"])
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_gone_with_its_tokens(
+    llama: Path, attention: str, flash_attn: bool, value: float
+) -> None:
+    is_transposed = attention == "stock" and not flash_attn
+    settings: dict[str, Any] = {"n_ubatch": 16, "attention": attention, "flash_attn": flash_attn}
+    expected = fresh(llama, TOKENS[:80], **settings)
+    with NativeContext(llama, L, G, n_slack=32, n_seq_max=2, **settings) as context:
+        context.feed(TOKENS[:50], 1)
+        assert context.skip(300, 1)
+        skipped = context.feed(TOKENS[50:80], 1)
+        memory = context.memory
+        ways_to_empty = (
+            lambda: context.rollback(0, 1),
+            lambda: llama_cpp.llama_memory_clear(memory, False),
+            lambda: llama_cpp.llama_memory_seq_rm(memory, -1, -1, -1),
+            lambda: llama_cpp.llama_memory_seq_keep(memory, 0),
+            lambda: context.load(short, 1) or context.rollback(0, 1),
+        )
+        assert context.rollback(0, 1)
+        context.feed(TOKENS[:50], 1)
+        short = context.save(1)
+        context.feed(TOKENS[50:200], 1)
+        state = context.save(1)
+        for empty in ways_to_empty:
+            assert context.load(poisoned(state, value, 1000, is_transposed), 1)
+            assert not np.isfinite(context.feed(TOKENS[:20], 1)).any()
+            empty()
+            context.rollback(0, 1)
+            assert np.abs(context.feed(TOKENS[:80], 1)[-1] - expected).max() < 1e-4
+        # the newest tokens only, which a rollback takes back
+        assert context.load(state, 1)
+        following = context.feed(TOKENS[200:220], 1)
+        assert context.rollback(200, 1)
+        context.feed(TOKENS[300:307], 1)
+        assert context.load(poisoned(context.save(1), value, 7, is_transposed), 1)
+        assert context.rollback(200, 1)
+        assert np.abs(context.feed(TOKENS[200:220], 1) - following).max() < 1e-4
+        # and those before a skip
+        assert context.load(short, 1)
+        context.feed(TOKENS[300:307], 1)
+        assert context.load(poisoned(context.save(1), value, 7, is_transposed), 1)
+        assert context.skip(293, 1)
+        assert np.abs(context.feed(TOKENS[50:80], 1) - skipped).max() < 1e-4
 
 
 def test_a_state_is_as_large_as_what_is_used(llama: Path) -> None:

@@ -65,8 +65,9 @@ struct lminf_stream {
     // whole blocks only, so that a key is re-rotated at most once in its life
     static constexpr llama_pos block = 256;
 
-    // where a stream can be put at most: counting on from there never overflows
+    // where a stream can be put at most, and where none can get from there: counting on never overflows
     static constexpr int64_t max_start = std::numeric_limits<int64_t>::max()/4*3;
+    static constexpr int64_t max_pos   = std::numeric_limits<int64_t>::max()/8*7;
 
     // how far graph positions can move back while pos_min, the oldest in use, stays at 0 or above
     static llama_pos rebase_shift(llama_pos pos_min) {
