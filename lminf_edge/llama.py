@@ -30,6 +30,7 @@ from lminf_edge.config import (
     is_quantized,
     resolve,
 )
+from lminf_edge.engine.sampler import Sampler, SamplingParams, make_sampler
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.history import Tokens, as_tokens
@@ -71,6 +72,9 @@ class Llama(llama_cpp.Llama):
       one. `eval_tokens` has the last n_ctx tokens; a draft model sees the same.
     - n_seq_max is the number of sequences in the context; this object is the stream of the first of them, the others
       are for several streams that decode together (lminf_edge.engine).
+    - `sampling` has what llama_cpp has no argument for: DRY, XTC, top-n-sigma, dynamic temperature, repeat_last_n. Set
+      it before generating; what llama_cpp's arguments say goes before what it says.
+    - `detect_loops` ends a completion without max_tokens, with "length", once it repeats the same tokens over and over.
     - With embedding=True or vocab_only=True there is no stream to keep and the context is a stock one.
 
     Without `lminf`, this is llama_cpp.Llama, unchanged, except that model_path may name an embedded model ("nano").
@@ -78,6 +82,9 @@ class Llama(llama_cpp.Llama):
     Raises ValueError, in one sentence, if the file cannot be used or the parameters contradict each other or the
     model, and MemoryError if the cache cannot fit in memory.
     """
+
+    sampling = SamplingParams()
+    detect_loops = True
 
     def __init__(
         self,
@@ -291,6 +298,10 @@ class Llama(llama_cpp.Llama):
             print(f"Llama.generate: {n_reused} tokens reused, {len(prompt) - n_reused} to process", file=sys.stderr)
         self.eval(prompt[n_reused:])
 
+    def _init_sampler(self, **kwargs: Any) -> Sampler:  # type: ignore[override]
+        params = replace(self.sampling.updated(kwargs), seed=self._seed)
+        return make_sampler(params, self._model, self.n_ctx(), lambda: self._input_ids)
+
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """Samples a token. Raises RuntimeError if nothing was processed that it could follow."""
         if self._stream is not None and not self._stream.fresh:
@@ -317,7 +328,7 @@ class Llama(llama_cpp.Llama):
         self, prompt: Tokens, reset: bool, stopping_criteria: Any, sampling: dict[str, Any]
     ) -> Generator[int, Sequence[int] | None, None]:
         stream = self.stream
-        self._sampler = self._init_sampler(**sampling)
+        self._sampler = self._init_sampler(**sampling)  # type: ignore[assignment]
         if reset:
             if len(prompt) == 0:
                 raise UserError("The prompt is empty: give at least one token.")
@@ -328,7 +339,7 @@ class Llama(llama_cpp.Llama):
         position = len(stream)  # of the token to be sampled; the stream may hold draft tokens from there on
         try:
             while True:
-                token = self.sample(idx=position - 1, **sampling)
+                token = self.sample(idx=position - 1)
                 self._sampled_at = position
                 if stopping_criteria is not None and stopping_criteria(
                     self._input_ids[: position - stream.history.n_digested], stream.logits(position - 1)

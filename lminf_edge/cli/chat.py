@@ -148,7 +148,7 @@ class Chat:
         voice = self._voice(None)
         pieces: list[str] = []
         self.finish_reason = "interrupted"
-        from lminf_edge.engine.meter import DEFAULTS, Meter
+        from lminf_edge.engine.meter import Meter
 
         meter = Meter(voice)
         try:
@@ -157,7 +157,7 @@ class Chat:
                 stream=True,
                 max_tokens=self.args.tokens,
                 seed=self.args.seed,
-                **{**DEFAULTS, "temperature": self.args.temp},
+                temperature=self.args.temp,
             )
             with contextlib.closing(chunks):
                 for chunk in chunks:

@@ -22,7 +22,7 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import CheckpointError
 from lminf_edge.config import Window
-from lminf_edge.engine.sampling import sample_checked
+from lminf_edge.engine.sampler import Defaults
 from lminf_edge.engine.segments import SegmentTokenizer, chat_template
 from lminf_edge.engine.slot import Slot
 from lminf_edge.engine.snapshots import Conversation, Snapshot, SnapshotStore, thinned
@@ -99,6 +99,7 @@ class Engine:
         self.segments = SegmentTokenizer(llm, chat_template(llm), segment_bytes)
         self.slots = [Slot(sequence) for sequence in llm.sequences]
         self.counters = Counters()
+        self.defaults = Defaults()
         self._kv_bytes = int(llm.stream_info().kv_bytes)
         self.n_ubatch = int(llm.context_params.n_ubatch)
         self._on_trim = on_trim
@@ -122,7 +123,6 @@ class Engine:
         n_sinks: int | None = None,
         wants_logits: bool = False,
         wants_prompt_logits: bool = False,
-        checks_logits: bool = False,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Turn:
         """A turn that reads `prompt` (n_prompt,) and samples with `sampler`, in its place behind those before it.
@@ -145,7 +145,6 @@ class Engine:
             sampler=sampler,
             wants_logits=wants_logits,
             wants_prompt_logits=wants_prompt_logits,
-            checks_logits=checks_logits,
             on_progress=on_progress,
         )
         with self._wake:
@@ -576,10 +575,7 @@ class Engine:
         if turn.wants_logits:
             turn.logits = self._logits(end)
         try:
-            if turn.checks_logits:
-                token = sample_checked(turn.sampler, self._logits(end))
-            else:
-                token = turn.sampler.sample(self.llm._ctx, end)
+            token = turn.sampler.sample(self.llm._ctx, end)
         except Exception as error:  # of a logits processor or a grammar
             turn.give(error)
             self._finish(turn)

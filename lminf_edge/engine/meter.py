@@ -1,4 +1,4 @@
-"""What an answer is made with where its asker says nothing, and what it took."""
+"""What an answer took."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lminf_edge.engine.voice import Voice
-
-# what is taken for a field that a client leaves out
-DEFAULTS = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repeat_penalty": 1.0}
 
 
 @dataclass

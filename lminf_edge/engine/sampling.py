@@ -12,7 +12,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from lminf_edge.errors import UserError
 from lminf_edge.sequence import Logits
 
-_TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # struct llama_token_data
+TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # struct llama_token_data
 
 # a character of a string as llama_cpp writes it for a JSON schema, and without what JSON forbids there
 _LOOSE_CHARACTER, _CHARACTER = r'char ::= [^"\\] |', r'char ::= [^"\\\x7F\x00-\x1F] |'
@@ -28,7 +28,7 @@ def sample_checked(sampler: Any, logits: Logits) -> int:
 
     A grammar may leave no token; llama.cpp would then end the process. Raises ValueError instead.
     """
-    candidates = np.zeros(len(logits), dtype=_TOKEN_DATA)
+    candidates = np.zeros(len(logits), dtype=TOKEN_DATA)
     candidates["id"], candidates["logit"] = np.arange(len(logits)), logits
     data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
     array = llama_cpp.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)

@@ -52,8 +52,7 @@ class Turn:
     prompt: Tokens  # int32 (n_prompt,), never empty
     boundaries: Sequence[int]  # beginnings of messages, in tokens
     n_sinks: int  # first tokens of the stream that are kept
-    sampler: Any  # llama_cpp's LlamaSampler; the engine closes it
-    checks_logits: bool = False  # the sampler may leave no token, as a grammar can
+    sampler: Any  # a Sampler; the engine closes it
     wants_logits: bool = False  # a copy of the logits that each token was sampled from
     wants_prompt_logits: bool = False  # those of the prompt, all of which is read then
     on_progress: Callable[[Progress], None] | None = None  # called by the engine's thread, while the prompt is read

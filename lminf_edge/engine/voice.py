@@ -6,6 +6,7 @@ import array
 import contextlib
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
@@ -14,6 +15,7 @@ from llama_cpp import llama_chat_format
 
 from lminf_edge.completion import complete
 from lminf_edge.engine.engine import Engine
+from lminf_edge.engine.sampler import SamplingParams, make_sampler
 from lminf_edge.engine.sampling import strict_strings
 from lminf_edge.engine.token_log import TokenLog
 from lminf_edge.engine.turn import Progress, Turn
@@ -30,9 +32,16 @@ class Voice:
     """Everything a Llama has, with the stream of one request; used by one thread, cancelled by any."""
 
     def __init__(
-        self, engine: Engine, pin_system: bool | None = None, on_progress: Callable[[Progress], None] | None = None
+        self,
+        engine: Engine,
+        pin_system: bool | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        sampling: SamplingParams | None = None,
     ) -> None:
-        """`pin_system`: whether the system block becomes the conversation's sinks; None: as the engine has it."""
+        """
+        pin_system  whether the system block becomes the conversation's sinks; None: as the engine has it
+        sampling    what the arguments of a completion leave out; None: as the engine has it
+        """
         self.engine = engine
         self.turn: Turn | None = None  # the last one
         self.n_completion = 0  # tokens sampled, in all turns
@@ -42,6 +51,8 @@ class Voice:
         self._seed = random.getrandbits(32)  # of what is drawn where the request gives none
         self._pin_system = engine.pin_system if pin_system is None else pin_system
         self._on_progress = on_progress
+        self.sampling = engine.defaults.sampling if sampling is None else sampling
+        self.detect_loops = engine.defaults.detect_loops
         self._messages: Sequence[dict[str, Any]] = ()
         self._is_chat = False
         self._max_tokens: int | None = None  # of a chat
@@ -58,6 +69,7 @@ class Voice:
 
     def create_chat_completion(self, messages: Sequence[dict[str, Any]], **kwargs: Any) -> Any:
         """As llama_cpp.Llama.create_chat_completion."""
+        kwargs = self._completed(kwargs)
         self._messages, self._is_chat, self._max_tokens = messages, True, kwargs.get("max_tokens")
         llm = self._llm
         name = str(llm.chat_format)
@@ -75,10 +87,18 @@ class Voice:
                 kwargs["max_tokens"] = self._max_tokens
             if kwargs.get("grammar") is not None:
                 kwargs["grammar"] = strict_strings(kwargs["grammar"])
+        kwargs = self._completed(kwargs)
         chunks = complete(self, *args, **kwargs)  # type: ignore[arg-type]
         return chunks if kwargs.get("stream") else next(chunks)
 
     __call__ = create_completion
+
+    def _completed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A completion's arguments with the defaults for those left out."""
+        limit = kwargs.get("max_tokens")
+        if limit is None or limit < 0:
+            limit = self.engine.defaults.max_tokens
+        return {**self.sampling.completion_arguments(), **kwargs, "max_tokens": limit}
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> Sequence[int]:
         """As llama_cpp.Llama.tokenize; whole prompts at the price of what is new in them."""
@@ -119,8 +139,8 @@ class Voice:
         """Tokens that follow `tokens`, without an end of its own; arguments as for llama_cpp.Llama.generate."""
         prompt = as_tokens(tokens)
         self._seen = TokenLog(prompt[-N_RECENT:])
-        sampler = llama_cpp.Llama._init_sampler(self, **sampling)  # type: ignore[arg-type]
-        turn = self._begin(prompt, sampler, checks_logits=sampling.get("grammar") is not None)
+        params = replace(self.sampling.updated(sampling), seed=self._seed)
+        turn = self._begin(prompt, make_sampler(params, self._model, self.n_ctx(), self._seen.view))
         answer: list[int] = []
         try:
             with contextlib.closing(turn.tokens()) as given:
@@ -136,7 +156,7 @@ class Voice:
 
     def prompt_logits(self, tokens: Tokens) -> Iterator[tuple[Tokens, Logits]]:
         """Processes tokens (n_tokens,) from an empty stream; yields parts, and their logits (n_part, n_vocab)."""
-        sampler = llama_cpp.Llama._init_sampler(self, temp=0.0)  # type: ignore[arg-type]
+        sampler = make_sampler(SamplingParams(temperature=0.0), self._model, self.n_ctx())
         turn = self._begin(tokens, sampler, wants_prompt_logits=True)
         with contextlib.closing(turn.prompt_parts()) as parts:
             yield from parts
@@ -153,9 +173,7 @@ class Voice:
         if self.turn is not None:
             self.turn.cancel()
 
-    def _begin(
-        self, prompt: Tokens, sampler: Any, wants_prompt_logits: bool = False, checks_logits: bool = False
-    ) -> Turn:
+    def _begin(self, prompt: Tokens, sampler: Any, wants_prompt_logits: bool = False) -> Turn:
         self.turn = self.engine.begin(
             prompt,
             sampler,
@@ -163,7 +181,6 @@ class Voice:
             n_sinks=self._n_sinks,
             wants_logits=self._wants_logits,
             wants_prompt_logits=wants_prompt_logits,
-            checks_logits=checks_logits,
             on_progress=self._on_progress,
         )
         if self.cancelled:

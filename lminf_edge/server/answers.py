@@ -11,7 +11,7 @@ import llama_cpp
 from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from lminf_edge.engine.meter import DEFAULTS, Meter
+from lminf_edge.engine.meter import Meter
 from lminf_edge.engine.voice import Voice
 from lminf_edge.llama import Llama
 from lminf_edge.server.errors import ApiError
@@ -49,8 +49,8 @@ _SAMPLING = (
 
 
 def sampling_arguments(request: ChatRequest | CompletionRequest | LlamaCompletionRequest) -> dict[str, Any]:
-    given = {name: getattr(request, name) for name in _SAMPLING if getattr(request, name) is not None}
-    return {**DEFAULTS, **given}
+    """What a request gives of them; the voice fills in the rest."""
+    return {name: getattr(request, name) for name in _SAMPLING if getattr(request, name) is not None}
 
 
 def _common_arguments(llm: Llama, request: ChatRequest | CompletionRequest, model_name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp
 from fastapi import APIRouter, Request
 
-from lminf_edge.engine.meter import DEFAULTS, Meter
+from lminf_edge.engine.meter import Meter
 from lminf_edge.engine.segments import chat_template
 from lminf_edge.engine.turn import Phase
 from lminf_edge.engine.voice import Voice
@@ -37,8 +37,12 @@ async def props(request: Request) -> dict[str, Any]:
     """What front ends ask before they send anything: the context size is large, so that they do not trim."""
     state = ServerState.of(request)
     engine, llm = state.engine, state.llm
+    sampling = engine.defaults.sampling.public()
     return {
-        "default_generation_settings": {"n_ctx": ENDLESS, "params": {**DEFAULTS, "n_predict": -1}},
+        "default_generation_settings": {
+            "n_ctx": ENDLESS,
+            "params": {**sampling, "n_predict": engine.defaults.max_tokens or -1},
+        },
         "total_slots": len(engine.slots),
         "model_alias": state.settings.model_name,
         "chat_template": chat_template(llm),
