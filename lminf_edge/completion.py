@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import logging
 import random
 import sys
 import time
@@ -24,12 +25,15 @@ import numpy as np
 
 from lminf_edge.checkpoint import Checkpoint, CheckpointError
 from lminf_edge.history import Tokens, as_tokens
+from lminf_edge.loops import LoopDetector
 
 if TYPE_CHECKING:
     from llama_cpp.llama_cache import BaseLlamaCache
 
     from lminf_edge.llama import Llama
     from lminf_edge.sequence import Logits
+
+log = logging.getLogger("lminf_edge.completion")
 
 # tokens before a piece of text that a tokenizer may look at to place its spaces
 _CONTEXT = 16
@@ -278,7 +282,8 @@ def complete(
 ) -> Iterator[Any]:
     """Yields the chunks of a streamed completion, or the one response of another; see create_completion.
 
-    max_tokens None, 0 or less: until a stop string, a stopping criterion or the end-of-text token.
+    max_tokens None, 0 or less: until a stop string, a stopping criterion or the end-of-text token or, with
+    llm.detect_loops, until the model says the same over and over: then the finish reason is "length", too.
     """
     tokens = prompt_to_tokens(llm, prompt, suffix)
     _warn_of_two_bos(llm, tokens)
@@ -302,6 +307,7 @@ def complete(
     parts: list[str] = []
     spoken: list[int] = []  # for the cache's key
     finish_reason = "stop"  # unless max_tokens is reached
+    loop = LoopDetector() if llm.detect_loops and (max_tokens is None or max_tokens <= 0) else None
 
     def chunk(text: str, reported: list[TokenLogprobs], finish_reason: str | None = None) -> dict[str, Any]:
         lists = _as_lists(reported) if reported else None
@@ -328,6 +334,10 @@ def complete(
             if scanner.stopped:
                 break
             if max_tokens is not None and 0 < max_tokens <= n_completion:
+                finish_reason = "length"
+                break
+            if loop is not None and loop.push(token):
+                log.warning("Stopped after %d tokens: the model repeats itself. A repeat penalty helps.", n_completion)
                 finish_reason = "length"
                 break
     for part in scanner.flush():

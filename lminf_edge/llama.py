@@ -30,7 +30,8 @@ from lminf_edge.config import (
     is_quantized,
     resolve,
 )
-from lminf_edge.engine.sampler import Sampler, SamplingParams, make_sampler
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.sampler import Sampler, make_sampler
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.history import Tokens, as_tokens

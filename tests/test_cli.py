@@ -20,9 +20,11 @@ from reference import tiny_models, unsupported_models
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli import main
-from lminf_edge.cli.common import human_bytes
+from lminf_edge.cli.common import human_bytes, sampling_params
 from lminf_edge.cli.demo import Bucket, Figures, bucket_edges, python_documentation, sparkline, summarize
+from lminf_edge.cli.main import build_parser
 from lminf_edge.config import kv_bytes
+from lminf_edge.engine.params import SamplingParams
 from lminf_edge.evaluate import nll, token_nll
 from lminf_edge.gguf_header import read_header
 
@@ -55,6 +57,55 @@ def write_unsupported(arch: str, folder: Path) -> str:
     path = folder / f"{arch}.gguf"
     tiny_models.write_gguf(path, arch, keys, tiny_models.weights(shape, np.random.default_rng(0)))
     return str(path)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+SAMPLING = {
+    "--temp": 0.3, "--top-k": 7, "--top-p": 0.6, "--min-p": 0.02, "--typical-p": 0.9, "--repeat-penalty": 1.1,
+    "--repeat-last-n": 256, "--frequency-penalty": 0.2, "--presence-penalty": -0.2, "--dry-multiplier": 0.8,
+    "--dry-base": 1.5, "--dry-allowed-length": 3, "--dry-penalty-last-n": 99, "--xtc-probability": 0.4,
+    "--xtc-threshold": 0.2, "--top-n-sigma": 1.5, "--dynatemp-range": 0.3, "--dynatemp-exponent": 1.2,
+    "--mirostat": 2, "--mirostat-tau": 4.0, "--mirostat-eta": 0.2, "--seed": 42,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", ""], ["chat"], ["serve"]])
+def test_every_sampling_parameter_has_an_option(command: list[str]) -> None:
+    options = [part for flag, value in SAMPLING.items() for part in (flag, str(value))]
+    breakers = ["--dry-sequence-breaker", "\\n", "--dry-sequence-breaker", "###"]
+    args = build_parser().parse_args([*command, "-m", "nano", *options, *breakers, "--no-loop-detection"])
+    params = sampling_params(args)
+    names = {flag: flag.removeprefix("--").replace("-", "_") for flag in SAMPLING} | {"--temp": "temperature"}
+    assert {names[flag]: value for flag, value in SAMPLING.items()} == {
+        name: getattr(params, name) for name in names.values()
+    }
+    assert params.dry_sequence_breakers == ("\n", "###")
+    assert not args.detect_loops
+    missing = {each.name for each in dataclasses.fields(SamplingParams)} - set(names.values())
+    assert missing == {"dry_sequence_breakers", "logit_bias", "grammar", "logits_processor"}
+    args = build_parser().parse_args([*command, "-m", "nano"])
+    assert sampling_params(args) == SamplingParams()
+    args = build_parser().parse_args([*command, "-m", "nano", "--dry-sequence-breaker", "none"])
+    assert sampling_params(args).dry_sequence_breakers == ()
+
+
+@pytest.mark.parametrize("stock", [[], ["--stock"]])
+def test_sampling_options_have_an_effect(capfd: pytest.CaptureFixture[str], stock: list[str]) -> None:
+    command = ["generate", "-m", "nano", "-p", "Anna", "-n", "60", "--temp", "0", "--threads", "1", *stock]
+    plain, *others = (
+        run_json(capfd, *command, *options)["text"]
+        for options in (
+            [],
+            ["--repeat-penalty", "2"],
+            ["--repeat-penalty", "2", "--repeat-last-n", "5"],
+            ["--dry-multiplier", "2", "--dry-sequence-breaker", "none"],
+            ["--xtc-probability", "1", "--xtc-threshold", "0.05"],
+        )
+    )
+    assert len({plain, *others}) == 5
+    assert run_json(capfd, *command, "--repeat-penalty", "2", "--repeat-last-n", "0")["text"] == plain
 
 
 # --- ppl --------------------------------------------------------------------------------------------------------------

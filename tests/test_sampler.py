@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lminf_edge import Llama
-from lminf_edge.engine.sampler import SamplingParams, make_sampler
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.sampler import make_sampler
 from lminf_edge.errors import UserError
 from lminf_edge.sequence import Logits
 

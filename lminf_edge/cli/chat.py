@@ -1,12 +1,13 @@
-"""Talks with a model in the terminal, for as long as you like.
+"""Chats with a model in the terminal, for as long as you like.
 
-Ctrl-C stops an answer, at the prompt it leaves. A line that ends in \\ goes on in the next.
+Ctrl-C stops generation; at the prompt it exits. A line that ends in \\ continues on the next.
+An answer without a limit (-n) that repeats itself exactly, again and again, is stopped.
 
-  /stats          where the stream is, and what it takes
-  /rewind [N]     takes back the last N questions with their answers; default 1
-  /system TEXT    begins anew with this system message; without a text, shows the present one
-  /save FILE      writes the conversation as JSON, in the form of OpenAI's messages
-  /load FILE      goes on with one that was saved
+  /stats          stream position, memory and speed
+  /rewind [N]     take back the last N questions and their answers; default 1
+  /system TEXT    start over with this system message; without TEXT, show the current one
+  /save FILE      write the conversation as JSON, as OpenAI's messages
+  /load FILE      continue a saved conversation
   /help, /quit
 """
 
@@ -25,10 +26,10 @@ from lminf_edge.cli.common import (
     CommandError,
     add_compute,
     add_model,
+    add_sampling,
     add_window,
     check_output,
     human_bytes,
-    number,
     print_json,
     read_text,
     whole_number,
@@ -47,15 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-s", "--system", metavar="TEXT", help="system message")
     parser.add_argument("-f", "--file", metavar="FILE", help="a UTF-8 text of any length to talk about, read first")
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="ask this, print the answer and leave")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="ask this, print the answer and exit")
     parser.add_argument(
-        "-n", "--tokens", metavar="N", type=whole_number(-1), default=-1, help="in an answer; default -1, no limit"
+        "-n", "--tokens", metavar="N", type=whole_number(-1), default=-1, help="per answer; default -1, no limit"
     )
-    parser.add_argument("--temp", metavar="T", type=number(0), default=0.8, help="temperature; default 0.8")
-    parser.add_argument("--seed", metavar="S", type=whole_number(0), help="default: another one each time")
     parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
     parser.add_argument("--pin-system", action="store_true", help="never forget the system message, up to --max-sinks")
     parser.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
+    add_sampling(parser)
     add_window(parser)
     add_compute(parser, stock=False)
 
@@ -82,7 +82,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
     from lminf_edge.cli import serve
 
     settings = {"parallel": 1, "on_trim": "reread", "memory": MEMORY_FOR_REWIND, "disk": 0, "folder": None}
-    return serve.open_engine(argparse.Namespace(**{**vars(args), **settings}))
+    return serve.open_engine(argparse.Namespace(**{**vars(args), **settings, "max_tokens": args.tokens}))
 
 
 def ask_once(chat: Chat, args: argparse.Namespace) -> int:
@@ -152,13 +152,7 @@ class Chat:
 
         meter = Meter(voice)
         try:
-            chunks = voice.create_chat_completion(
-                self.messages,
-                stream=True,
-                max_tokens=self.args.tokens,
-                seed=self.args.seed,
-                temperature=self.args.temp,
-            )
+            chunks = voice.create_chat_completion(self.messages, stream=True)
             with contextlib.closing(chunks):
                 for chunk in chunks:
                     choice = chunk["choices"][0]

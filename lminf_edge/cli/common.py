@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory, is_quantized, kv_bytes
+from lminf_edge.engine.params import SamplingParams
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
@@ -131,7 +132,72 @@ def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
     )
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options whose values `sampling_params` collects; they are called as its fields are."""
+    plain = SamplingParams()
+    group = parser.add_argument_group(
+        "sampling",
+        "Small models may loop at the defaults (SmolLM2 does after 150 tokens): --repeat-penalty 1.1 "
+        "--repeat-last-n 256 stops it.",
+    )
+
+    def add(flag: str, metavar: str, parse: Callable[[str], Any], text: str, name: str | None = None) -> None:
+        name = name or flag.removeprefix("--").replace("-", "_")
+        default = getattr(plain, name)
+        group.add_argument(
+            flag, dest=name, metavar=metavar, type=parse, default=default, help=f"{text}; default {default}"
+        )
+
+    last_n = whole_number(-1)
+    add("--temp", "T", number(0), "temperature; 0: always the likeliest token", "temperature")
+    add("--top-k", "K", whole_number(0), "sample from the K likeliest tokens; 0: off")
+    add("--top-p", "P", number(0, 1), "sample from the likeliest tokens that sum to P; 1: off")
+    add("--min-p", "P", number(0, 1), "drop tokens less likely than P times the likeliest; 0: off")
+    add("--typical-p", "P", number(0, 1), "locally typical sampling; 1: off")
+    add("--top-n-sigma", "N", number(-1), "drop logits more than N standard deviations below the largest; 0 or -1: off")
+    add("--repeat-penalty", "R", number(0), "divide the logits of repeated tokens by R; 1: off")
+    add("--repeat-last-n", "N", last_n, "tokens the penalties look back; 0: off, -1: the attention window")
+    add("--frequency-penalty", "A", number(-100, 100), "subtract A for each repetition of a token; 0: off")
+    add("--presence-penalty", "A", number(-100, 100), "subtract A once for a repeated token; 0: off")
+    add("--dry-multiplier", "A", number(0), "DRY: penalize tokens that continue a repetition; 0: off")
+    add("--dry-base", "B", number(1), "DRY: the penalty grows by B with each token of the repetition")
+    add("--dry-allowed-length", "N", whole_number(0), "DRY: repetitions up to N tokens are free")
+    add("--dry-penalty-last-n", "N", last_n, "DRY: tokens to look back; 0: off, -1: the attention window")
+    group.add_argument(
+        "--dry-sequence-breaker",
+        dest="dry_sequence_breakers",
+        metavar="TEXT",
+        action="append",
+        help='DRY: text that no repetition extends across, none for no text; repeatable; default \\n : " *',
+    )
+    add("--xtc-probability", "P", number(0, 1), "XTC: how often to drop all likely tokens but the last; 0: off")
+    add("--xtc-threshold", "P", number(0, 1), "XTC: likely tokens have this probability or more; above 0.5: off")
+    add("--dynatemp-range", "R", number(0), "vary the temperature by R, with the entropy of the prediction; 0: off")
+    add("--dynatemp-exponent", "E", number(0), "exponent of that entropy")
+    add("--mirostat", "N", whole_number(0, 2), "Mirostat 1 or 2 in place of all but the penalties; 0: off")
+    add("--mirostat-tau", "T", number(0), "Mirostat: target entropy")
+    add("--mirostat-eta", "E", number(0), "Mirostat: learning rate")
+    group.add_argument("--seed", metavar="S", type=whole_number(-1), help="default: a different one each time")
+    group.add_argument(
+        "--no-loop-detection",
+        dest="detect_loops",
+        action="store_false",
+        help="go on when a text without a token limit repeats itself exactly, again and again",
+    )
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """From the options of add_sampling. Raises UserError for values that llama.cpp cannot use."""
+    values = {name: value for name, value in vars(args).items() if name in SamplingParams.__dataclass_fields__}
+    breakers = values.pop("dry_sequence_breakers")
+    if breakers is not None:
+        # a shell has no easy way to say a line break
+        texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in breakers if text != "none"]
+        values["dry_sequence_breakers"] = tuple(texts)
+    return SamplingParams(**values)
 
 
 def window_config(args: argparse.Namespace) -> LMInfConfig:

@@ -1,7 +1,9 @@
 """Serves a model to chat front ends, by OpenAI's and llama.cpp's APIs, and a page to try it on.
 
 A conversation may be of any length: of a history that is sent again only what is new is read. Conversations that are
-not in use are kept in memory, then in files, and survive a restart.
+not in use are kept in memory, then in files, and survive a restart. The sampling options are for what a request leaves
+out. A request without a token limit ends with finish_reason "length" once the model repeats itself exactly, again and
+again.
 
 --json prints, once the server is ready,
   url, model, pid, sink, window, parallel, kv_bytes, folder (null if nothing is kept on disk)
@@ -23,12 +25,14 @@ from lminf_edge.cli.common import (
     CommandError,
     add_compute,
     add_model,
+    add_sampling,
     add_window,
     human_bytes,
     model_header,
     model_settings,
     print_json,
     require_vocabulary,
+    sampling_params,
     size,
     whole_number,
     window_config,
@@ -84,6 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-requests", metavar="N", type=whole_number(1, 4096), default=64, help="open at a time; default 64"
     )
     group.add_argument("--log-messages", action="store_true", help="write what people say into the log")
+    parser.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=whole_number(-1),
+        default=-1,
+        help="limit for requests that set none; default -1, as 0: no limit",
+    )
+    add_sampling(parser)
     add_window(parser)
     add_compute(parser, stock=False)
 
@@ -122,8 +134,10 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
 def open_engine(args: argparse.Namespace) -> Engine:
     """The engine of the command line. Raises ValueError, MemoryError or CommandError, in one sentence."""
     from lminf_edge.engine import load_engine
+    from lminf_edge.engine.params import Defaults
     from lminf_edge.native import captured_errors, load_failure
 
+    defaults = Defaults(sampling_params(args), args.max_tokens if args.max_tokens > 0 else None, args.detect_loops)
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
     folder = None if args.disk == 0 else args.folder or default_folder()
@@ -151,6 +165,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
         engine.close()
         engine.llm.close()
         raise
+    engine.defaults = defaults
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it takes llama.cpp's warnings for errors
     return engine
 

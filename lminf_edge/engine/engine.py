@@ -22,7 +22,7 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.checkpoint import CheckpointError
 from lminf_edge.config import Window
-from lminf_edge.engine.sampler import Defaults
+from lminf_edge.engine.params import Defaults
 from lminf_edge.engine.segments import SegmentTokenizer, chat_template
 from lminf_edge.engine.slot import Slot
 from lminf_edge.engine.snapshots import Conversation, Snapshot, SnapshotStore, thinned

@@ -15,7 +15,8 @@ from llama_cpp import llama_chat_format
 
 from lminf_edge.completion import complete
 from lminf_edge.engine.engine import Engine
-from lminf_edge.engine.sampler import SamplingParams, make_sampler
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.sampler import make_sampler
 from lminf_edge.engine.sampling import strict_strings
 from lminf_edge.engine.token_log import TokenLog
 from lminf_edge.engine.turn import Progress, Turn
