@@ -168,7 +168,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
     if window.size > n_ctx_train:
         warnings.warn(
             f"The attention window of {window.size} tokens is longer than the {n_ctx_train} this model was trained on: "
-            "expect worse text than with a smaller n_ctx.",
+            f"expect worse text than with a smaller {'n_local' if n_ctx is None else 'n_ctx'}.",
             stacklevel=3,
         )
     return window

@@ -29,6 +29,7 @@ from lminf_edge.cli.common import (
     add_sampling,
     add_window,
     check_output,
+    expand_home,
     human_bytes,
     print_json,
     read_text,
@@ -47,7 +48,9 @@ MEMORY_FOR_REWIND = 512 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-s", "--system", metavar="TEXT", help="system message")
-    parser.add_argument("-f", "--file", metavar="FILE", help="a UTF-8 text of any length to talk about, read first")
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", type=expand_home, help="a UTF-8 text of any length to talk about, read first"
+    )
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="ask this, print the answer and exit")
     parser.add_argument(
         "-n", "--tokens", metavar="N", type=whole_number(-1), default=-1, help="per answer; default -1, no limit"
@@ -122,13 +125,14 @@ class Chat:
     def read_first(self, text: str) -> None:
         """Reads a text that the next question is about, with a progress bar."""
         self.preface = text.rstrip() + "\n\n"
-        with ProgressBar(quiet=self.args.json) as bar:
+        with ProgressBar() as bar:
+            bar.begin("reading")
             started = False
 
             def show(progress: Any) -> None:
                 nonlocal started
                 if not started:
-                    bar.begin("reading", progress.n_prompt)
+                    bar.expect(progress.n_prompt)
                     started = True
                 bar.at(progress.n_cached + progress.n_read)
 

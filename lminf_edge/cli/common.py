@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory, is_quantized, kv_bytes
+from lminf_edge.config import (
+    ATTENTIONS,
+    DEFAULT_WINDOW,
+    KV_TYPES,
+    LMInfConfig,
+    Window,
+    check_memory,
+    is_quantized,
+    kv_bytes,
+    resolve,
+)
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
@@ -73,6 +86,16 @@ def number(least: float, most: float | None = None) -> Callable[[str], float]:
     return parse
 
 
+def expand_home(text: str) -> str:
+    """An argparse type: a path, with ~ for the home folder: a shell leaves it in --file=~/text."""
+    return os.path.expanduser(text)
+
+
+def file_path(text: str) -> Path:
+    """An argparse type: the same as a Path."""
+    return Path(expand_home(text))
+
+
 def _check_range(value: float, least: float, most: float | None) -> None:
     if not value >= least:  # catches nan as well
         raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
@@ -84,7 +107,9 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
     text = "path of a GGUF model, or the name of an embedded one (nano, nano-alibi)"
     if default is not None:
         text += f"; default {default}"
-    parser.add_argument("-m", "--model", metavar="M", required=default is None, default=default, help=text)
+    parser.add_argument(
+        "-m", "--model", metavar="M", type=expand_home, required=default is None, default=default, help=text
+    )
 
 
 def add_window(parser: argparse.ArgumentParser) -> None:
@@ -229,6 +254,34 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def options_named() -> Iterator[None]:
+    """Names options in errors and warnings, where the library names its parameters."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except (UserError, MemoryError) as error:
+            raise type(error)(_with_options(str(error))) from error
+    for warning in caught:
+        warnings.warn(_with_options(str(warning.message)), stacklevel=3)
+
+
+_OPTIONS = {"n_ctx": "--n-local", "n_batch": "--batch", "type_k": "--kv-type", "type_v": "--kv-type"}
+_PARAMETER = re.compile(r"(?<![\w/.-])(n_ctx|n_local|n_global|max_distance|n_batch|type_[kv])(?![\w/-]|\.\w)")
+
+
+def _with_options(sentence: str) -> str:
+    sentence = sentence.replace("n_ctx or n_local", "n_local")  # of the two, the command line has one
+    return _PARAMETER.sub(lambda name: _OPTIONS.get(name[0], "--" + name[0].replace("_", "-")), sentence)
+
+
+def resolved_window(args: argparse.Namespace, header: Header) -> Window:
+    """The window of the options of add_window. Raises UserError; warns of one longer than the training length."""
+    with options_named():
+        return resolve(window_config(args), None, header.n_ctx_train or DEFAULT_WINDOW)
+
+
 def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llama:
     """The model of the command line, with a Λ cache or, with --stock, full attention over n_ctx_stock tokens.
 
@@ -239,7 +292,8 @@ def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llam
     if not args.stock:
         return load(path, lminf=window_config(args), **settings)
     n_ctx = n_ctx_stock or header.n_ctx_train
-    check_memory(kv_bytes(header, settings["type_k"], n_ctx))
+    with options_named():
+        check_memory(kv_bytes(header, settings["type_k"], n_ctx))
     return load(path, n_ctx=n_ctx, **settings)
 
 
@@ -248,7 +302,7 @@ def load(path: str, **settings: Any) -> Llama:
     from lminf_edge import Llama
     from lminf_edge.native import captured_errors, load_failure
 
-    with captured_errors() as errors:
+    with options_named(), captured_errors() as errors:
         try:
             llm = Llama(path, verbose=False, **settings)
         except ValueError as error:

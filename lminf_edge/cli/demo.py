@@ -28,6 +28,7 @@ from typing import Any
 from lminf_edge.cli.common import (
     CommandError,
     add_model,
+    expand_home,
     human_bytes,
     load,
     model_header,
@@ -45,7 +46,7 @@ BATCH = 256  # tokens between two updates of the display
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default="nano")
-    parser.add_argument("-f", "--file", metavar="FILE", help="UTF-8 text of your own, - for stdin")
+    parser.add_argument("-f", "--file", metavar="FILE", type=expand_home, help="UTF-8 text of your own, - for stdin")
     parser.add_argument(
         "--stock-tokens",
         metavar="N",

@@ -22,6 +22,7 @@ from lminf_edge.cli.common import (
     add_model,
     add_sampling,
     add_window,
+    expand_home,
     human_bytes,
     open_model,
     print_json,
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
-    prompt.add_argument("-f", "--file", metavar="FILE", help="UTF-8 text with the prompt, - for stdin")
+    prompt.add_argument(
+        "-f", "--file", metavar="FILE", type=expand_home, help="UTF-8 text with the prompt, - for stdin"
+    )
     parser.add_argument(
         "-n",
         "--tokens",

@@ -27,9 +27,11 @@ from lminf_edge.cli.common import (
     add_model,
     add_sampling,
     add_window,
+    file_path,
     human_bytes,
     model_header,
     model_settings,
+    options_named,
     print_json,
     require_vocabulary,
     sampling_params,
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"asked from clients; must be given for an address other than this machine's; default ${KEY_VARIABLE}",
     )
-    group.add_argument("--api-key-file", metavar="FILE", type=Path, help="the same, from the first line of a file")
+    group.add_argument("--api-key-file", metavar="FILE", type=file_path, help="the same, from the first line of a file")
     group.add_argument(
         "--allowed-origin",
         metavar="URL",
@@ -128,7 +130,9 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--disk", metavar="SIZE", type=size, default=8 << 30, help="for their files; default 8G; 0: none"
     )
-    group.add_argument("--folder", metavar="DIR", type=Path, help="of these files; default: the user's data folder")
+    group.add_argument(
+        "--folder", metavar="DIR", type=file_path, help="of these files; default: the user's data folder"
+    )
 
 
 def open_engine(args: argparse.Namespace) -> Engine:
@@ -141,7 +145,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
     folder = None if args.disk == 0 else args.folder or default_folder()
-    with captured_errors() as errors:
+    with options_named(), captured_errors() as errors:
         try:
             engine = load_engine(
                 path,

@@ -27,5 +27,6 @@ def find_model(name_or_path: str | os.PathLike[str]) -> str:
     if path in models:
         return str(models[path])
     raise UserError(
-        f"Model path does not exist: {path} (it is no embedded model either; there is {', '.join(models)})."
+        f"Model path does not exist: {path} (give the path of a GGUF file, many of which are on Hugging Face, "
+        f"or the name of an embedded model: {', '.join(models)})."
     )
