@@ -833,7 +833,8 @@ def draw(records: dict[str, Record], folder: Path) -> None:
         name = record["model"]["name"]
         curves = {policy: curve(record, policy) for policy in POLICIES}
         title = f"{name}, window {window_of(record)}, f16 KV"
-        plots.plot_losses(folder / f"loss-{name}.png", curves, record["model"]["n_ctx_train"], title)
+        size = record["window"]["n_global"] + record["window"]["n_local"]
+        plots.plot_losses(folder / f"loss-{name}.png", curves, record["model"]["n_ctx_train"], size, title)
     streams = {
         f"{record['model']['name']}, {record['tokens']:,} tokens": drift_points(record)
         for record in stream_records(records)

@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
         _check_alone(args, path, n_tokens=1)
     text = _read_tokens(args, path)
 
+    window = None if setup is None else setup.window
     curves: dict[str, Curve] = {}
     status = 0
     try:
@@ -147,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
                     _check_alone(args, path, text.n_tokens)
                 progress.expect(text.n_tokens - 1)
                 with contextlib.closing(open_model(args, n_ctx_stock=text.n_tokens)) as llm:
+                    window = None if args.stock else llm.stream.window
                     _measure(curves, "full" if args.stock else "lminf", llm, text, args.bucket or BUCKET, progress)
             else:
                 _compare(curves, args, setup, text, progress)
@@ -170,10 +172,12 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from lminf_edge.evaluate.plots import plot_losses
 
-        title = Path(args.model).stem
-        if setup:
-            title += f", window {setup.window.n_global} + {setup.window.n_local}, {args.kv_type} KV"
-        plot_losses(args.plot, {name: curve.nll.buckets() for name, curve in curves.items()}, header.n_ctx_train, title)
+        losses = {name: curve.nll.buckets() for name, curve in curves.items()}
+        title, size = Path(args.model).stem, 0
+        if window is not None:
+            title += f", window {window.n_global} + {window.n_local}, {args.kv_type} KV"
+            size = window.size
+        plot_losses(args.plot, losses, header.n_ctx_train, size, title)
     return status
 
 
