@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lminf_edge import Llama
-from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine import Voice, load_engine
+from lminf_edge.engine.params import Defaults, SamplingParams
 from lminf_edge.engine.sampler import make_sampler
 from lminf_edge.errors import UserError
 from lminf_edge.sequence import Logits
@@ -216,3 +217,26 @@ def test_what_llama_cpp_has_no_argument_for(make_llama: Any) -> None:
     model.sampling = SamplingParams(repeat_last_n=0)
     off = model.create_completion("Anna", max_tokens=40, temperature=0.0, repeat_penalty=2.0)["choices"][0]["text"]
     assert off == plain
+
+
+def test_a_request_to_the_engine_has_sampling_of_its_own() -> None:
+    engine = load_engine("nano", n_ctx=256, verbose=False, n_threads=1, n_threads_batch=1)
+
+    def said(sampling: SamplingParams | None, **given: Any) -> str:
+        done = Voice(engine, sampling=sampling).create_completion("Anna", max_tokens=40, **given)
+        return str(done["choices"][0]["text"])
+
+    try:
+        plain = said(SamplingParams(temperature=0.0))
+        assert said(None, temperature=0.0) == plain
+        dry = said(SamplingParams(temperature=0.0, dry_multiplier=2.0, dry_sequence_breakers=()))
+        assert dry != plain
+        engine.defaults = Defaults(SamplingParams(temperature=0.0, dry_multiplier=2.0, dry_sequence_breakers=()))
+        assert said(None) == dry
+        assert said(SamplingParams(temperature=0.0)) == plain
+        penalty = {"temperature": 0.0, "repeat_penalty": 2.0}
+        assert said(SamplingParams(repeat_last_n=0), **penalty) == plain
+        assert said(SamplingParams(repeat_last_n=8), **penalty) != said(SamplingParams(repeat_last_n=64), **penalty)
+    finally:
+        engine.close()
+        engine.llm.close()

@@ -1,9 +1,8 @@
-"""Serves a model to chat front ends, by OpenAI's and llama.cpp's APIs, and a page to try it on.
+"""Serves a model to chat front ends through OpenAI's and llama.cpp's APIs, with a page to try it on.
 
-A conversation may be of any length: of a history that is sent again only what is new is read. Conversations that are
-not in use are kept in memory, then in files, and survive a restart. The sampling options are for what a request leaves
-out. A request without a token limit ends with finish_reason "length" once the model repeats itself exactly, again and
-again.
+Conversations may be of any length: of a history that is sent again, only what is new is processed. Conversations not in
+use are kept in memory, then in files, and survive a restart. The sampling options hold for what a request leaves out. A
+request without a token limit ends with finish_reason "length" once the model repeats itself exactly, again and again.
 
 --json prints, once the server is ready,
   url, model, pid, sink, window, parallel, kv_bytes, folder (null if nothing is kept on disk)
@@ -57,12 +56,12 @@ APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.loc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only"
+        "--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only"
     )
-    parser.add_argument("--port", type=whole_number(0, 65535), default=8080, help="default 8080; 0: any that is free")
-    parser.add_argument("--alias", metavar="NAME", help="the model's name for clients; default: that of its file")
+    parser.add_argument("--port", type=whole_number(0, 65535), default=8080, help="default 8080; 0: any free port")
+    parser.add_argument("--alias", metavar="NAME", help="the model's name for clients; default: its file name")
     parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
-    parser.add_argument("--embeddings", action="store_true", help="answer /v1/embeddings as well: a second context")
+    parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings, from a second context")
     add_conversations(parser)
     group = parser.add_argument_group("safety")
     group.add_argument(
