@@ -31,6 +31,7 @@ from million import resident_bytes
 from quantize import FILE_TYPES, quantize, tensor_types
 
 from lminf_edge import LMInfConfig, native
+from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.cli.common import (
     KV_TYPE_NUMBERS,
     CommandError,
@@ -47,11 +48,11 @@ from lminf_edge.cli.ppl import Text, stretches_of
 from lminf_edge.config import StreamInfo, Window, resolve
 from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
+from lminf_edge.evaluate.nll import nll_from_logits
 from lminf_edge.evaluate.passkey import MAX_ANSWER, Passkey, measure
 from lminf_edge.evaluate.policies import POLICIES
 from lminf_edge.evaluate.reader import LambdaReader
 from lminf_edge.gguf_header import Header
-from lminf_edge.history import Tokens, as_tokens
 from lminf_edge.models import embedded_models
 
 FIGURES = ROOT / "docs" / "results"
@@ -62,6 +63,8 @@ N_GLOBAL = 10
 WEIGHTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 WINDOW = ("n_global", "n_local", "max_distance")
 N_BATCH = 512
+TAIL_WINDOW = 512  # tokens; also half of it
+LARGE = 1 << 26  # bytes of a model file: from there on depth has its price
 INTERRUPTED = 130
 
 Nll = npt.NDArray[np.float64]
@@ -91,6 +94,10 @@ class Size:
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     depths: tuple[float, ...] = tuple(i / 8 for i in range(9))
     n_trials: int = 10
+    first_place: int = 6144  # for the tail
+    tail_block: int = 256
+    places_per_octave: int = 9
+    n_octaves: int = 4  # of a large model half as many
     n_text: int | None = None  # of each text, at most
     save_every: float = 60.0
 
@@ -109,6 +116,9 @@ TINY = Size(
     lengths=(128, 512),
     depths=(0.0, 1.0),
     n_trials=1,
+    first_place=2048,
+    places_per_octave=3,
+    n_octaves=1,
     n_text=6144,
     save_every=0.5,
 )
@@ -527,6 +537,61 @@ def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Res
     return {"command": command, "window": window_facts(window), "policies": policies}
 
 
+def measure_tail(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """The loss of blocks of text after all that stands before them was processed, and after its tail alone.
+
+    The sinks are always processed. What lies between them and the tail is skipped as the engine skips it.
+    """
+    settings = experiment.settings
+    window = subject.window(n_local=settings["window"] - N_GLOBAL)
+    tails: Results = {f"{settings['n_contrast']} tokens": settings["n_contrast"]}
+    tails.update({f"{n} window{'s' * (n > 1)}": n * window.n_local for n in settings["n_tail"]})
+    figures: dict[str, Results] = {
+        name: {"n_tail": n, "texts": {}, "seconds": 0.0} for name, n in {"everything": None, **tails}.items()
+    }
+    with subject.setup(window, settings["kv_type"]).reader(POLICIES["lminf"], 0) as reader:
+        assert isinstance(reader, LambdaReader)
+        for name, tokens in subject.texts.items():
+            fit = [at for at in settings["places"] if at + settings["block"] <= len(tokens)]
+            if not fit:
+                raise CommandError(f"{name} has {len(tokens)} tokens, and the first place is {settings['places'][0]}.")
+            for way in figures.values():
+                begun = time.perf_counter()
+                reader.clear()
+                losses = [block_after(reader, tokens, at, settings["block"], way["n_tail"]) for at in fit]
+                way["seconds"] = round(way["seconds"] + time.perf_counter() - begun, 2)
+                way["texts"][name] = losses
+            say(f"{name}: " + ", ".join(f"{key} {np.mean(way['texts'][name]):.4f}" for key, way in figures.items()))
+    options = f"--only {experiment.name}" + (f" --model {subject.argument}" if subject.name not in EMBEDDED else "")
+    return {
+        "command": f".venv/bin/python benchmarks/evidence.py --text text.txt {options}",
+        "window": window_facts(window),
+        "ways": figures,
+    }
+
+
+def block_after(reader: LambdaReader, tokens: Tokens, place: int, block: int, n_tail: int | None) -> float:
+    """Mean loss of the tokens place .. place + block - 1 of a text.
+
+    Before them the n_tail tokens and the sinks were processed in a stream of their own; with None everything was, in
+    the stream that the reader is in.
+    """
+    if n_tail is not None:
+        n_sinks = reader.llm.scheduler.window.n_global
+        reader.clear()
+        read_until(reader, tokens, n_sinks)
+        reader.skip(tokens[n_sinks : place - n_tail])
+    read_until(reader, tokens, place - 1)  # that token's logits are the first that count
+    logits = reader.read(tokens[place - 1 : place - 1 + block])
+    return round(float(nll_from_logits(logits, tokens[place : place + block]).mean()), 6)
+
+
+def read_until(reader: Reader, tokens: Tokens, end: int) -> None:
+    """Reads the tokens before `end` that the stream has not had."""
+    while reader.position < end:
+        reader.read(tokens[reader.position : min(reader.position + reader.n_batch, end)], logits_all=False)
+
+
 def experiments(
     models: Sequence[str], size: Size, f16: str | None, full_tokens: int | None, folder: Path
 ) -> list[Experiment]:
@@ -571,6 +636,15 @@ def experiments(
                 f"loss-{name}-{kv_type}", model, measure_loss, kv_type=kv_type, tokens=size.n_loss,
                 start=size.far_loss, block=size.block, full_tokens=full_tokens, full_minutes=size.full_minutes,
             )  # fmt: skip
+    for model, name in zip(models, names, strict=True):
+        path, header = model_header(model)
+        n_octaves = size.n_octaves // 2 if Path(path).stat().st_size > LARGE else size.n_octaves
+        for window in (TAIL_WINDOW // 2, TAIL_WINDOW):
+            if window <= header.n_ctx_train:
+                add(
+                    f"tail-{name}-{window}", model, measure_tail, kv_type="f16", window=window, block=size.tail_block,
+                    places=places(size, n_octaves), n_tail=[1, 2, 3], n_contrast=64,
+                )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
     add(
@@ -582,6 +656,12 @@ def experiments(
         block=size.longest_block,
     )
     return made
+
+
+def places(size: Size, n_octaves: int) -> list[int]:
+    """Positions of blocks: as many in each octave from size.first_place on."""
+    n = size.places_per_octave
+    return [(size.first_place << octave) * (n + i) // n for octave in range(n_octaves) for i in range(n)]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -658,7 +738,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--text", metavar="FILE", nargs="+", action="extend", default=[], help="held-out books, UTF-8")
     parser.add_argument("--only", metavar="NAME", action="append", help="an experiment, or how the names of some begin")
-    parser.add_argument("--model", metavar="GGUF", action="append", default=[], help="one more, for loss and longest")
+    parser.add_argument(
+        "--model", metavar="GGUF", action="append", default=[], help="one more, for loss, tail and longest"
+    )
     parser.add_argument("--f16", metavar="GGUF", help=f"{MAIN} with f16 weights, for sweep-weights")
     parser.add_argument(
         "--full-tokens", metavar="N", type=int, help="full attention stops there; default: by its speed"

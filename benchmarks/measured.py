@@ -107,6 +107,47 @@ def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate
     return found
 
 
+# --- the tail ---------------------------------------------------------------------------------------------------------
+
+
+def tail_records(records: dict[str, Record]) -> list[Record]:
+    """Those of a tail against everything that have enough for an interval, the largest model first."""
+    found = [
+        record
+        for name, record in records.items()
+        if name.startswith("tail-") and len(tail_blocks(record, "everything")) >= 2
+    ]
+    return sorted(found, key=lambda record: (-record["model"]["n_params"], record["settings"]["window"]))
+
+
+def tail_blocks(record: Record, way: str, start: int = 0, end: int | None = None) -> Array:
+    """Mean losses of the blocks whose place is in [start, end), text after text."""
+    texts = record["ways"][way]["texts"].values()
+    return np.array(
+        [
+            loss
+            for losses in texts
+            for place, loss in zip(record["settings"]["places"], losses, strict=False)  # a text may end before
+            if start <= place and (end is None or place < end)
+        ]
+    )
+
+
+def tail_octaves(record: Record) -> list[tuple[int, int]]:
+    """From the first place to the last, twice as deep each time."""
+    start, last = record["settings"]["places"][0], record["settings"]["places"][-1]
+    found = []
+    while start <= last:
+        found.append((start, 2 * start))
+        start *= 2
+    return found
+
+
+def tails(record: Record) -> list[str]:
+    """What was measured beside everything."""
+    return [name for name in record["ways"] if name != "everything"]
+
+
 # --- long streams -----------------------------------------------------------------------------------------------------
 
 

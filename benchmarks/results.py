@@ -44,6 +44,10 @@ from measured import (
     readings_again,
     smallest_enough,
     stream_records,
+    tail_blocks,
+    tail_octaves,
+    tail_records,
+    tails,
     variant_of,
 )
 from report import Figures, pick, positions_section, table
@@ -125,6 +129,8 @@ def claims(records: dict[str, Record]) -> list[Claim]:
     for name in ("kl-f32", "kl-f16"):
         if name in records:
             found.append(kl_claim(records[name]))
+    for record in tail_records(records):
+        found += tail_claims(record)
     if "passkey" in records:
         found += passkey_claims(records["passkey"])
     return found
@@ -212,6 +218,15 @@ def kl_claim(record: Record) -> Claim:
         f"{largest:.1e} nats",
         *(("zero, but for rounding", "reached" if largest < 1e-6 else "**not reached**") if exact else ("–", "–")),
     )
+
+
+def tail_claims(record: Record) -> list[Claim]:
+    """What the default of prefill "tail" costs."""
+    way = f"{LMInfConfig.n_tail} windows"
+    estimate = mean_difference(tail_blocks(record, way), tail_blocks(record, "everything"))
+    what = f"`{record['model']['name']}`, window {window_of(record)}: sinks and the last {way} processed, minus all"
+    met = "reached" if estimate.high <= SMALL else "**not reached**"
+    return [(what, f"{interval(estimate)} nats", f"{SMALL} at most", met)]
 
 
 def passkey_claims(record: Record) -> list[Claim]:
@@ -576,6 +591,43 @@ def settings_section(records: dict[str, Record]) -> str:
     return "\n".join(parts)
 
 
+# --- the tail ---------------------------------------------------------------------------------------------------------
+
+
+def tail_section(records: dict[str, Record]) -> str:
+    found = tail_records(records)
+    if not found:
+        return ""
+    block = found[0]["settings"]["block"]
+    columns = tails(found[0])
+    rows = []
+    for record in found:
+        octaves_ = tail_octaves(record)
+        spans = [(octaves_[0][0], octaves_[-1][1]), *(octaves_ if len(octaves_) > 1 else ())]
+        for i, (start, end) in enumerate(spans):
+            everything = tail_blocks(record, "everything", start, end)
+            if len(everything) < 2:
+                continue
+            differences = [mean_difference(tail_blocks(record, way, start, end), everything) for way in columns]
+            rows.append(
+                [
+                    "" if i else f"`{record['model']['name']}`, {window_of(record)}",
+                    f"{start:,} – {end:,}",
+                    str(len(everything)),
+                    f"{everything.mean():.3f}",
+                    *map(verdict, differences),
+                ]
+            )
+    return (
+        '## What prefill "tail" costs\n\n'
+        f"Mean loss of {block} tokens of a text after only the sinks and the last tokens before them were processed, "
+        "minus their loss after everything before them was, in nats per token. A window is L tokens; the first line of "
+        "a model is all depths together, the others are octaves of depth. Each place is a sample.\n\n"
+        + table(["", "depth", "places", "loss, everything", *columns], rows, 2)
+        + "\nGemma 3 is not here: models with sliding-window layers of their own are not supported yet.\n"
+    )
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -833,7 +885,8 @@ def draw(records: dict[str, Record], folder: Path) -> None:
         name = record["model"]["name"]
         curves = {policy: curve(record, policy) for policy in POLICIES}
         title = f"{name}, window {window_of(record)}, f16 KV"
-        plots.plot_losses(folder / f"loss-{name}.png", curves, record["model"]["n_ctx_train"], title)
+        size = record["window"]["n_global"] + record["window"]["n_local"]
+        plots.plot_losses(folder / f"loss-{name}.png", curves, record["model"]["n_ctx_train"], size, title)
     streams = {
         f"{record['model']['name']}, {record['tokens']:,} tokens": drift_points(record)
         for record in stream_records(records)
@@ -861,6 +914,7 @@ def page(records: dict[str, Record], refused: dict[str, Record], performance: Fi
         loss_section(records),
         stream_section(records),
         settings_section(records),
+        tail_section(records),
         kl_section(records),
         passkey_section(records),
         performance_section(performance),

@@ -29,10 +29,14 @@ from machine import ROOT, describe
 
 from lminf_edge import Llama, LMInfConfig, native
 from lminf_edge.bench.random_model import SHAPES, random_model
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.cli.demo import python_documentation
-from lminf_edge.engine import Engine, load_engine
-from lminf_edge.history import Tokens
+from lminf_edge.engine.engine import Engine
+from lminf_edge.engine.loading import load_engine
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.request import Request
 
+FIRST_WINDOW = 512  # the training length of nano
 FIGURES = ROOT / "docs" / "server-performance"
 
 Messages = list[dict[str, str]]
@@ -153,6 +157,13 @@ class Talk:
         return n
 
 
+def n_processed(last: Figures) -> int:
+    """Tokens of a prompt that the model processed, of what the last chunk says."""
+    usage = last["usage"]
+    details = usage["prompt_tokens_details"]
+    return int(usage["prompt_tokens"] - details["cached_tokens"] - details["skipped_tokens"])
+
+
 def n_cores() -> int:
     """Cores that this process and what it starts may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -172,7 +183,11 @@ def spread(values: Sequence[float]) -> Figures:
 
 def first_token(args: argparse.Namespace) -> Figures:
     """Time to the first token of the next turn, in conversations of different lengths, in turn."""
-    with served("nano", "--parallel", "2", "--disk", "0") as server:
+    return {"models": [_first_token(args, model) for model in ("nano", *args.model)], "load": os.getloadavg()[0]}
+
+
+def _first_token(args: argparse.Namespace, model: str) -> Figures:
+    with served(model, *_window(FIRST_WINDOW), "--parallel", "2", "--disk", "0", "--threads", "1") as server:
         talks = {n: Talk(server, n) for n in args.lengths}
         lengths = {n: talk.grow(n) for n, talk in talks.items()}
         n_messages = {n: len(talk.messages) for n, talk in talks.items()}
@@ -185,8 +200,7 @@ def first_token(args: argparse.Namespace) -> Figures:
                     first, last = talk.say(n_words)
                     if i >= 2:
                         seconds[n].append(first)
-                        usage = last["usage"]
-                        read.append(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"])
+                        read.append(n_processed(last))
             short, long = (seconds[n] for n in args.lengths)
             turns.append(
                 {
@@ -198,9 +212,58 @@ def first_token(args: argparse.Namespace) -> Figures:
                 }
             )
     return {
+        "model": Path(model).stem,
+        "window": FIRST_WINDOW,
         "conversations": [{"tokens": lengths[n], "messages": n_messages[n]} for n in talks],
         "turns": turns,
     }
+
+
+def _window(size: int) -> tuple[str, ...]:
+    return "--n-local", str(size - LMInfConfig.n_global)
+
+
+def unseen(args: argparse.Namespace) -> Figures:
+    """The first request of a new process, with a history that was never seen: a long one against three windows."""
+    models = []
+    for model, window in args.unseen:
+        runs: dict[int, list[Figures]] = {3 * window + 32: [], args.unseen_tokens: []}
+        options = (*_window(window), "--parallel", "1", "--disk", "0", "--threads", "1")
+        with contextlib.closing(Llama(model, vocab_only=True, verbose=False)) as vocabulary:
+            for i in range(args.rounds_unseen):
+                for n in runs if i % 2 else reversed(runs):
+                    messages = history(vocabulary, n, seed=1000 * i + n)
+                    with served(model, *options) as server:
+                        _, first, last = server.ask(messages, 4)
+                    usage = last["usage"]
+                    runs[n].append({"seconds": first, "tokens": usage["prompt_tokens"], "processed": n_processed(last)})
+        short, long = ([run["seconds"] for run in each] for each in runs.values())
+        models.append(
+            {
+                "model": Path(model).stem,
+                "window": window,
+                "runs": [
+                    {name: spread([run[name] for run in each]) for name in ("seconds", "tokens", "processed")}
+                    for each in runs.values()
+                ],
+                "ratio": spread([b / a for a, b in zip(short, long, strict=True)]),
+                "ratio_of_medians": float(np.median(long) / np.median(short)),
+            }
+        )
+    return {"models": models, "load": os.getloadavg()[0]}
+
+
+def history(vocabulary: Llama, n_tokens: int, seed: int) -> Messages:
+    """A conversation of so many tokens, the templates' own aside, in messages of at most 400."""
+    words, rng = python_documentation().split(), random.Random(seed)
+    messages: Messages = []
+    while n_tokens > 0:
+        start = rng.randrange(len(words) - 400)
+        tokens = vocabulary.tokenize(" ".join(words[start : start + 400]).encode(), add_bos=False)[: min(n_tokens, 400)]
+        n_tokens -= len(tokens)
+        content = vocabulary.detokenize(tokens).decode("utf-8", errors="ignore")
+        messages.append({"role": ("user", "assistant")[len(messages) % 2], "content": content})
+    return messages if messages[-1]["role"] == "user" else [*messages, {"role": "user", "content": "Go on."}]
 
 
 def cold(args: argparse.Namespace) -> Figures:
@@ -219,7 +282,7 @@ def cold(args: argparse.Namespace) -> Figures:
                     before = server.metric("restored_from_files_total")
                     cold_seconds.append(talk.say(12)[0])
                     assert server.metric("restored_from_files_total") > before
-            states = list(folder.rglob("*.state"))
+            states = list(folder.rglob("*.checkpoint"))
             largest = max(states, key=lambda path: path.stat().st_size)
             reads = []
             for _ in range(20):
@@ -236,7 +299,6 @@ def cold(args: argparse.Namespace) -> Figures:
                     "of_limit": spread([c / limit for c, limit in zip(cold_seconds, limits, strict=True)]),
                     "state_bytes": largest.stat().st_size,
                     "n_states": len(states),
-                    "index_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f not in states),
                 }
             )
     return {"conversations": rows}
@@ -288,7 +350,7 @@ def _parallel(args: argparse.Namespace, weights: str) -> Figures:
         stock._ctx.kv_cache_clear()
         stock_rounds.append({n: _stock_rate(stock, n, args.n_answer // 4) for n in (1, 4)})
     engine.close()
-    engine.llm.close()
+    engine.model.close()
     stock.close()
     return {
         "model": path.stem,
@@ -304,24 +366,24 @@ def _parallel(args: argparse.Namespace, weights: str) -> Figures:
 
 def _engine_rate(engine: Engine, n: int, n_answer: int) -> float:
     """Tokens per second in all, of n conversations."""
-    import llama_cpp  # finds its library only once ours has been loaded
 
     def answer(prompt: Tokens) -> None:
-        sampler = llama_cpp._internals.LlamaSampler()
-        sampler.add_greedy()
-        with contextlib.closing(engine.begin(prompt, sampler).tokens()) as tokens:
-            for _ in zip(range(n_answer), tokens, strict=False):
-                pass
+        request = Request(prompt, SamplingParams(temperature=0.0), max_tokens=n_answer, ignore_eog=True)
+        engine.submit(request)
+        for _ in engine.stream(request):
+            pass
 
     rng = np.random.default_rng()
     counters = engine.counters
-    before = counters.answer_tokens, counters.answer_seconds
-    threads = [threading.Thread(target=answer, args=(rng.integers(1000, 100_000, 64),)) for _ in range(n)]
+    before = counters.generated_tokens, counters.decode_seconds
+    threads = [
+        threading.Thread(target=answer, args=(rng.integers(1000, 100_000, 64).astype(np.int32),)) for _ in range(n)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return (counters.answer_tokens - before[0]) / (counters.answer_seconds - before[1])
+    return (counters.generated_tokens - before[0]) / (counters.decode_seconds - before[1])
 
 
 def _stock_rate(llm: Llama, n: int, n_batches: int) -> float:
@@ -424,6 +486,7 @@ def mixed(args: argparse.Namespace) -> Figures:
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "first_token": first_token,
+    "unseen": unseen,
     "cold": cold,
     "memory": memory,
     "parallel": parallel,
@@ -435,6 +498,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=EXPERIMENTS, help="repeatable; default: all")
     parser.add_argument("--minutes", type=float, default=30, help="of mixed load; default 30")
+    parser.add_argument(
+        "--model", metavar="GGUF", action="append", default=[], help="one more, for first_token and unseen"
+    )
     parser.add_argument("--out", type=Path, default=FIGURES, help="default docs/server-performance")
     parser.add_argument("--tiny", action="store_true", help="little of everything, to try it out")
     args = parser.parse_args()
@@ -443,6 +509,8 @@ def main() -> int:
         parser.error("--tiny needs --out: its figures say nothing")
     args.lengths = (500, 3000) if tiny else (1000, 200_000)
     args.cold_lengths = (500, 3000) if tiny else (10_000, 1_000_000)
+    args.unseen_tokens, args.rounds_unseen = (3000, 2) if tiny else (200_000, 9)
+    args.unseen = [("nano", 256), *((model, 512) for model in args.model)]
     args.rounds, args.rounds_parallel, args.n_answer = (3, 1, 8) if tiny else (30, 7, 48)
     args.weights = ("q4_0",) if tiny else ("q4_0", "q8_0")
     args.memory_mib, args.conversations, args.turns = (32, 10, 2) if tiny else (256, 100, 4)

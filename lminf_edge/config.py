@@ -1,11 +1,12 @@
-"""The parameters of the Λ cache: what the user may leave open, and how the open ones are filled in."""
+"""The parameters of the Λ cache, and how omitted ones are resolved."""
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header
@@ -15,11 +16,14 @@ SINK_MODES: tuple[SinkMode, ...] = ("ceiling", "order", "true")  # their index i
 Attention = Literal["auto", "fused", "stock"]
 ATTENTIONS: tuple[Attention, ...] = ("auto", "fused", "stock")  # their index is enum lminf_attention
 
+Prefill = Literal["full", "tail"]
+PREFILLS: tuple[Prefill, ...] = ("full", "tail")
+
 DEFAULT_WINDOW = 4096
 DEFAULT_SLACK = 64
 MAX_WINDOW = 1 << 30
 
-# GGML type number -> (name, bytes per block, elements per block), those a KV cache may have
+# GGML type number -> (name, bytes per block, elements per block), for types that a KV cache may have
 KV_TYPES: dict[int, tuple[str, int, int]] = {
     0: ("f32", 4, 1),
     1: ("f16", 2, 1),
@@ -44,14 +48,17 @@ class LMInfConfig:
     n_global       tokens kept from the start of the stream, 0 or more
     n_local        tokens in the window; None: the rest of n_ctx, or of min(4096, training length) without n_ctx
     max_distance   distance ceiling; None: n_local
-    n_slack        so many tokens can always be taken back, at one more cell of cache each; None: 64
+    n_slack        tokens that can always be rolled back, at one more cell of cache each; None: 64
     sink_mode      "ceiling": the rule above; "order": StreamingLLM's positions inside the cache; "true": true
-                   distances. The last two are there to be compared with.
-    n_checkpoints  automatic checkpoints kept in memory so that a prompt that turns off earlier need not be read from
-                   its start again; each is as large as the used part of the cache; 0: none
+                   distances. The last two exist for comparison.
+    n_checkpoints  automatic checkpoints kept in memory, so that a prompt that diverges earlier need not be processed
+                   from its start; each is as large as the used part of the cache; 0: none
     pos_bound      for tests: graph positions stay below this; 0: chosen by the library
+    prefill        "full": all of a prompt that is not cached is processed; "tail": if that exceeds n_tail windows by
+                   a window or more, only its sinks and its last n_tail windows are
+    n_tail         windows that prefill "tail" processes, 1 or more
     attention      "fused": one operation for sinks and window, on CPU, CUDA and Metal; "stock": operations that every
-                   ggml backend has, slower; "auto": fused where it can be. The same results but for rounding.
+                   ggml backend has, slower; "auto": fused if possible. The results differ only in rounding.
 
     Raises ValueError, in one sentence, for values out of range.
     """
@@ -64,6 +71,8 @@ class LMInfConfig:
     n_checkpoints: int = 4
     pos_bound: int = 0
     attention: Attention = "auto"
+    prefill: Prefill = "full"
+    n_tail: int = 2
 
     def __post_init__(self) -> None:
         _check("n_global", self.n_global, 0)
@@ -72,6 +81,9 @@ class LMInfConfig:
         _check("n_slack", self.n_slack, 0)
         _check("n_checkpoints", self.n_checkpoints, 0)
         _check("pos_bound", self.pos_bound, 0)
+        _check("n_tail", self.n_tail, 1)
+        if self.prefill not in PREFILLS:
+            raise UserError(f"prefill must be one of {', '.join(PREFILLS)}, not {self.prefill!r}.")
         if self.sink_mode not in SINK_MODES:
             raise UserError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
         if self.attention not in ATTENTIONS:
@@ -80,7 +92,7 @@ class LMInfConfig:
 
 @dataclass(frozen=True)
 class Window:
-    """The parameters with nothing left open."""
+    """The resolved parameters."""
 
     n_global: int
     n_local: int
@@ -96,17 +108,14 @@ class Window:
         return self.n_global + self.n_local
 
     def default_ubatch(self, on_gpu: bool = False) -> int:
-        """Micro-batch, in tokens, when the user does not say: see default_ubatch()."""
+        """Default micro-batch, in tokens: see default_ubatch()."""
         return default_ubatch(self.size, on_gpu)
 
     def kv_bytes(self, header: Header, type_k: int, type_v: int, n_ubatch: int) -> int:
         """Size of the cache in bytes: window, slack and one micro-batch, padded as llama.cpp pads, and the sinks."""
-        n_cells = -(-(self.n_local + self.n_slack + n_ubatch) // 256) * 256
         n_sink_rows = -(-self.n_global // 8) * 8 + 1
-        return sum(
-            n_cells * _row_bytes(kv_type, n_embd) + n_sink_rows * _row_bytes(_sink_type(kv_type), n_embd)
-            for kv_type, n_embd in ((type_k, header.n_embd_k), (type_v, header.n_embd_v))
-        )
+        cells = kv_bytes(header, type_k, padded(self.n_local + self.n_slack + n_ubatch), type_v)
+        return cells + kv_bytes(header, _sink_type(type_k), n_sink_rows, _sink_type(type_v))
 
 
 def default_ubatch(window: int, on_gpu: bool = False) -> int:
@@ -119,21 +128,22 @@ def default_ubatch(window: int, on_gpu: bool = False) -> int:
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """Where a stream is and what its cache holds."""
+    """The position of a stream and the contents of its cache."""
 
     position: int  # tokens processed since the start of the stream, without limit
-    evicted: int  # tokens no query can see any more
+    evicted: int  # tokens that no query can attend to any more
+    skipped: int  # tokens that were never processed: prefill "tail"
     sink_cells: int  # first tokens kept
     window_cells: int  # cells in use in the window, slack included
     kv_bytes: int  # bytes of all KV buffers
     rebases: int  # times the positions in the graph were moved back
     max_graph_position: int  # largest position ever used in the graph
     checkpoint_bytes: int  # bytes of the automatic checkpoints
-    attention: Attention  # "fused" or "stock": what computes it
+    attention: Attention  # "fused" or "stock"
 
 
 def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
-    """Fills in what `config` leaves open.
+    """Resolves what `config` omits.
 
     n_ctx is the attention window n_global + n_local (0: the training length), n_ctx_train the model's training length;
     both in tokens. Raises ValueError if they contradict each other. Warns, once per call, when the window is longer
@@ -168,7 +178,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
     if window.size > n_ctx_train:
         warnings.warn(
             f"The attention window of {window.size} tokens is longer than the {n_ctx_train} this model was trained on: "
-            "expect worse text than with a smaller n_ctx.",
+            f"expect worse text than with a smaller {'n_local' if n_ctx is None else 'n_ctx'}.",
             stacklevel=3,
         )
     return window
@@ -178,35 +188,40 @@ def check_kv_type(name: str, value: int | None) -> int:
     """The GGML type number of a cache, f16 for None. Raises ValueError for a type no cache can have."""
     if value is None:
         return KV_TYPE_DEFAULT
-    if value not in KV_TYPES:
+    if not hasattr(value, "__index__") or (value := operator.index(value)) not in KV_TYPES:
         known = ", ".join(f"{number} ({kind})" for number, (kind, _, _) in KV_TYPES.items())
         raise UserError(f"{name}={value} is not a GGML type for a KV cache: use one of {known}.")
     return value
 
 
 def is_quantized(kv_type: int) -> bool:
-    """Whether a cache of this GGML type comes in blocks."""
+    """Whether a cache of this GGML type is quantized."""
     return KV_TYPES[kv_type][2] > 1
 
 
-def kv_bytes(header: Header, kv_type: int, n_cells: int) -> int:
-    """Bytes that n_cells tokens take in a KV cache, estimated from the header."""
-    _, block_bytes, block_elements = KV_TYPES[kv_type]
-    return n_cells * (header.n_embd_k + header.n_embd_v) * block_bytes // block_elements
+def kv_bytes(header: Header, kv_type: int, n_cells: int, type_v: int | None = None) -> int:
+    """Bytes that n_cells tokens take in a KV cache, estimated from the header; type_v None: values as keys."""
+    value_type = kv_type if type_v is None else type_v
+    return n_cells * (_row_bytes(kv_type, header.n_embd_k) + _row_bytes(value_type, header.n_embd_v))
 
 
-def check_memory(n_bytes: int) -> None:
-    """Raises MemoryError if a cache of this size cannot fit in this machine's memory."""
+def padded(n_cells: int) -> int:
+    """Cells that llama.cpp allocates for so many."""
+    return -(-n_cells // 256) * 256
+
+
+def check_memory(n_bytes: int, what: str = "KV cache", parameters: str = "n_ctx or n_local") -> None:
+    """Raises MemoryError if a cache, or `what`, of this size cannot fit in this machine's memory."""
     total = physical_memory()
     if total is not None and n_bytes > total:
         raise MemoryError(
-            f"The KV cache would take {n_bytes:,} bytes and this machine has {total:,} bytes of memory: "
-            "give a smaller n_ctx or n_local."
+            f"The {what} would take {n_bytes:,} bytes and this machine has {total:,} bytes of memory: "
+            f"give a smaller {parameters}."
         )
 
 
 def physical_memory() -> int | None:
-    """Bytes of memory in this machine, None where the system does not say."""
+    """Bytes of memory in this machine, None if the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -220,6 +235,16 @@ def _sink_type(kv_type: int) -> int:
 def _row_bytes(kv_type: int, n_elements: int) -> int:
     _, block_bytes, block_elements = KV_TYPES[kv_type]
     return n_elements * block_bytes // block_elements
+
+
+def whole_number(name: str, value: Any, least: int, most: int = MAX_WINDOW) -> int:
+    """The value of a parameter as an int. Raises ValueError, with the name, for other types and out of range."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"{name} must be a whole number, not {value!r}.")
+    number = operator.index(value)
+    if not least <= number <= most:
+        raise UserError(f"{name} must be {least} to {most}, not {number}.")
+    return number
 
 
 def _check(name: str, value: object, least: int) -> None:

@@ -1,11 +1,20 @@
-"""Whose fault an error is."""
+"""User errors, as opposed to our bugs."""
 
 from __future__ import annotations
 
+import os
+
+DEBUG_VARIABLE = "LMINF_DEBUG"
+
 
 class UserError(ValueError):
-    """What the user or the client did wrong, in one sentence that says what to do instead.
+    """An error of the user or client, in one sentence that says what to do instead.
 
-    Raised on purpose, for nothing else: the command line prints its text, the server answers it with status 400. Every
-    other exception is a fault of ours and leaves a traceback.
+    Raised on purpose and for nothing else: the command line prints its text, the server responds with status 400. Every
+    other exception is our bug and leaves a traceback.
     """
+
+
+def wants_debug() -> bool:
+    """Whether bugs are shown in full: LMINF_DEBUG is set, or --debug was given."""
+    return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")

@@ -1,4 +1,4 @@
-"""The few facts about a model that are needed before it is loaded, read from the head of its GGUF file.
+"""What is needed of a model before it is loaded, read from the head of its GGUF file.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

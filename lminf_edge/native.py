@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
-import os
 import re
 import sys
 import threading
@@ -14,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lminf_edge import startup
 from lminf_edge.errors import UserError
+from lminf_edge.startup import LIBRARY_NAMES as LIBRARY_NAMES
 
-LIBRARY_NAMES = ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")
 MARK = "lminf_set_next"  # a function only the patched library has
 
 
@@ -73,21 +72,9 @@ class Info(ctypes.Structure):
 
 
 def library_folder() -> Path | None:
-    """The folder of the patched library, None if there is none.
-
-    That is LMINF_LIB_PATH if set, else the package's own lib folder (an editable install has the package in two
-    places, the sources in one and the library in the other), else LLAMA_CPP_LIB_PATH if set.
-    """
-    override = os.environ.get("LMINF_LIB_PATH")
-    if override:
-        return Path(override)
-    spec = importlib.util.find_spec(__package__)
-    for place in (spec.submodule_search_locations if spec else None) or ():
-        folder = Path(place) / "lib"
-        if any((folder / name).exists() for name in LIBRARY_NAMES):
-            return folder
-    inherited = os.environ.get("LLAMA_CPP_LIB_PATH")
-    return Path(inherited) if inherited else None
+    """The folder of the patched library, None if there is none: see lminf_edge.startup."""
+    folder = startup.library_folder()
+    return Path(folder) if folder else None
 
 
 def prepare() -> None:
@@ -96,19 +83,16 @@ def prepare() -> None:
     Raises ImportError if llama_cpp has loaded another one already.
     """
     bindings = sys.modules.get("llama_cpp.llama_cpp")
-    if bindings is not None:
-        if not hasattr(getattr(bindings, "_lib", None), MARK):
-            raise ImportError(
-                "llama_cpp was imported before lminf_edge and runs a stock llama.cpp: import lminf_edge first."
-            )
-        return
-    folder = library_folder()
-    if folder is not None:
-        os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    if bindings is None:
+        startup.install().ours_in_any_case = True
+    elif not hasattr(getattr(bindings, "_lib", None), MARK):
+        raise ImportError(
+            "llama_cpp was imported before lminf_edge and runs a stock llama.cpp: import lminf_edge first."
+        )
 
 
 class Native:
-    """lminf.h, with contexts and models as llama_cpp hands them out."""
+    """The functions of lminf.h, for llama_cpp's contexts and models."""
 
     def __init__(self, lib: Any) -> None:
         def declare(name: str, result: Any, *arguments: Any) -> Any:
@@ -126,7 +110,9 @@ class Native:
         self._get_info = declare("lminf_get_info", boolean, pointer, int32, ctypes.POINTER(Info))
         self._next_pos = declare("lminf_next_pos", int32, pointer, int32, int32)
         self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
+        self._skip = declare("lminf_skip", boolean, pointer, int32, int64)
         self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
+        self._grammar_overran = declare("lminf_grammar_overran", boolean)
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
 
     def default_params(self) -> Params:
@@ -134,20 +120,20 @@ class Native:
         return params
 
     def refusal(self, model: Any) -> str | None:
-        """Why this model cannot run with a Λ cache, in one sentence; None if nothing speaks against it."""
+        """Why this model cannot run with a Λ cache, in one sentence; None if it can."""
         text: bytes | None = self._refusal(model)
         return text.decode("utf-8", errors="replace") if text else None
 
     def last_error(self) -> str:
-        """What went wrong in this thread's last call, "" if nothing did."""
+        """The error of this thread's last call, "" if there was none."""
         text: bytes | None = self._last_error()
         return (text or b"").decode("utf-8", errors="replace")
 
     @contextlib.contextmanager
     def next_context(self, params: Params) -> Iterator[None]:
-        """The context this thread makes inside the `with` block gets a Λ cache.
+        """The context that this thread makes inside the `with` block gets a Λ cache.
 
-        Raises ValueError if the parameters make no sense.
+        Raises ValueError if the parameters are invalid.
         """
         if not self._set_next(ctypes.byref(params)):
             raise UserError(self.last_error())
@@ -176,12 +162,20 @@ class Native:
         return int(self._next_pos(ctx, seq_id, n_tokens))
 
     def rollback(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
-        """Forgets all tokens from this stream position on; False, and nothing changed, if that is not possible."""
+        """Rolls back to this stream position; False, and nothing changed, if that is not possible."""
         return bool(self._rollback(ctx, seq_id, stream_pos))
+
+    def skip(self, ctx: Any, n_tokens: int, seq_id: int = 0) -> bool:
+        """Advances the stream by tokens that are not processed; False, and nothing changed, if that is not possible."""
+        return bool(self._skip(ctx, seq_id, n_tokens))
 
     def set_sinks(self, ctx: Any, n_global: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence keep this many sinks; False if that is more than the context has room for."""
         return bool(self._seq_set_sinks(ctx, seq_id, n_global))
+
+    def grammar_overran(self) -> bool:
+        """Whether this thread's last call into a grammar was aborted because it took too much work."""
+        return bool(self._grammar_overran())
 
     def seq_start(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence begin at this position."""
@@ -216,10 +210,10 @@ def load() -> Native:
 
 _capturing = threading.local()  # .errors: the innermost list of this thread
 _capture_lock = threading.Lock()
-_n_capturing = 0  # captures going on, in all threads
+_n_capturing = 0  # active captures, in all threads
 
 _LOG_LEVEL_ERROR = 4
-# llama_cpp's logger still goes by an older enum ggml_log_level, in which warnings would pass as errors
+# llama_cpp's logger uses an older enum ggml_log_level, in which warnings would be errors
 _BINDINGS_LEVEL = {0: 0, 1: 4, 2: 1, 3: 2, 4: 3, 5: 5}
 
 

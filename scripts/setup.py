@@ -122,7 +122,14 @@ def build_stock() -> None:
 def setup() -> None:
     pyproject = ROOT / "pyproject.toml"
     pin = ROOT / "patches" / "upstream.txt"
-    native = [*ROOT.glob("native/**/*"), *ROOT.glob("patches/*"), ROOT / "CMakeLists.txt", ROOT / "scripts/upstream.py"]
+    hook = [ROOT / "lminf_edge.pth", ROOT / "lminf_edge" / "startup.py"]  # installed by CMake
+    native = [
+        *hook,
+        *ROOT.glob("native/**/*"),
+        *ROOT.glob("patches/*"),
+        ROOT / "CMakeLists.txt",
+        ROOT / "scripts/upstream.py",
+    ]
     tools = Step("tools", [pyproject])
     half = Step("python-half", [pyproject, pin])
     project = Step("project", [pyproject, *native])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from reference.gguf_file import copy_as_f32
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from lminf_edge import Llama, LMInfConfig
-from lminf_edge.history import Tokens
+from lminf_edge.cache.token_log import Tokens
+from lminf_edge.engine.engine import Engine
+from lminf_edge.engine.loading import load_engine
 from lminf_edge.models import find_model
 
 SHARED = Path(os.environ.get("LMINF_SHARED") or Path(__file__).resolve().parents[2] / "shared")
@@ -36,6 +38,10 @@ TEXT = (
 )
 
 MakeLlama = Callable[..., Llama]
+MakeEngine = Callable[..., Engine]
+
+# with everything in f32, another order of additions is all that can differ
+F32: dict[str, Any] = {"type_k": 0, "type_v": 0}
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +86,44 @@ def make_llama(nano_f32_path: str) -> Iterator[MakeLlama]:
     yield make
     for llm in made:
         llm.close()
+
+
+@pytest.fixture
+def make_engine(nano_f32_path: str) -> Iterator[MakeEngine]:
+    """Makes engines that are closed after the test: of two slots, with the same window, in f32, nothing on disk."""
+    made: list[Engine] = []
+
+    def make(**kwargs: Any) -> Engine:
+        settings = {
+            "parallel": 2,
+            "lminf": LMInfConfig(n_global=4, n_local=64),
+            "verbose": False,
+            "n_threads": 1,
+            "n_threads_batch": 1,
+            **F32,
+            **kwargs,
+        }
+        made.append(load_engine(nano_f32_path, **settings))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+        engine.model.close()
+
+
+@pytest.fixture
+def expected(make_llama: MakeLlama) -> Callable[..., Any]:
+    """Logits (n_vocab,) after a stream of tokens, by a single stream that processes them from its start."""
+    llm = make_llama(**F32)
+
+    def logits(*parts: Sequence[int] | Tokens) -> Any:
+        llm.reset()
+        for part in parts:
+            llm.eval(part)
+        return llm.scores[-1].copy()
+
+    return logits
 
 
 @pytest.fixture(scope="session")

@@ -12,29 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from reference.transformer import nll_from_logits
 
+from lminf_edge import native
+from lminf_edge.config import ATTENTIONS as ATTENTIONS
+from lminf_edge.config import SINK_MODES
 from lminf_edge.native import Info, Params
 
 SILENT = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
 
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # enum ggml_type
-SINK_MODES = ("ceiling", "order", "true")  # enum lminf_sink_mode
-ATTENTIONS = ("auto", "fused", "stock")  # enum lminf_attention
 
+native.load()  # declares the functions of lminf.h
 _lib = llama_cpp.llama_cpp._lib
-_lib.lminf_get_info.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(Info))
-_lib.lminf_get_params.argtypes = (ctypes.c_void_p, ctypes.POINTER(Params))
-_lib.lminf_last_error.restype = ctypes.c_char_p
-_lib.lminf_next_pos.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
-_lib.lminf_refusal.argtypes = (ctypes.c_void_p,)
-_lib.lminf_refusal.restype = ctypes.c_char_p
-_lib.lminf_rollback.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
-_lib.lminf_rollback.restype = ctypes.c_bool
-_lib.lminf_seq_set_sinks.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
-_lib.lminf_seq_set_sinks.restype = ctypes.c_bool
-_lib.lminf_seq_start.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64)
-_lib.lminf_seq_start.restype = ctypes.c_bool
-_lib.lminf_set_next.argtypes = (ctypes.POINTER(Params),)
-_lib.lminf_set_next.restype = ctypes.c_bool
 
 
 def last_error() -> str:
@@ -151,6 +139,9 @@ class NativeContext:
 
     def rollback(self, stream_pos: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_rollback(self.context, seq_id, stream_pos))
+
+    def skip(self, n_tokens: int, seq_id: int = 0) -> bool:
+        return bool(_lib.lminf_skip(self.context, seq_id, n_tokens))
 
     def seq_start(self, stream_pos: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_start(self.context, seq_id, stream_pos))

@@ -10,47 +10,48 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
-
-from lminf_edge.engine import Engine, load_engine
+from lminf_edge.engine.engine import Engine
+from lminf_edge.engine.loading import load_engine
 from lminf_edge.server import Settings, create_app
+from lminf_edge.server.connections import Server
 from lminf_edge.server.state import Embedder
+from lminf_edge.text.service import TextService
 
 
 @dataclass
 class Served:
     url: str
+    service: TextService
     engine: Engine
     settings: Settings
+    server: Server
 
 
 @contextmanager
 def serve(
-    model: str, settings: Settings | None = None, embedder: Embedder | None = None, **kwargs: Any
+    model: str,
+    settings: Settings | None = None,
+    embedder: Embedder | None = None,
+    pin_system: bool = False,
+    **kwargs: Any,
 ) -> Iterator[Served]:
     """A server of `model`; the other arguments are load_engine's."""
     settings = settings or Settings(model_name="nano")
     engine = load_engine(model, **{"parallel": 2, "verbose": False, "n_threads": 1, "n_threads_batch": 1, **kwargs})
-    app = create_app(engine, settings, embedder)
+    service = TextService(engine, pin_system=pin_system)
+    app = create_app(service, settings, embedder)
     sock = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=32 << 10,
-    )
-    server = uvicorn.Server(config)
+    server = Server(app, log_level="warning")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", engine, settings)
+        yield Served(f"http://127.0.0.1:{sock.getsockname()[1]}", service, engine, settings, server)
     finally:
         server.should_exit = True
         thread.join()
         sock.close()
         engine.close()
-        app.state.server.threads.shutdown()
-        engine.llm.close()
+        assert app.state.server.close(10)
+        engine.model.close()

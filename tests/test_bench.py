@@ -20,6 +20,7 @@ from lminf_edge.bench.contender import Contender
 from lminf_edge.bench.random_model import SHAPES, Shape
 from lminf_edge.bench.state import stretch, stretch_lambda
 from lminf_edge.cli import main
+from lminf_edge.errors import UserError
 from lminf_edge.native import library_folder
 
 N_THREADS = 1
@@ -187,7 +188,7 @@ def test_labels() -> None:
 
 def test_worker_says_what_is_wrong(bench: Any) -> None:
     broken = Contender("ours", "lambda", "tg", 4, 0, window=512, kv_type="q4_1")  # quantized values without fa
-    with pytest.raises(RuntimeError, match=r"[Ff]lash"):
+    with pytest.raises(UserError, match=r"[Ff]lash"):
         bench.measure([broken], 1)
     assert bench.measure([dataclasses.replace(broken, kv_type="f16")], 1)
 

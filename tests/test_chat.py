@@ -175,6 +175,24 @@ def test_the_system_block_can_be_pinned(tmp_path: Path) -> None:
     process.wait(30)
 
 
+def test_what_a_request_leaves_out_is_the_servers_to_say(tmp_path: Path) -> None:
+    options = ["--max-tokens", "40", "--temp", "0", "--repeat-penalty", "2", "--repeat-last-n", "20"]
+    process, facts = serve(tmp_path, *options)
+
+    def said(**body: Any) -> Any:
+        body = {"prompt": "Anna", **body}
+        return httpx.post(f"{facts['url']}/v1/completions", json=body, timeout=60).json()
+
+    answers = [said(), said(temperature=0, max_tokens=40), said(repeat_penalty=1.0), said(max_tokens=3)]
+    props = httpx.get(f"{facts['url']}/props").json()["default_generation_settings"]["params"]
+    process.terminate()
+    process.wait(30)
+    assert [each["usage"]["completion_tokens"] for each in answers] == [40, 40, 40, 3]
+    texts = [each["choices"][0]["text"] for each in answers]
+    assert texts[0] == texts[1] != texts[2]
+    assert (props["repeat_last_n"], props["n_predict"], props["temperature"]) == (20, 40, 0.0)
+
+
 def test_messages_are_logged_if_asked_for(tmp_path: Path) -> None:
     process, facts = serve(tmp_path, "--log-messages")
     ask(facts["url"], [{"role": "user", "content": "the treasure"}])
@@ -216,7 +234,7 @@ def test_an_idle_conversation_is_written(tmp_path: Path) -> None:
     process, facts = serve(tmp_path)
     ask(facts["url"], [{"role": "user", "content": TEXT}])
     deadline = time.monotonic() + 20
-    while not list(tmp_path.rglob("*.state")):
+    while not list(tmp_path.rglob("*.checkpoint")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.kill()

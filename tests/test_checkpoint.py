@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -16,21 +17,16 @@ import pytest
 from conftest import MakeLlama
 
 from lminf_edge import Checkpoint, CheckpointError, Llama, LMInfConfig
-from lminf_edge.checkpoint import HEADER_BYTES, Identity, model_digest
-from lminf_edge.history import Digests, Past, Tokens
+from lminf_edge.cache.checkpoint import HEADER_BYTES, Identity, model_digest
+from lminf_edge.cache.token_log import BLOCK, KEY_BYTES, TokenLog, Tokens
 
 IDENTITY = Identity(b"m" * 32, 4, 64, 64, 0, 1, 1, 0)
-
-
-NO_DIGESTS = np.empty(0, dtype=np.uint64)
-
-
-def past(n_recent: int, digests: Digests = NO_DIGESTS) -> Past:
-    return Past(digests, np.arange(n_recent, dtype=np.int32))
+BASE = bytes(range(KEY_BYTES))
 
 
 def small() -> Checkpoint:
-    return Checkpoint(IDENTITY, 7, 3, past(5, np.array([10, 11], dtype=np.uint64)), np.arange(9, dtype=np.uint8))
+    log = TokenLog(range(5), n_base=2 * BLOCK, base=BASE)
+    return Checkpoint(IDENTITY, 2 * BLOCK + 7, 3, 4, log, np.arange(9, dtype=np.uint8))
 
 
 def next_logits(llm: Llama, token: int) -> Any:
@@ -42,11 +38,11 @@ def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     small().save(path)
     loaded = Checkpoint.load(path)
-    assert (loaded.identity, loaded.position, loaded.n_rollback) == (IDENTITY, 7, 3)
-    assert loaded.past.digests.tolist() == [10, 11]
-    assert loaded.past.recent.tolist() == [0, 1, 2, 3, 4]
+    assert (loaded.identity, loaded.position, loaded.n_rollback, loaded.n_skipped) == (IDENTITY, 519, 3, 4)
+    assert (loaded.log.n_base, loaded.log.base) == (512, BASE)
+    assert loaded.log.recent().tolist() == [0, 1, 2, 3, 4]
     assert loaded.state.tolist() == list(range(9))
-    assert path.stat().st_size == loaded.nbytes == HEADER_BYTES + 2 * 8 + 5 * 4 + 9
+    assert path.stat().st_size == loaded.nbytes == HEADER_BYTES + 5 * 4 + 9
     assert path.read_bytes() == small().to_bytes()
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
@@ -101,9 +97,10 @@ def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
     small().save(path)
     script = (
         "import numpy as np, sys\n"
-        "from lminf_edge.checkpoint import Checkpoint\n"
+        "from dataclasses import replace\n"
+        "from lminf_edge.cache.checkpoint import Checkpoint\n"
         "small = Checkpoint.load(sys.argv[1])\n"
-        "large = Checkpoint(small.identity, 8, 3, small.past, np.zeros(1 << 22, dtype=np.uint8))\n"
+        "large = replace(small, position=520, state=np.zeros(1 << 22, dtype=np.uint8))\n"
         "print('ready', flush=True)\n"
         "while True:\n"
         "    large.save(sys.argv[1])\n"
@@ -118,7 +115,7 @@ def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
             process.kill()
         process.wait()
         process.stdout.close()
-        assert Checkpoint.load(path).position in (7, 8)
+        assert Checkpoint.load(path).position in (519, 520)
 
 
 def test_constant_size(make_llama: MakeLlama, tokens: Tokens) -> None:
@@ -184,7 +181,7 @@ def test_a_prompt_goes_on_from_a_loaded_checkpoint(make_llama: MakeLlama, tokens
     llm.checkpoint().save(tmp_path / "a.ckpt")
     other = make_llama()
     other.restore(Checkpoint.load(tmp_path / "a.ckpt"))
-    assert other.stream.reach(tokens[:950]) == 900
+    assert other.reach(tokens[:950]) == 900
     expected = llm.create_completion(tokens[:950].tolist(), max_tokens=10, temperature=0.0)
     response = other.create_completion(tokens[:950].tolist(), max_tokens=10, temperature=0.0)
     assert response["choices"][0]["text"] == expected["choices"][0]["text"]
@@ -212,7 +209,6 @@ def test_other_parameters_and_models_are_refused_and_nothing_changes(
         with pytest.raises(CheckpointError, match=message):
             llm.restore(other.checkpoint())
         assert llm.stream_info().position == 300
-        assert llm.stream.fresh
         np.testing.assert_array_equal(llm.scores[-1], expected)
 
 
@@ -235,7 +231,7 @@ def test_a_state_the_library_refuses_leaves_the_stream_as_it_was(
     expected = next_logits(llm, 99)
     rng = np.random.default_rng(0)
     for n_bytes in (0, 10, 100, len(good.state) // 2, len(good.state) - 1):
-        with pytest.raises(CheckpointError, match="cannot be taken up"):
+        with pytest.raises(CheckpointError, match="cannot be restored"):
             llm.restore(replace(good, state=good.state[:n_bytes].copy()))
         assert llm.stream_info().position == llm.n_tokens == 301
     for _ in range(20):
@@ -257,21 +253,25 @@ def test_a_state_the_library_refuses_leaves_the_stream_as_it_was(
 def test_a_position_that_does_not_match_is_refused(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama()
     llm.eval(tokens[:100])
-    with pytest.raises(CheckpointError, match="cannot be taken up"):
+    with pytest.raises(CheckpointError, match="cannot be restored"):
         llm.restore(replace(llm.checkpoint(), position=99))
     assert llm.stream_info().position == 100
 
 
 def test_reach() -> None:
-    checkpoint = replace(small(), past=past(100), n_rollback=10)
+    checkpoint = replace(small(), log=TokenLog(range(100)), n_rollback=10)
+
+    def reach(prompt: Any) -> int:
+        return checkpoint.reach(TokenLog(prompt))
+
     prompt = np.arange(200, dtype=np.int32)
-    assert checkpoint.reach(prompt) == 100
-    assert checkpoint.reach(prompt[:100]) == 99  # the last token gives the logits
-    assert checkpoint.reach(prompt[:91]) == 90
-    assert checkpoint.reach(prompt[:90]) == 0  # further back than n_rollback
+    assert reach(prompt) == 100
+    assert reach(prompt[:100]) == 99  # the last token gives the logits
+    assert reach(prompt[:91]) == 90
+    assert reach(prompt[:90]) == 0  # further back than n_rollback
     prompt[95] = -1
-    assert checkpoint.reach(prompt) == 95
-    assert checkpoint.reach(prompt[:0]) == 0
+    assert reach(prompt) == 95
+    assert reach(prompt[:0]) == 0
 
 
 def test_model_digest_sees_any_part_of_a_small_file(tmp_path: Path) -> None:
@@ -293,9 +293,34 @@ def test_the_format(tmp_path: Path) -> None:
     """The layout other programs may rely on, field by field."""
     data = small().to_bytes()
     assert data[:8] == b"LMINFCKP"
-    assert struct.unpack_from("<II", data, 8) == (2, 3)
+    assert struct.unpack_from("<II", data, 8) == (3, 3)
     assert data[16:48] == b"m" * 32
     assert struct.unpack_from("<7i", data, 48) == (4, 64, 64, 0, 1, 1, 0)
-    assert struct.unpack_from("<qQQQ", data, 76) == (7, 2, 5, 9)
-    assert HEADER_BYTES == 108 + 32
-    assert struct.unpack_from("<2Q5i", data, HEADER_BYTES) == (10, 11, 0, 1, 2, 3, 4)
+    assert struct.unpack_from("<qqQ", data, 76) == (519, 4, 512)
+    assert data[100:116] == BASE
+    assert struct.unpack_from("<QQ", data, 116) == (5, 9)
+    assert HEADER_BYTES == 132 + 32
+    assert struct.unpack_from("<5i", data, HEADER_BYTES) == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "what"),
+    [
+        (8, struct.pack("<I", 2), "has format 2, this version of lminf_edge reads 3"),
+        (76, struct.pack("<q", -1), "numbers of tokens make no sense"),
+        (84, struct.pack("<q", -1), "numbers of tokens make no sense"),
+        (84, struct.pack("<q", 520), "numbers of tokens make no sense"),
+        (92, struct.pack("<Q", 511), "numbers of tokens make no sense"),
+        (116, struct.pack("<Q", 6), "cut short or damaged"),
+        (116, struct.pack("<Q", 1 << 63), "cut short or damaged"),
+    ],
+)
+def test_a_head_that_makes_no_sense_is_refused(tmp_path: Path, at: int, value: bytes, what: str) -> None:
+    data = small().to_bytes()
+    changed = data[:at] + value + data[at + len(value) :]
+    digest = hashlib.sha256(changed[: HEADER_BYTES - 32] + changed[HEADER_BYTES:]).digest()  # one that fits
+    changed = changed[: HEADER_BYTES - 32] + digest + changed[HEADER_BYTES:]
+    (tmp_path / "a.ckpt").write_bytes(changed)
+    for read in (lambda: Checkpoint.from_bytes(changed), lambda: Checkpoint.load(tmp_path / "a.ckpt")):
+        with pytest.raises(CheckpointError, match=what):
+            read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,10 +20,14 @@ from conftest import TEXT
 from reference import tiny_models, unsupported_models
 
 from lminf_edge import Llama, LMInfConfig
+from lminf_edge.cli import info as cli_info
 from lminf_edge.cli import main
-from lminf_edge.cli.common import human_bytes
-from lminf_edge.cli.demo import Bucket, Figures, bucket_edges, python_documentation, sparkline, summarize
+from lminf_edge.cli.common import human_bytes, options_named, sampling_params
+from lminf_edge.cli.demo import Row, Tally, bucket_edges, python_documentation, sparkline, summarize
+from lminf_edge.cli.main import build_parser
 from lminf_edge.config import kv_bytes
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.errors import UserError
 from lminf_edge.evaluate import nll, token_nll
 from lminf_edge.gguf_header import read_header
 
@@ -55,6 +60,55 @@ def write_unsupported(arch: str, folder: Path) -> str:
     path = folder / f"{arch}.gguf"
     tiny_models.write_gguf(path, arch, keys, tiny_models.weights(shape, np.random.default_rng(0)))
     return str(path)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+SAMPLING = {
+    "--temp": 0.3, "--top-k": 7, "--top-p": 0.6, "--min-p": 0.02, "--typical-p": 0.9, "--repeat-penalty": 1.1,
+    "--repeat-last-n": 256, "--frequency-penalty": 0.2, "--presence-penalty": -0.2, "--dry-multiplier": 0.8,
+    "--dry-base": 1.5, "--dry-allowed-length": 3, "--dry-penalty-last-n": 99, "--xtc-probability": 0.4,
+    "--xtc-threshold": 0.2, "--top-n-sigma": 1.5, "--dynatemp-range": 0.3, "--dynatemp-exponent": 1.2,
+    "--mirostat": 2, "--mirostat-tau": 4.0, "--mirostat-eta": 0.2, "--seed": 42,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", ""], ["chat"], ["serve"]])
+def test_every_sampling_parameter_has_an_option(command: list[str]) -> None:
+    options = [part for flag, value in SAMPLING.items() for part in (flag, str(value))]
+    breakers = ["--dry-sequence-breaker", "\\n", "--dry-sequence-breaker", "###"]
+    args = build_parser().parse_args([*command, "-m", "nano", *options, *breakers, "--no-loop-detection"])
+    params = sampling_params(args)
+    names = {flag: flag.removeprefix("--").replace("-", "_") for flag in SAMPLING} | {"--temp": "temperature"}
+    assert {names[flag]: value for flag, value in SAMPLING.items()} == {
+        name: getattr(params, name) for name in names.values()
+    }
+    assert params.dry_sequence_breakers == ("\n", "###")
+    assert not args.detect_loops
+    missing = {each.name for each in dataclasses.fields(SamplingParams)} - set(names.values())
+    assert missing == {"dry_sequence_breakers", "logit_bias", "grammar", "logits_processor"}
+    args = build_parser().parse_args([*command, "-m", "nano"])
+    assert sampling_params(args) == SamplingParams()
+    args = build_parser().parse_args([*command, "-m", "nano", "--dry-sequence-breaker", "none"])
+    assert sampling_params(args).dry_sequence_breakers == ()
+
+
+@pytest.mark.parametrize("stock", [[], ["--stock"]])
+def test_sampling_options_have_an_effect(capfd: pytest.CaptureFixture[str], stock: list[str]) -> None:
+    command = ["generate", "-m", "nano", "-p", "Anna", "-n", "60", "--temp", "0", "--threads", "1", *stock]
+    plain, *others = (
+        run_json(capfd, *command, *options)["text"]
+        for options in (
+            [],
+            ["--repeat-penalty", "2"],
+            ["--repeat-penalty", "2", "--repeat-last-n", "5"],
+            ["--dry-multiplier", "2", "--dry-sequence-breaker", "none"],
+            ["--xtc-probability", "1", "--xtc-threshold", "0.05"],
+        )
+    )
+    assert len({plain, *others}) == 5
+    assert run_json(capfd, *command, "--repeat-penalty", "2", "--repeat-last-n", "0")["text"] == plain
 
 
 # --- ppl --------------------------------------------------------------------------------------------------------------
@@ -122,7 +176,9 @@ def test_ppl_of_all_policies(capfd: pytest.CaptureFixture[str], text_file: str) 
     assert list(report["policies"]) == POLICY_NAMES
     n_tokens = report["policies"]["full"]["tokens"]
     for policy in report["policies"].values():
-        assert list(policy) == ["tokens", "mean_nll", "buckets"]
+        assert list(policy) == ["tokens", "mean_nll", "buckets", "stages"]
+        assert list(policy["stages"]) == ["window_not_full", "window_full"]  # the training length is not reached
+        assert policy["stages"]["window_not_full"] == pytest.approx(policy["buckets"][0]["mean_nll"])
         assert policy["tokens"] == n_tokens > 300
         edges = [(bucket["start"], bucket["end"]) for bucket in policy["buckets"]]
         assert edges[:5] == [(0, 64), (64, 128), (128, 192), (192, 256), (256, 320)]
@@ -141,6 +197,25 @@ def test_ppl_compares_a_part_with_full_attention(capfd: pytest.CaptureFixture[st
     report = run_json(capfd, "ppl", "-m", "nano", "-f", text_file, *options, *SMALL)["policies"]
     assert [bucket["end"] for bucket in report["full"]["buckets"]] == [50, 100]
     assert [bucket["end"] for bucket in report["lminf"]["buckets"]] == [50, 100, 150, 200]
+
+
+def test_ppl_sums_up_the_stages_of_a_stream(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    options = ["--policies", "full,window,lminf", "--full-tokens", "400", "--bucket", "1", "--tokens", "1000"]
+    arguments = ["ppl", "-m", "nano", "-f", text_file, "--repeat", *options, "--n-global", "4", "--n-local", "66"]
+    report = run_json(capfd, *arguments)["policies"]
+    for name, n_tokens in (("full", 399), ("window", 999), ("lminf", 999)):
+        losses = [bucket["mean_nll"] for bucket in report[name]["buckets"]]
+        assert len(losses) == n_tokens
+        ranges = {"window_not_full": (0, 70), "window_full": (70, n_tokens), "past_training": (512, n_tokens)}
+        expected = {stage: np.mean(losses[start:end]) for stage, (start, end) in ranges.items() if start < n_tokens}
+        assert report[name]["stages"] == pytest.approx(expected)
+    assert main(arguments) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line[:20].strip() for line in lines[-5:]] == [
+        "window not full", "window full", "past training", "all", "perplexity",
+    ]  # fmt: skip
+    assert lines[-3].split()[2:] == ["-", *(f"{report[name]['stages']['past_training']:.4f}" for name in
+                                            ("window", "lminf"))]  # fmt: skip
 
 
 def test_ppl_repeats_a_text(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -336,8 +411,12 @@ def test_info_says_why_a_model_is_not_supported(
     assert report["supported"] is False
     assert f"'{arch}'" in report["refusal"]
     assert reason in report["refusal"]
-    assert report["attention"] is None
-    assert report["recommended"] is None
+    figures = ("attention", "recommended", "window", "kv_bytes_per_token", "stock_kv_bytes")
+    assert [report[name] for name in figures] == [None] * 5
+    assert main(["info", "-m", report["model"], "--n-local", "5000"]) == 0  # nor a warning of a window it cannot have
+    output = capfd.readouterr()
+    assert output.err == ""
+    assert [line.split()[0] for line in output.out.splitlines()] == ["model", "architecture", "supported"]
 
 
 def test_info_and_doctor_say_what_computes_the_attention(capfd: pytest.CaptureFixture[str]) -> None:
@@ -413,8 +492,8 @@ def test_demo_on_a_terminal_and_elsewhere(tmp_path: Path) -> None:
     assert b"positions" in shown
 
 
-def figures(mean_nll: float, kv_bytes: int = 1024) -> Figures:
-    return Figures(mean_nll, 100.0, kv_bytes)
+def figures(mean_nll: float, kv_bytes: int = 1024) -> Tally:
+    return Tally(mean_nll, 100.0, kv_bytes)
 
 
 @pytest.mark.parametrize(
@@ -427,18 +506,18 @@ def figures(mean_nll: float, kv_bytes: int = 1024) -> Figures:
 )
 def test_demo_says_what_the_numbers_say(stock: float, ours: float, expected: str) -> None:
     buckets = [
-        Bucket(0, 512, figures(5.0), figures(5.0)),
-        Bucket(512, 1024, figures(stock, 4096), figures(ours, 2048)),
+        Row(0, 512, figures(5.0), figures(5.0)),
+        Row(512, 1024, figures(stock, 4096), figures(ours, 2048)),
     ]
     sentences = " ".join(summarize(buckets, 512))
     assert expected in sentences
     assert "4.0 KiB" in sentences
     assert "went on" not in sentences
-    assert "went on to token 2048" in " ".join(summarize([*buckets, Bucket(1024, 2048, None, figures(5.0))], 512))
+    assert "went on to token 2048" in " ".join(summarize([*buckets, Row(1024, 2048, None, figures(5.0))], 512))
 
 
 def test_demo_claims_nothing_within_the_training_length() -> None:
-    (sentence,) = summarize([Bucket(0, 300, figures(5.0), figures(5.0))], 512)
+    (sentence,) = summarize([Row(0, 300, figures(5.0), figures(5.0))], 512)
     assert "give a longer one" in sentence
 
 
@@ -592,6 +671,45 @@ def test_failure_is_one_sentence(
     _assert_one_sentence(capfd, expected)
 
 
+@pytest.mark.parametrize("fault", [ValueError("v"), TypeError("t"), KeyError("k"), RuntimeError("r"), OSError("o")])
+def test_a_fault_of_ours_is_called_one(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fail(_: Any) -> int:
+        raise fault
+
+    monkeypatch.setattr(cli_info, "run", fail)
+    monkeypatch.setenv("LMINF_DEBUG", "0")
+    assert main(["info", "-m", "nano"]) == 1
+    _assert_one_sentence(capfd, f"This is a bug in lminf-edge ({type(fault).__name__}: {fault})")
+    for arguments in (["--debug", "info", "-m", "nano"], ["info", "-m", "nano", "--debug"]):
+        monkeypatch.setenv("LMINF_DEBUG", "0")
+        assert main(arguments) == 1
+        assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (UserError("Do it otherwise."), "Do it otherwise."),
+        (MemoryError("Too much."), "Too much."),
+        (MemoryError(), "There is not enough memory."),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file or directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (ImportError("A plot needs matplotlib."), "A plot needs matplotlib."),
+    ],
+)
+def test_what_the_user_can_mend_is_no_bug(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: Exception, sentence: str
+) -> None:
+    def fail(_: Any) -> int:
+        raise fault
+
+    monkeypatch.setattr(cli_info, "run", fail)
+    assert main(["info", "-m", "nano"]) == 1
+    assert capfd.readouterr().err == f"error: {sentence}\n"
+
+
 def _assert_one_sentence(capfd: pytest.CaptureFixture[str], expected: str) -> None:
     output = capfd.readouterr()
     assert output.out == ""
@@ -610,7 +728,14 @@ def test_a_text_of_one_token_is_too_short(capfd: pytest.CaptureFixture[str], bad
 def test_an_unsupported_model_is_refused(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, arch: str, reason: str
 ) -> None:
-    assert main(["generate", "-m", write_unsupported(arch, tmp_path), "-p", "a"]) == 1
+    model = write_unsupported(arch, tmp_path)
+    assert main(["generate", "-m", model, "-p", "a"]) == 1
+    _assert_one_sentence(capfd, reason)
+    # before anything is asked of a text
+    for options in ([], ["--policies", "lminf"], ["--policies", "full,window"]):
+        assert main(["ppl", "-m", model, "-f", "missing.txt", *options]) == 1
+        _assert_one_sentence(capfd, reason)
+    assert main(["passkey", "-m", model, "-f", "missing.txt", "--template", "prose"]) == 1
     _assert_one_sentence(capfd, reason)
 
 
@@ -672,11 +797,77 @@ def test_a_window_beyond_training_is_warned_of(capfd: pytest.CaptureFixture[str]
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("warning: ")
     assert "512" in line
+    assert "smaller --n-local" in line
+    for command in (["info"], ["generate", "-p", "a", "-n", "1"], ["chat", "-p", "a", "-n", "1"]):
+        assert main([*command, "-m", "nano", "--n-local", "1000"]) == 0
+        (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("warning"))
+        assert "smaller --n-local" in line
+        assert "n_ctx" not in line
+
+
+def test_errors_name_options(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
+    for command in (["info"], ["generate", "-p", "a"], ["ppl", "-f", text_file], ["passkey"], ["serve", "--port", "0"]):
+        assert main([*command, "-m", "nano", "--n-global", "600"]) == 1
+        _assert_one_sentence(capfd, "--n-global=600: give a larger --n-local or a smaller --n-global")
+
+
+def test_only_parameters_become_options() -> None:
+    with pytest.raises(UserError) as raised, options_named():
+        raise UserError("/tmp/n_ctx/n_local.gguf: my_n_ctx, n_ctx=5, a smaller n_ctx or n_local (n_batch).")
+    assert str(raised.value) == "/tmp/n_ctx/n_local.gguf: my_n_ctx, --n-local=5, a smaller --n-local (--batch)."
 
 
 def test_a_window_beyond_memory_is_refused(capfd: pytest.CaptureFixture[str], text_file: str) -> None:
     assert main(["ppl", "-m", "nano", "-f", text_file, "--n-local", "1000000000"]) == 1
-    assert "bytes of memory" in capfd.readouterr().err
+    assert "bytes of memory: give a smaller --n-local." in capfd.readouterr().err
+
+
+def test_a_model_that_is_no_path(capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("llama3.2", "Qwen/Qwen3-0.6B-GGUF", "nan"):
+        assert main(["generate", "-m", name, "-p", "a"]) == 1
+        _assert_one_sentence(capfd, "give the path of a GGUF file, many of which are on Hugging Face, or the name of")
+
+
+def test_file_options_know_the_home_folder(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nano_path: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "m.gguf").symlink_to(nano_path)
+    model = ["-m", "~/m.gguf"]
+    run_json(capfd, "ppl", *model, "--file=~/text.txt", "--policies", "lminf", "--csv=~/out.csv", *SMALL)
+    assert (tmp_path / "out.csv").exists()
+    assert run_json(capfd, "generate", *model, "--file=~/text.txt", "-n", "1")["prompt_tokens"] > 20
+    assert run_json(capfd, "chat", *model, "--file=~/text.txt", "-p", "a", "-n", "1")["prompt_tokens"] > 20
+    options = ["--folder=~/kept", "--api-key-file=~/key", "--port", "0"]
+    args = build_parser().parse_args(["serve", *model, *options])
+    assert (args.folder, args.api_key_file) == (tmp_path / "kept", tmp_path / "key")
+    args = build_parser().parse_args(["passkey", *model, "--plot=~/x.png", "-f", "~/text.txt"])
+    assert (args.plot, args.file) == (tmp_path / "x.png", str(tmp_path / "text.txt"))
+    args = build_parser().parse_args(["bench", *model, "--models=~/models", "--stock-lib=~/lib"])
+    assert (args.models, args.stock_lib) == (tmp_path / "models", tmp_path / "lib")
+
+
+def test_progress_is_of_all_that_is_left(text_file: str) -> None:
+    command = [str(ENTRY), "ppl", "-m", "nano", "-f", text_file, "--policies", "window,lminf", *SMALL]
+    options = ["--repeat", "--tokens", "3001", "--batch", "64", "--threads", "1", "--json"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        assert process.stdout is not None
+        report = json.loads(process.stdout.read())
+    shown = b""
+    with contextlib.suppress(OSError):
+        while block := os.read(ours, 65536):
+            shown += block
+    os.close(ours)
+    assert report["policies"]["lminf"]["tokens"] == 3000
+    updates = re.findall(r"\x1b\[K(\w+) +\[#* *\] (\d+) of (\d+) tokens, \d+/s, \d+:\d\d left", shown.decode())
+    done = [int(n) for _, n, _ in updates]
+    assert {total for _, _, total in updates} == {"6000"}
+    assert done == sorted(done)
+    assert done[-1] == 6000
+    assert [name for name, _, _ in updates][-1] == "lminf"
 
 
 # --- the installed command --------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import MakeLlama
 
+from lminf_edge import LMInfConfig
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.evaluate import nll_blocks, token_nll
-from lminf_edge.history import Tokens
+from lminf_edge.evaluate.reader import LambdaReader
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,25 @@ def test_blocks(make_llama: MakeLlama, tokens: Tokens) -> None:
     blocks = list(nll_blocks(llm, tokens[:200]))
     assert [(start, len(nll)) for start, nll in blocks] == [(0, 64), (64, 64), (128, 64), (192, 7)]
     np.testing.assert_array_equal(np.concatenate([nll for _, nll in blocks]), token_nll(llm, tokens[:200]))
+
+
+def test_a_reader_that_skips_is_prefill_tail(make_llama: MakeLlama, tokens: Tokens) -> None:
+    config = LMInfConfig(n_global=6, n_local=90, prefill="tail", n_tail=2)
+    llm, prompt = make_llama(lminf=config, n_batch=64), tokens[:1000]
+    answer = llm.generate(prompt.tolist())
+    next(answer)
+    expected, skipped = llm.scores[-1], llm.stream_info().skipped
+    answer.close()
+    assert skipped == 1000 - 2 * 90 - 6
+    reader = LambdaReader(llm)
+    reader.clear()
+    reader.read(prompt[:6])
+    reader.skip(prompt[6 : 6 + skipped])
+    for start in range(6 + skipped, 1000, 64):
+        logits = reader.read(prompt[start : start + 64], logits_all=False)
+    np.testing.assert_array_equal(logits[-1], expected)
+    assert (reader.position, llm.stream_info().skipped) == (1000, skipped)
+    assert [reader.sees(at) for at in (5, 6, 819, 911, 999)] == [True, False, False, True, True]
 
 
 def test_nothing_to_predict(make_llama: MakeLlama, tokens: Tokens) -> None:

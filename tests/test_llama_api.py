@@ -15,9 +15,9 @@ import pytest
 from conftest import TEXT, MakeLlama
 
 from lminf_edge import CheckpointError, Llama, LMInfConfig, native
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.config import physical_memory
 from lminf_edge.gguf_header import read_header
-from lminf_edge.history import Tokens
 
 ONE_THREAD: dict[str, Any] = {"n_threads": 1, "n_threads_batch": 1, "verbose": False}
 
@@ -83,8 +83,7 @@ def test_the_size_of_the_cache_is_known_beforehand(
     make_llama: MakeLlama, nano_path: str, n_local: int, type_k: int, type_v: int
 ) -> None:
     llm = make_llama(lminf=LMInfConfig(n_global=9, n_local=n_local), type_k=type_k, type_v=type_v)
-    assert llm._window is not None
-    expected = llm._window.kv_bytes(read_header(nano_path), type_k, type_v, llm.context_params.n_ubatch)
+    expected = llm.scheduler.window.kv_bytes(read_header(nano_path), type_k, type_v, llm.context_params.n_ubatch)
     assert llm.stream_info().kv_bytes == expected
 
 
@@ -258,14 +257,15 @@ def test_caches(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path, kind: str
     llm.set_cache(cache)
     llm.reset()
     processed = 0
-    decode = llm.stream.decode
+    batch = llm.scheduler.model.batch
+    decode = batch.decode
 
-    def counted(batch: Tokens, logits_all: bool) -> None:
+    def counted(runs: Any) -> list[int]:
         nonlocal processed
-        processed += len(batch)
-        decode(batch, logits_all)
+        processed += sum(len(run.tokens) for run in runs)
+        return decode(runs)
 
-    llm.stream.decode = counted  # type: ignore[method-assign]
+    batch.decode = counted  # type: ignore[method-assign]
     assert [completion(llm, first), completion(llm, second)] == expected
     assert processed == 2 * (300 + 11)
     # the way back to the first prompt is in the cache: only its last token and the answer are processed
@@ -294,7 +294,7 @@ def test_pickle(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama(lminf=LMInfConfig(n_global=2, max_distance=30, n_checkpoints=1), n_ctx=80, type_k=8, seed=7)
     copy = pickle.loads(pickle.dumps(llm))
     assert copy.n_ctx() == 80
-    assert copy._config == llm._config
+    assert copy.scheduler.model.config == llm.scheduler.model.config
     for each in (copy, llm):
         each.eval(tokens[:300])
     np.testing.assert_array_equal(copy.scores, llm.scores)
@@ -340,7 +340,7 @@ def test_lora(make_llama: MakeLlama, nano_f32_path: str, tmp_path: Path, tokens:
 
 
 def test_infill_uses_the_tokens_of_the_model(make_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lminf_edge.completion import prompt_to_tokens
+    from lminf_edge.text.tokenizer import prompt_to_tokens
 
     llm = make_llama()
     without = prompt_to_tokens(llm, "Anna", " left").tolist()

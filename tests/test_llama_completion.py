@@ -12,14 +12,8 @@ import pytest
 from conftest import TEXT, MakeLlama
 
 from lminf_edge import Llama, LMInfConfig
-from lminf_edge.completion import (
-    Detokenizer,
-    StopScanner,
-    TokenLogprobs,
-    partial_character,
-    partial_stop,
-    top_tokens,
-)
+from lminf_edge.text.detokenizer import Detokenizer, StopScanner, partial_character, partial_stop
+from lminf_edge.text.logprobs import TokenLogprobs, top_tokens
 
 # after what it knows from no book, the model writes single bytes: that is for the tests of partial characters below
 PROMPTS = ["Anna", TEXT[:240], "The 'late' ferry--", "\n\n", "Did you see"]

@@ -12,7 +12,8 @@ from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_speculative import LlamaDraftModel, LlamaPromptLookupDecoding
 
 from lminf_edge import Llama, LMInfConfig
-from lminf_edge.history import Tokens
+from lminf_edge.cache.sequence import Run
+from lminf_edge.cache.token_log import Tokens
 
 F32 = {"type_k": 0, "type_v": 0}
 
@@ -22,13 +23,14 @@ class Work:
 
     def __init__(self, llm: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
         self.n_tokens = 0
-        decode = llm.stream.decode
+        batch = llm.scheduler.model.batch
+        decode = batch.decode
 
-        def counted(tokens: Tokens, logits_all: bool) -> None:
-            self.n_tokens += len(tokens)
-            decode(tokens, logits_all)
+        def counted(runs: Sequence[Run]) -> list[int]:
+            self.n_tokens += sum(len(run.tokens) for run in runs)
+            return decode(runs)
 
-        monkeypatch.setattr(llm.stream, "decode", counted)
+        monkeypatch.setattr(batch, "decode", counted)
 
     def take(self) -> int:
         n_tokens, self.n_tokens = self.n_tokens, 0
@@ -45,7 +47,7 @@ def greedy(llm: Llama, prompt: Sequence[int] | Tokens, n_tokens: int, **kwargs: 
 
 def assert_agrees(llm: Llama) -> None:
     """History and cache hold the same number of tokens."""
-    assert llm.n_tokens == len(llm.input_ids) == len(llm.stream) == llm.stream_info().position
+    assert llm.n_tokens == len(llm.input_ids) == len(llm.slot) == llm.stream_info().position
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def test_figures(make_llama: MakeLlama, tokens: Tokens) -> None:
     assert info.sink_cells == 4
     assert info.evicted == 2000 - 63 - 4  # the next query sees itself, 63 more and the sinks
     assert info.kv_bytes == start.kv_bytes
-    assert 64 <= info.window_cells <= llm.stream.native_info().n_cells
+    assert 64 <= info.window_cells <= llm.slot.sequence.info().n_cells
     assert_agrees(llm)
     with pytest.raises(AttributeError):
         info.position = 0  # type: ignore[misc]
@@ -105,7 +107,9 @@ def test_far_positions(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama(lminf=LMInfConfig(n_global=0, n_local=64), **F32)
     llm.eval(tokens[:300])
     near = llm.scores
-    llm.stream.begin_at(2**40)
+    llm.reset()
+    llm.slot.sequence.begin_at(2**40)
+    llm.slot.n_dropped = 2**40
     llm.eval(tokens[:300])
     assert llm.stream_info().position == 2**40 + 300
     assert llm.n_tokens == 300
@@ -135,11 +139,11 @@ def test_memory_of_a_long_answer_is_four_bytes_a_token_at_most(make_llama: MakeL
     assert len(llm.eval_logits) == 1
 
 
-def test_scores_with_logits_all_are_those_of_the_last_batch(make_llama: MakeLlama, tokens: Tokens) -> None:
+def test_scores_with_logits_all_are_those_of_the_stream(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama(logits_all=True, n_batch=32)
     llm.eval(tokens[:80])
-    assert llm.scores.shape == (16, llm.n_vocab())
-    assert llm._scores.shape == (16, llm.n_vocab())
+    assert llm.scores.shape == (80, llm.n_vocab())
+    assert llm._scores.shape == (80, llm.n_vocab())
 
 
 def test_sent_tokens_are_processed(make_llama: MakeLlama, tokens: Tokens) -> None:
@@ -238,8 +242,9 @@ def test_checkpoints_are_bounded(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama(lminf=LMInfConfig(n_global=4, n_local=64, n_checkpoints=2))
     for end in range(300, 1500, 150):
         greedy(llm, tokens[:end], 1)
-    assert len(llm.stream._checkpoints) == 2
-    assert llm.stream_info().checkpoint_bytes == sum(each.state.nbytes for each in llm.stream._checkpoints)
+    checkpoints = llm.scheduler.store.checkpoints
+    assert len(checkpoints) == 2
+    assert llm.stream_info().checkpoint_bytes == sum(each.state.nbytes for each in checkpoints)
     none = make_llama(lminf=LMInfConfig(n_global=4, n_local=64, n_checkpoints=0))
     greedy(none, tokens[:300], 1)
     greedy(none, tokens[:900], 1)
@@ -330,9 +335,10 @@ def test_prompt_lookup_drafts_in_a_completion(make_llama: MakeLlama, tokens: Tok
 
 def test_a_bad_token_is_an_error_and_nothing_is_lost(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama(n_batch=64, **F32)
-    with pytest.raises(RuntimeError, match="llama_decode returned -1"):
+    llm.eval(tokens[:192])
+    with pytest.raises(ValueError, match="not in the vocabulary"):
         llm.eval([*tokens[:200], llm.n_vocab() + 7])
-    assert llm.input_ids.tolist() == tokens[:192].tolist()  # three whole batches
+    assert llm.input_ids.tolist() == tokens[:192].tolist()
     assert_agrees(llm)
     assert greedy(llm, tokens[:300], 5) == greedy(make_llama(**F32), tokens[:300], 5)
 

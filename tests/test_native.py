@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
-from native_context import ATTENTIONS, BF16, F16, F32, Q4_0, Q8_0, NativeContext, _lib, last_error
+from native_context import ATTENTIONS, BF16, F16, F32, Q4_0, Q8_0, SILENT, NativeContext, _lib, last_error
 from reference import tiny_models
 from reference.rule import Rule
 from reference.transformer import Transformer
@@ -161,6 +163,41 @@ def test_a_position_past_the_bound_is_refused(llama: Path) -> None:
         assert context.info().stream_pos == 0
 
 
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("positions", [[0, 0], [0, 2], [1], [1, 0], [0, 1, 1], [-1], [5, 6]])
+def test_positions_that_do_not_come_next_are_refused(llama: Path, positions: list[int], begun: bool) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        n_before = 10 * begun
+        if begun:
+            context.feed(TOKENS[:10])
+        batch = llama_cpp.llama_batch_init(16, 0, 1)
+        for i, position in enumerate(positions):
+            batch.token[i], batch.pos[i], batch.logits[i] = int(TOKENS[10]), n_before + position, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        batch.n_tokens = len(positions)
+        assert llama_cpp.llama_decode(context.context, batch) != 0
+        llama_cpp.llama_batch_free(batch)
+        assert context.info().stream_pos == n_before
+        expected = fresh(llama, TOKENS[: n_before + 3], n_ubatch=16)
+        assert np.abs(context.feed(TOKENS[n_before : n_before + 3])[-1] - expected).max() < 1e-4
+
+
+def test_a_rebase_needs_no_more_memory_than_was_reserved(llama: Path) -> None:
+    """A large window and small batches; llama.cpp compares when a context is freed."""
+    logged: list[bytes] = []
+    keep = llama_cpp.llama_log_callback(lambda level, text, user_data: logged.append(text))
+    for type_k in (F32, F16):
+        with NativeContext(llama, 2000, G, n_ubatch=16, n_seq_max=2, type_k=type_k, attention="fused") as context:
+            for _ in range(7):
+                context.feed(TOKENS)
+            assert context.info().n_rebase >= 1
+            llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
+        sizes = [text for text in logged if b"compute buffer size" in text]
+        assert sizes
+        assert not any(b"does not match" in text for text in sizes)
+
+
 #
 # rollback
 #
@@ -233,6 +270,195 @@ def test_removing_anything_but_an_end_is_refused(llama: Path) -> None:
         assert remove(context.memory, -1, 0, -1)
         assert context.info().stream_pos == 0
         assert np.abs(context.feed(TOKENS[:50])[-1] - fresh(llama, TOKENS[:50], n_ubatch=16)).max() < 1e-4
+
+
+#
+# skips
+#
+
+
+def skipped_positions(parts: list[tuple[int, int]]) -> np.ndarray:
+    """[n_tokens], the positions of parts of (tokens skipped, tokens processed after that)."""
+    positions: list[int] = []
+    end = 0
+    for n_skipped, n_processed in parts:
+        positions += range(end + n_skipped, end + n_skipped + n_processed)
+        end += n_skipped + n_processed
+    return np.array(positions)
+
+
+def feed_parts(context: NativeContext, tokens: np.ndarray, parts: list[tuple[int, int]]) -> np.ndarray:
+    logits = []
+    for n_skipped, n_processed in parts:
+        if n_skipped:
+            assert context.skip(n_skipped)
+            assert context.info().n_window == context.info().n_rollback == 0
+        logits.append(context.feed(tokens[:n_processed]))
+        tokens = tokens[n_processed:]
+    return np.concatenate(logits)
+
+
+@pytest.mark.parametrize("mode", ["ceiling", "order", "true"])
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+@pytest.mark.parametrize("seed", range(4))
+def test_after_a_skip_tokens_see_the_sinks_and_what_was_processed_since(
+    tmp_path: Path, name: str, mode: str, seed: int
+) -> None:
+    """Random lengths, rebases in between and after; n_global 0 may skip first thing."""
+    rng = np.random.default_rng(seed)
+    n_global = [4, 0, 40, 1][seed]
+    skips = [int(n) for n in (L, *rng.integers(L, 1500, 2), 256 * int(rng.integers(1, 5)))]
+    parts = [(0, n_global + int(rng.integers(0, 9)) if n_global else 0)]
+    parts += [(int(n), int(m)) for n, m in zip(rng.permutation(skips), (1, *rng.integers(2, 30, 2), 560), strict=True)]
+    positions = skipped_positions(parts)
+    tokens = TOKENS[: len(positions)]
+    path = tiny_models.write(name, tmp_path)
+    expected = Transformer(path).logits(tokens, Rule(L, n_global, None, mode), positions=positions)  # type: ignore[arg-type]
+    for attention in ("fused", "stock"):
+        with NativeContext(path, L, n_global, mode=mode, attention=attention, n_ubatch=16, pos_bound=528) as context:
+            actual = feed_parts(context, tokens, [part for part in parts if any(part)])
+            assert np.abs(actual - expected).max() < 2e-3
+            info = context.info()
+            assert info.stream_pos == positions[-1] + 1
+            assert info.n_evicted == info.stream_pos - (L - 1) - n_global
+            assert info.n_rebase >= 1
+            assert info.max_graph_pos < info.pos_bound
+
+
+def test_a_skip_may_lead_anywhere(llama: Path) -> None:
+    """All the same but for the distance of sinks, which the ceiling makes the same."""
+    expected = None
+    for n_skipped in (L, 255 - 10, 256 - 10, 257 - 10, 1 << 33, 1 << 62):
+        with NativeContext(llama, L, G, n_ubatch=16) as context:
+            logits = feed_parts(context, TOKENS[:300], [(0, 10), (n_skipped, 290)])
+            assert context.info().stream_pos == 300 + n_skipped
+        expected = logits if expected is None else expected
+        assert np.abs(logits - expected).max() < 1e-3
+
+
+def test_what_is_known_right_after_a_skip(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        context.feed(TOKENS[:20])
+        assert context.skip(1000)
+        info = context.info()
+        assert (info.stream_pos, info.n_evicted, info.n_sink) == (1020, 1020 - G, G)
+        assert (info.n_window, info.n_rollback) == (0, 0)
+        assert llama_cpp.llama_memory_seq_pos_max(context.memory, 0) + 1 == context.next_pos(0, 1)
+        context.feed(TOKENS[:5])
+        info = context.info()
+        assert (info.stream_pos, info.n_evicted, info.n_window, info.n_rollback) == (1025, 1020 - G, 5, 5)
+
+
+@pytest.mark.parametrize("n_skipped", [236, 1000, 512 - 20])  # graph positions restart at 256, in between, at 256
+def test_a_rollback_after_a_skip_leads_back_to_it_and_not_across(llama: Path, n_skipped: int) -> None:
+    resume = 20 + n_skipped
+    with NativeContext(llama, L, G, n_slack=64, n_ubatch=16) as context:
+        expected = feed_parts(context, TOKENS, [(0, 20), (n_skipped, 50)])[20:]
+        for kept in (49, 30, 1, 0):
+            assert context.rollback(resume + kept)
+            assert context.info().stream_pos == resume + kept
+            assert context.info().n_rollback == kept
+            assert np.abs(context.feed(TOKENS[20 + kept : 70]) - expected[kept:]).max() < 1e-4
+        for gone in (resume - 1, resume - 250, 10, 1):
+            assert not context.rollback(gone)
+            assert "are gone" in last_error()
+            assert context.info().stream_pos == resume + 50
+        assert context.rollback(resume)
+        assert not context.rollback(resume - 1)
+        assert context.rollback(resume)  # nothing to do
+        assert llama_cpp.llama_memory_seq_rm(context.memory, 0, context.next_pos(0, 1), -1)
+        assert context.info().stream_pos == resume
+        assert context.rollback(0)
+        assert context.info().stream_pos == context.info().n_sink == 0
+        assert np.abs(context.feed(TOKENS[:50])[-1] - fresh(llama, TOKENS[:50], n_ubatch=16)).max() < 1e-4
+        # once cells have been recycled, a rollback ends where it does without a skip
+        feed_parts(context, TOKENS, [(n_skipped, 500)])
+        info = context.info()
+        assert not context.rollback(info.stream_pos - info.n_rollback - 1)
+        assert context.rollback(info.stream_pos - info.n_rollback)
+
+
+@pytest.mark.parametrize("n_after", [0, 1, 20, 300])
+@pytest.mark.parametrize("target", [1, 2])
+def test_a_state_after_a_skip_goes_on_elsewhere(llama: Path, n_after: int, target: int) -> None:
+    with NativeContext(llama, L, G, n_slack=64, n_ubatch=16, n_seq_max=2) as context:
+        context.feed(TOKENS[:50], seq_id=0)
+        assert context.set_sinks(2, seq_id=1)
+        context.feed(TOKENS[:20], seq_id=1)
+        assert context.skip(3000, seq_id=1)
+        if n_after:
+            context.feed(TOKENS[20 : 20 + n_after], seq_id=1)
+        before = context.info(1)
+        state = context.save(seq_id=1)
+        expected = context.feed(TOKENS[320:350], seq_id=1)
+        assert context.info(0).stream_pos == 50
+    with NativeContext(llama, L, G, n_slack=64, n_ubatch=16, n_seq_max=target) as context:
+        seq_id = target - 1
+        context.feed(TOKENS[:99], seq_id)
+        assert context.load(state, seq_id)
+        after = context.info(seq_id)
+        for name in ("stream_pos", "n_evicted", "n_sink", "n_global"):
+            assert getattr(after, name) == getattr(before, name)
+        assert np.abs(context.feed(TOKENS[320:350], seq_id) - expected).max() < 1e-4
+        if n_after < 60:
+            assert context.rollback(3020, seq_id)
+            assert context.info(seq_id).n_window == 0
+        assert not context.rollback(3019, seq_id)
+
+
+@pytest.mark.parametrize("n_after", [0, 5])
+def test_a_skipped_sequence_can_be_copied_and_skipped_again(llama: Path, n_after: int) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2) as context:
+        feed = [(0, 20), (100, 30), (40, 30)]
+        expected = feed_parts(context, TOKENS, feed)[50:]
+        assert context.rollback(0)
+        context.feed(TOKENS[:20], 0)
+        assert context.skip(100, 0)
+        context.feed(TOKENS[20:50], 0)
+        assert context.skip(40, 0)
+        if n_after:
+            context.feed(TOKENS[50 : 50 + n_after], 0)
+        context.feed(TOKENS[300:340], 1)
+        llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
+        assert context.info(1).stream_pos == 190 + n_after
+        for seq_id in (1, 0):
+            assert np.abs(context.feed(TOKENS[50 + n_after : 80], seq_id) - expected[n_after:]).max() < 1e-4
+
+
+def test_skipped_and_other_sequences_share_a_batch(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        expected = feed_parts(context, TOKENS, [(0, 20), (500, 12)])[20:]
+    other = fresh(llama, TOKENS[:62], n_ubatch=16)
+    with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=3) as context:
+        context.feed(TOKENS[:20], 0)
+        assert context.skip(500, 0)
+        context.feed(TOKENS[:50], 2)
+        logits = context.decode((0, TOKENS[20:32]), (2, TOKENS[50:62]))
+        assert np.abs(logits[:12] - expected).max() < 1e-4
+        assert np.abs(logits[-1] - other).max() < 1e-4
+
+
+def test_a_skip_that_makes_no_sense_is_refused_and_nothing_changes(llama: Path) -> None:
+    with NativeContext(llama, L, G, n_ubatch=16) as context:
+        assert not context.skip(100)
+        assert "holds 0 of its 4 sinks" in last_error()
+        context.feed(TOKENS[: G - 1])
+        assert not context.skip(100)
+        assert "holds 3 of its 4 sinks" in last_error()
+        context.feed(TOKENS[G - 1 : 50])
+        before = bytes(context.info())
+        for n_tokens in (L - 1, 0, -5, -(1 << 63)):
+            assert not context.skip(n_tokens)
+            assert "n_local = 32 tokens or more" in last_error()
+        assert not context.skip((1 << 63) - 1)
+        assert "can lead to stream position" in last_error()
+        assert not context.skip(100, seq_id=1)
+        assert "does not exist" in last_error()
+        assert bytes(context.info()) == before
+        assert np.abs(context.feed(TOKENS[50:51])[-1] - fresh(llama, TOKENS[:51], n_ubatch=16)).max() < 1e-4
+    with NativeContext(llama, None) as context:
+        assert not context.skip(100)
+        assert "no Λ cache" in last_error()
 
 
 #
@@ -354,6 +580,99 @@ def test_a_foreign_state_is_refused_and_nothing_is_lost(llama: Path, other: dict
         assert not context.load(state)
         assert "the saved state does not fit" in last_error()
         assert np.abs(context.feed(TOKENS[200:201])[-1] - fresh(llama, TOKENS[:201], n_ubatch=16)).max() < 1e-4
+
+
+def test_a_changed_state_is_refused_or_can_be_continued(llama: Path) -> None:
+    """In a process of its own: what is trusted and should not be ends in an abort."""
+    command = [sys.executable, str(Path(__file__).with_name("state_mutations.py")), str(llama), "fused"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    n_refused, n_taken = map(int, result.stdout.split())
+    assert n_refused > 1000
+    assert n_taken > 100
+
+
+def test_a_state_from_a_context_with_larger_positions_is_taken(llama: Path) -> None:
+    """Its graph positions lie beyond this context's bound until the next token."""
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=1 << 20) as context:
+        context.feed(TOKENS[:680])
+        state = context.save()
+        expected = context.feed(TOKENS[680:])
+    with NativeContext(llama, L, G, n_ubatch=16, pos_bound=528) as context:
+        assert context.load(state)
+        assert context.info().stream_pos == 680
+        assert np.abs(context.feed(TOKENS[680:]) - expected).max() < 1e-3
+        assert context.info().max_graph_pos < 528
+
+
+def poisoned(state: bytes, value: float, n_newest: int, is_transposed: bool) -> bytes:
+    """The f32 state of sequence 1 of 2 with other keys and values for its newest tokens, sinks too if that is all."""
+    n_layer, row = 2, 32  # of the model "llama"
+    words = np.frombuffer(state, dtype=np.float32).copy()
+    integers = np.frombuffer(state, dtype=np.int32)
+    at = (8 + 40 + 48) // 4
+    n_used = int(integers[at - 1])
+    at += n_used + 3
+    positions = integers[at : at + 3 * n_used : 3]
+    newest = positions > positions.max() - n_newest
+    at += 3 * n_used + 2
+    for is_value in (False, True):
+        for _ in range(n_layer):
+            block = words[at + 3 : at + 3 + n_used * row]
+            at += 3 + n_used * row
+            (block.reshape(row, n_used).T if is_value and is_transposed else block.reshape(n_used, row))[newest] = value
+    assert len(words) - at == 2 * n_layer * row * G
+    if newest.all():
+        words[at:] = value
+    return words.tobytes()
+
+
+@pytest.mark.parametrize("attention", ["fused", "stock"])
+@pytest.mark.parametrize("flash_attn", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_gone_with_its_tokens(
+    llama: Path, attention: str, flash_attn: bool, value: float
+) -> None:
+    is_transposed = attention == "stock" and not flash_attn
+    settings: dict[str, Any] = {"n_ubatch": 16, "attention": attention, "flash_attn": flash_attn}
+    expected = fresh(llama, TOKENS[:80], **settings)
+    with NativeContext(llama, L, G, n_slack=32, n_seq_max=2, **settings) as context:
+        context.feed(TOKENS[:50], 1)
+        assert context.skip(300, 1)
+        skipped = context.feed(TOKENS[50:80], 1)
+        memory = context.memory
+        ways_to_empty = (
+            lambda: context.rollback(0, 1),
+            lambda: llama_cpp.llama_memory_clear(memory, False),
+            lambda: llama_cpp.llama_memory_seq_rm(memory, -1, -1, -1),
+            lambda: llama_cpp.llama_memory_seq_keep(memory, 0),
+            lambda: context.load(short, 1) or context.rollback(0, 1),
+        )
+        assert context.rollback(0, 1)
+        context.feed(TOKENS[:50], 1)
+        short = context.save(1)
+        context.feed(TOKENS[50:200], 1)
+        state = context.save(1)
+        for empty in ways_to_empty:
+            assert context.load(poisoned(state, value, 1000, is_transposed), 1)
+            assert not np.isfinite(context.feed(TOKENS[:20], 1)).any()
+            empty()
+            context.rollback(0, 1)
+            assert np.abs(context.feed(TOKENS[:80], 1)[-1] - expected).max() < 1e-4
+        # the newest tokens only, which a rollback takes back
+        assert context.load(state, 1)
+        following = context.feed(TOKENS[200:220], 1)
+        assert context.rollback(200, 1)
+        context.feed(TOKENS[300:307], 1)
+        assert context.load(poisoned(context.save(1), value, 7, is_transposed), 1)
+        assert context.rollback(200, 1)
+        assert np.abs(context.feed(TOKENS[200:220], 1) - following).max() < 1e-4
+        # and those before a skip
+        assert context.load(short, 1)
+        context.feed(TOKENS[300:307], 1)
+        assert context.load(poisoned(context.save(1), value, 7, is_transposed), 1)
+        assert context.skip(293, 1)
+        assert np.abs(context.feed(TOKENS[50:80], 1) - skipped).max() < 1e-4
 
 
 def test_a_state_is_as_large_as_what_is_used(llama: Path) -> None:

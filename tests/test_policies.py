@@ -15,6 +15,7 @@ from native_context import NativeContext
 from reference import tiny_models, unsupported_models
 
 from lminf_edge import Llama, LMInfConfig
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.cli.demo import python_documentation
 from lminf_edge.config import Window, resolve
 from lminf_edge.evaluate import divergence_blocks, token_nll
@@ -22,7 +23,6 @@ from lminf_edge.evaluate.buckets import Bucket, BucketMeans, even_edges, log_edg
 from lminf_edge.evaluate.divergence import kl_from_logits
 from lminf_edge.evaluate.policies import POLICIES, Policy, parse_policies
 from lminf_edge.evaluate.reader import Reader, ShiftReader
-from lminf_edge.history import Tokens
 
 F32 = {"type_k": 0, "type_v": 0}
 

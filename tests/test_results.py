@@ -41,6 +41,8 @@ EXPERIMENTS = {
     "sweep-kv",
     "sweep-local",
     "sweep-weights",
+    "tail-nano-256",
+    "tail-nano-512",
 }
 N_TEXT = 6144  # tokens of it that are read
 
@@ -80,7 +82,9 @@ def test_a_file_for_each_experiment(folder: Path, records: dict[str, Record]) ->
         assert set(record["texts"]) == {"text"}
         assert record["texts"]["text"]["n_tokens"] == N_TEXT
         assert record["settings"]
-        assert record["command"].startswith(f"lminf-edge {'passkey' if 'passkey' in name else 'ppl'} -m ")
+        program = ".venv/bin/python benchmarks/evidence.py" if name.startswith("tail") else "lminf-edge"
+        verb = "--text text.txt" if name.startswith("tail") else f"{'passkey' if 'passkey' in name else 'ppl'} -m"
+        assert record["command"].startswith(f"{program} {verb} ")
         assert str(folder) not in json.dumps(record)
 
 
@@ -173,6 +177,44 @@ def test_sweeps(records: dict[str, Record]) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_the_tail(records: dict[str, Record]) -> None:
+    for record in measured.tail_records(records):
+        assert record["settings"]["places"] == [2048, 2730, 3413]
+        ways = record["ways"]
+        size = record["window"]["n_local"]
+        assert [way["n_tail"] for way in ways.values()] == [None, 64, size, 2 * size, 3 * size]
+        everything = measured.tail_blocks(record, "everything")
+        assert len(everything) == 3
+        for way in measured.tails(record):
+            cost = measured.tail_blocks(record, way) - everything
+            assert 0 < np.abs(cost).max() < 0.2, way
+            assert np.corrcoef(measured.tail_blocks(record, way), everything)[0, 1] > 0.99
+        assert list(measured.tail_blocks(record, "everything", 2730)) == list(everything[1:])
+        assert measured.tail_octaves(record) == [(2048, 4096)]
+
+
+def test_a_tail_is_what_users_get() -> None:
+    """The loss after prefill "tail", through Llama's own way: a prompt, then what follows it."""
+    from lminf_edge import Llama
+    from lminf_edge.evaluate.nll import nll_from_logits
+
+    subject = evidence.subject_of("nano", {"text": python_documentation()}, 4096, 1)
+    tokens, window, place, block = subject.texts["text"], subject.window(), 3000, 128
+    with subject.setup(window, "f16").reader(POLICIES["lminf"], 0) as reader:
+        assert isinstance(reader, evidence.LambdaReader)
+        measured_loss = evidence.block_after(reader, tokens, place, block, 2 * window.n_local)
+    config = LMInfConfig(n_global=window.n_global, n_local=window.n_local, prefill="tail", n_tail=2)
+    llm = Llama("nano", lminf=config, logits_all=True, verbose=False, n_threads=1, n_threads_batch=1)
+    answer = llm.generate(tokens[:place].tolist())
+    next(answer)
+    answer.close()
+    assert llm.stream_info().skipped == place - 2 * window.n_local - window.n_global
+    llm.eval(tokens[place : place + block].tolist())
+    logits = llm.scores[place - 1 : place - 1 + block]
+    assert nll_from_logits(logits, tokens[place : place + block]).mean() == pytest.approx(measured_loss, abs=2e-3)
+    llm.close()
+
+
 def test_quantized_models_say_what_they_are(folder: Path) -> None:
     assert set(tensor_types(folder / "nano-f16.gguf")) == {"F16"}
     assert "Q4_K" in tensor_types(folder / "weights" / "Q4_K_M.gguf")
@@ -200,6 +242,7 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
         "## In short", "## Loss by position", "## Without end", "## Which settings",
+        '## What prefill "tail" costs',
         "## Divergence from full attention", "## What is remembered", "## Speed and memory by stream position",
         "## Beside the paper", "## Your own model",
         "## How it was measured",

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeLlama
+from llama_cpp import llama_cpp as bindings
 from native_context import NativeContext, last_error
 
-from lminf_edge.history import Tokens
-from lminf_edge.sequence import Batch, Run
+from lminf_edge import LMInfConfig
+from lminf_edge.cache.sequence import Run
+from lminf_edge.cache.token_log import Tokens
+from lminf_edge.model import Model
 
 ATTENTIONS = ("fused", "stock")
 
@@ -116,23 +119,19 @@ def test_a_damaged_state_leaves_the_sequence_empty_and_the_others_alone(nano_f32
         assert native.info(1).stream_pos == 100
 
 
-def test_runs_of_several_sequences(make_llama: MakeLlama, tokens: Tokens) -> None:
-    llm = make_llama(n_seq_max=3)
-    batch = Batch(llm._batch)
-    alone = make_llama()
-    ends = batch.decode(
-        [
-            Run(llm.sequences[0], tokens[:7]),
-            Run(llm.sequences[2], tokens[7:20], 0),
-            Run(llm.sequences[1], tokens[20:21]),
-        ]
-    )
-    assert ends == [6, 19, 20]
-    assert [sequence.position for sequence in llm.sequences] == [7, 1, 13]
-    ends = batch.decode([Run(llm.sequences[2], tokens[20:21])])
-    assert ends == [0]
-    alone.eval(tokens[7:21])
-    from llama_cpp import llama_cpp as bindings
-
-    got = np.ctypeslib.as_array(bindings.llama_get_logits_ith(llm.ctx, 0), shape=(llm.n_vocab(),))
-    np.testing.assert_allclose(got, alone.scores[-1], atol=1e-4, rtol=0)
+def test_runs_of_several_sequences(make_llama: MakeLlama, nano_f32_path: str, tokens: Tokens) -> None:
+    settings: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1}
+    model = Model.load(nano_f32_path, LMInfConfig(n_global=4, n_local=64), n_seq_max=3, **settings)
+    try:
+        zero, one, two = model.sequences
+        ends = model.batch.decode([Run(zero, tokens[:7]), Run(two, tokens[7:20], 0), Run(one, tokens[20:21])])
+        assert ends == [6, 19, 20]
+        assert [sequence.position for sequence in model.sequences] == [7, 1, 13]
+        ends = model.batch.decode([Run(two, tokens[20:21])])
+        assert ends == [0]
+        alone = make_llama()
+        alone.eval(tokens[7:21])
+        got = np.ctypeslib.as_array(bindings.llama_get_logits_ith(zero.ctx, 0), shape=(model.n_vocab,))
+        np.testing.assert_allclose(got, alone.scores[-1], atol=1e-4, rtol=0)
+    finally:
+        model.close()

@@ -34,7 +34,7 @@ CHECKPOINT_SECONDS = 180
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainingProgress:
     """What a run has done so far, and of what it may do: seconds of training, compilation not counted."""
 
     budget: float
@@ -86,7 +86,7 @@ class Run:
         self.peak_rate = peak_rate
         self.model = Model(config)
         self.optimizers = make_optimizers(self.model)
-        self.progress = Progress(budget)
+        self.progress = TrainingProgress(budget)
         if (folder / "checkpoint.pt").exists():
             self.load(folder / "checkpoint.pt")
         self.loss = torch.compile(self._loss)
@@ -98,7 +98,7 @@ class Run:
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.progress = Progress(self.progress.budget, **checkpoint["progress"])
+        self.progress = TrainingProgress(self.progress.budget, **checkpoint["progress"])
 
     def save(self) -> None:
         checkpoint = {

@@ -1,4 +1,4 @@
-"""Speed: random models of real shapes, and contenders that are measured in turn.
+"""Speed: random models of real shapes, and contenders measured in turn.
 
 Losses are measured in lminf_edge.evaluate.
 """

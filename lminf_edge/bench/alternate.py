@@ -53,7 +53,7 @@ class Worker:
             raise RuntimeError(f"The process that measures ended with status {self._process.wait()}.")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise RuntimeError(reply["error"])
+            raise UserError(reply["error"])
         return reply
 
     def close(self) -> None:

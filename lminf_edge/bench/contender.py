@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lminf_edge.config import KV_TYPES, kv_bytes
+from lminf_edge.config import KV_TYPES, LMInfConfig, kv_bytes, padded, resolve
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header
 
@@ -65,13 +65,15 @@ class Contender:
 
     def stock_kv_bytes(self, header: Header) -> int:
         """Bytes of llama.cpp's own cache, which is padded to 256 cells; what a Λ cache takes, the library says."""
-        return kv_bytes(header, KV_TYPE_NUMBERS[self.kv_type], -(-self.n_ctx // 256) * 256)
+        return kv_bytes(header, KV_TYPE_NUMBERS[self.kv_type], padded(self.n_ctx))
 
     def kv_bytes_at_most(self, header: Header) -> int:
         """Bytes that the cache may take, to know before whether all of them fit."""
         if self.cache != "lambda":
             return self.stock_kv_bytes(header)
-        return kv_bytes(header, KV_TYPE_NUMBERS[self.kv_type], self.window + self.n_ubatch + 512)
+        window = resolve(LMInfConfig(n_global=self.n_global), self.window, self.window)
+        kv_type = KV_TYPE_NUMBERS[self.kv_type]
+        return window.kv_bytes(header, kv_type, kv_type, self.n_ubatch)
 
 
 def is_quantized(kv_type: str) -> bool:

@@ -1,8 +1,8 @@
 """Saved states of a sequence, stretched to any number of cells.
 
 Filling 32,768 cells by prefill takes many minutes on a small machine. The time of a decode step depends on how many
-cells there are, not on what they hold: so a few are computed and saved, and a state with many more is put together from
-their contents over and over. Layouts: llama_kv_cache::state_write and lminf_memory::state_write.
+cells there are, not on what they hold: so a few are computed and saved, and a state with many more is assembled by
+repeating their contents. Layouts: llama_kv_cache::state_write and lminf_memory::state_write.
 """
 
 from __future__ import annotations
@@ -71,17 +71,17 @@ def stretch_lambda(state: bytes, stream_pos: int) -> bytearray:
     """
     far = _State(state)
     far.copy("Ii")
-    magic, _, *_, n_layer, _, n_seq, n_cells_max = far.copy("II9i")
+    magic, _, *_, n_layer, n_seq = far.copy("II8i")
     if magic != _LAMBDA_MAGIC or n_seq != 1:
         raise UserError("This is not the state of a sequence in a Λ cache.")
-    _, start, n_sink, begun, n_used, _, stream, n_global = far.read("qq6i")
+    _, start, resume, n_global, n_sink, begun, _, n_cells_max, n_used = far.read("3q6i")
     far.offset += 4 * n_used  # the cells' places
-    if start != 0 or not begun or n_sink != n_global or n_layer < 1:
+    if start != 0 or resume != 0 or not begun or n_sink != n_global or n_layer < 1:
         raise UserError("Only a stream that has all its sinks can be stretched.")
     n_cells = min(stream_pos, n_cells_max)
     first = stream_pos - n_cells
     origin = first - first % _POSITION_BLOCK
-    far.write("qq6i", origin, 0, n_sink, 1, n_cells, stream_pos - 1 - origin, stream, n_global)
+    far.write("3q6i", origin, 0, 0, n_global, n_sink, 1, stream_pos - 1 - origin, n_cells_max, n_cells)
     far.out += np.arange(n_cells, dtype="<u4").tobytes()
     _stretch_cache(far, n_cells, first - origin)
     far.copy_bytes(len(state) - far.offset)  # the sinks

@@ -1,4 +1,4 @@
-"""A process with one llama.cpp library and one model, which measures what it is told to.
+"""A process with one llama.cpp library and one model that measures on command.
 
     LMINF_LIB_PATH=FOLDER python -m lminf_edge.bench.worker
 
@@ -10,7 +10,7 @@ One JSON object per line on stdin, and one on stdout for each:
     {"op": "latency", "id": I, "n_tokens": N}                          -> see Context.latency
     {"op": "close", "id": I}                                           -> {}
 
-What fails is answered with {"error": "one sentence"}.
+Failures are reported as {"error": "one sentence"}.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from llama_cpp._logger import set_verbose
 from lminf_edge import native
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
 from lminf_edge.bench.state import stretch, stretch_lambda
+from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import read_header
+from lminf_edge.model import native_context, native_model
 
 N_BATCH = 512
 _N_SLICE = 1000  # tokens decoded, and pieces of steady work done, in turn
@@ -43,15 +45,10 @@ Tokens = npt.NDArray[np.int32]
 
 
 class Model:
-    """A loaded model. Raises RuntimeError, in one sentence, if the library cannot load it."""
+    """A loaded model. Raises UserError if the library cannot load it."""
 
     def __init__(self, path: str, n_threads: int, n_gpu_layers: int) -> None:
-        params = bindings.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        with native.captured_errors() as errors:
-            self.model = bindings.llama_model_load_from_file(os.fsencode(path), params)
-        if not self.model:
-            raise RuntimeError(native.load_failure(path, errors) or f"{path} cannot be loaded.")
+        self.model = native_model(path, n_gpu_layers=n_gpu_layers)
         self.n_threads = n_threads
         self.n_vocab = bindings.llama_vocab_n_tokens(bindings.llama_model_get_vocab(self.model))
         self.header = read_header(path)
@@ -70,33 +67,30 @@ class Model:
 class Context:
     """A context that stands ready for its contender's test.
 
-    Raises RuntimeError, in one sentence, if the library refuses it or it is not in the state it should be in.
+    Raises UserError if the library refuses it, RuntimeError if it is not in the state it should be in.
     """
 
     def __init__(self, model: Model, contender: Contender) -> None:
         self._model, self._contender = model, contender
         self._rng = np.random.default_rng(0)
         self._native = native.load() if contender.cache == "lambda" else None
-        params = bindings.llama_context_default_params()
-        params.n_ctx = contender.window if self._native else contender.n_ctx
-        params.n_ctx = max(params.n_ctx, N_BATCH) if self._native else params.n_ctx
-        params.n_batch = min(N_BATCH, params.n_ctx)
-        params.n_ubatch = min(contender.n_ubatch, params.n_batch)
-        params.n_threads = params.n_threads_batch = model.n_threads
-        params.type_k = params.type_v = KV_TYPE_NUMBERS[contender.kv_type]
-        params.flash_attn_type = int(contender.flash_attn)
-        self._n_batch = int(params.n_batch)
-        with native.captured_errors() as errors:
-            if self._native:
-                lminf = self._native.default_params()
-                lminf.n_global, lminf.n_local = contender.n_global, contender.window - contender.n_global
-                with self._native.next_context(lminf):
-                    self.ctx = bindings.llama_init_from_model(model.model, params)
-            else:
-                self.ctx = bindings.llama_init_from_model(model.model, params)
-        if not self.ctx:
-            reason = self._native.last_error() if self._native else ""
-            raise RuntimeError(reason or (errors[0] if errors else "llama.cpp cannot make a context for this model."))
+        lminf, n_ctx = None, contender.n_ctx
+        if self._native:
+            lminf, n_ctx = self._native.default_params(), max(contender.window, N_BATCH)
+            lminf.n_global, lminf.n_local = contender.n_global, contender.window - contender.n_global
+        self._n_batch = min(N_BATCH, n_ctx)
+        self.ctx = native_context(
+            model.model,
+            lminf,
+            n_ctx=n_ctx,
+            n_batch=self._n_batch,
+            n_ubatch=min(contender.n_ubatch, self._n_batch),
+            n_threads=model.n_threads,
+            n_threads_batch=model.n_threads,
+            type_k=KV_TYPE_NUMBERS[contender.kv_type],
+            type_v=KV_TYPE_NUMBERS[contender.kv_type],
+            flash_attn_type=int(contender.flash_attn),
+        )
         self._memory = bindings.llama_get_memory(self.ctx)
         try:
             self._fill()
@@ -127,7 +121,7 @@ class Context:
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def run(self, n_tokens: int | None = None) -> float:
-        """Seconds that the test takes, or one of n_tokens."""
+        """Seconds that the test takes, or a test of n_tokens."""
         contender = self._contender
         tokens = self._tokens(n_tokens or contender.n_tokens)
         self._rewind()
@@ -177,7 +171,7 @@ class Context:
         bindings.llama_synchronize(self.ctx)
 
     def _rewind(self) -> None:
-        """Takes back what a test before this one added. A Λ cache that is full just goes on: it stays as full."""
+        """Removes what an earlier test added. A full Λ cache simply continues: it stays full."""
         depth = self._contender.depth
         if self._native is None:
             done = bindings.llama_memory_seq_rm(self._memory, 0, depth, -1)
@@ -301,7 +295,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             reply = answer(request.pop("op"), request)
-        except (ValueError, RuntimeError, MemoryError, ImportError) as error:
+        except (UserError, MemoryError, ImportError) as error:
             reply = {"error": str(error)}
         print(json.dumps(reply), file=answers)
 

@@ -27,7 +27,15 @@ from pathlib import Path
 from typing import Literal
 
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Cache, Contender, is_quantized
-from lminf_edge.cli.common import CommandError, human_bytes, model_header, print_json, whole_number
+from lminf_edge.cli.common import (
+    CommandError,
+    expand_home,
+    file_path,
+    human_bytes,
+    model_header,
+    print_json,
+    whole_number,
+)
 from lminf_edge.config import DEFAULT_WINDOW, LMInfConfig, default_ubatch
 
 HELP = "speed beside stock llama.cpp"
@@ -36,19 +44,23 @@ HELP = "speed beside stock llama.cpp"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "-m", "--model", metavar="M", help="path of a GGUF model, or the name of an embedded one (nano, nano-alibi)"
+        "-m",
+        "--model",
+        metavar="M",
+        type=expand_home,
+        help="path of a GGUF model, or the name of an embedded one (nano, nano-alibi)",
     )
     source.add_argument("--shape", metavar="S", help="random weights: llama-3.2-1b, qwen3-0.6b or llama-2-7b")
     parser.add_argument("--weights", metavar="T", default="q4_0", help="of --shape: q4_0, q8_0 or f16; default q4_0")
     parser.add_argument(
         "--models",
         metavar="DIR",
-        type=Path,
+        type=file_path,
         default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lminf-edge",
         help="where models of --shape are kept, 0.4 to 4 GB each in q4_0; default %(default)s",
     )
     parser.add_argument(
-        "--stock-lib", metavar="DIR", type=Path, help="folder of a stock llama.cpp library to compare with"
+        "--stock-lib", metavar="DIR", type=file_path, help="folder of a stock llama.cpp library to compare with"
     )
     parser.add_argument(
         "--window", metavar="N", type=whole_number(1), help="n_global + n_local; default min(4096, training length)"
@@ -96,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if not groups:
         raise CommandError("There is nothing to measure: give --n-prompt or --n-gen.")
 
-    show_progress = sys.stderr.isatty() and not args.json
+    show_progress = sys.stderr.isatty()
     results, ratios = [], []
     with Bench({"ours": ours, "stock": args.stock_lib or ours}, model, n_threads, args.gpu_layers) as bench:
         for group in groups:

@@ -1,12 +1,13 @@
-"""Talks with a model in the terminal, for as long as you like.
+"""Chats with a model in the terminal, for as long as you like.
 
-Ctrl-C stops an answer, at the prompt it leaves. A line that ends in \\ goes on in the next.
+Ctrl-C stops generation; at the prompt it exits. A line that ends in \\ continues on the next.
+A completion without a limit (-n) stops once it repeats itself exactly, over and over.
 
-  /stats          where the stream is, and what it takes
-  /rewind [N]     takes back the last N questions with their answers; default 1
-  /system TEXT    begins anew with this system message; without a text, shows the present one
-  /save FILE      writes the conversation as JSON, in the form of OpenAI's messages
-  /load FILE      goes on with one that was saved
+  /stats          stream position, memory and speed
+  /rewind [N]     take back the last N questions and their answers; default 1
+  /system TEXT    start over with this system message; without TEXT, show the current one
+  /save FILE      write the conversation as JSON, as OpenAI's messages
+  /load FILE      continue a saved conversation
   /help, /quit
 """
 
@@ -16,7 +17,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,12 @@ from lminf_edge.cli.common import (
     CommandError,
     add_compute,
     add_model,
+    add_prefill,
+    add_sampling,
     add_window,
     check_output,
+    expand_home,
     human_bytes,
-    number,
     print_json,
     read_text,
     whole_number,
@@ -36,9 +39,10 @@ from lminf_edge.cli.common import (
 from lminf_edge.cli.progress import Progress as ProgressBar
 
 if TYPE_CHECKING:
-    from lminf_edge.engine import Engine
+    from lminf_edge.engine.request import Request
+    from lminf_edge.text.service import Exchange, TextService
 
-HELP = "talk with a model in the terminal, without end"
+HELP = "chat with a model in the terminal, for as long as you like"
 
 MEMORY_FOR_REWIND = 512 << 20
 
@@ -46,16 +50,22 @@ MEMORY_FOR_REWIND = 512 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-s", "--system", metavar="TEXT", help="system message")
-    parser.add_argument("-f", "--file", metavar="FILE", help="a UTF-8 text of any length to talk about, read first")
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="ask this, print the answer and leave")
     parser.add_argument(
-        "-n", "--tokens", metavar="N", type=whole_number(-1), default=-1, help="in an answer; default -1, no limit"
+        "-f",
+        "--file",
+        metavar="FILE",
+        type=expand_home,
+        help="a UTF-8 text of any length to talk about, processed first",
     )
-    parser.add_argument("--temp", metavar="T", type=number(0), default=0.8, help="temperature; default 0.8")
-    parser.add_argument("--seed", metavar="S", type=whole_number(0), help="default: another one each time")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="send this message, print the reply and exit")
+    parser.add_argument(
+        "-n", "--tokens", metavar="N", type=whole_number(-1), default=-1, help="per reply; default -1, no limit"
+    )
     parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
     parser.add_argument("--pin-system", action="store_true", help="never forget the system message, up to --max-sinks")
     parser.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
+    add_prefill(parser)
+    add_sampling(parser)
     add_window(parser)
     add_compute(parser, stock=False)
 
@@ -65,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--json needs --prompt: a conversation is for people.")
     text = None if args.file is None else read_text(args.file)
     with contextlib.ExitStack() as stack:
-        engine = open_engine(args)
-        stack.callback(engine.llm.close)
-        stack.callback(engine.close)
-        chat = Chat(engine, args)
+        service = open_service(args)
+        stack.callback(service.engine.model.close)
+        stack.callback(service.engine.close)
+        chat = Chat(service, args)
         if text is not None:
             chat.read_first(text)
         if args.prompt is not None:
@@ -77,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """One conversation, kept nowhere but in memory."""
+def open_service(args: argparse.Namespace) -> TextService:
+    """A service for one conversation, kept in memory only."""
     from lminf_edge.cli import serve
 
-    settings = {"parallel": 1, "on_trim": "reread", "memory": MEMORY_FOR_REWIND, "disk": 0, "folder": None}
-    return serve.open_engine(argparse.Namespace(**{**vars(args), **settings}))
+    settings = {"parallel": 1, "memory": MEMORY_FOR_REWIND, "disk": 0, "folder": None}
+    return serve.open_service(argparse.Namespace(**{**vars(args), **settings, "max_tokens": args.tokens}))
 
 
 def ask_once(chat: Chat, args: argparse.Namespace) -> int:
@@ -105,12 +115,12 @@ def ask_once(chat: Chat, args: argparse.Namespace) -> int:
 class Chat:
     """A conversation with its messages, in OpenAI's form."""
 
-    engine: Engine
+    service: TextService
     args: argparse.Namespace
     messages: list[dict[str, str]] = field(default_factory=list)
-    preface: str = ""  # read already, stands before the next question
+    preface: str = ""  # already processed; precedes the next question
     finish_reason: str = "stop"
-    last: dict[str, Any] = field(default_factory=dict)  # figures of the last answer
+    last: dict[str, Any] = field(default_factory=dict)  # statistics of the last completion
 
     def __post_init__(self) -> None:
         if self.args.system is not None:
@@ -120,61 +130,52 @@ class Chat:
         self.messages = [{"role": "system", "content": system}]
 
     def read_first(self, text: str) -> None:
-        """Reads a text that the next question is about, with a progress bar."""
+        """Processes the text that the next question is about, with a progress bar."""
         self.preface = text.rstrip() + "\n\n"
-        with ProgressBar(quiet=self.args.json) as bar:
+        with ProgressBar() as bar:
+            bar.begin("reading")
             started = False
 
-            def show(progress: Any) -> None:
+            def show(request: Request) -> None:
                 nonlocal started
                 if not started:
-                    bar.begin("reading", progress.n_prompt)
+                    bar.expect(len(request.prompt))
                     started = True
-                bar.at(progress.n_cached + progress.n_read)
+                bar.at(request.n_done)
 
-            voice = self._voice(show)
-            # one token, which is thrown away: a prompt is read when the first token is asked for
+            exchange = self._exchange(show)
+            # one token, discarded: a prompt is processed when a token is generated
             messages = [*self.messages, {"role": "user", "content": self.preface.rstrip()}]
             try:
-                voice.create_chat_completion(messages, max_tokens=1)
+                prompt = exchange.chat_prompt(messages)
+                for _ in exchange.answer(prompt, self.service.defaults.sampling, max_tokens=1):
+                    pass
             except KeyboardInterrupt:
-                voice.cancel()
+                exchange.cancel()
                 raise
 
     def answer(self, question: str) -> Iterator[str]:
-        """The answer, piece by piece. If the iterator is closed early, what came is the answer."""
+        """The reply, piece by piece. If the iterator is closed early, the reply is what was generated so far."""
         question, self.preface = self.preface + question, ""
         self.messages.append({"role": "user", "content": question})
-        voice = self._voice(None)
+        exchange = self._exchange(None)
         pieces: list[str] = []
         self.finish_reason = "interrupted"
-        from lminf_edge.engine.meter import DEFAULTS, Meter
-
-        meter = Meter(voice)
         try:
-            chunks = voice.create_chat_completion(
-                self.messages,
-                stream=True,
-                max_tokens=self.args.tokens,
-                seed=self.args.seed,
-                **{**DEFAULTS, "temperature": self.args.temp},
-            )
-            with contextlib.closing(chunks):
-                for chunk in chunks:
-                    choice = chunk["choices"][0]
-                    self.finish_reason = choice["finish_reason"] or self.finish_reason
-                    piece = choice["delta"].get("content") or ""
-                    if piece:
-                        pieces.append(piece)
-                        yield piece
+            answer = exchange.answer(exchange.chat_prompt(self.messages), self.service.defaults.sampling)
+            with contextlib.closing(iter(answer)) as parts:
+                for part in parts:
+                    if part.text:
+                        pieces.append(part.text)
+                        yield part.text
+            self.finish_reason = answer.text.finish_reason
         finally:
-            voice.cancel()
-            meter.add_turn()
+            exchange.cancel()
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
-            self.last = {**meter.usage(), **meter.timings(), **meter.stream()}
+            self.last = {**exchange.usage.openai(), **exchange.usage.timings(), **exchange.stream_info()}
 
     def rewind(self, n: int) -> int:
-        """Takes back the last n questions with their answers; returns how many there were."""
+        """Removes the last n questions with their replies; returns how many there were."""
         n_done = 0
         while n_done < n and any(message["role"] == "user" for message in self.messages):
             while self.messages.pop()["role"] != "user":
@@ -207,17 +208,17 @@ class Chat:
             raise CommandError(f"{path} holds no conversation that was saved here.") from error
         self.messages = messages
 
-    def _voice(self, on_progress: Any) -> Any:
-        from lminf_edge.engine.voice import Voice
+    def _exchange(self, on_progress: Callable[[Request], None] | None) -> Exchange:
+        from lminf_edge.text.service import Exchange
 
-        return Voice(self.engine, on_progress=on_progress)
+        return Exchange(self.service, label="chat", on_progress=on_progress)
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
 class Terminal:
-    """Reads lines, prints answers."""
+    """Reads lines, prints replies."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -272,7 +273,7 @@ class Terminal:
             print(f"warning: {warning}", file=sys.stderr)
 
     def command(self, name: str, argument: str = "") -> None:
-        """Raises CommandError for what cannot be done."""
+        """Runs a /command. Raises CommandError if it fails."""
         chat = self.chat
         if name == "help":
             print((__doc__ or "").strip())

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import ATTENTIONS, KV_TYPES, LMInfConfig, check_memory, is_quantized, kv_bytes
+from lminf_edge.config import (
+    ATTENTIONS,
+    DEFAULT_WINDOW,
+    KV_TYPES,
+    PREFILLS,
+    LMInfConfig,
+    Window,
+    check_memory,
+    is_quantized,
+    kv_bytes,
+    resolve,
+)
+from lminf_edge.engine.params import SamplingParams
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
 
 if TYPE_CHECKING:
+    import llama_cpp
+
     from lminf_edge import Llama
 
 MAX_BATCH = 65536
@@ -72,6 +89,16 @@ def number(least: float, most: float | None = None) -> Callable[[str], float]:
     return parse
 
 
+def expand_home(text: str) -> str:
+    """An argparse type: a path, with ~ for the home folder: a shell leaves it in --file=~/text."""
+    return os.path.expanduser(text)
+
+
+def file_path(text: str) -> Path:
+    """An argparse type: the same as a Path."""
+    return Path(expand_home(text))
+
+
 def _check_range(value: float, least: float, most: float | None) -> None:
     if not value >= least:  # catches nan as well
         raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
@@ -83,7 +110,9 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
     text = "path of a GGUF model, or the name of an embedded one (nano, nano-alibi)"
     if default is not None:
         text += f"; default {default}"
-    parser.add_argument("-m", "--model", metavar="M", required=default is None, default=default, help=text)
+    parser.add_argument(
+        "-m", "--model", metavar="M", type=expand_home, required=default is None, default=default, help=text
+    )
 
 
 def add_window(parser: argparse.ArgumentParser) -> None:
@@ -99,13 +128,13 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         "--n-local",
         metavar="L",
         type=whole_number(1),
-        help="last tokens kept; default: what is left of min(4096, training length)",
+        help="last tokens kept; default: min(4096, training length) less G",
     )
     group.add_argument(
         "--max-distance",
         metavar="D",
         type=whole_number(1),
-        help="distance of the first tokens once they have left; default L",
+        help="distance of the first tokens once they have left the window; default L",
     )
     group.add_argument(
         "--kv-type", choices=KV_TYPE_NUMBERS, default="f16", help="number format of the cache; default f16"
@@ -115,6 +144,19 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         choices=ATTENTIONS,
         default="auto",
         help="fused: one fast operation; stock: what every ggml backend has; default auto, fused where it can be",
+    )
+
+
+def add_prefill(group: Any) -> None:
+    group.add_argument(
+        "--prefill",
+        choices=PREFILLS,
+        default="tail",
+        help="what to process of a prompt that is not cached: all of it (full), or its first G tokens and last windows "
+        "(tail), so that the first token does not wait for all of a long history; default tail",
+    )
+    group.add_argument(
+        "--n-tail", metavar="N", type=whole_number(1), default=2, help="windows that tail processes; default 2"
     )
 
 
@@ -131,7 +173,72 @@ def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
     )
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Options that `sampling_params` collects; their names are its fields."""
+    plain = SamplingParams()
+    group = parser.add_argument_group(
+        "sampling",
+        "Small models may loop at the defaults (SmolLM2 does after 150 tokens): --repeat-penalty 1.1 "
+        "--repeat-last-n 256 stops it.",
+    )
+
+    def add(flag: str, metavar: str, parse: Callable[[str], Any], text: str, name: str | None = None) -> None:
+        name = name or flag.removeprefix("--").replace("-", "_")
+        default = getattr(plain, name)
+        group.add_argument(
+            flag, dest=name, metavar=metavar, type=parse, default=default, help=f"{text}; default {default}"
+        )
+
+    last_n = whole_number(-1)
+    add("--temp", "T", number(0), "temperature; 0: always the likeliest token", "temperature")
+    add("--top-k", "K", whole_number(0), "sample from the K likeliest tokens; 0: off")
+    add("--top-p", "P", number(0, 1), "sample from the likeliest tokens that sum to P; 1: off")
+    add("--min-p", "P", number(0, 1), "drop tokens less likely than P times the likeliest; 0: off")
+    add("--typical-p", "P", number(0, 1), "locally typical sampling; 1: off")
+    add("--top-n-sigma", "N", number(-1), "drop logits more than N standard deviations below the largest; 0 or -1: off")
+    add("--repeat-penalty", "R", number(0), "divide the logits of repeated tokens by R; 1: off")
+    add("--repeat-last-n", "N", last_n, "tokens the penalties look back; 0: off, -1: the attention window")
+    add("--frequency-penalty", "A", number(-100, 100), "subtract A for each repetition of a token; 0: off")
+    add("--presence-penalty", "A", number(-100, 100), "subtract A once for a repeated token; 0: off")
+    add("--dry-multiplier", "A", number(0), "DRY: penalize tokens that continue a repetition; 0: off")
+    add("--dry-base", "B", number(1), "DRY: the penalty grows by B with each token of the repetition")
+    add("--dry-allowed-length", "N", whole_number(0), "DRY: repetitions up to N tokens are free")
+    add("--dry-penalty-last-n", "N", last_n, "DRY: tokens to look back; 0: off, -1: the attention window")
+    group.add_argument(
+        "--dry-sequence-breaker",
+        dest="dry_sequence_breakers",
+        metavar="TEXT",
+        action="append",
+        help='DRY: text that no repetition extends across, none for no text; repeatable; default \\n : " *',
+    )
+    add("--xtc-probability", "P", number(0, 1), "XTC: how often to drop all likely tokens but the last; 0: off")
+    add("--xtc-threshold", "P", number(0, 1), "XTC: likely tokens have this probability or more; above 0.5: off")
+    add("--dynatemp-range", "R", number(0), "vary the temperature by R, with the entropy of the prediction; 0: off")
+    add("--dynatemp-exponent", "E", number(0), "exponent of that entropy")
+    add("--mirostat", "N", whole_number(0, 2), "Mirostat 1 or 2 in place of all but the penalties; 0: off")
+    add("--mirostat-tau", "T", number(0), "Mirostat: target entropy")
+    add("--mirostat-eta", "E", number(0), "Mirostat: learning rate")
+    group.add_argument("--seed", metavar="S", type=whole_number(-1), help="default: a different one each time")
+    group.add_argument(
+        "--no-loop-detection",
+        dest="detect_loops",
+        action="store_false",
+        help="do not stop a text without a token limit when it repeats itself exactly, over and over",
+    )
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """From the options of add_sampling. Raises UserError for values that llama.cpp cannot use."""
+    values = {name: value for name, value in vars(args).items() if name in SamplingParams.__dataclass_fields__}
+    breakers = values.pop("dry_sequence_breakers")
+    if breakers is not None:
+        # a shell has no easy way to say a line break
+        texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in breakers if text != "none"]
+        values["dry_sequence_breakers"] = tuple(texts)
+    return SamplingParams(**values)
 
 
 def window_config(args: argparse.Namespace) -> LMInfConfig:
@@ -150,7 +257,7 @@ def model_header(name_or_path: str) -> tuple[str, Header]:
 
 
 def model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Llama's arguments for the options of add_window and add_compute, all but the window itself."""
+    """Llama's arguments for the options of add_window and add_compute, except the window itself."""
     kv_type = KV_TYPE_NUMBERS[args.kv_type]
     return {
         "type_k": kv_type,
@@ -163,6 +270,34 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def options_named() -> Iterator[None]:
+    """Replaces the library's parameter names by option names in errors and warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except (UserError, MemoryError) as error:
+            raise type(error)(_with_options(str(error))) from error
+    for warning in caught:
+        warnings.warn(_with_options(str(warning.message)), stacklevel=3)
+
+
+_OPTIONS = {"n_ctx": "--n-local", "n_batch": "--batch", "type_k": "--kv-type", "type_v": "--kv-type"}
+_PARAMETER = re.compile(r"(?<![\w/.-])(n_ctx|n_local|n_global|max_distance|n_batch|type_[kv])(?![\w/-]|\.\w)")
+
+
+def _with_options(sentence: str) -> str:
+    sentence = sentence.replace("n_ctx or n_local", "n_local")  # of the two, the command line has one
+    return _PARAMETER.sub(lambda name: _OPTIONS.get(name[0], "--" + name[0].replace("_", "-")), sentence)
+
+
+def resolved_window(args: argparse.Namespace, header: Header) -> Window:
+    """The window of the options of add_window. Raises UserError; warns of one longer than the training length."""
+    with options_named():
+        return resolve(window_config(args), None, header.n_ctx_train or DEFAULT_WINDOW)
+
+
 def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llama:
     """The model of the command line, with a Λ cache or, with --stock, full attention over n_ctx_stock tokens.
 
@@ -173,7 +308,8 @@ def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llam
     if not args.stock:
         return load(path, lminf=window_config(args), **settings)
     n_ctx = n_ctx_stock or header.n_ctx_train
-    check_memory(kv_bytes(header, settings["type_k"], n_ctx))
+    with options_named():
+        check_memory(kv_bytes(header, settings["type_k"], n_ctx))
     return load(path, n_ctx=n_ctx, **settings)
 
 
@@ -182,7 +318,7 @@ def load(path: str, **settings: Any) -> Llama:
     from lminf_edge import Llama
     from lminf_edge.native import captured_errors, load_failure
 
-    with captured_errors() as errors:
+    with options_named(), captured_errors() as errors:
         try:
             llm = Llama(path, verbose=False, **settings)
         except ValueError as error:
@@ -222,8 +358,8 @@ def read_text(path: str) -> str:
     return text
 
 
-def require_vocabulary(llm: Llama) -> None:
-    """Raises CommandError for a model without one: llama.cpp ends the program when it is to tokenize for it."""
+def require_vocabulary(llm: llama_cpp.Llama) -> None:
+    """Raises CommandError for a model without one: llama.cpp would abort when it tokenizes for it."""
     from llama_cpp import llama_cpp as bindings
 
     if bindings.llama_vocab_type(llm._model.vocab) == bindings.LLAMA_VOCAB_TYPE_NONE:
@@ -231,7 +367,7 @@ def require_vocabulary(llm: Llama) -> None:
 
 
 def tokenize(llm: Llama, text: str) -> list[int]:
-    """Tokens of a text to be measured: BOS if the model wants one, markup of special tokens taken as plain text.
+    """Tokens of a text to measure: BOS if the model wants one; special tokens' markup is plain text.
 
     Raises CommandError for a model without vocabulary.
     """
@@ -243,7 +379,7 @@ def tokenize(llm: Llama, text: str) -> list[int]:
 
 
 def check_output(path: Path) -> None:
-    """Raises CommandError if a file could not be written there: found out before it takes hours to have a content."""
+    """Raises CommandError if a file cannot be written there, before hours of measuring."""
     if path.is_dir():
         raise CommandError(f"{path} is a folder: give the name of a file.")
     if not path.absolute().parent.is_dir():

@@ -1,14 +1,14 @@
-"""Reads a text far past the model's training length twice, side by side: with full attention, as llama.cpp does it, and
+"""Runs a text far past the model's training length twice, side by side: with full attention, as llama.cpp does it, and
 with the Λ cache. Shows the loss (nats per token: lower is better), the speed and the KV memory of both, live.
 
-Full attention stops at --stock-tokens, as its time and memory grow with every token; the Λ cache goes on to --tokens.
+Full attention stops at --stock-tokens, as its time and memory grow with every token; the Λ cache continues to --tokens.
 Without --file the text is Python's own documentation.
 
 --json prints, instead of the display,
   model, text, n_ctx_train, n_global, n_local
   buckets   [{"start", "end", "stock", "lminf"}, ...]: of both, null where full attention had stopped,
             {"mean_nll", "tokens_per_second", "kv_bytes" (in use at the end of the bucket)}
-  summary   what was seen, in sentences
+  summary   the findings, in sentences
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 from lminf_edge.cli.common import (
     CommandError,
     add_model,
+    expand_home,
     human_bytes,
     load,
     model_header,
@@ -38,14 +39,14 @@ from lminf_edge.cli.common import (
 )
 from lminf_edge.config import KV_TYPE_DEFAULT, LMInfConfig, check_memory, kv_bytes
 
-HELP = "watch full attention and the Λ cache read past the training length"
+HELP = "full attention and the Λ cache past the training length, side by side"
 
 BATCH = 256  # tokens between two updates of the display
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default="nano")
-    parser.add_argument("-f", "--file", metavar="FILE", help="UTF-8 text of your own, - for stdin")
+    parser.add_argument("-f", "--file", metavar="FILE", type=expand_home, help="UTF-8 text of your own, - for stdin")
     parser.add_argument(
         "--stock-tokens",
         metavar="N",
@@ -66,16 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="default 10"
     )
-    parser.add_argument(
-        "--n-local", metavar="L", type=whole_number(1), help="default: what is left of the training length"
-    )
+    parser.add_argument("--n-local", metavar="L", type=whole_number(1), help="default: the training length less G")
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Figures:
+class Tally:
     """One reader over one bucket of positions."""
 
     mean_nll: float
@@ -84,14 +83,14 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class Row:
     start: int
     end: int
-    stock: Figures | None
-    lminf: Figures
+    stock: Tally | None
+    lminf: Tally
 
 
-class Reader:
+class Side:
     """One of the two models at work on the text."""
 
     def __init__(self, blocks: Iterator[tuple[int, Any]], n_scored: int) -> None:
@@ -137,8 +136,8 @@ def run(args: argparse.Namespace) -> int:
         n_stock = min(args.stock_tokens, len(tokens) - 1)
         check_memory(kv_bytes(header, KV_TYPE_DEFAULT, n_stock))
         with contextlib.closing(load(path, n_ctx=n_stock + 1, **settings)) as stock:
-            stock_reader = Reader(nll_blocks(stock, tokens[: n_stock + 1]), n_stock)
-            lminf_reader = Reader(nll_blocks(lminf, tokens), len(tokens) - 1)
+            stock_reader = Side(nll_blocks(stock, tokens[: n_stock + 1]), n_stock)
+            lminf_reader = Side(nll_blocks(lminf, tokens), len(tokens) - 1)
             screen = Screen(quiet=args.json)
             if not args.json:
                 print(f"{name}: {len(tokens) - 1} tokens for {path}, trained on {header.n_ctx_train}.\n")
@@ -160,15 +159,15 @@ def run(args: argparse.Namespace) -> int:
             # read before the contexts are closed; constant from the first token on
             window = lminf.stream_info()
     buckets = [
-        Bucket(
+        Row(
             start,
             end,
-            Figures(
+            Tally(
                 stock_reader.mean_nll(start, end), stock_reader.rate(start, end), kv_bytes(header, KV_TYPE_DEFAULT, end)
             )
             if end <= stock_reader.position
             else None,
-            Figures(lminf_reader.mean_nll(start, end), lminf_reader.rate(start, end), window.kv_bytes),
+            Tally(lminf_reader.mean_nll(start, end), lminf_reader.rate(start, end), window.kv_bytes),
         )
         for start, end in bucket_edges(header.n_ctx_train, stock_reader.position, lminf_reader.position)
     ]
@@ -203,8 +202,8 @@ def bucket_edges(n_ctx_train: int, n_stock: int, n_tokens: int) -> Iterator[tupl
 # --- what was seen ----------------------------------------------------------------------------------------------------
 
 
-def summarize(buckets: Sequence[Bucket], n_ctx_train: int) -> list[str]:
-    """What the numbers say, in words, and no more than that."""
+def summarize(buckets: Sequence[Row], n_ctx_train: int) -> list[str]:
+    """The numbers in sentences, and nothing beyond them."""
     sentences = []
     shared = [(bucket, bucket.stock) for bucket in buckets if bucket.stock is not None]
     last = buckets[-1]
@@ -252,7 +251,7 @@ def summarize(buckets: Sequence[Bucket], n_ctx_train: int) -> list[str]:
     return sentences
 
 
-def print_table(buckets: Sequence[Bucket]) -> None:
+def print_table(buckets: Sequence[Row]) -> None:
     print(f"{'':19}  {'nats per token':^15}   {'tokens per second':^17}   {'KV memory':^19}")
     print(f"{'positions':>19}  {'full':>7} {'Λ':>7}   {'full':>8} {'Λ':>8}   {'full':>9} {'Λ':>9}")
     for bucket in buckets:
@@ -265,7 +264,7 @@ def print_table(buckets: Sequence[Bucket]) -> None:
         )
 
 
-def _cells(figures: Figures) -> tuple[str, str, str]:
+def _cells(figures: Tally) -> tuple[str, str, str]:
     return f"{figures.mean_nll:.2f}", f"{figures.tokens_per_second:.0f}", human_bytes(figures.kv_bytes)
 
 
@@ -283,7 +282,7 @@ class Screen:
         self._drawn = False
         self._printed = time.monotonic()
 
-    def show(self, stock: Reader, lminf: Reader, kv_stock: int, kv_lminf: int) -> None:
+    def show(self, stock: Side, lminf: Side, kv_stock: int, kv_lminf: int) -> None:
         if self._quiet:
             return
         lines = [_status("full attention", stock, kv_stock), _status("Λ cache", lminf, kv_lminf)]
@@ -306,7 +305,7 @@ class Screen:
             print(flush=True)
 
 
-def _status(name: str, reader: Reader, n_bytes: int) -> str:
+def _status(name: str, reader: Side, n_bytes: int) -> str:
     recent = max(0, len(reader.losses) - 4) * BATCH
     nll, rate = reader.mean_nll(recent, reader.position), reader.rate(recent, reader.position)
     state = "done" if reader.done else f"{rate:.0f} tok/s"

@@ -1,6 +1,6 @@
-"""Looks at the installation: library, backends, versions, embedded models, and a short run of one of them.
+"""Checks the installation: library, backends, versions, embedded models, and a short run of one of them.
 
-Exit status 1 if something is wrong; what to do about it is printed beside it.
+Exit status 1 if something is wrong; the advice is printed beside it.
 
 --json prints
   ok       nothing is wrong
@@ -97,7 +97,7 @@ def library() -> Check:
 
 
 def backends() -> Check:
-    """What ggml can compute on, and the CPU features it was compiled for."""
+    """ggml's backends, and the CPU features it was compiled for."""
     from llama_cpp import llama_cpp as bindings
 
     lib = bindings._lib
@@ -117,7 +117,7 @@ def backends() -> Check:
 
 
 def first_run() -> Check:
-    """The smallest embedded model reads a stream three windows long."""
+    """Runs the smallest embedded model over a stream of three windows."""
     models = embedded_models()
     if not models:
         return Check("models", False, "no embedded model", REINSTALL)

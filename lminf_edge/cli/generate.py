@@ -1,6 +1,7 @@
 """Continues a prompt of any length, for as long as you like.
 
-The text goes to stdout as it comes, figures to stderr at the end. Ctrl-C ends it.
+The text goes to stdout as it is generated, statistics to stderr at the end. Ctrl-C stops generation. With -n -1, a text
+that repeats itself exactly, over and over, ends with finish_reason "length".
 
 --json prints, at the end and instead of the text itself,
   text, finish_reason ("length", "stop" or "interrupted")
@@ -19,68 +20,61 @@ import time
 from lminf_edge.cli.common import (
     add_compute,
     add_model,
+    add_sampling,
     add_window,
+    expand_home,
     human_bytes,
-    number,
     open_model,
     print_json,
     read_text,
     require_vocabulary,
+    sampling_params,
     whole_number,
 )
 
-HELP = "continue a prompt, without end if you like"
+HELP = "continue a prompt, for as long as you like"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT")
-    prompt.add_argument("-f", "--file", metavar="FILE", help="UTF-8 text with the prompt, - for stdin")
+    prompt.add_argument(
+        "-f", "--file", metavar="FILE", type=expand_home, help="UTF-8 text with the prompt, - for stdin"
+    )
     parser.add_argument(
         "-n",
         "--tokens",
         metavar="N",
         type=whole_number(-1),
         default=128,
-        help="tokens to generate, -1 without end; default 128",
+        help="tokens to generate, -1 for no limit; default 128",
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--temp", metavar="T", type=number(0), default=0.8, help="temperature, 0 always the likeliest; default 0.8"
-    )
-    group.add_argument("--top-k", metavar="K", type=whole_number(0), default=40, help="default 40, 0 off")
-    group.add_argument("--top-p", metavar="P", type=number(0, 1), default=0.95, help="default 0.95, 1 off")
-    group.add_argument("--min-p", metavar="P", type=number(0, 1), default=0.05, help="default 0.05, 0 off")
-    group.add_argument("--repeat-penalty", metavar="R", type=number(0), default=1.0, help="default 1, off")
-    group.add_argument("--seed", metavar="S", type=whole_number(0), help="default: another one each time")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-text token")
+    add_sampling(parser)
     add_window(parser)
     add_compute(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from lminf_edge.completion import prompt_to_tokens
+    from lminf_edge.text.tokenizer import prompt_to_tokens
 
     prompt = args.prompt if args.file is None else read_text(args.file)
+    sampling = sampling_params(args)
     with contextlib.closing(open_model(args)) as llm:
+        llm.sampling, llm.detect_loops = sampling, args.detect_loops
         require_vocabulary(llm)
         tokens = prompt_to_tokens(llm, prompt, None).tolist()
         pieces: list[str] = []
         finish_reason = "length"
         started = time.perf_counter()
-        first = None  # when the first text came
+        first = None  # time of the first text
         try:
             if args.tokens != 0:
                 chunks = llm.create_completion(
                     tokens,
                     max_tokens=args.tokens,
-                    temperature=args.temp,
-                    top_k=args.top_k,
-                    top_p=args.top_p,
-                    min_p=args.min_p,
-                    repeat_penalty=args.repeat_penalty,
-                    seed=args.seed,
+                    **llm.sampling.completion_arguments(),
                     logit_bias={llm.token_eos(): float("-inf")} if args.ignore_eos else None,
                     stream=True,
                 )
@@ -97,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             finish_reason = "interrupted"
         ended = time.perf_counter()
         n_prompt = len(tokens)
-        # of max_tokens the last one is sampled, but not processed any more
+        # the last of max_tokens is sampled but not processed
         n_generated = max(llm.n_tokens - n_prompt, 0) + (finish_reason == "length" and args.tokens != 0)
         stream = None if args.stock else llm.stream_info()
     prompt_seconds, seconds = (first or ended) - started, ended - (first or ended)

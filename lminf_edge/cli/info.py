@@ -1,8 +1,9 @@
-"""Tells whether a GGUF model can stream without end, and what its cache costs.
+"""Reports whether a GGUF model can have a Λ cache, and what that costs.
 
 --json prints
   model, architecture, n_ctx_train, supported, refusal (a sentence, or null)
-  attention: what would compute it here, "fused" or "stock"; null without support
+and, null without support,
+  attention: its implementation here, "fused" or "stock"
   kv_bytes_per_token: {"f16": bytes, ...} for each number format
   window: n_global, n_local, max_distance, n_slack, n_ubatch, kv_type, kv_bytes for the settings given, as estimated
   stock_kv_bytes: what full attention takes at its training length
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lminf_edge.cli.common import (
     KV_TYPE_NUMBERS,
@@ -20,10 +22,10 @@ from lminf_edge.cli.common import (
     human_bytes,
     model_header,
     print_json,
-    window_config,
+    resolved_window,
 )
 from lminf_edge.cli.probe import probe
-from lminf_edge.config import kv_bytes, physical_memory, resolve
+from lminf_edge.config import kv_bytes, physical_memory
 from lminf_edge.gguf_header import Header
 
 HELP = "whether a model is supported, and what its cache costs"
@@ -38,15 +40,45 @@ def run(args: argparse.Namespace) -> int:
     path, header = model_header(args.model)
     kv_type = KV_TYPE_NUMBERS[args.kv_type]
     refusal, attention = probe(path, kv_type, args.attention)
-    window = resolve(window_config(args), None, header.n_ctx_train or 4096)
-    n_ubatch = window.default_ubatch()
-    report = {
+    report: dict[str, Any] = {
         "model": path,
         "architecture": header.architecture,
         "n_ctx_train": header.n_ctx_train,
         "supported": refusal is None,
         "refusal": refusal,
         "attention": attention,
+        "kv_bytes_per_token": None,
+        "window": None,
+        "stock_kv_bytes": None,
+        "recommended": None,
+    }
+    if refusal is None:
+        report.update(costs(args, header, kv_type))
+    if args.json:
+        print_json(report)
+        return 0
+    print(f"model           {path}")
+    print(f"architecture    {header.architecture}, trained on {header.n_ctx_train} tokens")
+    print(f"supported       {'yes' if refusal is None else 'no: ' + refusal}")
+    if refusal is not None:
+        return 0
+    window = report["window"]
+    print(f"attention       {attention}")
+    print(f"KV cache        {human_bytes(report['kv_bytes_per_token'][args.kv_type])} per token in {args.kv_type}")
+    print(
+        f"this window     first {window['n_global']} and last {window['n_local']} tokens: "
+        f"{human_bytes(window['kv_bytes'])}, however long the stream"
+    )
+    print(f"full attention  {human_bytes(report['stock_kv_bytes'])} at {header.n_ctx_train} tokens")
+    print(f"recommended     {report['recommended']}")
+    return 0
+
+
+def costs(args: argparse.Namespace, header: Header, kv_type: int) -> dict[str, Any]:
+    """The part of the report for supported models: for others the header does not tell."""
+    window = resolved_window(args, header)
+    n_ubatch = window.default_ubatch()
+    return {
         "kv_bytes_per_token": {name: kv_bytes(header, number, 1) for name, number in KV_TYPE_NUMBERS.items()},
         "window": {
             "n_global": window.n_global,
@@ -58,25 +90,8 @@ def run(args: argparse.Namespace) -> int:
             "kv_bytes": window.kv_bytes(header, kv_type, kv_type, n_ubatch),
         },
         "stock_kv_bytes": kv_bytes(header, kv_type, header.n_ctx_train),
-        "recommended": None if refusal else recommend(header, args.n_global),
+        "recommended": recommend(header, args.n_global),
     }
-    if args.json:
-        print_json(report)
-        return 0
-    print(f"model           {path}")
-    print(f"architecture    {header.architecture}, trained on {header.n_ctx_train} tokens")
-    print(f"supported       {'yes' if refusal is None else 'no: ' + refusal}")
-    if attention:
-        print(f"attention       {attention}")
-    print(f"KV cache        {human_bytes(kv_bytes(header, kv_type, 1))} per token in {args.kv_type}")
-    print(
-        f"this window     first {window.n_global} and last {window.n_local} tokens: "
-        f"{human_bytes(report['window']['kv_bytes'])}, however long the stream"  # type: ignore[index]
-    )
-    print(f"full attention  {human_bytes(report['stock_kv_bytes'])} at {header.n_ctx_train} tokens")  # type: ignore[arg-type]
-    if report["recommended"]:
-        print(f"recommended     {report['recommended']}")
-    return 0
 
 
 def recommend(header: Header, n_global: int) -> str:

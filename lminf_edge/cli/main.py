@@ -1,17 +1,18 @@
-"""Parses the command line, runs the subcommand, and turns every foreseeable failure into one sentence."""
+"""Parses the command line, runs the subcommand, and turns every failure into one sentence."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lminf_edge
 from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, serve
-from lminf_edge.cli.common import CommandError
+from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
 
 COMMANDS = (chat, serve, generate, ppl, passkey, bench, info, doctor, demo)
 
@@ -19,7 +20,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that complains in one line."""
+    """An ArgumentParser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -29,6 +30,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     parser = Parser(prog="lminf-edge", description="Endless streams in constant memory for llama.cpp models.")
     parser.add_argument("--version", action="version", version=f"lminf-edge {lminf_edge.__version__}")
+    add_debug(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         name = command.__name__.rsplit(".", 1)[1]
@@ -41,34 +43,56 @@ def build_parser() -> Parser:
         )
         command.add_arguments(subparser)
         subparser.add_argument("--json", action="store_true", help="print one JSON object and nothing else to stdout")
+        add_debug(subparser)
         subparser.set_defaults(run=command.run)
     return parser
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,  # or a subcommand without it would undo the one before it
+        help=f"show where an error comes from; the same as {DEBUG_VARIABLE}=1",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 failed, 2 wrong usage, 130 interrupted."""
     args = build_parser().parse_args(argv)
+    if getattr(args, "debug", False):
+        os.environ[DEBUG_VARIABLE] = "1"  # for the server, and for processes that we start
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except (CommandError, ValueError, RuntimeError, MemoryError, ImportError) as error:
-        return _fail(str(error) or "There is not enough memory.")
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if wants_debug():
+            traceback.print_exception(error)
+        print(f"error: {' '.join(_sentence(error).split())}", file=sys.stderr)
+        return FAILED
 
 
-def _fail(sentence: str) -> int:
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    return FAILED
+def _sentence(error: Exception) -> str:
+    """The message for the user: what to do, or to report a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return str(error) or "There is not enough memory."
+    if isinstance(error, ImportError) and str(error).endswith("."):  # raised by us, in a sentence; Python's has no stop
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # of the system: a file, a full disk
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    what = f"{type(error).__name__}: {error}"
+    return f"This is a bug in lminf-edge ({what}): run it again with --debug and report what it prints."
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

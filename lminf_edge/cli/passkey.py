@@ -1,10 +1,10 @@
 """Hides a five-digit number in a long text and asks for it at the end: by length of the text and place of the number.
 
-An answer is right if the first number the model says, always taking the likeliest token, is the key. A key "in reach"
+An answer is right if the first number in it is the key; decoding is greedy. A key "in reach"
 is one that can still be attended to until the answer ends: in the window, or among the first n_global tokens. Nothing
 else is remembered: a key that has left the window is lost.
 
-Ctrl-C ends the measurement: what was asked until then is printed.
+Ctrl-C ends the measurement and prints the results so far.
 
 --json prints
   template, lengths, depths, trials (per cell)
@@ -28,6 +28,8 @@ from lminf_edge.cli.common import (
     add_model,
     add_window,
     check_output,
+    expand_home,
+    file_path,
     load,
     model_header,
     number,
@@ -47,7 +49,7 @@ from lminf_edge.models import embedded_models
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
-HELP = "what is remembered of a long text, and what is not"
+HELP = "what the model can retrieve from a long text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + "; default: prose for an embedded model, else paper",
     )
     parser.add_argument(
-        "-f", "--file", metavar="FILE", help="UTF-8 text for prose, - for stdin; default: Python's documentation"
+        "-f",
+        "--file",
+        metavar="FILE",
+        type=expand_home,
+        help="UTF-8 text for prose, - for stdin; default: Python's documentation",
     )
     parser.add_argument("--seed", metavar="N", type=whole_number(0), default=0, help="of keys and places; default 0")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw heat maps: .png, .svg or .pdf")
+    parser.add_argument("--plot", metavar="FILE", type=file_path, help="draw heat maps: .png, .svg or .pdf")
     add_window(parser)
     add_compute(parser, stock=False)
 
@@ -105,13 +111,13 @@ def run(args: argparse.Namespace) -> int:
 
         check_output(args.plot)
         check_plot(args.plot)
+    setup = set_up(args)
+    lengths = args.lengths or [setup.window.size * factor // 2 for factor in (1, 2, 4, 8)]
+    setup.check(args.policies, max(lengths) + MAX_ANSWER)
     template = args.template or ("prose" if args.model in embedded_models() else "paper")
     prose = "" if template == "paper" else read_text(args.file) if args.file else python_documentation()
     if template == "prose" and not prose.split():
         raise CommandError(f"{args.file} has no words in it.")
-    setup = set_up(args)
-    lengths = args.lengths or [setup.window.size * factor // 2 for factor in (1, 2, 4, 8)]
-    setup.check(args.policies, max(lengths) + MAX_ANSWER)
 
     cells: dict[str, list[Cell]] = {}
     status = 0
@@ -120,10 +126,11 @@ def run(args: argparse.Namespace) -> int:
         for length in lengths:
             task.prompt(length, 0.0, 0)  # says whether it is too short
         try:
-            with Progress(quiet=args.json) as progress:
+            with Progress("cells") as progress:
+                progress.expect(len(args.policies) * len(lengths) * len(args.depths))
                 for policy in args.policies:
                     cells[policy.name] = []
-                    progress.begin(policy.name, len(lengths) * len(args.depths), "cells")
+                    progress.begin(policy.name)
                     with setup.reader(policy, max(lengths) + MAX_ANSWER) as reader:
                         for length in lengths:
                             for depth in args.depths:

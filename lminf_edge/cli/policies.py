@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.cli.common import CommandError, load, model_header, model_settings, window_config
+from lminf_edge.cli.common import CommandError, load, model_header, model_settings, resolved_window
 from lminf_edge.cli.probe import probe, stock_refusal
-from lminf_edge.config import Window, kv_bytes, physical_memory, resolve
+from lminf_edge.config import Window, kv_bytes, physical_memory
 from lminf_edge.evaluate.policies import POLICIES, Policy, describe, parse_policies
 from lminf_edge.gguf_header import Header
 
@@ -31,7 +31,7 @@ def policies(text: str) -> list[Policy]:
 
 @dataclass(frozen=True)
 class Setup:
-    """The model and what all policies have in common."""
+    """The model and the settings that all policies share."""
 
     path: str
     header: Header
@@ -77,5 +77,5 @@ def set_up(args: argparse.Namespace) -> Setup:
     """From the options of add_model, add_window and add_compute."""
     path, header = model_header(args.model)
     settings = model_settings(args)
-    window = resolve(window_config(args), None, header.n_ctx_train or 4096)
+    window = resolved_window(args, header)
     return Setup(path, header, window, settings["type_k"], settings)

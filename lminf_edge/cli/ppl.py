@@ -1,15 +1,16 @@
 """Measures how well a model predicts a text, position by position.
 
 The text is one stream: token i + 1 is predicted from tokens 0..i (from those the window leaves, without --stock) and
-its loss is -log p in nats. BOS is put in front if the model wants it, and is not scored. Ctrl-C ends the measurement:
-what was read until then is printed.
+its loss is -log p in nats. BOS is put in front if the model wants it, and is not scored. Ctrl-C ends the measurement
+and prints the results so far.
 
 --json prints
   tokens     number of tokens scored: all but the first
   mean_nll   mean loss in nats per token; perplexity is exp(mean_nll)
   buckets    [{"start": s, "end": e, "mean_nll": x}, ...]: mean loss of tokens s + 1 .. e, --bucket tokens each
 and with --policies
-  policies   {"lminf": {"tokens", "mean_nll", "buckets"}, ...}: the same for each, on the same tokens
+  policies   {"lminf": {"tokens", "mean_nll", "buckets", "stages"}, ...}: the same for each, on the same tokens;
+             stages are mean losses: {"window_not_full", "window_full", "past_training"}, those that were reached
              with --kl also {"kl": {"stretches", "tokens", "mean_kl", "buckets": [{"start", "end", "mean_kl"}, ...]}}:
              KL(full attention || policy) of the predictions after tokens start .. end - 1 of a stretch, in nats
 """
@@ -21,7 +22,7 @@ import contextlib
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from lminf_edge.cli.common import (
     add_model,
     add_window,
     check_output,
+    expand_home,
+    file_path,
     load,
     model_header,
     open_model,
@@ -41,7 +44,7 @@ from lminf_edge.cli.common import (
     whole_number,
 )
 from lminf_edge.cli.policies import EPILOG, Setup, policies, set_up
-from lminf_edge.cli.probe import stock_refusal
+from lminf_edge.cli.probe import probe, stock_refusal
 from lminf_edge.cli.progress import Progress
 from lminf_edge.evaluate.buckets import Bucket, BucketMeans, even_edges, log_edges
 from lminf_edge.evaluate.policies import POLICIES
@@ -57,11 +60,21 @@ BUCKET = 512
 
 @dataclass(frozen=True)
 class Text:
-    """What is read: tokens, the first n_bos of them put in front; a stream of n_tokens, over and over if need be."""
+    """The text: its tokens, the first n_bos of them BOS; a stream of n_tokens, repeated if need be."""
 
     tokens: Sequence[int]
     n_bos: int
     n_tokens: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A range of positions that has a line of its own below a comparison."""
+
+    name: str
+    title: str
+    start: int
+    end: int
 
 
 @dataclass
@@ -70,13 +83,14 @@ class Curve:
 
     nll: BucketMeans
     kl: BucketMeans | None = None
+    stages: dict[Stage, BucketMeans] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("-f", "--file", metavar="FILE", required=True, help="UTF-8 text, - for stdin")
-    parser.add_argument("--tokens", metavar="N", type=whole_number(2), help="read only the first N tokens of the text")
-    parser.add_argument("--repeat", action="store_true", help="a text that ends before --tokens begins again")
+    parser.add_argument("-f", "--file", metavar="FILE", type=expand_home, required=True, help="UTF-8 text, - for stdin")
+    parser.add_argument("--tokens", metavar="N", type=whole_number(2), help="use only the first N tokens of the text")
+    parser.add_argument("--repeat", action="store_true", help="repeat a text that ends before --tokens")
     parser.add_argument(
         "--bucket",
         metavar="N",
@@ -98,9 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --policies, compare the predictions with those of full attention as well, in N stretches of the "
         "text that are as long as the training length",
     )
-    group.add_argument("--csv", metavar="FILE", type=Path, help="write policy, measure, start, end, mean as CSV")
+    group.add_argument("--csv", metavar="FILE", type=file_path, help="write policy, measure, start, end, mean as CSV")
     group.add_argument(
-        "--plot", metavar="FILE", type=Path, help="draw the loss by position: .png, .svg or .pdf (needs matplotlib)"
+        "--plot",
+        metavar="FILE",
+        type=file_path,
+        help="draw the loss by position: .png, .svg or .pdf (needs matplotlib)",
     )
     add_window(parser)
     add_compute(parser)
@@ -113,18 +130,25 @@ def _bucket(text: str) -> int | str:
 def run(args: argparse.Namespace) -> int:
     path, header = model_header(args.model)
     _check(args)
+    # a model that cannot be used is refused before anything is asked of the text
+    setup = set_up(args) if args.policies else None
+    if setup is not None:
+        setup.check(args.policies, n_full=1)
+    else:
+        _check_alone(args, path, n_tokens=1)
     text = _read_tokens(args, path)
 
-    setup = set_up(args) if args.policies else None
+    window = None if setup is None else setup.window
     curves: dict[str, Curve] = {}
     status = 0
     try:
-        with Progress(quiet=args.json) as progress:
+        with Progress() as progress:
             if setup is None:
-                refusal = stock_refusal(path, KV_TYPE_NUMBERS[args.kv_type], text.n_tokens) if args.stock else None
-                if refusal:
-                    raise CommandError(f"Full attention cannot run: {refusal}")
+                if args.stock:
+                    _check_alone(args, path, text.n_tokens)
+                progress.expect(text.n_tokens - 1)
                 with contextlib.closing(open_model(args, n_ctx_stock=text.n_tokens)) as llm:
+                    window = None if args.stock else llm.scheduler.window
                     _measure(curves, "full" if args.stock else "lminf", llm, text, args.bucket or BUCKET, progress)
             else:
                 _compare(curves, args, setup, text, progress)
@@ -148,15 +172,17 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from lminf_edge.evaluate.plots import plot_losses
 
-        title = Path(args.model).stem
-        if setup:
-            title += f", window {setup.window.n_global} + {setup.window.n_local}, {args.kv_type} KV"
-        plot_losses(args.plot, {name: curve.nll.buckets() for name, curve in curves.items()}, header.n_ctx_train, title)
+        losses = {name: curve.nll.buckets() for name, curve in curves.items()}
+        title, size = Path(args.model).stem, 0
+        if window is not None:
+            title += f", window {window.n_global} + {window.n_local}, {args.kv_type} KV"
+            size = window.size
+        plot_losses(args.plot, losses, header.n_ctx_train, size, title)
     return status
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Finds out what is wrong with the options before anything is measured. Raises CommandError."""
+    """Checks the options before anything is measured. Raises CommandError."""
     if args.repeat and args.tokens is None:
         raise CommandError("--repeat needs --tokens: without it there is no end.")
     if args.policies is None:
@@ -174,6 +200,15 @@ def _check(args: argparse.Namespace) -> None:
         check_plot(args.plot)
 
 
+def _check_alone(args: argparse.Namespace, path: str, n_tokens: int) -> None:
+    """Raises CommandError if the model cannot run without --policies."""
+    kv_type = KV_TYPE_NUMBERS[args.kv_type]
+    if not args.stock and (refusal := probe(path, kv_type, args.attention)[0]):
+        raise CommandError(refusal)
+    if args.stock and (refusal := stock_refusal(path, kv_type, n_tokens)):
+        raise CommandError(f"Full attention cannot run: {refusal}")
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -188,17 +223,35 @@ def _read_tokens(args: argparse.Namespace, path: str) -> Text:
     return Text(tokens, n_bos, args.tokens if args.repeat else len(tokens))
 
 
+def _stages(setup: Setup, n: int) -> list[Stage]:
+    """Those that a stream of n losses reaches. The training length may be the window, less or more, or not known."""
+    size, n_train = setup.window.size, setup.header.n_ctx_train
+    stages = [Stage("window_not_full", "window not full", 0, size), Stage("window_full", "window full", size, n)]
+    if n_train:
+        stages.append(Stage("past_training", "past training", n_train, n))
+    return [stage for stage in stages if stage.start < min(stage.end, n)]
+
+
 def _measure(
-    curves: dict[str, Curve], name: str, source: Any, text: Text, bucket: int | str, progress: Progress
+    curves: dict[str, Curve],
+    name: str,
+    source: Any,
+    text: Text,
+    bucket: int | str,
+    progress: Progress,
+    stages: Sequence[Stage] = (),
 ) -> None:
     """Adds the losses of a text to the curve of that name; source is a model or a reader."""
     from lminf_edge.evaluate import nll_blocks
 
     means = BucketMeans(_edges(text.n_tokens - 1, bucket))
-    curves[name] = Curve(means)
-    progress.begin(name, text.n_tokens - 1)
+    curves[name] = Curve(means, stages={stage: BucketMeans([stage.start, stage.end]) for stage in stages})
+    progress.begin(name)
     for start, nll in nll_blocks(source, text.tokens, text.n_tokens, text.n_bos):
         means.add(start, nll)
+        for stage, inside in curves[name].stages.items():
+            skipped = max(stage.start - start, 0)
+            inside.add(start + skipped, nll[skipped : max(stage.end - start, 0)])
         progress.at(start + len(nll))
 
 
@@ -216,14 +269,18 @@ def _compare(curves: dict[str, Curve], args: argparse.Namespace, setup: Setup, t
         )
     n_full = min(text.n_tokens, args.full_tokens or text.n_tokens)
     stretches = stretches_of(args.kl, setup, text) if args.kl else []
-    setup.check(args.policies, n_full)
+    setup.check([policy for policy in args.policies if policy.name == "full"], n_full)
     if stretches:
         setup.check([POLICIES["full"]], len(stretches[0]))
     bucket = args.bucket or "log"
-    for policy in args.policies:
-        part = replace(text, n_tokens=n_full) if policy.name == "full" else text
+    parts = {policy: replace(text, n_tokens=n_full) if policy.name == "full" else text for policy in args.policies}
+    n_compared = len(stretches) * sum(policy.name != "full" for policy in parts)
+    progress.expect(
+        sum(part.n_tokens - 1 for part in parts.values()) + n_compared * (len(stretches[0]) if stretches else 0)
+    )
+    for policy, part in parts.items():
         with setup.reader(policy, part.n_tokens) as reader:
-            _measure(curves, policy.name, reader, part, bucket, progress)
+            _measure(curves, policy.name, reader, part, bucket, progress, _stages(setup, part.n_tokens - 1))
     if stretches:
         _diverge(curves, setup, stretches, bucket, progress)
 
@@ -255,8 +312,8 @@ def _diverge(
     bucket: int | str,
     progress: Progress,
 ) -> None:
+    from lminf_edge.cache.token_log import as_tokens
     from lminf_edge.evaluate import divergence_blocks
-    from lminf_edge.history import as_tokens
 
     length = len(stretches[0])
     with setup.reader(POLICIES["full"], length) as reference:
@@ -264,7 +321,7 @@ def _diverge(
             if name == "full":
                 continue
             curve.kl = BucketMeans(_edges(length, bucket))
-            progress.begin(f"{name}, KL", length * len(stretches))
+            progress.begin(f"{name}, KL")
             with setup.reader(POLICIES[name], length) as reader:
                 for i, stretch in enumerate(stretches):
                     for start, kl in divergence_blocks(reference, reader, as_tokens(stretch)):
@@ -282,6 +339,8 @@ def report(curve: Curve, n_stretches: int | None) -> dict[str, Any]:
         "mean_nll": curve.nll.mean,
         "buckets": [_bucket_report(bucket, "mean_nll") for bucket in curve.nll.buckets()],
     }
+    if curve.stages:
+        result["stages"] = {stage.name: means.mean for stage, means in curve.stages.items() if means.count}
     if curve.kl is not None and curve.kl.count:
         result["kl"] = {
             "stretches": n_stretches,
@@ -319,12 +378,20 @@ def _print_table(curves: dict[str, Curve], n_stretches: int | None) -> None:
 
     print(f"{'nats per token':<20}  {'  '.join(f'{name:>{width}}' for name, width in widths.items())}")
     rows({name: curve.nll for name, curve in curves.items()})
+    for stage in dict.fromkeys((each.name, each.title) for curve in curves.values() for each in curve.stages):
+        means = {name: _stage_mean(curve, stage[0]) for name, curve in curves.items()}
+        if any(mean is not None for mean in means.values()):
+            line(stage[1], means)
     line("all", {name: curve.nll.mean for name, curve in curves.items()})
     line("perplexity", {name: math.exp(curve.nll.mean) for name, curve in curves.items()})
     if any(curve.kl for curve in curves.values()):
         print(f"\nKL divergence to full attention, nats, {n_stretches} stretches")
         rows({name: curve.kl for name, curve in curves.items()})
         line("all", {name: curve.kl.mean if curve.kl else None for name, curve in curves.items()})
+
+
+def _stage_mean(curve: Curve, name: str) -> float | None:
+    return next((means.mean for stage, means in curve.stages.items() if stage.name == name and means.count), None)
 
 
 def write_csv(path: Path, curves: dict[str, Curve]) -> None:

@@ -1,4 +1,4 @@
-"""What llama.cpp and our library will do with a model, found out without reading its weights."""
+"""Probes what llama.cpp and our library will do with a model, without loading its weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from lminf_edge.cli.common import CommandError
 from lminf_edge.config import ATTENTIONS, Attention, is_quantized
+from lminf_edge.errors import UserError
+from lminf_edge.native import Params
 
 
 def probe(path: str, kv_type: int, attention: Attention) -> tuple[str | None, Attention | None]:
@@ -19,29 +21,22 @@ def probe(path: str, kv_type: int, attention: Attention) -> tuple[str | None, At
     from lminf_edge import native
 
     library = native.load()
-    from llama_cpp import llama_cpp as bindings
-
     window = library.default_params()
     window.n_local = 64
     window.attention = ATTENTIONS.index(attention)
-    with _without_weights(path) as (model, reason):
-        if reason:
-            return reason, None
-        # some models are only found out when their graph is built, so asking lminf_refusal is not enough
-        with library.next_context(window):
-            context, why = _context(model, kv_type)
-            refusal = None if context else library.last_error() or why
-        chosen = ATTENTIONS[library.params(context).attention] if context else None
-        if context:
-            bindings.llama_free(context)
-    return refusal, chosen
+    try:
+        # some models are only refused when their graph is built, so lminf_refusal is not enough
+        with _without_weights(path) as model, _context(model, kv_type, window) as context:
+            return None, ATTENTIONS[library.params(context).attention]
+    except _Refused as error:
+        return str(error), None
 
 
 def stock_refusal(path: str, kv_type: int, n_positions: int, shift: bool = False) -> str | None:
     """Why llama.cpp's own cache cannot hold a stream of so many tokens, in one sentence; None if it can.
 
-    With `shift`, a context of so many tokens that is shifted when it is full. llama.cpp itself would abort, or go on as
-    if nothing was wrong. Raises CommandError if the file is damaged.
+    With `shift`, a context of so many tokens that is shifted when it is full. llama.cpp itself would abort, or continue
+    as if nothing was wrong. Raises CommandError if the file is damaged.
     """
     from lminf_edge import native
 
@@ -50,61 +45,61 @@ def stock_refusal(path: str, kv_type: int, n_positions: int, shift: bool = False
 
     from lminf_edge.evaluate.reader import can_shift
 
-    with _without_weights(path) as (model, reason):
-        if reason:
-            return reason
-        ours = library.refusal(model) or ""
-        if "not causal" in ours:
-            return "its attention is not causal, so it does not predict the next token."
-        n_ctx_train = bindings.llama_model_n_ctx_train(model)
-        if "learned absolute positions" in ours and n_positions > n_ctx_train:
-            return f"it adds learned absolute positions, and there are {n_ctx_train} of them."
-        if not shift:
-            return None
-        context, why = _context(model, kv_type)
-        if not context:
-            return why
-        able = can_shift(context)
-        bindings.llama_free(context)
+    try:
+        with _without_weights(path) as model:
+            ours = library.refusal(model) or ""
+            if "not causal" in ours:
+                return "its attention is not causal, so it does not predict the next token."
+            n_ctx_train = bindings.llama_model_n_ctx_train(model)
+            if "learned absolute positions" in ours and n_positions > n_ctx_train:
+                return f"it adds learned absolute positions, and there are {n_ctx_train} of them."
+            if not shift:
+                return None
+            with _context(model, kv_type) as context:
+                able = can_shift(context)
+    except _Refused as error:
+        return str(error)
     return None if able else "llama.cpp cannot shift the cache of this model."
 
 
+class _Refused(Exception):
+    """Why the model cannot be used so, in one sentence."""
+
+
 @contextlib.contextmanager
-def _without_weights(path: str) -> Iterator[tuple[Any, str | None]]:
-    """Yields (model, None), or (None, a sentence) for an architecture that llama.cpp does not know."""
+def _without_weights(path: str) -> Iterator[Any]:
+    """A llama_model. Raises _Refused for an architecture that llama.cpp does not know, CommandError otherwise."""
     from llama_cpp import llama_cpp as bindings
     from llama_cpp._logger import set_verbose
 
-    from lminf_edge import native
+    from lminf_edge.model import native_model
 
     set_verbose(False)
-    params = bindings.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = bindings.LLAMA_LOAD_MODE_NONE
-    with native.captured_errors() as errors:
-        model = bindings.llama_model_load_from_file(path.encode("utf-8"), params)
-        if not model:
-            reason = native.load_failure(path, errors) or f"{path} cannot be loaded."
-            if "unknown model architecture" not in reason:
-                raise CommandError(reason)
-            yield None, reason
-            return
-        try:
-            yield model, None
-        finally:
-            bindings.llama_model_free(model)
+    try:
+        model = native_model(path, no_alloc=True, load_mode=bindings.LLAMA_LOAD_MODE_NONE)
+    except UserError as error:
+        raise (_Refused if "unknown model architecture" in str(error) else CommandError)(str(error)) from None
+    try:
+        yield model
+    finally:
+        bindings.llama_model_free(model)
 
 
-def _context(model: Any, kv_type: int) -> tuple[Any, str]:
-    """A small context, or none and a sentence that says why."""
+@contextlib.contextmanager
+def _context(model: Any, kv_type: int, window: Params | None = None) -> Iterator[Any]:
+    """A small llama_context. Raises _Refused."""
     from llama_cpp import llama_cpp as bindings
 
-    from lminf_edge import native
+    from lminf_edge.model import native_context
 
-    params = bindings.llama_context_default_params()
-    params.n_ctx = params.n_batch = 64
-    params.type_k = params.type_v = kv_type
-    params.flash_attn_type = int(is_quantized(kv_type))  # llama.cpp has quantized values only with flash attention
-    with native.captured_errors() as errors:
-        context = bindings.llama_init_from_model(model, params)
-    return context, native.context_failure(errors) or "llama.cpp cannot make a context for this model."
+    flash_attn_type = int(is_quantized(kv_type))  # llama.cpp has quantized values only with flash attention
+    try:
+        context = native_context(
+            model, window, n_ctx=64, n_batch=64, type_k=kv_type, type_v=kv_type, flash_attn_type=flash_attn_type
+        )
+    except UserError as error:
+        raise _Refused(str(error)) from None
+    try:
+        yield context
+    finally:
+        bindings.llama_free(context)

@@ -1,7 +1,8 @@
-"""Serves a model to chat front ends, by OpenAI's and llama.cpp's APIs, and a page to try it on.
+"""Serves a model to chat front ends through OpenAI's and llama.cpp's APIs, with a page to try it on.
 
-A conversation may be of any length: of a history that is sent again only what is new is read. Conversations that are
-not in use are kept in memory, then in files, and survive a restart.
+Conversations may be of any length: of a history sent again, only the new part is processed. Conversations not in use
+are kept in memory, then in files, and survive a restart. The sampling options are defaults for requests. A request
+without a token limit ends with finish_reason "length" once the model repeats itself exactly, over and over.
 
 --json prints, once the server is ready,
   url, model, pid, sink, window, parallel, kv_bytes, folder (null if nothing is kept on disk)
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,17 @@ from lminf_edge.cli.common import (
     CommandError,
     add_compute,
     add_model,
+    add_prefill,
+    add_sampling,
     add_window,
+    file_path,
     human_bytes,
     model_header,
     model_settings,
+    options_named,
     print_json,
     require_vocabulary,
+    sampling_params,
     size,
     whole_number,
     window_config,
@@ -36,35 +43,42 @@ from lminf_edge.cli.common import (
 from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from lminf_edge.engine import Engine
-    from lminf_edge.server.state import Embedder
+    from lminf_edge.engine.engine import Engine
+    from lminf_edge.server.connections import Server
+    from lminf_edge.server.state import Embedder, ServerState
+    from lminf_edge.text.service import TextService
 
 HELP = "serve a model to chat front ends (needs the extra [server])"
 
 KEY_VARIABLE = "LMINF_API_KEY"
 MAX_PARALLEL = 64
+FAILED = 1
+CLOSE_SECONDS = 1.0  # for worker threads whose clients are gone
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# what desktop apps made with Tauri, such as Jan, send; no page on the web has them
+# origins of desktop apps made with Tauri, such as Jan; no web page has them
 APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.localhost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine only"
+        "--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only"
     )
-    parser.add_argument("--port", type=whole_number(0, 65535), default=8080, help="default 8080; 0: any that is free")
-    parser.add_argument("--alias", metavar="NAME", help="the model's name for clients; default: that of its file")
+    parser.add_argument("--port", type=whole_number(0, 65535), default=8080, help="default 8080; 0: any free port")
+    parser.add_argument("--alias", metavar="NAME", help="the model's name for clients; default: its file name")
     parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
-    parser.add_argument("--embeddings", action="store_true", help="answer /v1/embeddings as well: a second context")
+    parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings, from a second context")
     add_conversations(parser)
     group = parser.add_argument_group("safety")
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"asked from clients; must be given for an address other than this machine's; default ${KEY_VARIABLE}",
+        action="append",
+        default=[],
+        help="clients must send it; required if --host is not this machine only; repeatable: different keys share "
+        f"no cache; default ${KEY_VARIABLE}",
     )
-    group.add_argument("--api-key-file", metavar="FILE", type=Path, help="the same, from the first line of a file")
+    group.add_argument("--api-key-file", metavar="FILE", type=file_path, help="more keys, one per line of a file")
     group.add_argument(
         "--allowed-origin",
         metavar="URL",
@@ -79,65 +93,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a name this server is reached by; repeatable",
     )
-    group.add_argument("--max-body", metavar="SIZE", type=size, default=64 << 20, help="of a request; default 64M")
     group.add_argument(
-        "--max-requests", metavar="N", type=whole_number(1, 4096), default=64, help="open at a time; default 64"
+        "--max-body", metavar="SIZE", type=size, default=16 << 20, help="largest request body; default 16M"
     )
-    group.add_argument("--log-messages", action="store_true", help="write what people say into the log")
+    group.add_argument(
+        "--max-requests",
+        metavar="N",
+        type=whole_number(1, 4096),
+        default=64,
+        help="requests answered at a time; default 64",
+    )
+    group.add_argument("--log-messages", action="store_true", help="log the messages of conversations")
+    parser.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=whole_number(-1),
+        default=-1,
+        help="limit for requests that set none; default -1, as 0: no limit",
+    )
+    add_sampling(parser)
     add_window(parser)
     add_compute(parser, stock=False)
 
 
 def add_conversations(parser: argparse.ArgumentParser) -> None:
-    """Options about conversations, for serve and chat."""
+    """Options about conversations."""
     group = parser.add_argument_group("conversations")
     group.add_argument(
         "--parallel",
         metavar="N",
         type=whole_number(1, MAX_PARALLEL),
         default=4,
-        help="conversations in the context, answered together; each takes a whole KV cache; default 4",
+        help="conversations in the context, decoded together; each takes a whole KV cache; default 4",
     )
     group.add_argument(
         "--pin-system",
         action="store_true",
-        help="keep a conversation's system block as its first tokens, which are never forgotten, up to --max-sinks",
+        help="keep a conversation's system block among its first tokens, which never leave, up to --max-sinks",
     )
     group.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
+    add_prefill(group)
     group.add_argument(
-        "--on-trim",
-        choices=("continue", "reread"),
-        default="continue",
-        help="when a front end drops the oldest messages: go on with the stream that knew them, or read what is sent",
+        "--memory",
+        metavar="SIZE",
+        type=size,
+        default=1 << 30,
+        help="memory for conversations not in the context; default 1G",
     )
     group.add_argument(
-        "--memory", metavar="SIZE", type=size, default=1 << 30, help="for conversations not in the context; default 1G"
+        "--disk", metavar="SIZE", type=size, default=8 << 30, help="disk for their files; default 8G; 0: none"
     )
     group.add_argument(
-        "--disk", metavar="SIZE", type=size, default=8 << 30, help="for their files; default 8G; 0: none"
+        "--folder", metavar="DIR", type=file_path, help="folder of these files; default: the user's data folder"
     )
-    group.add_argument("--folder", metavar="DIR", type=Path, help="of these files; default: the user's data folder")
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine of the command line. Raises ValueError, MemoryError or CommandError, in one sentence."""
-    from lminf_edge.engine import load_engine
+def open_service(args: argparse.Namespace) -> TextService:
+    """Makes the service from the options. Raises UserError or MemoryError, in one sentence."""
+    from lminf_edge.engine.loading import load_engine
+    from lminf_edge.engine.params import Defaults
     from lminf_edge.native import captured_errors, load_failure
+    from lminf_edge.text.service import TEXT_BYTES, TextService
 
+    defaults = Defaults(sampling_params(args), args.max_tokens if args.max_tokens > 0 else None, args.detect_loops)
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
+    text_bytes = min(TEXT_BYTES, args.memory // 16)  # remembered texts are part of the memory asked for
     folder = None if args.disk == 0 else args.folder or default_folder()
-    with captured_errors() as errors:
+    with options_named(), captured_errors() as errors:
         try:
             engine = load_engine(
                 path,
                 parallel=args.parallel,
-                lminf=window_config(args),
+                lminf=replace(window_config(args), prefill=args.prefill, n_tail=args.n_tail),
                 max_sinks=max_sinks,
-                pin_system=args.pin_system,
-                on_trim=args.on_trim,
                 folder=folder,
-                memory_budget=args.memory,
+                memory_budget=args.memory - text_bytes,
                 disk_budget=args.disk,
                 chat_format=args.chat_format,
                 verbose=False,
@@ -146,13 +177,14 @@ def open_engine(args: argparse.Namespace) -> Engine:
         except ValueError as error:
             raise UserError(load_failure(path, errors) or str(error)) from error
     try:
-        require_vocabulary(engine.llm)
-    except CommandError:
+        require_vocabulary(engine.model.llama)
+        service = TextService(engine, defaults, args.pin_system, text_bytes)
+    except UserError:
         engine.close()
-        engine.llm.close()
+        engine.model.close()
         raise
-    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it takes llama.cpp's warnings for errors
-    return engine
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it reports llama.cpp's warnings as errors
+    return service
 
 
 def default_folder() -> Path:
@@ -163,50 +195,55 @@ def default_folder() -> Path:
 
 def run(args: argparse.Namespace) -> int:
     check_server_installed()
-    import uvicorn
-
     from lminf_edge.server import Settings, create_app
-    from lminf_edge.server.security import MAX_HEADER_BYTES
+    from lminf_edge.server.connections import Server
 
-    key = api_key(args)
-    if args.host not in LOOPBACK and key is None:
+    keys = api_keys(args)
+    if args.host not in LOOPBACK and not keys:
         raise CommandError(f"To listen at {args.host}, which others can reach, give --api-key or set {KEY_VARIABLE}.")
     with ExitStack() as stack:
         sock = stack.enter_context(listen(args.host, args.port))
-        engine = open_engine(args)
+        service = open_service(args)
+        engine = service.engine
         name = args.alias or Path(args.model).stem
         settings = Settings(
             model_name=name,
-            api_key=key,
+            api_keys=keys,
             hosts=allowed_hosts(args.host, args.allowed_host),
             origins=(*APP_ORIGINS, *(origin.rstrip("/") for origin in args.allowed_origin)),
             max_body=args.max_body,
             max_requests=args.max_requests,
+            max_connections=args.max_requests + 256,
             log_messages=args.log_messages,
         )
-        app = create_app(engine, settings, open_embedder(args, stack))
-        stack.callback(engine.llm.close)  # when nobody uses it any more:
-        stack.callback(app.state.server.threads.shutdown)
-        stack.callback(engine.close)
-        # uvicorn raises the signal that ended it once more, in a handler of its own if there is one: then what is
-        # above happens, too
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        app = create_app(service, settings, open_embedder(args, stack))
+        server = Server(app, log_level="warning" if args.json else "info")
+        stack.callback(close, engine, server, app.state.server)
+        # uvicorn raises the signal that stopped it again, so that a handler set before it runs: this one exits, and
+        # the callbacks above run
+        signal.signal(signal.SIGTERM, exit_once)
         show_log(args.log_messages)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{sock.getsockname()[1]}"
         announce(args, engine, name, url)
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            log_level="warning" if args.json else "info",
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            limit_concurrency=args.max_requests + 256,  # connections; those beyond the limit are told so by the guard
-            timeout_graceful_shutdown=3,
-            server_header=False,
-        )
-        uvicorn.Server(config).run(sockets=[sock])
-    return 0
+        server.run(sockets=[sock])
+    return FAILED if server.has_failed else 0
+
+
+def exit_once(*_: Any) -> None:
+    """A handler of SIGTERM: a second one must not interrupt the shutdown."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def close(engine: Engine, server: Server, state: ServerState) -> None:
+    """Closes everything. Threads that still work for clients that are gone end with the process."""
+    engine.close()
+    if not state.close(CLOSE_SECONDS):
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(FAILED if server.has_failed else 0)
+    engine.model.close()
 
 
 def check_server_installed() -> None:
@@ -221,25 +258,31 @@ def check_server_installed() -> None:
 
 
 def show_log(messages: bool) -> None:
-    """Our log goes where uvicorn's goes, to stderr."""
+    """Sends our log to stderr, as uvicorn does."""
     log = logging.getLogger("lminf_edge.server")
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO if messages else logging.WARNING)
 
 
-def api_key(args: argparse.Namespace) -> str | None:
-    """The key clients must send, None for none. Raises CommandError for one that is no key."""
-    key: str | None = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The keys that clients may send; empty: no key is required. Raises CommandError for an empty key."""
+    keys: list[str] = list(args.api_key)
     if args.api_key_file is not None:
         lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
-        key = lines[0] if lines else ""
-    if key is not None and not key.strip():
+        in_file = [line for line in lines if line.strip()]
+        if not in_file:
+            raise CommandError(f"{args.api_key_file} has no API key: write one in each line.")
+        keys += in_file
+    elif not keys and KEY_VARIABLE in os.environ:
+        keys.append(os.environ[KEY_VARIABLE])
+    keys = [key.strip() for key in keys]
+    if not all(keys):
         raise CommandError("The API key is empty.")
-    return None if key is None else key.strip()
+    return tuple(dict.fromkeys(keys))
 
 
 def allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
-    """Names a Host header may carry: this machine's, those listed, and the address unless it is all of them."""
+    """Names that a Host header may carry: this machine's, those listed, and the address unless it is a wildcard."""
     names = [*LOOPBACK, *more]
     if host not in ("0.0.0.0", "::"):
         names.append(host)
@@ -247,9 +290,9 @@ def allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises CommandError if there can be none."""
+    """A listening socket. Raises CommandError if the address cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is said; it would hold answers back for 40 ms
+    # asyncio turns Nagle's algorithm off only if the protocol is given; it would delay responses by 40 ms
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":
@@ -289,7 +332,7 @@ def announce(args: argparse.Namespace, engine: Engine, name: str, url: str) -> N
                 "sink": engine.n_sinks,
                 "window": engine.window.n_local,
                 "parallel": len(engine.slots),
-                "kv_bytes": engine.kv_bytes,
+                "kv_bytes": engine.model.kv_bytes,
                 "folder": None if folder is None else str(folder),
             }
         )
@@ -297,7 +340,7 @@ def announce(args: argparse.Namespace, engine: Engine, name: str, url: str) -> N
         print(f"{name} at {url}, API at {url}/v1")
         print(
             f"window {engine.n_sinks} + {engine.window.n_local} tokens; {len(engine.slots)} conversations at a time in "
-            f"{human_bytes(engine.kv_bytes)} of KV cache; others in {human_bytes(args.memory)} of memory"
+            f"{human_bytes(engine.model.kv_bytes)} of KV cache; others in {human_bytes(args.memory)} of memory"
             + (f" and {human_bytes(args.disk)} in {folder}" if folder else "")
         )
     print(end="", flush=True)

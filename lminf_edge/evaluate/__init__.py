@@ -1,6 +1,6 @@
 """Measuring a model on a stream.
 
-The functions are imported when they are asked for: what the policies are called is known without a library.
+The functions are imported on first access: the names of policies need no library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Means over ranges of positions, taken while the stream goes by."""
+"""Means over ranges of positions, accumulated while the stream is processed."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.evaluate.nll import Nll, log_sum_exp, row_blocks
 from lminf_edge.evaluate.reader import Reader
-from lminf_edge.history import Tokens
 
 
 def divergence_blocks(reference: Reader, reader: Reader, tokens: Tokens) -> Iterator[tuple[int, Nll]]:

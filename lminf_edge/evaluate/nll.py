@@ -8,9 +8,9 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.errors import UserError
 from lminf_edge.evaluate.reader import Reader, reader_of
-from lminf_edge.history import Tokens, as_tokens
 
 Nll = npt.NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def nll_blocks(
 ) -> Iterator[tuple[int, Nll]]:
     """The same, batch by batch: yields (i, nll) where nll[0] is that of token i + 1.
 
-    The stream has n_tokens; None: those there are. After the last one it goes on with the first, all but n_bos of them.
+    The stream has n_tokens; None: as many as given. After the last it repeats from the first, without the n_bos.
     """
     text = as_tokens(tokens)
     n_tokens = len(text) if n_tokens is None else n_tokens

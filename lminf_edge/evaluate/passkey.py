@@ -1,4 +1,4 @@
-"""Passkey retrieval: a number told once in a long text, and asked for at its end.
+"""Passkey retrieval: a number stated once in a long text, and asked for at its end.
 
 Task and wording: Mohtashami & Jaggi 2023 (arXiv:2305.16300), as in the code that LM-Infinite was published with
 (https://github.com/Glaciohound/LM-Infinite, data/passkey_retrieval). Two things differ. Keys always have five digits:
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.errors import UserError
-from lminf_edge.history import Tokens, as_tokens
 
 if TYPE_CHECKING:
     from lminf_edge.evaluate.reader import Reader
@@ -124,9 +124,9 @@ class Passkey:
 
 
 def answer(reader: Reader, prompt: Prompt, detokenize: Callable[[list[int]], bytes]) -> tuple[str, bool]:
-    """What the model answers, greedily, and whether it could attend to the key until the end of its answer.
+    """The model's greedy answer, and whether it could attend to the key until the end of its answer.
 
-    The stream begins anew.
+    Starts a new stream.
     """
     reader.clear()
     for start in range(0, len(prompt.tokens), reader.n_batch):

@@ -1,4 +1,4 @@
-"""Pictures of what was measured. They need matplotlib, the extra [plot]."""
+"""Plots of the results. They need matplotlib, the extra [plot]."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 
-# colour, dashes and width of each policy, drawn in this order: where they coincide, as they often do, all can be seen
+# color, dashes and width of each policy, drawn in this order: where they coincide, as they often do, all can be seen;
+# the colors are Okabe and Ito's, which color-blind people tell apart, and no two solid lines are equally wide
 STYLES = {
-    "full": ("tab:red", "-", 1.6),
-    "sinks-uncapped": ("tab:brown", "-", 1.6),
-    "lminf": ("lightskyblue", "-", 5.0),
-    "shift": ("tab:orange", (0, (4, 8)), 1.8),
-    "window": ("tab:green", (4, (4, 8)), 1.8),
-    "sinks": ("navy", (8, (4, 8)), 1.8),
+    "full": ("black", "-", 1.8),
+    "sinks-uncapped": ("#D55E00", (0, (6, 1.5, 1, 1.5)), 2.4),
+    "lminf": ("#56B4E9", "-", 5.0),
+    "shift": ("#E69F00", (0, (4, 8)), 1.8),
+    "window": ("#009E73", (4, (4, 8)), 1.8),
+    "sinks": ("#0072B2", (8, (4, 8)), 1.8),
 }
 NAMES = {
     "full": "full attention",
@@ -41,32 +42,30 @@ def check_plot(path: Path) -> None:
     _pyplot()
 
 
-def plot_losses(path: Path, curves: Mapping[str, Sequence[Bucket]], n_ctx_train: int, title: str = "") -> None:
-    """Loss against position, on a logarithmic axis, with the training length marked (0: not known)."""
+def plot_losses(
+    path: Path, curves: Mapping[str, Sequence[Bucket]], n_ctx_train: int, window: int = 0, title: str = ""
+) -> None:
+    """Loss against position, on a logarithmic axis, with the training length and the window marked (0: not known)."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name in STYLES:
         if curves.get(name):
-            colour, line, width = STYLES[name]
+            color, line, width = STYLES[name]
             buckets = curves[name]
             # in the middle of the bucket, as the axis has it
             x = [(max(bucket.start, 1) * bucket.end) ** 0.5 if bucket.start else bucket.end / 2 for bucket in buckets]
             axes.plot(
                 x,
                 [bucket.mean for bucket in buckets],
-                color=colour,
+                color=color,
                 linestyle=line,
                 linewidth=width,
                 label=NAMES[name],
             )
-    first, last = axes.get_xlim()
-    _position_axis(axes, max(bucket.end for buckets in curves.values() for bucket in buckets))
-    if first < n_ctx_train < last:
-        axes.axvline(n_ctx_train, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "training length", (n_ctx_train, 1), (4, -4), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", fontsize=9,
-        )  # fmt: skip
+    axes.margins(y=0.12)  # room for the names of the marks
+    end = max(bucket.end for buckets in curves.values() for bucket in buckets)
+    _position_axis(axes, end)
+    _mark(axes, {"window full": window, "training length": n_ctx_train}, end)
     axes.set_ylabel("loss, nats per token")
     if title:
         axes.set_title(title, fontsize=11)
@@ -76,7 +75,10 @@ def plot_losses(path: Path, curves: Mapping[str, Sequence[Bucket]], n_ctx_train:
 
 
 def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str = "") -> None:
-    """A heat map for each policy: right answers by length and depth, hatched where most keys were out of reach."""
+    """A heat map for each policy: right answers in percent, by length and depth.
+
+    A cell is hatched where most keys were out of reach.
+    """
     pyplot = _pyplot()
     n_columns = min(3, len(policies))
     n_rows = -(-len(policies) // n_columns)
@@ -97,18 +99,24 @@ def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str 
         for cell in cells:
             column, row = lengths.index(cell.length), depths.index(cell.depth)
             values[row][column] = cell.accuracy
-            if cell.in_reach < 0.5:
-                corner = (column - 0.5, row - 0.5)
-                axes.add_patch(
-                    pyplot.Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor="white", linewidth=0, alpha=0.55)
+            # white to dark blue: as good in gray, and for the color-blind
+            ink = "white" if cell.accuracy > 0.55 else "black"
+            lost = cell.in_reach < 0.5
+            axes.add_patch(
+                pyplot.Rectangle(
+                    (column - 0.5, row - 0.5), 1, 1, facecolor="none", hatch="////" if lost else "",
+                    edgecolor="0.75" if lost else "none", linewidth=0,
                 )
-        image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+            )  # fmt: skip
+            axes.add_patch(
+                pyplot.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="none", edgecolor="0.6", linewidth=0.6)
+            )
+            axes.text(column, row, f"{100 * cell.accuracy:.0f}", color=ink, fontsize=7, ha="center", va="center")
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_title(NAMES[name], fontsize=10)
         axes.set_xticks(range(len(lengths)), [_position(length) for length in lengths], fontsize=8)
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:g}%" for depth in depths], fontsize=8)
         axes.tick_params(length=0)
-        for side in axes.spines.values():
-            side.set_visible(False)
     for axes in grid.flat[len(policies) :]:
         axes.set_visible(False)
     figure.supxlabel("length of the prompt, tokens; hatched: key out of reach", fontsize=9)
@@ -129,9 +137,9 @@ def plot_drift(path: Path, streams: Mapping[str, Sequence[tuple[float, float, fl
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     end = 0
-    for (name, points), colour in zip(streams.items(), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+    for (name, points), color in zip(streams.items(), ("#0072B2", "#D55E00", "#009E73"), strict=False):
         x, y, margin = (list(values) for values in zip(*points, strict=True))
-        axes.errorbar(x, y, yerr=margin, fmt="o-", color=colour, markersize=4, linewidth=1.2, capsize=2, label=name)
+        axes.errorbar(x, y, yerr=margin, fmt="o-", color=color, markersize=4, linewidth=1.2, capsize=2, label=name)
         end = max(end, int(max(x)))
     largest = max(abs(y) + margin for points in streams.values() for _, y, margin in points)
     _position_axis(axes, int(1.3 * end))
@@ -154,16 +162,13 @@ def plot_divergence(
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     for name in STYLES:
         if name in policies:
-            colour, line, width = STYLES[name]
+            color, line, width = STYLES[name]
             edges, means = policies[name]
             x = [(start + end) / 2 for start, end in pairwise(edges)]
-            axes.plot(x, means, color=colour, linestyle=line, linewidth=width, label=NAMES[name])
-    axes.axvline(window, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "window full", (window, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
-        va="top", ha="right", fontsize=9,
-    )  # fmt: skip
-    axes.set_xlim(0, max(edges[-1] for edges, _ in policies.values()))
+            axes.plot(x, means, color=color, linestyle=line, linewidth=width, label=NAMES[name])
+    end = max(int(edges[-1]) for edges, _ in policies.values())
+    _mark(axes, {"window full": window}, end)
+    axes.set_xlim(0, end)
     axes.set_xlabel("position, tokens")
     axes.set_ylabel("KL divergence, nats")
     if title:
@@ -171,6 +176,21 @@ def plot_divergence(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, handlelength=4, loc="upper left")
     _save(figure, path)
+
+
+def _mark(axes: Any, marks: Mapping[str, int], end: int) -> None:
+    """Vertical lines at these positions before `end`, each with its name: of two, the first to the left of its line."""
+    names: dict[int, list[str]] = {}
+    for name, position in marks.items():
+        if 0 < position < end:
+            names.setdefault(position, []).append(name)
+    for i, position in enumerate(sorted(names)):
+        axes.axvline(position, color="0.3", linewidth=0.9, linestyle=":", zorder=1)
+        is_left = i == 0 and len(names) > 1
+        axes.annotate(
+            ", ".join(names[position]), (position, 1), (-4 if is_left else 4, -4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", ha="right" if is_left else "left", fontsize=9,
+        )  # fmt: skip
 
 
 def _position_axis(axes: Any, end: int) -> None:

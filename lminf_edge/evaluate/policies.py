@@ -1,4 +1,4 @@
-"""What there is to do about a stream that is longer than the training length, to be compared on the same tokens."""
+"""Cache policies for streams longer than the training length, compared on the same tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ POLICIES = {
     policy.name: policy
     for policy in (
         Policy("full", "full attention, in a context as large as the text"),
-        Policy("shift", "llama.cpp's context shift: when full, keep n_global and throw away half of the rest"),
+        Policy("shift", "llama.cpp's context shift: when full, keep n_global and discard half of the rest"),
         Policy("window", "the last n_global + n_local tokens, no first ones", "ceiling"),
         Policy("sinks", "StreamingLLM: first and last tokens, at their positions inside the cache", "order"),
         Policy("sinks-uncapped", "first and last tokens, at their true distances", "true"),

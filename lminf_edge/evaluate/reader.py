@@ -1,4 +1,4 @@
-"""Reading a stream of tokens, whatever cache the model keeps: all that is measured here is made of this."""
+"""Runs a stream of tokens through a model, whatever its cache: the basis of all measurements here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge import Llama
+from lminf_edge.cache.sequence import Logits
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.errors import UserError
-from lminf_edge.history import Tokens
-from lminf_edge.sequence import Logits
 
 
 class Reader(abc.ABC):
@@ -62,16 +62,30 @@ class LambdaReader(Reader):
     """A model with a Λ cache, whatever its sink_mode."""
 
     llm: Llama
+    _skipped = range(0)  # positions that were not read
 
     def _clear(self) -> None:
-        self.llm.stream.clear()
+        self.llm.reset()
+        self._skipped = range(0)
+
+    def skip(self, tokens: Tokens) -> None:
+        """The stream goes on after tokens (n_tokens,) that are not read, as with prefill "tail"; once in a stream."""
+        assert not self._skipped
+        self.llm.slot.skip(tokens)
+        self.llm.scheduler.forget_logits(self.llm.slot)
+        self._skipped = range(self.position, self.position + len(tokens))
+        self.position += len(tokens)
 
     def _read(self, tokens: Tokens, logits_all: bool) -> Logits:
-        self.llm.stream.decode(tokens, logits_all)
-        return self.llm.stream.logits_block()
+        n_rows = len(tokens) if logits_all else 1
+        scheduler = self.llm.scheduler
+        end = scheduler.eval(self.llm.slot, tokens, n_rows)
+        return scheduler.logits(end + 1 - n_rows, end + 1)
 
     def sees(self, position: int) -> bool:
-        window = self.llm.stream.window
+        window = self.llm.scheduler.window
+        if position in self._skipped:
+            return False
         return position < window.n_global or position > self.position - window.n_local
 
 
@@ -102,8 +116,8 @@ class FullReader(Reader):
 class ShiftReader(FullReader):
     """llama.cpp's context shift, as llama-server and llama-completion do it while they generate.
 
-    A token that would fill the context makes room first: after the first n_keep tokens half of the others are thrown
-    away, and the rest, renumbered, moves up to them (llama_memory_seq_rm, llama_memory_seq_add). Batches are cut so
+    A token that would fill the context makes room first: after the first n_keep tokens half of the others are
+    discarded, and the rest, renumbered, moves up (llama_memory_seq_rm, llama_memory_seq_add). Batches are cut so
     that this happens before the same tokens as it does one token at a time. The tools do no such thing for a prompt,
     which may not be longer than the context.
 
@@ -144,7 +158,7 @@ class ShiftReader(FullReader):
         n_discard = (self.n_past - self.n_keep) // 2
         memory = bindings.llama_get_memory(self.llm._ctx.ctx)
         if not bindings.llama_memory_seq_rm(memory, 0, self.n_keep, self.n_keep + n_discard):
-            raise RuntimeError("llama.cpp cannot take tokens out of the cache of this model.")
+            raise UserError("llama.cpp cannot take tokens out of the cache of this model.")
         bindings.llama_memory_seq_add(memory, 0, self.n_keep + n_discard, self.n_past, -n_discard)
         self.n_past -= n_discard
 

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for endless conversations; `create_app` makes it from an engine."""
+"""An OpenAI-compatible server for conversations of any length; `create_app` makes it from a TextService."""
 
 from lminf_edge.server.app import create_app
 from lminf_edge.server.settings import Settings

@@ -1,4 +1,4 @@
-"""The application: routes, guard, and an end that keeps every conversation."""
+"""The ASGI application: routes, guard, shutdown."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 import lminf_edge
-from lminf_edge.engine.engine import Engine
 from lminf_edge.server import llama_cpp_routes, metrics, openai_routes
 from lminf_edge.server.errors import add_error_handlers
 from lminf_edge.server.security import Guard
 from lminf_edge.server.settings import Settings
 from lminf_edge.server.state import Embedder, ServerState
+from lminf_edge.text.service import TextService
 
 PAGE = Path(__file__).parent / "page"
 
 
-def create_app(engine: Engine, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
-    """An ASGI application. The engine is the caller's to close, after the application has shut down."""
-    state = ServerState(engine, settings, embedder)
+def create_app(service: TextService, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
+    """An ASGI application. The caller closes the service's engine after the application has shut down."""
+    state = ServerState(service, settings, embedder)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        state.threads.shutdown(wait=False, cancel_futures=True)
+        state.close(0)
 
     app = FastAPI(
         title="lminf-edge",
@@ -58,8 +58,8 @@ def create_app(engine: Engine, settings: Settings, embedder: Embedder | None = N
     async def docs() -> FileResponse:
         return FileResponse(PAGE / "docs.html")
 
-    app.add_middleware(Guard, settings=settings)
-    # around the guard: a listed page is to be able to read why it was refused
+    app.add_middleware(Guard, settings=settings, stopping=state.stopping)
+    # around the guard: a listed page must be able to read why it was refused
     app.add_middleware(
         CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+
+from lminf_edge.engine.request import RequestCancelled
+from lminf_edge.errors import UserError, wants_debug
+
+log = logging.getLogger("lminf_edge.server")
 
 
 class ErrorBody(BaseModel):
@@ -26,11 +33,24 @@ class ErrorResponse(BaseModel):
 
 
 class ApiError(Exception):
-    """An answer to the client that is no answer to its question."""
+    """An error response."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status, self.message, self.code, self.param)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 _TYPES = {
@@ -51,20 +71,35 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(
-    status: int,
-    message: str,
-    code: str | None = None,
-    param: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    return JSONResponse(error_body(status, message, code, param), status_code=status, headers=headers)
+def shutting_down() -> ApiError:
+    return ApiError(503, "The server is shutting down.", "shutting_down")
+
+
+def engine_stopped() -> ApiError:
+    return ApiError(503, "The engine has stopped: the server's log says why.", "engine_stopped")
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """The error response for a failure. A failure that is our bug is logged with its traceback."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UserError):
+        return ApiError(400, str(error) or "The request cannot be answered.")
+    if isinstance(error, RequestCancelled):
+        return shutting_down()
+    log.error("a request could not be answered", exc_info=error)
+    return _fault_of_ours(error)
+
+
+def _fault_of_ours(error: BaseException) -> ApiError:
+    what = f" ({type(error).__name__}: {' '.join(str(error).split())})" if wants_debug() else ""
+    return ApiError(500, f"The request could not be answered: the server's log says why{what}.")
 
 
 def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error_response(error.status, error.message, error.code, error.param)
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -74,28 +109,33 @@ def add_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.url.path} does not take {request.method} requests."
         headers = dict(error.headers) if error.headers else None
-        return error_response(error.status_code, message, headers=headers)
+        return ApiError(error.status_code, message, headers=headers).response()
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(400, *_first_problem(error))
+        return invalid(error.errors()[0]).response()
+
+    @app.exception_handler(UserError)
+    async def user_error(request: Request, error: UserError) -> JSONResponse:
+        return as_api_error(error).response()
 
     @app.exception_handler(Exception)
     async def other_error(request: Request, error: Exception) -> JSONResponse:
-        return error_response(500, "Something went wrong in the server: its log says what.")
+        return _fault_of_ours(error).response()  # uvicorn logs it
 
 
 _NOT_FIELDS = ("body", "query", "path", "int", "str", "float", "bool")
 
 
-def _first_problem(error: RequestValidationError) -> tuple[str, str | None, str | None]:
-    """Message, code and parameter of the first thing that is wrong with a request's body."""
-    problem = error.errors()[0]
+def invalid(problem: Mapping[str, Any]) -> ApiError:
+    """The error for a pydantic validation error of a request's body."""
     if problem["type"] == "json_invalid":
-        return "The body of the request is not JSON.", "invalid_json", None
-    # without the types that pydantic tried where there may be several, "constrained-int" or "list[str]"
+        if "recursion" in problem["msg"]:
+            return ApiError(400, "The body of the request is nested too deeply.", "invalid_json")
+        return ApiError(400, "The body of the request is not JSON.", "invalid_json")
+    # without the union members that pydantic tried, such as "constrained-int" or "list[str]"
     names = [str(part) for part in problem["loc"] if re.fullmatch(r"\w+", str(part)) and part not in _NOT_FIELDS]
-    param = ".".join(names) or None
+    param = ".".join(names)[:200] or None
     what = problem["msg"].removeprefix("Value error, ")
     what = what[:1].lower() + what[1:]
-    return f"{param or 'The body of the request'}: {what.rstrip('.')}.", "invalid_value", param
+    return ApiError(400, f"{param or 'The body of the request'}: {what.rstrip('.')}.", "invalid_value", param)

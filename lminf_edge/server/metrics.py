@@ -1,8 +1,7 @@
-"""Figures for Prometheus."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
@@ -10,8 +9,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lminf_edge.engine.engine import Engine
+from lminf_edge.server.errors import engine_stopped
 from lminf_edge.server.state import ServerState
+from lminf_edge.server.streaming import gone, in_thread
+from lminf_edge.text.service import TextService
 
 router = APIRouter(tags=["llama.cpp"])
 
@@ -19,38 +20,45 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class EngineCollector(Collector):
-    """Reads the engine when it is asked."""
+    """Reads the engine's counters at collection."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, service: TextService) -> None:
+        self._service = service
 
     def collect(self) -> Iterator[Metric]:
-        engine, counters, store = self._engine, self._engine.counters, self._engine.store
+        engine = self._service.engine
+        counters, store = engine.counters, engine.store
         for name, text, value in (
-            ("turns", "Prompts that were taken up.", counters.turns),
-            ("cancelled", "Turns whose client went away.", counters.cancelled),
+            ("requests", "Requests that got a slot.", counters.requests),
+            ("cancelled", "Requests whose client went away.", counters.cancelled),
+            ("failed", "Requests that ended with a fault of ours.", counters.failed),
             ("prompt_tokens", "Tokens of prompts.", counters.prompt_tokens),
-            ("cached_tokens", "Of them, those that did not have to be read.", counters.cached_tokens),
-            ("read_tokens", "Tokens of prompts that were read.", counters.read_tokens),
-            ("answer_tokens", "Tokens of answers.", counters.answer_tokens),
-            ("read_seconds", "Time of batches with parts of prompts.", counters.read_seconds),
-            ("answer_seconds", "Time of the other batches.", counters.answer_seconds),
+            ("cached_tokens", "Of them, those that were in the cache.", counters.cached_tokens),
+            ("prefilled_tokens", "Tokens of prompts that were processed.", counters.prefilled_tokens),
+            ("skipped_tokens", "Tokens of prompts that were skipped.", counters.skipped_tokens),
+            ("generated_tokens", "Tokens generated.", counters.generated_tokens),
+            ("wasted_tokens", "Tokens generated ahead and taken back.", counters.wasted_tokens),
+            ("prefill_seconds", "Seconds spent in prefill batches.", counters.prefill_seconds),
+            ("decode_seconds", "Seconds spent in decode batches.", counters.decode_seconds),
             ("batches", "Batches.", counters.batches),
-            ("restored", "Conversations taken up from a snapshot.", counters.restored),
+            ("restored", "Conversations restored from a checkpoint.", counters.restored),
             ("restored_from_files", "Of them, those read from a file.", counters.from_files),
-            ("shifted", "Prompts recognised without their oldest messages.", counters.shifted),
+            ("trimmed", "Conversations that went on without their oldest messages.", counters.trimmed),
+            ("checkpoint_failures", "Checkpoints that could not be made.", counters.checkpoint_failures),
+            ("store_failures", "Times that something could not be written or read.", store.failures.n_failed),
+            ("store_damaged", "Conversations and checkpoints that were damaged or missing.", store.failures.n_damaged),
         ):
             yield CounterMetricFamily(f"lminf_{name}", text, value=value)
         conversations = list(store.conversations.values())
         for name, text, value in (
-            ("sequences", "Sequences of the context.", len(engine.slots)),
-            ("sequences_busy", "Sequences at work.", engine.n_busy),
-            ("waiting", "Turns that have no sequence yet.", engine.n_waiting),
+            ("slots", "Conversations that fit the context.", len(engine.slots)),
+            ("slots_busy", "Slots at work.", engine.n_busy),
+            ("waiting", "Requests that have no slot yet.", engine.n_waiting),
             ("conversations", "Conversations known, in the context or not.", len(conversations)),
-            ("kv_bytes", "KV cache; never changes.", engine.kv_bytes),
+            ("kv_bytes", "KV cache; never changes.", engine.model.kv_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
             ("memory_budget_bytes", "What these may take.", store.memory_budget),
-            ("text_bytes", "Texts of messages with their tokens.", engine.segments.n_bytes),
+            ("text_bytes", "Texts of messages with their tokens.", self._service.tokenizer.n_bytes),
             ("disk_bytes", "Conversations in files.", store.disk_bytes),
             ("disk_budget_bytes", "What these may take.", store.disk_budget),
         ):
@@ -59,9 +67,21 @@ class EngineCollector(Collector):
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Figures in Prometheus' text format."""
+    """Metrics in Prometheus' text format."""
     engine = ServerState.of(request).engine
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(EngineCollector(engine))
-    text = await asyncio.to_thread(engine.call, lambda: generate_latest(registry))  # where nothing changes meanwhile
-    return Response(text, media_type=CONTENT_TYPE)
+    registry.register(EngineCollector(ServerState.of(request).service))
+
+    def collect() -> bytes:
+        try:
+            text: bytes = engine.call(
+                lambda: generate_latest(registry)
+            )  # in the engine's thread: nothing changes meanwhile
+        except RuntimeError:
+            if engine.is_alive:
+                raise
+            raise engine_stopped() from None
+        return text
+
+    text = await in_thread(request, collect, lambda: None)
+    return gone() if text is None else Response(text, media_type=CONTENT_TYPE)

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from lminf_edge.engine.meter import Meter
-from lminf_edge.engine.voice import Voice
-from lminf_edge.server import answers
+from lminf_edge.completion import prompt_logprobs
+from lminf_edge.server.arguments import Asked, AskedChat, asked_chat, asked_completion, prompts_of
+from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
+from lminf_edge.server.events import chat_events, text_events
 from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
+from lminf_edge.server.responses import chat_answer, chat_chunks, completion_answer, completion_chunks
 from lminf_edge.server.state import ServerState
-from lminf_edge.server.streaming import EventStream, Hung, ProgressReporter, as_api_error, in_thread
+from lminf_edge.server.streaming import EventStream, ProgressReporter, encoded, gone, in_thread
+from lminf_edge.text.chat import ChatPrompt
+from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs
+from lminf_edge.text.service import Exchange
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+T = TypeVar("T")
+
+# headers that name a conversation, besides prompt_cache_key in the body: ours, and Open WebUI's
+CONVERSATION_HEADERS = ("X-Conversation-Id", "X-OpenWebUI-Chat-Id")
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=BodyRoute)
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 408, 413, 431, 500, 501, 503)
 }
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "the answer, or its parts", "content": {"application/json": {}, "text/event-stream": {}}},
+    200: {"description": "the response, or its events", "content": {"application/json": {}, "text/event-stream": {}}},
     **PROBLEMS,
 }
 
 
-def gone() -> Response:
-    """For a client that will not read it."""
-    return Response(status_code=499)
-
-
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The model, its window, and how much context a client may send: there is no end to it."""
+    """The model, its window, and the context size, which is unlimited."""
     return {"object": "list", "data": [ServerState.of(request).model_card()]}
 
 
@@ -51,86 +57,130 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 async def respond(
     request: Request,
     body: Sampling,
-    whole: Callable[[Voice], dict[str, Any]],
-    chunks: Callable[[Voice], Iterator[dict[str, Any]]],
+    prepare: Callable[[Exchange], T],
+    whole: Callable[[Exchange, T], dict[str, Any]],
+    chunks: Callable[[Exchange, T], Iterator[dict[str, Any]]],
     done: str | None,
-) -> Any:
-    """An answer in one piece or, with `stream`, in chunks and then `done`; both are made in a thread."""
-    state = ServerState.of(request)
-    pin_system = body.lminf.pin_system if body.lminf else None
-    if not body.stream:
-        voice = Voice(state.engine, pin_system=pin_system)
-        return await run(state, request, voice, partial(whole, voice))
-    events = EventStream(state.threads, request, state.settings.ping_seconds)
+) -> Response:
+    """One JSON response or, with `stream`, chunks and then `done`.
+
+    `prepare` turns the request into what `whole` and `chunks` need; all three run in a worker thread.
+    """
+    events = EventStream(request) if body.stream else None
     on_progress = None
-    if body.return_progress:
-        on_progress = ProgressReporter(lambda progress: events.put(answers.progress_chunk(progress)))
-    voice = Voice(state.engine, pin_system=pin_system, on_progress=on_progress)
-    return await events.respond(voice, partial(chunks, voice), done)
+    if events is not None and body.return_progress:
+        on_progress = ProgressReporter(events.put)
+    ours = body.lminf
+    exchange = Exchange(
+        ServerState.of(request).service,
+        owner=request.state.owner,
+        label=conversation_name(request, body),
+        pin_system=ours.pin_system if ours else None,
+        prefill=ours.prefill if ours else None,
+        on_progress=on_progress,
+    )
+    if events is None:
+        return await in_thread(request, lambda: encoded(whole(exchange, prepare(exchange))), exchange.cancel) or gone()
+    return await events.respond(exchange, partial(prepare, exchange), partial(chunks, exchange), done)
+
+
+def conversation_name(request: Request, body: Sampling) -> str:
+    """The client's name for the conversation, "" if it gives none."""
+    names = (body.prompt_cache_key, *(request.headers.get(header) for header in CONVERSATION_HEADERS))
+    return next((name[:1024] for name in names if name), "")
 
 
 @router.post("/chat/completions", response_model=None, responses=ANSWERS)
-async def chat(request: Request, body: ChatRequest) -> Any:
-    """An answer to a conversation of any length; what was sent before is recognised and not read again."""
+async def chat(request: Request, body: ChatRequest) -> Response:
+    """A completion of a conversation of any length; its cached prefix is not processed again."""
     state = ServerState.of(request)
-    arguments = answers.chat_arguments(state.llm, body, state.settings.model_name)
-    n = body.n or 1
+    name = state.settings.model_name
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    state.log_messages(arguments["messages"])
+
+    def prepare(_: Exchange) -> AskedChat:
+        asked = asked_chat(state.service, body)
+        state.log_messages(asked.messages)
+        return asked
+
     return await respond(
         request,
         body,
-        lambda voice: answers.chat_answers(voice, arguments, n, Meter(voice)),
-        lambda voice: answers.chat_chunks(voice, arguments, n, Meter(voice), usage),
+        prepare,
+        lambda exchange, asked: chat_answer(exchange, chat_events(exchange, asked), name),
+        lambda exchange, asked: chat_chunks(exchange, chat_events(exchange, asked), name, usage),
         "[DONE]",
     )
 
 
 @router.post("/completions", response_model=None, responses=ANSWERS)
-async def completions(request: Request, body: CompletionRequest) -> Any:
+async def completions(request: Request, body: CompletionRequest) -> Response:
     """The continuation of a text of any length."""
     state = ServerState.of(request)
-    arguments = answers.completion_arguments(state.llm, body, state.settings.model_name)
-    prompts = answers.prompts_of(body.prompt, state.llm.n_vocab())
-    n = body.n or 1
+    service, name = state.service, state.settings.model_name
     usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    def prepare(exchange: Exchange) -> tuple[Asked, list[str | list[int]], list[ChatPrompt]]:
+        asked = asked_completion(service, body)
+        given = prompts_of(body.prompt, service.engine.model.n_vocab)
+        return asked, given, [exchange.text_prompt(each, body.suffix) for each in given]
+
+    def whole(exchange: Exchange, prepared: tuple[Asked, list[str | list[int]], list[ChatPrompt]]) -> dict[str, Any]:
+        asked, given, prompts = prepared
+        echoed = [
+            echo(exchange, each, prompt, asked.n_top) if body.echo else ("", [])
+            for each, prompt in zip(given, prompts, strict=True)
+            for _ in range(asked.n)
+        ]
+        offset = 0 if body.echo else len(given[0])
+        return completion_answer(exchange, text_events(exchange, asked, prompts, offset), name, echoed)
+
     return await respond(
         request,
         body,
-        lambda voice: answers.completion_answers(voice, prompts, arguments, n, Meter(voice)),
-        lambda voice: answers.completion_chunks(voice, prompts, arguments, n, Meter(voice), usage),
+        prepare,
+        whole,
+        lambda exchange, prepared: completion_chunks(
+            exchange, text_events(exchange, prepared[0], prepared[2], len(prepared[1][0])), name, usage
+        ),
         "[DONE]",
     )
 
 
-async def run(state: ServerState, request: Request, voice: Voice, work: Any) -> Any:
-    """An answer in one piece."""
-    try:
-        return await in_thread(state.threads, request, voice, work)
-    except Hung:
-        return gone()
-    except Exception as error:
-        raise as_api_error(error) from error
+def echo(
+    exchange: Exchange, given: str | list[int], prompt: ChatPrompt, n_top: int | None
+) -> tuple[str, list[TokenLogprobs]]:
+    """A prompt as text, and the log probabilities of its tokens if requested."""
+    llm = exchange.service.llm
+    text = given if isinstance(given, str) else llm.detokenize(given).decode("utf-8", errors="ignore")
+    if n_top is None:
+        return text, []
+    return text, prompt_logprobs(llm, exchange.prompt_logits(prompt.tokens), LogprobReporter(llm, n_top, 0))
 
 
-@router.post("/embeddings", responses=PROBLEMS)
-async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
-    """A vector for each text, where the server was started with --embeddings."""
+@router.post("/embeddings", response_model=None, responses=PROBLEMS)
+async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
+    """A vector for each text. The server must be started with --embeddings."""
     state = ServerState.of(request)
-    if state.embedder is None:
+    embedder = state.embedder
+    if embedder is None:
         raise ApiError(501, "This server makes no embeddings: start it with --embeddings.", "embeddings_disabled")
-    inputs = answers.prompts_of(body.input, state.llm.n_vocab())
-    vectors, n_tokens = await state.embedder.embed(inputs)
-    data: list[dict[str, Any]] = []
-    for i, vector in enumerate(vectors):
-        as_floats = body.encoding_format != "base64"
-        packed = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
-        data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
-    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    return {"object": "list", "data": data, "model": state.settings.model_name, "usage": usage}
+    cancelled = threading.Event()
+
+    def embed() -> Response:
+        inputs = prompts_of(body.input, state.llm.n_vocab())
+        vectors, n_tokens = embedder.embed(inputs, cancelled.is_set)
+        data: list[dict[str, Any]] = []
+        for i, vector in enumerate(vectors):
+            as_floats = body.encoding_format != "base64"
+            packed = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
+            data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
+        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+        return encoded({"object": "list", "data": data, "model": state.settings.model_name, "usage": usage})
+
+    return await in_thread(request, embed, cancelled.set) or gone()
 
 
 # llama-server has these at its root, too; /completions and /embeddings are other things there
-unprefixed = APIRouter(include_in_schema=False)
+unprefixed = APIRouter(include_in_schema=False, route_class=BodyRoute)
 unprefixed.get("/models")(models)
 unprefixed.post("/chat/completions", response_model=None)(chat)

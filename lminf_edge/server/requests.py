@@ -1,24 +1,45 @@
-"""What clients may ask: the fields we look at. Others are ignored, as every server of this API does."""
+"""Request bodies: the fields we use. Others are ignored, as every server of these APIs does."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator
 from typing_extensions import Required, TypedDict
+
+from lminf_edge.engine.params import MAX_BREAKERS
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1024
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
+MAX_BIASES = 1 << 16
+
+
+def _few_biases(value: Any) -> Any:
+    if isinstance(value, (dict, list)) and len(value) > MAX_BIASES:
+        raise ValueError(f"there may be {MAX_BIASES} biases at most")
+    return value
+
+
+class _FailFast(FailFast):
+    """pydantic's, hashable so that it works in unions."""
+
+    __hash__ = object.__hash__
+
+
+# pydantic collects every error, which for a long list takes gigabytes: these stop at the first
+T = TypeVar("T")
+Many = Annotated[list[T], _FailFast()]
+LogitBias = Annotated[T, BeforeValidator(_few_biases)]
 
 
 class Message(TypedDict, total=False):
-    """One message; whatever else it has reaches the model's chat template."""
+    """One message. Its other fields are passed to the model's chat template."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
     role: Required[str]
-    content: str | list[dict[str, Any]] | None
+    content: str | Many[dict[str, Any]] | None
 
 
 class _Lenient(BaseModel):
@@ -30,9 +51,12 @@ class StreamOptions(_Lenient):
 
 
 class LambdaOptions(_Lenient):
-    """Ours alone."""
+    """Options of this server alone."""
 
     pin_system: bool | None = Field(None, description="keep the system block as the conversation's sinks")
+    prefill: Literal["full", "tail"] | None = Field(
+        None, description="tail: of what is not cached, only the first tokens and the last windows are processed"
+    )
 
 
 TokenLimit = Annotated[int, Field(ge=1, le=1 << 40)] | Literal[-1] | None
@@ -48,15 +72,34 @@ class Sampling(_Lenient):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
+    repeat_last_n: int | None = Field(None, ge=-1, le=1 << 30, description="64 if not given; -1: the attention window")
+    dry_multiplier: float | None = Field(None, ge=0, le=100, description="0: no DRY")
+    dry_base: float | None = Field(None, ge=0, le=100, description="1.75 if not given, or below 1")
+    dry_allowed_length: int | None = Field(None, ge=0, le=1 << 30)
+    dry_penalty_last_n: int | None = Field(None, ge=-1, le=1 << 30, description="-1: the attention window")
+    dry_sequence_breakers: Many[str] | None = Field(None, description=f"{MAX_BREAKERS} strings at most")
+    xtc_probability: float | None = Field(None, ge=0, le=1, description="0: no XTC")
+    xtc_threshold: float | None = Field(None, ge=0, le=1)
+    top_n_sigma: float | None = Field(None, ge=-1, le=1e6, description="0 or less: off")
+    dynatemp_range: float | None = Field(None, ge=0, le=100, description="0: the temperature is fixed")
+    dynatemp_exponent: float | None = Field(None, ge=0, le=100)
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: float | None = Field(None, ge=0, le=100)
+    mirostat_eta: float | None = Field(None, ge=0, le=100)
     seed: int | None = Field(None, description="the same seed, prompt and parameters give the same text")
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     stream: bool | None = False
     lminf: LambdaOptions | None = None
-    return_progress: bool | None = Field(False, description="tell how far the prompt has been read, in a stream")
+    prompt_cache_key: str | None = Field(
+        None,
+        max_length=1024,
+        description="names the conversation: it may continue after its oldest messages were dropped",
+    )
+    return_progress: bool | None = Field(False, description="report prefill progress, in a stream")
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+    def _few_stops(cls, stop: str | Many[str] | None) -> str | Many[str] | None:
         stops = [stop] if isinstance(stop, str) else stop or []
         if len(stops) > MAX_STOPS or any(len(each) > MAX_STOP_CHARACTERS for each in stops):
             raise ValueError(f"there may be {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters at most")
@@ -65,7 +108,7 @@ class Sampling(_Lenient):
 
 class _OpenAISampling(Sampling):
     max_tokens: TokenLimit = Field(None, description="not given or -1: until the model stops")
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias[dict[str, float] | None] = None
     n: int | None = Field(1, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -74,14 +117,14 @@ class _OpenAISampling(Sampling):
 class ChatRequest(_OpenAISampling):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    functions: list[dict[str, Any]] | None = None
+    functions: Many[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -89,7 +132,7 @@ class ChatRequest(_OpenAISampling):
 class CompletionRequest(_OpenAISampling):
     """POST /v1/completions"""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = ""
+    prompt: str | Many[int] | Many[str] | Many[Many[int]] = ""
     suffix: str | None = None
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -100,24 +143,20 @@ class EmbeddingRequest(_Lenient):
     """POST /v1/embeddings"""
 
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Many[str] | Many[int] | Many[Many[int]]
     encoding_format: Literal["float", "base64"] | None = "float"
 
 
 class LlamaCompletionRequest(Sampling):
     """POST /completion, in llama.cpp's dialect"""
 
-    prompt: str | list[int] | list[int | str] = ""
+    prompt: str | Many[int] | Many[int | str] = ""
     n_predict: int | None = Field(-1, ge=-1, le=1 << 40)
     n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
-    logit_bias: list[tuple[int, float | bool]] | dict[str, float] | None = None
+    logit_bias: LogitBias[Many[tuple[int, float | bool]] | dict[str, float] | None] = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
-    repeat_last_n: int | None = Field(None, ge=-1, description="0: no penalties; else those of the last 64 tokens")
     ignore_eos: bool | None = Field(False, description="go on to the limit")
-    mirostat: Literal[0, 1, 2] | None = 0
-    mirostat_tau: float | None = Field(5.0, ge=0, le=100)
-    mirostat_eta: float | None = Field(0.1, ge=0, le=100)
 
 
 class TokenizeRequest(_Lenient):
@@ -132,4 +171,4 @@ class TokenizeRequest(_Lenient):
 class DetokenizeRequest(_Lenient):
     """POST /detokenize"""
 
-    tokens: list[int] = []
+    tokens: Many[int] = []

@@ -1,22 +1,25 @@
-"""Who may use the server, from which page, and with how much at a time: one ASGI layer around everything else."""
+"""Access control and limits on what clients send: one ASGI middleware around everything else."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lminf_edge.server.errors import error_response
+from lminf_edge.server.errors import ApiError, shutting_down
 from lminf_edge.server.settings import Settings
+from lminf_edge.server.state import give_back_memory
 
-# what needs no key: the page itself, which asks for one, and whether the server is alive
+# paths that need no key: the page, which asks for one, and the health check
 _OPEN = ("/", "/health", "/v1/health", "/docs", "/openapi.json")
 _OPEN_FOLDERS = ("/page/", "/docs/")
 
 MAX_HEADER_BYTES = 32 << 10
+_LATER = {"Retry-After": "1"}
 
 _PAGE_HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -28,102 +31,155 @@ _PAGE_HEADERS = {
 }
 
 
+SMALL_BODY = 256 << 10  # this much of each body does not count against the limit on all of them
+N_BODIES = 4  # bodies of the largest size held at a time
+
+
 class Guard:
     """Checks a request before anything reads it.
 
-    - The Host header must name this server, or a page anywhere could reach it through a DNS name of its own that it
-      points to this machine.
-    - A request from a web page must come from the server's own page or a listed one, whatever its content type.
-    - The key is compared in constant time.
-    - A body is counted as it arrives, and so are requests that are open.
+    - The Host header must name this server: otherwise any web page could reach it through DNS rebinding.
+    - A request from a web page must come from the server's own page or a listed origin, whatever its content type.
+    - The key is compared in constant time; `request.state.owner` is its digest, "" if no key is required.
+    - A body is received whole, in limited time and memory, before the request counts as being answered.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, stopping: asyncio.Event) -> None:
+        """`stopping` is set at shutdown."""
         self.app, self.settings = app, settings
-        self.n_open = 0
+        self._stopping = stopping
+        self._owners = [owner_of(key.encode("utf-8")) for key in settings.api_keys]
+        self._n_open = 0  # requests being answered
+        self._n_held = 0  # bytes of bodies, beyond SMALL_BODY of each
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        headers: dict[bytes, bytes] = {name.lower(): value for name, value in scope["headers"]}
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await error_response(*refusal)(scope, receive, send)
-            return
+        body = _Body()
         counts = not _is_open(scope["path"])
-        if counts and self.n_open >= self.settings.max_requests:
-            response = error_response(
-                503,
-                f"{self.n_open} requests are open, as many as may be: try again later.",
-                headers={"Retry-After": "1"},
-            )
-            await response(scope, receive, send)
-            return
-        self.n_open += counts
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *_PAGE_HEADERS.items()]}
-            await send(message)
-
+        n_places = 0
         try:
-            await self.app(scope, self._counted(receive), send_with_headers)
+            scope.setdefault("state", {})["owner"] = self._check(scope)
+            self._check_room(counts)
+            if not await self._read(body, receive):
+                return
+            self._check_room(counts)
+            scope["state"]["is_long"] = body.n_held > 0
+            n_places = int(counts)
+            self._n_open += n_places
+            await self.app(scope, _after(body, receive), _with_page_headers(send))
+        except ApiError as refusal:
+            await refusal.response()(scope, receive, send)
         finally:
-            self.n_open -= counts
+            self._n_open -= n_places
+            self._n_held -= body.n_held
+            if body.n_held:
+                asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, str | None] | None:
-        """Status, message and code for a request that may not go on."""
+    def _check(self, scope: Scope) -> str:
+        """The request's owner: a digest of its key. Raises ApiError if the request is refused."""
         settings = self.settings
+        headers: dict[bytes, bytes] = {name.lower(): value for name, value in scope["headers"]}
 
         def text(name: bytes) -> str:
             return headers.get(name, b"").decode("latin-1")
 
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            return 431, f"The headers of a request may have {MAX_HEADER_BYTES:,} bytes at most.", None
+            raise ApiError(431, f"The headers of a request may have {MAX_HEADER_BYTES:,} bytes at most.")
         if settings.hosts and host_name(text(b"host")) not in settings.hosts:
-            return 403, "The Host header does not name this server: see --allowed-host.", "host_not_allowed"
+            raise ApiError(403, "The Host header does not name this server: see --allowed-host.", "host_not_allowed")
         origin = text(b"origin") if b"origin" in headers else None
         own = f"{scope['scheme']}://{text(b'host')}"
         if origin is not None and origin != own and origin not in settings.origins:
-            return 403, f"Pages of {origin[:200]} may not use this server: see --allowed-origin.", "origin_not_allowed"
+            message = f"Pages of {origin[:200]} may not use this server: see --allowed-origin."
+            raise ApiError(403, message, "origin_not_allowed")
         length = text(b"content-length") or "0"
         if not length.isascii() or not length.isdigit():
-            return 400, "The Content-Length header is no number.", None
-        if int(length) > settings.max_body:
-            return 413, self._too_large(), None
+            raise ApiError(400, "The Content-Length header is no number.")
+        if len(length) > 18 or int(length) > settings.max_body:
+            raise self._too_large()
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        key = key if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        owner = owner_of(key.strip(b" \t"))
+        known = [hmac.compare_digest(owner, each) for each in self._owners]  # always all of them: constant time
         is_preflight = scope["method"] == "OPTIONS"
-        if settings.api_key is not None and not _is_open(scope["path"]) and not is_preflight:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            key = key if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-            if not hmac.compare_digest(key.strip(b" \t"), settings.api_key.encode("utf-8")):
-                return 401, "The API key is missing or wrong: send it as Authorization: Bearer KEY.", "invalid_api_key"
-        return None
+        if self._owners and not any(known) and not _is_open(scope["path"]) and not is_preflight:
+            message = "The API key is missing or wrong: send it as Authorization: Bearer KEY."
+            raise ApiError(401, message, "invalid_api_key")
+        return owner if any(known) else ""
 
-    def _too_large(self) -> str:
-        return f"The body of a request may have {self.settings.max_body:,} bytes at most."
+    def _check_room(self, counts: bool) -> None:
+        """Raises ApiError if there is no room for another request."""
+        if self._stopping.is_set():
+            raise shutting_down()
+        if counts and self._n_open >= self.settings.max_requests:
+            message = f"{self._n_open} requests are open, as many as may be: try again later."
+            raise ApiError(503, message, headers=_LATER)
 
-    def _counted(self, receive: Receive) -> Receive:
-        n_bytes, is_whole = 0, False
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body of a request may have {self.settings.max_body:,} bytes at most.")
 
-        async def counted() -> Message:
-            nonlocal n_bytes, is_whole
-            if is_whole:  # what comes now is that the client hangs up, whenever that is
-                last: Message = await receive()
-                return last
+    async def _read(self, body: _Body, receive: Receive) -> bool:
+        """Receives a body; False if the client hung up before it was whole. Raises ApiError."""
+        settings, loop = self.settings, asyncio.get_running_loop()
+        started = loop.time()
+        while True:
+            end = started + settings.body_seconds + len(body.data) / settings.min_rate
             try:
-                message: Message = await asyncio.wait_for(receive(), self.settings.body_seconds)
+                message: Message = await asyncio.wait_for(receive(), max(0.0, end - loop.time()))
             except asyncio.TimeoutError:
-                raise HTTPException(408, "The body of the request did not arrive in time.") from None
-            if message["type"] == "http.request":
-                is_whole = not message.get("more_body", False)
-                n_bytes += len(message.get("body", b""))
-                if n_bytes > self.settings.max_body:
-                    raise HTTPException(413, self._too_large())
-            return message
+                raise ApiError(408, "The body of the request did not arrive in time.") from None
+            if message["type"] != "http.request":
+                return False
+            body.data += message.get("body", b"")
+            if len(body.data) > settings.max_body:
+                raise self._too_large()
+            n_more = max(0, len(body.data) - SMALL_BODY) - body.n_held
+            if self._n_held + n_more > N_BODIES * settings.max_body:
+                message_text = "Other long requests are being answered: try again later."
+                raise ApiError(503, message_text, headers=_LATER)
+            body.n_held += n_more
+            self._n_held += n_more
+            if not message.get("more_body", False):
+                return True
 
-        return counted
+
+@dataclass
+class _Body:
+    data: bytearray = field(default_factory=bytearray)
+    n_held: int = 0  # bytes that count against the limit
+
+
+def _after(body: _Body, receive: Receive) -> Receive:
+    """`receive` for a request whose body has been received."""
+    is_given = False
+
+    async def received() -> Message:
+        nonlocal is_given
+        if is_given:  # all that can follow is the client's disconnect
+            last: Message = await receive()
+            return last
+        is_given = True
+        data, body.data = bytes(body.data), bytearray()
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    return received
+
+
+def _with_page_headers(send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *_PAGE_HEADERS.items()]}
+        await send(message)
+
+    return send_with_headers
+
+
+def owner_of(key: bytes) -> str:
+    """A digest that stands for an API key where the key itself must not appear."""
+    return hashlib.blake2b(key, digest_size=16).hexdigest()
 
 
 def _is_open(path: str) -> bool:

@@ -1,33 +1,43 @@
-"""What the person who starts the server decides."""
+"""Settings of the server."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# what is advertised as context size, in tokens: front ends cut the history to it, and ours has no end
+# the advertised context size, in tokens: front ends trim histories to it, and there is no limit here
 ENDLESS = 1 << 30
 
 
 @dataclass(frozen=True)
 class Settings:
     """
-    model_name    how clients see the model
-    api_key       asked from every client; None: from nobody
-    hosts         names and addresses that a Host header may carry, without the port; empty: any
-    origins       web pages that may use the server, as in an Origin header
-    max_body      bytes of a request's body
-    body_seconds  for each part of a body to arrive
-    max_requests  that are open at a time
-    ping_seconds  between signs of life while nothing else is sent
-    log_messages  whether the log may hold what people write
+    model_name       the model's name for clients
+    api_keys         each client must send one of them; empty: no key is required
+    hosts            names and addresses that a Host header may carry, without the port; empty: any
+    origins          web pages that may use the server, as in an Origin header
+    max_body         bytes of a request's body
+    max_requests     requests answered at a time
+    max_connections  open connections; one more replaces one that has not sent a whole request
+    head_seconds     for the head of a request to arrive, since the connection or the last response
+    body_seconds     for its body to arrive, plus a second for each `min_rate` bytes of it
+    write_seconds    for a client that has stopped reading to resume, at `min_rate` bytes per second
+    min_rate         bytes per second that a client must at least send and read
+    ping_seconds     between keep-alives while nothing else is sent
+    stop_seconds     for responses to end at shutdown
+    log_messages     whether messages are logged
     """
 
     model_name: str
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
-    max_body: int = 64 << 20
-    body_seconds: float = 30.0
+    max_body: int = 16 << 20  # three million tokens; parsed, a body may take thirty times its bytes
     max_requests: int = 64
+    max_connections: int = 320
+    head_seconds: float = 10.0
+    body_seconds: float = 15.0
+    write_seconds: float = 30.0
+    min_rate: int = 4 << 10
     ping_seconds: float = 15.0
+    stop_seconds: float = 2.0
     log_messages: bool = False

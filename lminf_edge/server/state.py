@@ -1,41 +1,64 @@
-"""What all routes share."""
+"""State that all routes share."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import logging
+import sys
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar, cast
 
 import llama_cpp
 import numpy as np
 from fastapi import Request
 
-from lminf_edge.engine.engine import Engine
 from lminf_edge.llama import Llama
-from lminf_edge.server.errors import ApiError
+from lminf_edge.server.errors import ApiError, engine_stopped
 from lminf_edge.server.settings import ENDLESS, Settings
+from lminf_edge.text.service import TextService
 
 log = logging.getLogger("lminf_edge.server")
 
+T = TypeVar("T")
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system: glibc keeps it per thread, and a long text may leave gigabytes."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
 
 class Embedder:
-    """Embeddings by a context of its own, one text at a time."""
+    """Embeddings from a context of its own, one text at a time."""
 
     def __init__(self, llm: Llama) -> None:
         """`llm` is loaded with embedding=True."""
         self._llm = llm
-        self._lock = asyncio.Lock()
+        self._lock = threading.Lock()
 
-    async def embed(self, inputs: Sequence[str | list[int]]) -> tuple[list[list[float]], int]:
-        """A vector (n_embd,) for each text, and the number of tokens in all. Raises ApiError for a text too long."""
-        async with self._lock:
-            found = [await asyncio.to_thread(self._embed, each) for each in inputs]
-        return [vector for vector, _ in found], sum(n_tokens for _, n_tokens in found)
+    def embed(
+        self, inputs: Sequence[str | list[int]], is_cancelled: Callable[[], bool] = lambda: False
+    ) -> tuple[list[list[float]], int]:
+        """A vector (n_embd,) for each text, and the number of tokens in all; those so far once it is cancelled.
+
+        Raises ApiError for a text too long.
+        """
+        vectors, n_tokens = [], 0
+        for each in inputs:
+            if is_cancelled():
+                break
+            with self._lock:
+                vector, n = self._embed(each)
+            vectors.append(vector)
+            n_tokens += n
+        return vectors, n_tokens
 
     def _embed(self, text: str | list[int]) -> tuple[list[float], int]:
         """A vector of length 1, and the number of tokens."""
@@ -53,26 +76,47 @@ class Embedder:
 
 
 class ServerState:
-    """The engine, the settings, and the threads in which answers are made."""
+    """The service, the settings, and the worker threads."""
 
-    def __init__(self, engine: Engine, settings: Settings, embedder: Embedder | None) -> None:
-        self.engine, self.settings, self.embedder = engine, settings, embedder
-        self.threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="lminf-answer")
+    def __init__(self, service: TextService, settings: Settings, embedder: Embedder | None) -> None:
+        self.service, self.settings, self.embedder = service, settings, embedder
+        self.engine = service.engine
         self.started = time.time()
+        self.stopping = asyncio.Event()  # set at shutdown
+        self.parsing = asyncio.Lock()  # of a long body: it takes many times its bytes for a while
+        self._threads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="lminf-answer")
+        self._working: set[Future[Any]] = set()
 
     @classmethod
     def of(cls, request: Request) -> ServerState:
         return cast(ServerState, request.app.state.server)
 
-    @property
-    def llm(self) -> Llama:
-        return self.engine.llm
+    def submit(self, work: Callable[[], T], is_long: bool = False) -> Future[T]:
+        """Runs `work` in a worker thread. Raises ApiError if all of them are busy."""
 
-    @cached_property
-    def end_tokens(self) -> list[int]:
-        """The tokens that end a text, of the whole vocabulary."""
-        vocab = self.llm._model.vocab
-        return [token for token in range(self.llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, token)]
+        def run() -> T:
+            try:
+                return work()
+            finally:
+                give_back_memory()
+
+        if not self.engine.is_alive:
+            raise engine_stopped()
+        if len(self._working) >= self.settings.max_requests:
+            raise ApiError(503, "The server is busy: try again later.", headers={"Retry-After": "1"})
+        future = self._threads.submit(run if is_long else work)
+        self._working.add(future)
+        future.add_done_callback(self._working.discard)
+        return future
+
+    def close(self, seconds: float) -> bool:
+        """Accepts no more work; returns whether all of it ended within `seconds`."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        return not wait(list(self._working), timeout=seconds).not_done
+
+    @property
+    def llm(self) -> llama_cpp.Llama:
+        return self.service.llm
 
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""

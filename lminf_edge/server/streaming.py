@@ -1,119 +1,138 @@
-"""From a thread that writes an answer to a client that reads it, and back: whoever hangs up stops the work."""
+"""Between a worker thread that generates and the client: server-sent events, keep-alives, cancellation."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from lminf_edge.engine.turn import Progress, TurnCancelled
-from lminf_edge.engine.voice import Voice
-from lminf_edge.server.errors import ApiError, error_body
-
-log = logging.getLogger("lminf_edge.server")
+from lminf_edge.engine.request import Request as EngineRequest
+from lminf_edge.server.errors import ApiError, as_api_error, shutting_down
+from lminf_edge.server.responses import progress_chunk
+from lminf_edge.server.state import ServerState
+from lminf_edge.text.service import Exchange
 
 T = TypeVar("T")
 
-MAX_UNREAD = 10_000  # events that wait for a client that does not read
+MAX_UNREAD = 10_000  # events queued for a client that does not read
 
 _PROGRESS_SECONDS = 0.1  # between two reports
+_FIRST_SECONDS = 0.5  # for an error to get a status of its own
+_READY = object()
 _END = object()
 
 
-class Hung(Exception):
-    """The client has gone."""
+def encoded(value: Any) -> Response:
+    """A JSON response, encoded in the calling thread, off the event loop."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return Response(text.encode("utf-8"), media_type="application/json")
 
 
-def as_api_error(error: BaseException) -> ApiError:
-    """What the client is told about a failure."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ValueError):
-        return ApiError(400, str(error) or "The request cannot be answered.")
-    if isinstance(error, TurnCancelled):
-        return ApiError(503, "The server is shutting down.")
-    log.error("an answer could not be made", exc_info=error)
-    return ApiError(500, "The answer could not be made: the server's log says why.")
+def gone() -> Response:
+    """The response for a client that has hung up."""
+    return Response(status_code=499)
 
 
-async def until_gone(request: Request) -> None:
-    """Returns when the client hangs up. Only for a request whose body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class Waiting:
+    """Waits for futures until the client hangs up or the server shuts down."""
+
+    def __init__(self, request: Request) -> None:
+        """Only for a request whose body has been read."""
+        self._request = request
+        self._gone = asyncio.ensure_future(self._until_gone())
+        self._stopping = asyncio.ensure_future(ServerState.of(request).stopping.wait())
+
+    async def _until_gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client has hung up."""
+        return self._gone.done()
+
+    async def __call__(self, wanted: asyncio.Future[Any], timeout: float | None = None) -> bool:
+        """Whether `wanted` is done; False after a time-out or if the client is gone. Raises ApiError at shutdown."""
+        if not (wanted.done() or self._gone.done() or self._stopping.done()):
+            futures: set[asyncio.Future[Any]] = {wanted, self._gone, self._stopping}
+            await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not wanted.done() and self._stopping.done():
+            raise shutting_down()
+        return wanted.done()
+
+    def close(self) -> None:
+        self._gone.cancel()
+        self._stopping.cancel()
 
 
-async def in_thread(threads: ThreadPoolExecutor, request: Request, voice: Voice, work: Callable[[], T]) -> T:
-    """What `work` returns, done in a thread; cancelled if the client hangs up, then Hung is raised."""
-    working = asyncio.get_running_loop().run_in_executor(threads, work)
-    working.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be there to ask for it
-    gone = asyncio.ensure_future(until_gone(request))
+async def in_thread(request: Request, work: Callable[[], T], cancel: Callable[[], None]) -> T | None:
+    """The result of `work`, run in a thread; None if the client hung up, which cancels it. Raises ApiError."""
+    working = asyncio.wrap_future(ServerState.of(request).submit(work, request.state.is_long))
+    working.add_done_callback(
+        lambda done: done.cancelled() or done.exception()
+    )  # so that an exception nobody retrieves is no warning
+    waiting = Waiting(request)
     try:
-        waiting: set[asyncio.Future[Any]] = {working, gone}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            voice.cancel()
-            await asyncio.wait({working})
-            raise Hung
-        return working.result()
+        return working.result() if await waiting(working) else None
+    except Exception as error:
+        raise as_api_error(error) from error
     finally:
-        gone.cancel()
-        voice.cancel()
+        waiting.close()
+        cancel()
 
 
 class ProgressReporter:
-    """Passes on how far a prompt has been read, now and then, in llama.cpp's form."""
+    """Reports prefill progress, at most every _PROGRESS_SECONDS."""
 
     def __init__(self, show: Callable[[dict[str, Any]], None]) -> None:
         self._show = show
         self._started = self._shown = time.perf_counter()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, request: EngineRequest) -> None:
         now = time.perf_counter()
-        n_done = progress.n_cached + progress.n_read
-        if now - self._shown >= _PROGRESS_SECONDS or n_done >= progress.n_prompt:
+        if now - self._shown >= _PROGRESS_SECONDS or request.n_done >= len(request.prompt):
             self._shown = now
-            self._show(
-                {
-                    "total": progress.n_prompt,
-                    "cache": progress.n_cached,
-                    "processed": n_done,
-                    "time_ms": round(1000 * (now - self._started), 1),
-                }
-            )
+            self._show(progress_chunk(request, now - self._started))
 
 
 class EventStream:
-    """The events of one answer, made by an iterator that runs in a thread."""
+    """The events of one response, produced by an iterator in a worker thread."""
 
-    def __init__(self, threads: ThreadPoolExecutor, request: Request, ping_seconds: float) -> None:
-        self._threads, self._request, self._ping_seconds = threads, request, ping_seconds
+    def __init__(self, request: Request) -> None:
+        self._request, self._state = request, ServerState.of(request)
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._next: asyncio.Future[Any] | None = None
 
     def put(self, event: Any) -> None:
         """From any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def respond(
-        self, voice: Voice, events: Callable[[], Iterator[dict[str, Any]]], done: str | None
-    ) -> StreamingResponse:
-        """Server-sent events: what `events` yields, then `done`.
+        self,
+        exchange: Exchange,
+        prepare: Callable[[], T],
+        chunks: Callable[[T], Iterator[dict[str, Any]]],
+        done: str | None,
+    ) -> Response:
+        """Server-sent events: what `chunks` yields from what `prepare` returns, then `done`.
 
-        What goes wrong before the first event comes is raised, as an ApiError; afterwards it is an event.
+        An error before the first event is raised as an ApiError; later ones become events.
         """
 
         def run() -> None:
             try:
-                for event in events():
+                prepared = prepare()
+                self.put(_READY)
+                for event in chunks(prepared):
                     self.put(event)
                     if self._queue.qsize() > MAX_UNREAD:
                         raise ApiError(500, "The client does not read its answer.")
@@ -121,60 +140,72 @@ class EventStream:
             except BaseException as error:
                 self.put(error)
 
-        self._threads.submit(run)
+        self._state.submit(run, self._request.state.is_long)
+        ping_seconds = self._state.settings.ping_seconds
+        waiting = Waiting(self._request)
         first: list[Any] = []
         try:
-            # a wrong request is known at once, and gets a status of its own; a long prompt is no reason to wait
-            first.append(await asyncio.wait_for(self._queue.get(), timeout=min(0.5, self._ping_seconds)))
-        except asyncio.TimeoutError:
-            pass
-        except asyncio.CancelledError:
-            voice.cancel()
+            # an invalid request fails at once, and gets its own status; a long prompt must not delay the head
+            for seconds in (ping_seconds, min(_FIRST_SECONDS, ping_seconds)):
+                event = await self._event(waiting, seconds)
+                if isinstance(event, BaseException):
+                    raise as_api_error(event)
+                if event is not None and event is not _READY:
+                    first.append(event)
+        except BaseException:
+            exchange.cancel()
+            waiting.close()
             raise
-        if first and isinstance(first[0], BaseException):
-            voice.cancel()
-            raise as_api_error(first[0])
+        if waiting.is_gone:
+            exchange.cancel()
+            waiting.close()
+            return gone()
 
         async def body() -> AsyncIterator[str]:
-            gone = asyncio.ensure_future(until_gone(self._request))
-            try:
-                async for event in self._events(first, gone):
-                    if event is None:
-                        yield ": keep-alive\n\n"
-                    elif isinstance(event, BaseException):
-                        error = as_api_error(event)
-                        yield _event(error_body(error.status, error.message, error.code, error.param))
-                    else:
-                        yield _event(event)
-                if done is not None:
-                    yield f"data: {done}\n\n"
-            finally:
-                voice.cancel()
-                gone.cancel()
+            while not waiting.is_gone:
+                try:
+                    event = first.pop() if first else await self._event(waiting, ping_seconds)
+                except ApiError as error:
+                    event = error
+                if event is _END:
+                    break
+                if isinstance(event, BaseException):
+                    yield _sent(as_api_error(event).body())
+                    break
+                if event is not _READY:
+                    yield ": keep-alive\n\n" if event is None else _sent(event)
+            if done is not None:
+                yield f"data: {done}\n\n"
 
+        def finish() -> None:
+            exchange.cancel()
+            waiting.close()
+
+        return _Events(body(), finish)
+
+    async def _event(self, waiting: Waiting, timeout: float) -> Any:
+        """The next event; None after a time-out or if the client is gone. Raises ApiError at shutdown."""
+        self._next = self._next or asyncio.ensure_future(self._queue.get())
+        if not await waiting(self._next, timeout):
+            return None
+        event, self._next = self._next.result(), None
+        return event
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; `finish` is called at the end in any case."""
+
+    def __init__(self, body: AsyncIterator[str], finish: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+        super().__init__(body, media_type="text/event-stream", headers=headers)
+        self._finish = finish
 
-    async def _events(self, first: list[Any], gone: asyncio.Future[None]) -> AsyncIterator[Any]:
-        """Events as they come, None whenever there was none for a while; ends when the client is gone."""
-        next_event: asyncio.Future[Any] | None = None
-        while not gone.done():
-            if first:
-                event = first.pop()
-            else:
-                next_event = next_event or asyncio.ensure_future(self._queue.get())
-                waiting: set[asyncio.Future[Any]] = {next_event, gone}
-                await asyncio.wait(waiting, timeout=self._ping_seconds, return_when=asyncio.FIRST_COMPLETED)
-                if not next_event.done():
-                    yield None
-                    continue
-                event, next_event = next_event.result(), None
-            if event is _END:
-                return
-            yield event
-            if isinstance(event, BaseException):
-                return
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._finish()
 
 
-def _event(value: Any) -> str:
+def _sent(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"

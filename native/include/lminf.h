@@ -53,8 +53,8 @@ struct lminf_params {
 };
 
 struct lminf_info {
-    int64_t stream_pos;     // tokens processed: the stream position of the next token
-    int64_t n_evicted;      // tokens no query can see any more
+    int64_t stream_pos;     // the stream position of the next token: tokens processed and skipped
+    int64_t n_evicted;      // tokens no query can see any more, those skipped among them
     int32_t n_sink;         // sinks stored, at most n_global
     int32_t n_global;       // sinks kept of this sequence
     int32_t n_window;       // window cells in use (window and slack)
@@ -103,12 +103,23 @@ LLAMA_API llama_pos lminf_next_pos(struct llama_context * ctx, llama_seq_id seq_
 // needs are gone. llama_memory_seq_rm does the same in graph positions.
 LLAMA_API bool lminf_rollback(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
 
+// Advances the stream by n_tokens, n_local or more, that are not processed. The next token sees the sinks, which must all
+// be stored, and an empty window: of a long prompt only the first n_global tokens and the last windows need be read.
+// A rollback leads back to the first token after the skip at most, or to an empty sequence. False, and nothing changed,
+// if the skip is too short or sinks are missing (a sequence that keeps none may be empty).
+LLAMA_API bool lminf_skip(struct llama_context * ctx, llama_seq_id seq_id, int64_t n_tokens);
+
 // Keeps this many sinks of an empty sequence, 0 to the context's n_global, from its first token on; in force until it is
 // empty again. A system prompt can be kept whole that way, whatever its length. A state brings its own number with it.
 LLAMA_API bool lminf_seq_set_sinks(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_global);
 
 // lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
 LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
+
+// Whether this thread's last call into a grammar (llama_sampler_init_grammar, or a grammar's turn in
+// llama_sampler_apply, _accept and _sample) was given up because it took too much work. Such a grammar is not made,
+// or allows no token any more.
+LLAMA_API bool lminf_grammar_overran(void);
 
 #ifdef __cplusplus
 }

@@ -210,8 +210,18 @@ bool lminf_rollback(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos
     }
 
     const llama_pos pos = mem->graph_pos(seq_id, stream_pos);
+    if (pos <= 0 || !mem->seq_rm(seq_id, pos, -1)) {
+        lminf_set_error(format("the cells before stream position %lld that the next query needs are gone", (long long) stream_pos));
+        return false;
+    }
 
-    return pos > 0 && mem->seq_rm(seq_id, pos, -1);
+    return true;
+}
+
+bool lminf_skip(llama_context * ctx, llama_seq_id seq_id, int64_t n_tokens) {
+    auto * mem = get_memory(ctx, seq_id);
+
+    return mem && mem->skip(seq_id, n_tokens);
 }
 
 bool lminf_seq_set_sinks(llama_context * ctx, llama_seq_id seq_id, int32_t n_global) {

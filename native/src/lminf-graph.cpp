@@ -131,8 +131,8 @@ static lminf_rope read_rope(const ggml_tensor * q, const ggml_tensor * k, llm_ar
 }
 
 // rotates t further, by shift positions, keeping its magnitude: YaRN's factor is in t already
-static ggml_tensor * rotate(ggml_context * ctx, const lminf_rope & rope, ggml_tensor * t, ggml_tensor * shift) {
-    ggml_tensor * res = ggml_rope_ext(ctx, t, shift, rope.factors, rope.n_dims, rope.op_params[ROPE_MODE],
+static ggml_tensor * rotate(ggml_context * ctx, const lminf_rope & rope, ggml_tensor * t, ggml_tensor * shift, bool inplace = false) {
+    ggml_tensor * res = (inplace ? ggml_rope_ext_inplace : ggml_rope_ext)(ctx, t, shift, rope.factors, rope.n_dims, rope.op_params[ROPE_MODE],
             0, 1.0f, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
 
     memcpy(res->op_params, rope.op_params, sizeof(rope.op_params));
@@ -160,9 +160,12 @@ ggml_tensor * lminf_build_shift(
     ggml_tensor * cur = ggml_view_3d(ctx, k, n_embd_head, hparams.n_head_kv(il), k->ne[1]*k->ne[2],
             ggml_row_size(k->type, n_embd_head), k->nb[1], 0);
 
-    const bool is_f32 = k->type == GGML_TYPE_F32;
+    // without a copy of the window, which can be larger than all that an evaluation needs
+    if (k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16) {
+        return rotate(ctx, rope, cur, shift, true);
+    }
 
-    ggml_tensor * tmp = is_f32 ? cur : ggml_cast(ctx, cur, GGML_TYPE_F32);
+    ggml_tensor * tmp = ggml_cast(ctx, cur, GGML_TYPE_F32);
     if (rot) {
         tmp = llama_mul_mat_hadamard(ctx, tmp, rot);
     }

@@ -4,14 +4,11 @@
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-model.h"
 
 #include "lminf-attn.h"
 
 #include <algorithm>
-#include <cstring>
-#include <functional>
 #include <limits>
 #include <set>
 #include <stdexcept>
@@ -103,6 +100,18 @@ static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int
     return ggml_backend_dev_supports_op(dev, op);
 }
 
+// llama_kv_cache hands out its values as views only
+static ggml_tensor * find_v_storage(const llama_kv_cache & window, int32_t il) {
+    const ggml_init_params params_ctx = {
+        /*.mem_size   =*/ ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    const ggml_context_ptr ctx(ggml_init(params_ctx));
+
+    return window.get_v(ctx.get(), il, 1, { 0, 0, { 0 }, { { 0 } } })->view_src;
+}
+
 //
 // lminf_memory
 //
@@ -160,9 +169,11 @@ lminf_memory::lminf_memory(
             "pos_bound = %d is too small: this window and batch need %d", params.pos_bound, (int) bound_min)));
     }
 
+    v_trans = !is_fused() && !cparams.flash_attn;
+
     // the cache's own sliding window is wider than the rule's by the slack: it decides what is recycled, the mask what is seen
     window = std::make_unique<llama_kv_cache>(
-            model, hparams, params_mem.type_k, params_mem.type_v, /*v_trans =*/ !is_fused() && !cparams.flash_attn, cparams.offload_kqv,
+            model, hparams, params_mem.type_k, params_mem.type_v, v_trans, cparams.offload_kqv,
             /*unified =*/ false, n_cells, n_seq_max, /*n_pad =*/ 1,
             params.n_local + params.n_slack, LLAMA_SWA_TYPE_STANDARD,
             /*mem_other =*/ nullptr, filter, /*reuse =*/ nullptr, /*share =*/ nullptr);
@@ -176,6 +187,7 @@ lminf_memory::lminf_memory(
     }
 
     streams.assign(n_seq_max, new_stream());
+    dirty.assign(n_seq_max, 0);
 
     std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
 
@@ -193,7 +205,11 @@ lminf_memory::lminf_memory(
             ctxs_bufs.emplace_back(ggml_context_ptr(ctx_map[buft]), nullptr);
         }
 
-        sink_layer layer = { il, nullptr, nullptr, {}, {}, {} };
+        sink_layer layer = {};
+
+        layer.il       = il;
+        layer.window_k = window->get_k_storage(il);
+        layer.window_v = find_v_storage(*window, il);
 
         const auto new_store = [&](const char * name, ggml_type type, uint32_t n_embd_gqa, std::vector<ggml_tensor *> & seqs) {
             ggml_tensor * t = ggml_new_tensor_3d(ctx_map[buft], sink_type(type), n_embd_gqa, get_n_store_rows(), n_seq_max);
@@ -242,6 +258,8 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
 
     balloc.split_reset();
 
+    std::map<llama_seq_id, llama_pos> next; // position that a sequence's next token must have
+
     std::vector<llama_ubatch> ubatches;
     while (true) {
         auto ubatch = n_seq_max == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
@@ -257,6 +275,14 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
             if (ubatch.pos[i] < 0 || ubatch.pos[i] >= params.pos_bound) {
                 LLAMA_LOG_ERROR("%s: position %d is outside of [0, %d): ask lminf_next_pos for each batch's first position\n",
                         __func__, ubatch.pos[i], params.pos_bound);
+                return failed();
+            }
+
+            const llama_seq_id seq_id = ubatch.seq_id[i][0];
+            const llama_pos    pos    = next.try_emplace(seq_id, next_pos(seq_id)).first->second++;
+            if (ubatch.pos[i] != pos) {
+                LLAMA_LOG_ERROR("%s: a token of sequence %d has position %d where %d comes next: ask lminf_next_pos for each batch's first position\n",
+                        __func__, seq_id, ubatch.pos[i], pos);
                 return failed();
             }
         }
@@ -282,7 +308,7 @@ llama_memory_context_ptr lminf_memory::init_full() {
 
 void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i], ubatch.pos[i]);
+        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i]);
 
         max_graph_pos = std::max(max_graph_pos, ubatch.pos[i]);
     }
@@ -351,12 +377,8 @@ llama_pos lminf_memory::make_room(llama_context & lctx, llama_seq_id seq_id, int
         return -1;
     }
 
-    if (!stream.begun) {
-        return (llama_pos) (stream.start - stream.origin);
-    }
-
-    const llama_pos next = window->seq_pos_max(seq_id) + 1;
-    if (next + n_tokens <= params.pos_bound) {
+    const llama_pos next = next_pos(seq_id);
+    if ((int64_t) next + n_tokens <= params.pos_bound) {
         return next;
     }
 
@@ -391,16 +413,45 @@ bool lminf_memory::seq_set_sinks(llama_seq_id seq_id, int32_t n_global) {
 }
 
 bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
-    if (stream_pos < 0 || streams[seq_id].begun) {
-        lminf_set_error("a stream position can only be set to 0 or more, on an empty sequence");
+    if (stream_pos < 0 || stream_pos > lminf_stream::max_start || streams[seq_id].begun) {
+        lminf_set_error(format("a stream position can only be set on an empty sequence, to 0 to %lld", (long long) lminf_stream::max_start));
         return false;
     }
 
     // graph positions begin anywhere within a block, as they would after a rebase
-    streams[seq_id].start  = stream_pos;
-    streams[seq_id].origin = stream_pos - stream_pos % lminf_stream::block;
+    streams[seq_id].begin_at(stream_pos);
 
     return true;
+}
+
+bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
+    auto & stream = streams[seq_id];
+
+    if (n_tokens < params.n_local) {
+        lminf_set_error(format("a skip must be n_local = %d tokens or more, so that no query sees across it", params.n_local));
+        return false;
+    }
+    if (stream.n_sink < stream.n_global) {
+        lminf_set_error(format("the sequence holds %d of its %d sinks: process those first, then skip", stream.n_sink, stream.n_global));
+        return false;
+    }
+
+    const int64_t stream_pos = stream.origin + next_pos(seq_id);
+    if (n_tokens > lminf_stream::max_start - stream_pos) {
+        lminf_set_error(format("a skip can lead to stream position %lld at most", (long long) lminf_stream::max_start));
+        return false;
+    }
+
+    free_cells(seq_id, -1);
+    stream.skip_to(stream_pos + n_tokens);
+
+    return true;
+}
+
+llama_pos lminf_memory::next_pos(llama_seq_id seq_id) const {
+    const llama_pos pos_max = window->seq_pos_max(seq_id);
+
+    return pos_max >= 0 ? pos_max + 1 : (llama_pos) streams[seq_id].pos_resume();
 }
 
 llama_pos lminf_memory::graph_pos(llama_seq_id seq_id, int64_t stream_pos) const {
@@ -410,12 +461,12 @@ llama_pos lminf_memory::graph_pos(llama_seq_id seq_id, int64_t stream_pos) const
 }
 
 llama_pos lminf_memory::rollback_min(llama_seq_id seq_id) const {
-    const int64_t pos_min   = window->seq_pos_min(seq_id);
-    const int64_t pos_start = streams[seq_id].pos_start();
+    const int64_t pos_min    = window->seq_pos_min(seq_id);
+    const int64_t pos_resume = streams[seq_id].pos_resume();
 
     // nothing has been recycled yet: any token can be the last one
-    if (pos_min <= pos_start) {
-        return (llama_pos) pos_start;
+    if (pos_min <= pos_resume) {
+        return (llama_pos) pos_resume;
     }
 
     return (llama_pos) (pos_min + params.n_local - 1);
@@ -430,22 +481,18 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
 
     lminf_info info = {};
 
-    const llama_pos next = window->seq_pos_max(seq_id) + 1;
+    const llama_pos next = next_pos(seq_id);
 
-    if (stream.begun) {
-        const int64_t n_tokens  = stream.index(next);
-        const int64_t n_outside = std::max<int64_t>(0, n_tokens - (params.n_local - 1));
+    // what the next query can see of the window
+    const int64_t n_inside  = std::min<int64_t>(params.n_local - 1, next - stream.pos_resume());
+    const int64_t n_outside = stream.index(next) - n_inside;
 
-        info.stream_pos = stream.origin + next;
-        info.n_evicted  = n_outside - std::min<int64_t>(n_outside, stream.n_sink);
-        info.n_sink     = stream.n_sink;
-        info.n_window   = window->get_cells(seq_id).get_used();
-        info.n_rollback = (int32_t) std::max<int64_t>(0, next - std::max<int64_t>(rollback_min(seq_id), stream.pos_start()));
-    } else {
-        info.stream_pos = stream.start;
-    }
-
+    info.stream_pos    = stream.origin + next;
+    info.n_evicted     = n_outside - std::min<int64_t>(n_outside, stream.n_sink);
+    info.n_sink        = stream.n_sink;
     info.n_global      = stream.n_global;
+    info.n_window      = window->get_cells(seq_id).get_used();
+    info.n_rollback    = std::max(0, next - rollback_min(seq_id));
     info.n_cells       = n_cells;
     info.n_rebase      = n_rebase;
     info.max_graph_pos = max_graph_pos;
@@ -463,9 +510,8 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
 //
 
 void lminf_memory::clear(bool data) {
-    window->clear(data);
-
-    std::fill(streams.begin(), streams.end(), new_stream());
+    seq_rm(-1, -1, -1);
+    window->clear(data); // as new: the next stream begins in the first cell
 
     if (data) {
         for (auto & [_, buf] : ctxs_bufs) {
@@ -483,29 +529,103 @@ bool lminf_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
-    const auto is_empty = [&](llama_seq_id s) { return p0 >= p1 || p0 > window->seq_pos_max(s); };
+    // nothing of the sequence lies there. From 0 on is all of it, even while its window is empty.
+    const auto is_empty = [&](llama_seq_id s) { return p0 >= p1 || (p0 > 0 && p0 >= next_pos(s)); };
 
     // all or nothing: refuse before anything is changed
     for (llama_seq_id s = s0; s < s1; ++s) {
-        const bool leaves_hole = p1 <= window->seq_pos_max(s);
+        const bool leaves_hole = p1 < next_pos(s);
         if (!is_empty(s) && (leaves_hole || !can_truncate(s, p0))) {
             return false;
         }
     }
 
     for (llama_seq_id s = s0; s < s1; ++s) {
-        const bool is_whole = p0 <= std::max<int64_t>(0, streams[s].pos_start()) && p1 > window->seq_pos_max(s);
-
-        if (is_whole) {
-            window->seq_rm(s, -1, -1);
+        if (is_empty(s)) {
+            continue;
+        }
+        if (p0 <= std::max<int64_t>(0, streams[s].pos_start())) {
+            free_cells(s, -1);
+            zero_sinks(s, 0, streams[s].n_sink);
             streams[s] = new_stream();
-        } else if (!is_empty(s)) {
-            window->seq_rm(s, p0, -1);
+        } else {
+            const int32_t n_sink = streams[s].n_sink;
+
+            free_cells(s, p0);
             streams[s].truncate(p0);
+            zero_sinks(s, streams[s].n_sink, n_sink);
         }
     }
 
     return true;
+}
+
+void lminf_memory::free_cells(llama_seq_id seq_id, llama_pos p0) {
+    if (p0 < 0) {
+        zero_cells(seq_id, 0, dirty[seq_id]);
+        if (pending_copies.empty()) {
+            dirty[seq_id] = 0;
+        }
+    } else {
+        const auto & cells = window->get_cells(seq_id);
+
+        for (uint32_t i = 0, n = 0; i < n_cells; i += n + 1, n = 0) {
+            while (i + n < n_cells && cells.pos_in(i + n, p0, std::numeric_limits<llama_pos>::max())) {
+                n++;
+            }
+            zero_cells(seq_id, i, n);
+        }
+    }
+
+    window->seq_rm(seq_id, p0, -1);
+}
+
+bool lminf_memory::begin_zero() {
+    if (!pending_copies.empty()) {
+        return false;
+    }
+    if (lctx) {
+        llama_synchronize(lctx);
+    }
+    return true;
+}
+
+void lminf_memory::mark_dirty(llama_seq_id seq_id) {
+    dirty[seq_id] = std::max(dirty[seq_id], window->get_cells(seq_id).used_max_p1());
+}
+
+void lminf_memory::zero_cells(llama_seq_id seq_id, uint32_t i0, uint32_t n) {
+    if (n == 0 || !begin_zero()) {
+        return;
+    }
+
+    for (const auto & layer : sinks) {
+        for (ggml_tensor * t : { layer.window_k, layer.window_v }) {
+            const size_t at = window->get_stream(seq_id)*t->nb[2];
+
+            if (t == layer.window_k || !v_trans) {
+                ggml_backend_tensor_memset(t, 0, at + i0*t->nb[1], n*t->nb[1]);
+            } else if (n == n_cells) {
+                ggml_backend_tensor_memset(t, 0, at, t->nb[2]);
+            } else {
+                for (int64_t row = 0; row < t->ne[0]; ++row) {
+                    ggml_backend_tensor_memset(t, 0, at + (row*n_cells + i0)*t->nb[0], n*t->nb[0]);
+                }
+            }
+        }
+    }
+}
+
+void lminf_memory::zero_sinks(llama_seq_id seq_id, int32_t i0, int32_t i1) {
+    if (i0 == i1 || !begin_zero()) {
+        return;
+    }
+
+    for (const auto & layer : sinks) {
+        for (ggml_tensor * t : { layer.k_seq[seq_id], layer.v_seq[seq_id] }) {
+            ggml_backend_tensor_memset(t, 0, i0*t->nb[1], (i1 - i0)*t->nb[1]);
+        }
+    }
 }
 
 void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -516,7 +636,7 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     }
 
     const bool from_start = p0 <= std::max<int64_t>(0, streams[seq_id_src].pos_start());
-    const bool to_end     = p1 < 0 || p1 > window->seq_pos_max(seq_id_src);
+    const bool to_end     = p1 < 0 || p1 >= next_pos(seq_id_src);
 
     if (!from_start || (!to_end && !can_truncate(seq_id_src, p1))) {
         LLAMA_LOG_ERROR("%s: [%d, %d) of sequence %d cannot be copied: its tokens attend to others that would not be\n",
@@ -527,6 +647,8 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     window->seq_cp(seq_id_src, seq_id_dst, -1, -1);
     streams[seq_id_dst] = streams[seq_id_src];
     pending_copies.push_back({ seq_id_src, seq_id_dst });
+
+    dirty[seq_id_dst] = dirty[seq_id_src];
 
     // the cells' contents are copied by the next update: do it now, so that a state written next is whole
     if (lctx) {
@@ -561,7 +683,7 @@ llama_pos lminf_memory::seq_pos_min(llama_seq_id seq_id) const {
 }
 
 llama_pos lminf_memory::seq_pos_max(llama_seq_id seq_id) const {
-    return window->seq_pos_max(seq_id);
+    return next_pos(seq_id) - 1;
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() const {
@@ -570,259 +692,6 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() co
         res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
     }
     return res;
-}
-
-//
-// state
-//
-
-namespace {
-
-constexpr uint32_t state_magic   = 0x464e4d4c; // "LMNF"
-constexpr uint32_t state_version = 2;
-
-// everything that must agree is in front, so that a foreign state is refused before anything is changed
-struct state_header {
-    uint32_t magic;
-    uint32_t version;
-    int32_t  n_local;
-    int32_t  max_distance;
-    int32_t  sink_mode;
-    int32_t  type_k;
-    int32_t  type_v;
-    int32_t  n_layer;
-    int32_t  n_stream; // of the cache
-    int32_t  n_seq;    // sequences that follow: one, or all
-    int32_t  n_cells;  // of the cache, per sequence
-};
-
-struct state_seq {
-    int64_t origin;
-    int64_t start;
-    int32_t n_sink;
-    int32_t begun;
-    int32_t n_used; // window cells that are saved; their indices follow
-    int32_t pos_max;
-    int32_t stream; // of the cache, that they are saved from
-    int32_t n_global;
-};
-
-}
-
-// the cells that llama_kv_cache::state_write saves of one sequence, in its order
-static std::vector<uint32_t> saved_cells(const llama_kv_cells & cells, llama_seq_id seq_id, uint32_t n_swa) {
-    std::vector<uint32_t> res;
-    for (uint32_t i = 0; i < cells.size(); ++i) {
-        if (!cells.is_empty(i) && !llama_hparams::is_masked_swa(n_swa, LLAMA_SWA_TYPE_STANDARD, cells.pos_get(i), cells.seq_pos_max(seq_id))) {
-            res.push_back(i);
-        }
-    }
-    return res;
-}
-
-static state_header make_header(const lminf_cparams & params, const llama_kv_cache & window, int32_t n_layer, int32_t n_seq) {
-    return {
-        state_magic, state_version,
-        params.n_local, params.max_distance, params.sink_mode,
-        window.type_k(), window.type_v(), n_layer, (int32_t) window.get_n_stream(), n_seq, (int32_t) window.get_size(),
-    };
-}
-
-// llama_kv_cache saves one sequence as a cell count for each of its streams, all but one of them 0, and reads it only
-// into a cache of as many streams. This shows it what was saved from stream `from` of `n_from` as the last of `n_to`.
-class one_stream_reader : public llama_io_read_i {
-public:
-    one_stream_reader(llama_io_read_i & io, uint32_t n_from, uint32_t from, uint32_t n_to) : io(io), n_rest(n_from - 1 - from) {
-        uint32_t n_stream;
-        io.read(&n_stream, sizeof(n_stream));
-        if (n_stream != n_from) {
-            throw std::runtime_error(lminf_set_error("the saved state does not fit: its streams make no sense"));
-        }
-        skip(from);
-
-        shown.push_back(n_to);
-        shown.resize(n_to, 0);
-    }
-
-    void read(void * dst, size_t size) override {
-        if (i_shown == shown.size()) {
-            io.read(dst, size);
-            return;
-        }
-        GGML_ASSERT(size == sizeof(uint32_t));
-        memcpy(dst, &shown[i_shown++], size);
-    }
-
-    void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override { io.read_tensor(tensor, offset, size); }
-
-    void discard() override { io.discard(); }
-
-    size_t n_bytes() override { return io.n_bytes(); }
-
-    // the counts of the streams that come after
-    void skip_rest() { skip(n_rest); }
-
-private:
-    void skip(uint32_t n) {
-        for (uint32_t i = 0; i < n; ++i) {
-            uint32_t cell_count;
-            io.read(&cell_count, sizeof(cell_count));
-            if (cell_count != 0) {
-                throw std::runtime_error(lminf_set_error("the saved state does not fit: it holds cells of another sequence"));
-            }
-        }
-    }
-
-    llama_io_read_i & io;
-
-    const uint32_t n_rest;
-
-    std::vector<uint32_t> shown; // the number of streams, and a 0 for each but the last
-    size_t i_shown = 0;
-};
-
-void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    if (!pending_copies.empty()) {
-        throw std::runtime_error(lminf_set_error("a sequence was copied before anything was decoded: decode first, then save"));
-    }
-
-    const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
-    const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
-
-    const state_header header = make_header(params, *window, sinks.size(), s1 - s0);
-    io.write(&header, sizeof(header));
-
-    for (llama_seq_id s = s0; s < s1; ++s) {
-        const auto & stream = streams[s];
-        const auto   cells  = saved_cells(window->get_cells(s), s, params.n_local + params.n_slack);
-
-        const state_seq seq = {
-            stream.origin, stream.start, stream.n_sink, stream.begun ? 1 : 0,
-            (int32_t) cells.size(), window->seq_pos_max(s), (int32_t) window->get_stream(s), stream.n_global,
-        };
-        io.write(&seq, sizeof(seq));
-        io.write(cells.data(), cells.size()*sizeof(uint32_t));
-    }
-
-    window->state_write(io, seq_id, flags);
-
-    for (llama_seq_id s = s0; s < s1; ++s) {
-        if (streams[s].n_sink == 0) {
-            continue;
-        }
-        for (const auto & layer : sinks) {
-            io.write_tensor(layer.k_seq[s], 0, streams[s].n_sink*layer.k->nb[1]);
-            io.write_tensor(layer.v_seq[s], 0, streams[s].n_sink*layer.v->nb[1]);
-        }
-    }
-}
-
-void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
-    const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
-
-    const auto refuse = [](const char * why) {
-        throw std::runtime_error(lminf_set_error(std::string("the saved state does not fit: ") + why));
-    };
-
-    state_header header;
-    io.read(&header, sizeof(header));
-
-    const state_header expected = make_header(params, *window, sinks.size(), s1 - s0);
-
-    if (header.magic != expected.magic || header.version != expected.version) {
-        refuse("it was not made by this version of the Λ cache");
-    }
-    if (header.n_local   != expected.n_local || header.max_distance != expected.max_distance ||
-        header.sink_mode != expected.sink_mode) {
-        refuse("it was made with another n_local, max_distance or sink_mode");
-    }
-    if (header.type_k != expected.type_k || header.type_v != expected.type_v) {
-        refuse("it was made with another KV type");
-    }
-    if (header.n_layer != expected.n_layer || header.n_seq != expected.n_seq || (seq_id < 0 && header.n_stream != expected.n_stream)) {
-        refuse("it was made with another number of layers or sequences");
-    }
-
-    std::vector<lminf_stream> streams_new(s1 - s0);
-
-    // where one sequence's cells were: the same places again make the same sums, to the last bit
-    llama_kv_cache::slot_info_vec_t places(window->get_n_stream());
-
-    int32_t stream_from = 0;
-
-    for (auto & stream : streams_new) {
-        state_seq seq;
-        io.read(&seq, sizeof(seq));
-
-        if (seq.n_used < 0 || seq.n_used > (int32_t) n_cells) {
-            refuse("it holds more cells than this cache has");
-        }
-        if (seq.n_global < 0 || seq.n_global > params.n_global) {
-            refuse("it keeps more sinks than this context has room for");
-        }
-        if (seq.n_sink < 0 || seq.n_sink > seq.n_global || seq.start < 0 || seq.origin < 0 ||
-            (seq.begun && (seq.pos_max < 0 || seq.origin + seq.pos_max < seq.start)) ||
-            seq.stream < 0 || seq.stream >= header.n_stream) {
-            refuse("its positions make no sense");
-        }
-
-        stream_from = seq.stream;
-
-        // one sequence comes as the last stream, see one_stream_reader
-        auto & place = seq_id < 0 ? places[seq.stream] : places.back();
-        if (seq.n_used > 0) {
-            place.resize(1);
-            place.strm[0] = seq_id < 0 ? seq.stream : window->get_stream(seq_id);
-            place.idxs[0].resize(seq.n_used);
-            io.read(place.idxs[0].data(), seq.n_used*sizeof(uint32_t));
-
-            const auto & idxs = place.idxs[0];
-            if (std::adjacent_find(idxs.begin(), idxs.end(), std::greater_equal<>()) != idxs.end() || idxs.back() >= (uint32_t) header.n_cells) {
-                refuse("its cells make no sense");
-            }
-        }
-
-        stream.origin   = seq.origin;
-        stream.start    = seq.start;
-        stream.n_global = seq.n_global;
-        stream.n_sink   = seq.n_sink;
-        stream.begun    = seq.begun != 0;
-    }
-
-    // from here on an exception leaves the sequence empty
-    for (llama_seq_id s = s0; s < s1; ++s) {
-        window->seq_rm(s, -1, -1);
-        streams[s] = new_stream();
-    }
-
-    try {
-        if (seq_id < 0) {
-            window->state_read(io, seq_id, flags);
-        } else {
-            const bool same_places = header.n_cells == expected.n_cells;
-
-            one_stream_reader one(io, header.n_stream, stream_from, expected.n_stream);
-            window->state_read_sinfo(one, seq_id, flags, nullptr, same_places ? &places : nullptr);
-            one.skip_rest();
-        }
-
-        for (llama_seq_id s = s0; s < s1; ++s) {
-            const auto & stream = streams_new[s - s0];
-            if (stream.n_sink == 0) {
-                continue;
-            }
-            for (const auto & layer : sinks) {
-                io.read_tensor(layer.k_seq[s], 0, stream.n_sink*layer.k->nb[1]);
-                io.read_tensor(layer.v_seq[s], 0, stream.n_sink*layer.v->nb[1]);
-            }
-        }
-    } catch (...) {
-        window->state_clear(seq_id);
-        throw;
-    }
-
-    std::copy(streams_new.begin(), streams_new.end(), streams.begin() + s0);
 }
 
 //
@@ -869,5 +738,11 @@ bool lminf_memory_context::apply() {
         stores_sinks |= stream.index(ubatch.pos[i]) < stream.n_global;
     }
 
-    return llama_kv_cache_context::apply();
+    const bool res = llama_kv_cache_context::apply();
+
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        mem->mark_dirty(ubatch.seq_id_unq[s]);
+    }
+
+    return res;
 }

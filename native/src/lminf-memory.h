@@ -58,6 +58,7 @@ public:
     void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    // before the next token: also while the window is empty, as it is after a skip
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
@@ -81,6 +82,9 @@ public:
 
     // an empty sequence begins at this stream position
     bool seq_start(llama_seq_id seq_id, int64_t stream_pos);
+
+    // the sequence goes on n_tokens further, with its sinks and an empty window
+    bool skip(llama_seq_id seq_id, int64_t n_tokens);
 
     // graph position of a stream position; -1 if it lies before the graph's origin
     llama_pos graph_pos(llama_seq_id seq_id, int64_t stream_pos) const;
@@ -118,6 +122,10 @@ private:
         ggml_tensor * k;
         ggml_tensor * v;
 
+        // where the window keeps its keys and values
+        ggml_tensor * window_k;
+        ggml_tensor * window_v;
+
         std::vector<ggml_tensor *> k_seq; // one sequence's rows
         std::vector<ggml_tensor *> v_seq;
 
@@ -128,6 +136,9 @@ private:
         llama_seq_id src;
         llama_seq_id dst;
     };
+
+    // graph position of the next token
+    llama_pos next_pos(llama_seq_id seq_id) const;
 
     // called once per micro-batch, before its graph is built
     void apply_ubatch(const llama_ubatch & ubatch);
@@ -141,6 +152,23 @@ private:
     // first graph position that a rollback can go back to
     llama_pos rollback_min(llama_seq_id seq_id) const;
 
+    // one sequence of a state; it is empty if that throws after something was changed
+    void state_read_seq(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+
+    // frees the window's cells from a graph position on, or all of them for -1
+    void free_cells(llama_seq_id seq_id, llama_pos p0);
+
+    // Attention multiplies what it masks by zero, so what is free must not hold NaN or infinity: it is zeroed.
+    // The window's cells [i0, i0 + n) of one sequence
+    void zero_cells(llama_seq_id seq_id, uint32_t i0, uint32_t n);
+    // a sequence's sinks [i0, i1)
+    void zero_sinks(llama_seq_id seq_id, int32_t i0, int32_t i1);
+    // waits for what is being computed; false while copies have yet to run that read what would be zeroed
+    bool begin_zero();
+
+    // the window has written its cells
+    void mark_dirty(llama_seq_id seq_id);
+
     void copy_sinks(const std::vector<seq_copy> & copies);
 
     const llama_hparams & hparams;
@@ -151,6 +179,7 @@ private:
 
     uint32_t n_cells;
     int64_t  n_sink_rows;
+    bool     v_trans; // the window's values are stored transposed
 
     int32_t   n_rebase      = 0;
     llama_pos max_graph_pos = 0;
@@ -158,6 +187,9 @@ private:
     std::unique_ptr<llama_kv_cache> window;
 
     std::vector<lminf_stream> streams; // [n_seq_max]
+
+    // [n_seq_max], first cell that no cell in use has reached since the sequence was empty: the rest is zero
+    std::vector<uint32_t> dirty;
 
     std::vector<sink_layer> sinks;
     std::map<int32_t, int32_t> map_layer_ids; // il -> index into sinks

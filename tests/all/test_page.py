@@ -113,6 +113,39 @@ def test_a_conversation_many_times_longer_than_the_window(page: Page, server: Se
     assert len(answers(page)) == 10
 
 
+def test_a_conversation_has_a_name_of_its_own(page: Page) -> None:
+    """A random one, which an edit keeps and another conversation does not have."""
+    names: list[str] = []
+    page.on("request", lambda each: names.append(each.post_data_json["prompt_cache_key"]) if each.post_data else None)
+    say(page, "The ferry left at six.")
+    say(page, "And then?")
+    page.get_by_test_id("regenerate").last.click()
+    expect(page.locator("[data-testid=message][data-role=assistant]:not([data-writing])")).to_have_count(2)
+    begin(page)
+    say(page, "The ferry left at six.")
+    assert len(names) == 4
+    assert names[0] == names[1] == names[2] != names[3]
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+
+
+def test_skipped_tokens_are_shown(browser: Browser, nano_path: str) -> None:
+    """Of a history that the server does not know; there are none where it knows it."""
+    window = LMInfConfig(n_global=4, n_local=64, prefill="tail")
+    with serve(nano_path, Settings(model_name="nano"), lminf=window) as served:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url)
+        choose(page, max_tokens=4)
+        say(page, "The ferry left at six.")
+        expect(page.get_by_test_id("skipped")).to_be_hidden()
+        say(page, "The sea was calm and the lamp was lit. " * 100)
+        expect(page.get_by_test_id("skipped")).to_be_visible()
+        assert int(page.get_by_test_id("skipped").inner_text().replace(",", "")) > 500
+        say(page, "And then?")
+        expect(page.get_by_test_id("skipped")).to_be_hidden()
+        context.close()
+
+
 def test_the_picture_in_the_docs(page: Page, tmp_path: Path) -> None:
     """Several conversations, the last with a text far longer than the window: LMINF_SCREENSHOT=FILE keeps it."""
     choose(page, max_tokens=80)
@@ -225,7 +258,7 @@ def test_accessibility(page: Page) -> None:
 
 def test_a_key_is_asked_for(browser: Browser, nano_path: str) -> None:
     with serve(
-        nano_path, Settings(model_name="nano", api_key="secret"), lminf=LMInfConfig(n_global=4, n_local=64)
+        nano_path, Settings(model_name="nano", api_keys=("secret",)), lminf=LMInfConfig(n_global=4, n_local=64)
     ) as served:
         context = browser.new_context()
         page = context.new_page()

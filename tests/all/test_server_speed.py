@@ -10,15 +10,14 @@ from benchmark_script import run_benchmark
 
 def test_figures_and_page(tmp_path: Path) -> None:
     figures, page = tmp_path / "server-performance", tmp_path / "server-performance.md"
-    names = ["first_token", "cold", "memory", "mixed"]  # the other takes a model of 700 MB
+    names = ["first_token", "unseen", "cold", "memory", "mixed"]  # the other takes a model of 700 MB
     only = [argument for name in names for argument in ("--only", name)]
     run_benchmark("server_speed.py", "--tiny", "--minutes", 0.1, "--out", figures, *only)
     run_benchmark("server_report.py", "--figures", figures, "--page", page)
     records = {path.stem: json.loads(path.read_text()) for path in figures.glob("*.json")}
     assert set(records) == set(names)
     short, long = records["cold"]["conversations"]
-    assert short["state_bytes"] == long["state_bytes"]
     n_more = long["tokens"] - short["tokens"]
-    assert long["index_bytes"] - short["index_bytes"] < 4 * n_more + 16384  # and pages of the database
+    assert long["state_bytes"] - short["state_bytes"] <= 4 * n_more  # the tokens
     assert records["mixed"]["n_errors"] == 0
     assert all(f"`{name}`" in page.read_text() for name in names)

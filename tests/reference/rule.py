@@ -90,6 +90,7 @@ def attend(
     slopes: Array,
     score: Callable[[Array], Array],
     block: int = 256,
+    positions: Positions | None = None,
 ) -> Array:
     """Attention over a whole stream, by blocks of queries so that memory and time follow the window.
 
@@ -98,13 +99,14 @@ def attend(
     slopes: [n_head], ALiBi: -slope * distance is added to a score; zeros without ALiBi.
     score: what becomes of q.k before ALiBi and softmax (scaling, capping).
     block: queries handled at once.
+    positions: [n_tokens], ascending, where the tokens stand in the stream; 0, 1, 2, ... unless tokens were skipped.
     Returns [n_tokens, n_head, head_size].
     """
     n_tokens, n_head, head_size = q.shape
     n_head_kv = k.shape[1]
-    stream = np.arange(n_tokens)
+    stream = np.arange(n_tokens) if positions is None else positions
     slopes = slopes.reshape(n_head_kv, -1, 1, 1)
-    n_local = n_tokens if rule.n_local is None else rule.n_local
+    n_local = int(stream[-1]) + 1 if rule.n_local is None else rule.n_local
 
     def scores(q_rows: Array, q_pos: Positions, k_rows: Array, k_pos: Positions) -> Array:
         """[n_head_kv, n_group, n_queries, n_keys]"""
@@ -114,20 +116,23 @@ def attend(
 
     out = np.empty((n_tokens, n_head, v.shape[2]))
     for begin in range(0, n_tokens, block):
-        i = stream[begin : begin + block]
-        near = stream[max(0, begin + 1 - n_local) : begin + len(i)]
-        distance = i[:, None] - near
-        keys, seen = near, (distance >= 0) & (distance < n_local)
-        logits = scores(q[i], i, k[near], near)
-        sinks = stream[: max(0, min(rule.n_global, begin + len(i) - n_local))]
-        if len(sinks):
+        rows = slice(begin, begin + block)
+        i = stream[rows]
+        near = slice(np.searchsorted(stream, i[0] + 1 - n_local), begin + len(i))
+        distance = i[:, None] - stream[near]
+        seen = (distance >= 0) & (distance < n_local)
+        logits = scores(q[rows], i, k[near], stream[near])
+        values = v[near]
+        n_sinks = int(np.searchsorted(stream, min(rule.n_global, i[-1] + 1 - n_local)))
+        if n_sinks:
+            sinks = stream[:n_sinks]
             q_pos, k_pos = rule.sink_positions(i, sinks)
-            logits = np.concatenate([scores(q[i], q_pos, k[sinks], k_pos), logits], axis=-1)
+            logits = np.concatenate([scores(q[rows], q_pos, k[:n_sinks], k_pos), logits], axis=-1)
             seen = np.concatenate([i[:, None] - sinks >= n_local, seen], axis=-1)
-            keys = np.concatenate([sinks, near])
+            values = np.concatenate([v[:n_sinks], values])
         logits = np.where(seen, logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        mixed = weights @ v[keys].transpose(1, 0, 2)[:, None]
-        out[i] = mixed.transpose(2, 0, 1, 3).reshape(len(i), n_head, -1)
+        mixed = weights @ values.transpose(1, 0, 2)[:, None]
+        out[rows] = mixed.transpose(2, 0, 1, 3).reshape(len(i), n_head, -1)
     return out

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from reference import gguf_file
 from reference.gguf_file import Array
-from reference.rule import Rope, Rule, attend
+from reference.rule import Positions, Rope, Rule, attend
 
 Tokens = npt.NDArray[np.integer[Any]]
 FULL = Rule()
@@ -115,12 +115,15 @@ class Transformer:
         name = f"{self.name}.{name}"
         return self.metadata[name] if default is None else self.metadata.get(name, default)
 
-    def logits(self, tokens: Tokens, rule: Rule = FULL, n_ctx: int | None = None) -> Array:
+    def logits(
+        self, tokens: Tokens, rule: Rule = FULL, n_ctx: int | None = None, positions: Positions | None = None
+    ) -> Array:
         """[n_tokens, n_vocab]: what the model expects after each of the tokens[n_tokens].
 
         n_ctx: context size that LongRoPE chooses its factors by where the rule has no window; n_tokens by default.
+        positions: [n_tokens], ascending, where the tokens stand in the stream; 0, 1, 2, ... unless tokens were skipped.
         """
-        return self.head(self.hidden(tokens, rule, n_ctx))
+        return self.head(self.hidden(tokens, rule, n_ctx, positions))
 
     def token_nll(self, tokens: Tokens, rule: Rule = FULL, n_ctx: int | None = None) -> Array:
         """[n_tokens - 1], nats: the negative log-likelihood of every token but the first. Parameters as for logits."""
@@ -132,13 +135,15 @@ class Transformer:
             nll[rows] = nll_from_logits(self.head(hidden[rows]), targets[rows])
         return nll
 
-    def hidden(self, tokens: Tokens, rule: Rule = FULL, n_ctx: int | None = None) -> Array:
+    def hidden(
+        self, tokens: Tokens, rule: Rule = FULL, n_ctx: int | None = None, positions: Positions | None = None
+    ) -> Array:
         """[n_tokens, n_embd]: what goes into the output projection."""
         x = self.tensors["token_embd.weight"][tokens] * self.key("embedding_scale", 1.0)
         rope = self.rope(len(tokens) if n_ctx is None else n_ctx, rule)
         for layer in range(self.n_layer):
             free = self.arch.rope_free_every and (layer + 1) % self.arch.rope_free_every == 0
-            x = self.layer(x, f"blk.{layer}.", rule, Rope(np.zeros(0)) if free else rope)
+            x = self.layer(x, f"blk.{layer}.", rule, Rope(np.zeros(0)) if free else rope, positions)
         return self.norm(x, "output_norm")
 
     def head(self, hidden: Array) -> Array:
@@ -146,10 +151,10 @@ class Transformer:
         name = "output" if "output.weight" in self.tensors else "token_embd"
         return self.linear(hidden, name) * float(self.key("logit_scale", 1.0))
 
-    def layer(self, x: Array, at: str, rule: Rule, rope: Rope) -> Array:
+    def layer(self, x: Array, at: str, rule: Rule, rope: Rope, positions: Positions | None = None) -> Array:
         """One block: x[n_tokens, n_embd] to the same shape. `at` is the prefix of its tensors."""
         normed = self.norm(x, at + "attn_norm")
-        attention = self.attention(normed, at, rule, rope)
+        attention = self.attention(normed, at, rule, rope, positions)
         if at + "attn_output_norm.weight" in self.tensors:
             attention = self.norm(attention, at + "attn_output_norm")
         behind = x if self.parallel else x + attention
@@ -160,7 +165,7 @@ class Transformer:
             forward = self.norm(forward, at + "layer_output_norm")
         return x + attention + forward
 
-    def attention(self, x: Array, at: str, rule: Rule, rope: Rope) -> Array:
+    def attention(self, x: Array, at: str, rule: Rule, rope: Rope, positions: Positions | None = None) -> Array:
         """The attention branch of x[n_tokens, n_embd], output projection included."""
         n_q, n_k = self.n_head * self.head_size, self.n_head_kv * self.head_size
         if at + "attn_qkv.weight" in self.tensors:
@@ -176,7 +181,8 @@ class Transformer:
                 for y, name in ((q, "attn_q_norm"), (k, "attn_k_norm"))
             )
         heads = (len(x), -1, self.head_size)
-        out = attend(q.reshape(heads), k.reshape(heads), v.reshape(heads), rule, rope, self.slopes, self.score)
+        q, k, v = (y.reshape(heads) for y in (q, k, v))
+        out = attend(q, k, v, rule, rope, self.slopes, self.score, positions=positions)
         return self.linear(out.reshape(len(x), -1), at + "attn_output")
 
     def score(self, dots: Array) -> Array:

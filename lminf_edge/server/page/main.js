@@ -65,7 +65,8 @@ async function connect() {
   $("banner").hidden = true;
   try {
     const props = await api.props();
-    server.cache = props.lminf ?? {};
+    const { window, sink, kv_bytes } = props.lminf ?? {}; // the rest is not about a conversation
+    server.cache = { window, sink, kv_bytes };
     server.model = props.model_alias || (await api.models())[0];
     $("model").textContent = server.model;
     refreshStatus();

@@ -16,7 +16,7 @@ export class Turn {
   #timer = 0;
   #saving = Promise.resolve();
   #stored = false;
-  #stats; // {position, estimated, tokens_per_second}: what the server said last, and what came since
+  #stats; // {position, skipped, estimated, tokens_per_second}: what the server said last, and what came since
   #first = null; // {time, n}: when the first piece of text came, and how many have come after it
 
   /** `chat` has the messages so far; the answer is added to them. */
@@ -44,11 +44,13 @@ export class Turn {
 
   /** Runs to the end, whatever that is; `error` and `stopped` then say how it went. `options`: model, temperature... */
   async run(api, options, changed) {
-    const { system, messages } = this.#chat;
+    const { id, system, messages } = this.#chat;
     const history = messages.map(({ role, content }) => ({ role, content }));
     if (system) history.unshift({ role: "system", content: system });
     try {
-      for await (const chunk of api.chat({ ...options, messages: history }, this.#abort.signal)) {
+      // the server may go on with a conversation that has a name, whatever part of it is sent
+      const request = { ...options, messages: history, prompt_cache_key: id };
+      for await (const chunk of api.chat(request, this.#abort.signal)) {
         this.#take(chunk);
         changed();
       }
@@ -69,9 +71,9 @@ export class Turn {
     if (choices?.[0]?.finish_reason && this.answer) this.answer.finish = choices[0].finish_reason;
     if (timings) this.#stats.tokens_per_second = timings.predicted_per_second;
     if (lminf) {
-      const { position, ...cache } = lminf;
+      const { position, skipped, ...cache } = lminf;
       this.cache = cache;
-      Object.assign(this.#stats, { position, estimated: false });
+      Object.assign(this.#stats, { position, skipped, estimated: false });
     }
   }
 

@@ -1,4 +1,4 @@
-"""One sequence of a context with a Λ cache: a stream of tokens, of which the cache keeps the sinks and the window."""
+"""A sequence of a context with a Λ cache: a stream of tokens of which the cache keeps sinks and window."""
 
 from __future__ import annotations
 
@@ -12,25 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
+from lminf_edge.cache.checkpoint import Checkpoint
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.config import Window
 from lminf_edge.errors import UserError
-from lminf_edge.history import Tokens
 from lminf_edge.native import Info, Native, captured_errors
 
 Logits = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
-class State:
-    """What the cache holds of a sequence at one moment."""
-
-    position: int  # tokens processed since the start of the stream
-    n_rollback: int  # tokens that can be taken back once this has been loaded
-    data: npt.NDArray[np.uint8]  # (n_bytes,) as llama.cpp writes it
-
-
 class CacheSequence:
-    """A sequence, by its number; all of them share the context and belong to the thread that decodes."""
+    """A sequence of the context, used only by the thread that decodes."""
 
     def __init__(self, native: Native, context: Any, window: Window, seq_id: int = 0) -> None:
         """`context` is llama_cpp's wrapper of the llama_context."""
@@ -59,7 +51,7 @@ class CacheSequence:
         return self._native.info(self.ctx, self.seq_id)
 
     def error(self) -> str:
-        """What went wrong in this thread's last call of the library, "" if it does not say."""
+        """The error of this thread's last library call, "" if there is none."""
         return self._native.last_error()
 
     def next_pos(self, n_tokens: int) -> int:
@@ -70,22 +62,17 @@ class CacheSequence:
         return position
 
     def rollback(self, position: int) -> bool:
-        """Forgets all tokens from this stream position on; False, and nothing changed, if that is not possible."""
+        """Rolls back to this stream position; False, and nothing changed, if that is not possible."""
         return self._native.rollback(self.ctx, position, self.seq_id)
 
-    def go_back_to(self, position: int) -> None:
-        """The same where it has to be possible. Raises RuntimeError if it is not."""
-        if not self.rollback(position):
-            raise RuntimeError(f"The stream cannot go back to position {position}: {self.error()}.")
-
     def clear(self, n_sinks: int | None = None) -> None:
-        """Forgets everything; the next stream keeps n_sinks sinks, by default as many as the context has room for.
+        """Empties the sequence; the next stream keeps n_sinks sinks, by default as many as the context has room for.
 
         Raises ValueError if that is more.
         """
         memory = bindings.llama_get_memory(self.ctx)
         if bindings.llama_n_seq_max(self.ctx) == 1:
-            bindings.llama_memory_clear(memory, False)  # as new: the next stream begins in the first cell
+            bindings.llama_memory_clear(memory, False)  # as if new: the next stream begins in the first cell
         else:
             bindings.llama_memory_seq_rm(memory, self.seq_id, -1, -1)
         if n_sinks is not None and not self._native.set_sinks(self.ctx, n_sinks, self.seq_id):
@@ -96,49 +83,64 @@ class CacheSequence:
         if not self._native.seq_start(self.ctx, position, self.seq_id):
             raise RuntimeError(f"The stream cannot begin at {position}: {self.error()}")
 
-    def save(self) -> State:
-        """The state at this moment, a copy. Raises RuntimeError if the library does not give it."""
+    def skip(self, n_tokens: int) -> None:
+        """Advances the stream by n_tokens, at least a window; only its sinks remain.
+
+        Raises RuntimeError if it cannot.
+        """
+        if not self._native.skip(self.ctx, n_tokens, self.seq_id):
+            raise RuntimeError(f"The stream cannot skip {n_tokens} tokens: {self.error()}.")
+
+    def save(self) -> tuple[int, npt.NDArray[np.uint8]]:
+        """(tokens that can be rolled back, a copy of the state (n_bytes,) as llama.cpp writes it).
+
+        Raises RuntimeError if the library fails.
+        """
         info = self.info()
         n_bytes = bindings.llama_state_seq_get_size(self.ctx, self.seq_id)
-        data = _own_pages(n_bytes)
-        n_written = bindings.llama_state_seq_get_data(self.ctx, _pointer(data), n_bytes, self.seq_id)
+        state = _own_pages(n_bytes)
+        n_written = bindings.llama_state_seq_get_data(self.ctx, _pointer(state), n_bytes, self.seq_id)
         if n_written == 0:
             raise RuntimeError(f"The state of the stream cannot be read. {self.error()}".strip())
         # a state carries every cell while none has been recycled, later those of the window and the slack
         window = self.window
         whole = info.n_window <= window.n_local + window.n_slack and info.n_rollback >= info.n_window
         n_rollback = info.n_rollback if whole else min(info.n_rollback, window.n_slack)
-        return State(info.stream_pos, n_rollback, data[:n_written])
+        return n_rollback, state[:n_written]
 
-    def load(self, state: State) -> str | None:
-        """Becomes what it was; None, or why it cannot, in a few words, and the sequence is empty."""
+    def load(self, checkpoint: Checkpoint) -> str | None:
+        """Restores a checkpoint. Returns None, or why it cannot, in a few words; then the sequence is empty."""
         self.clear()
-        data = np.ascontiguousarray(state.data)
+        assert checkpoint.state is not None
+        state = np.ascontiguousarray(checkpoint.state)
         with captured_errors() as errors:
-            n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(data), data.nbytes, self.seq_id)
-            if n_read != 0 and self.position == state.position:
+            n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(state), state.nbytes, self.seq_id)
+            if n_read != 0 and self.position == checkpoint.position:
                 return None
             self.clear()
-        return self.error() or (errors[0] if errors else "its contents do not fit this cache")
+        reasons = [
+            reason for error in errors for _, found, reason in [error.partition("error loading state: ")] if found
+        ]
+        return reasons[0] if reasons else "its contents do not fit this cache"
 
 
 def _own_pages(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Memory that goes back to the system when it is dropped: states come and go, and a heap of them gets holes."""
+    """Memory that returns to the system when it is freed: on the heap, states would fragment it."""
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     return np.frombuffer(mmap.mmap(-1, max(n_bytes, 1), **private), dtype=np.uint8)[:n_bytes]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Consecutive tokens of a sequence, int32 (n_tokens,), to be processed in one batch."""
+    """Consecutive tokens of a sequence, int32 (n_tokens,), processed in one batch."""
 
     sequence: CacheSequence
     tokens: Tokens
-    n_logits: int = 1  # logits are kept of the last ones
+    n_logits: int = 1  # number of last tokens whose logits are kept
 
 
 class Batch:
-    """A llama_batch, filled through arrays that look into its memory."""
+    """A llama_batch, filled through array views of its memory."""
 
     def __init__(self, batch: Any) -> None:
         """`batch` is llama_cpp's wrapper of the llama_batch."""
@@ -156,7 +158,7 @@ class Batch:
         """Processes runs of different sequences, n_batch tokens in all at most.
 
         Returns the index in the batch of each run's last token, to ask for its logits by. Raises RuntimeError if the
-        library cannot; how much of each run was processed is then for the sequence's position to say.
+        library fails; the sequences' positions then tell how much of each run was processed.
         """
         assert len({run.sequence.seq_id for run in runs}) == len(runs)
         ends, start = [], 0

@@ -1,0 +1,267 @@
+"""A stream at one moment, in memory or in a file.
+
+Its size is that of the used part of the cache, however long the stream. It holds the recent tokens and one hash of the
+older ones, so that a later prompt can be compared with what was processed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from lminf_edge.cache.token_log import BLOCK, KEY_BYTES, TokenLog
+from lminf_edge.config import KV_TYPES, SINK_MODES, physical_memory
+from lminf_edge.errors import UserError
+from lminf_edge.files import open_regular
+
+MAGIC = b"LMINFCKP"
+VERSION = 3
+
+# magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, v_transposed,
+# position, n_skipped, tokens before the recent ones and their hash, number of recent tokens, of bytes of state; all
+# little endian. Then the SHA-256 of this head and of all that follows it: the tokens (int32) and the state.
+_HEAD = struct.Struct(f"<8sII32s7iqqQ{KEY_BYTES}sQQ")
+_DIGEST_BYTES = 32
+HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
+
+_HEAD_SAMPLE = 1 << 20  # bytes from the start of a model file
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
+
+
+class CheckpointError(UserError):
+    """Why a checkpoint cannot be used here, in one sentence. The running stream is unchanged."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a cache state depends on besides the tokens: only a stream with the same identity can use it."""
+
+    model: bytes  # SHA-256, see model_digest()
+    n_global: int
+    n_local: int
+    max_distance: int
+    sink_mode: int
+    type_k: int
+    type_v: int
+    v_transposed: int  # how values lie in memory: stock operations without flash_attn want them transposed
+
+    @property
+    def folder(self) -> str:
+        """A name for what states can be exchanged: the model and everything about its cache but the sinks."""
+        return hashlib.sha256(repr(replace(self, n_global=0)).encode()).hexdigest()[:16]
+
+    def with_sinks(self, n_sinks: int) -> Identity:
+        """The identity of a stream in the same context that keeps n_sinks first tokens."""
+        return self if n_sinks == self.n_global else replace(self, n_global=n_sinks)
+
+    @property
+    def folder_name(self) -> str:
+        """Names what streams can exchange their states: all of this but the number of sinks."""
+        return hashlib.sha256(repr(replace(self, n_global=0)).encode()).hexdigest()[:16]
+
+    def check(self, other: Identity) -> None:
+        """Raises CheckpointError, naming the first difference, if `other` differs."""
+        if self.model != other.model:
+            raise CheckpointError("The checkpoint was made with another model, adapter or RoPE setting.")
+        for name in ("n_global", "n_local", "max_distance", "sink_mode", "type_k", "type_v", "v_transposed"):
+            here, there = getattr(self, name), getattr(other, name)
+            if here != there:
+                raise CheckpointError(
+                    f"The checkpoint was made with {name}={_readable(name, there)}, this stream has "
+                    f"{name}={_readable(name, here)}."
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A stream at one moment; made by Llama.checkpoint(), restored by Llama.restore()."""
+
+    identity: Identity
+    position: int  # tokens of the stream so far
+    n_rollback: int  # tokens that can be rolled back
+    n_skipped: int  # tokens of the stream that were not processed
+    log: TokenLog  # the tokens; must not be changed
+    state: npt.NDArray[np.uint8]  # (n_bytes,) the used part of the cache, as llama.cpp writes it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes this takes in a file."""
+        return HEADER_BYTES + self.log.recent().nbytes + self.state.nbytes
+
+    def reach(self, prompt: TokenLog) -> int:
+        """How many tokens of a prompt (a whole log) a stream restored from this need not process.
+
+        The last token is always processed, for its logits.
+        """
+        n_tokens = min(self.log.prefix_of(prompt), len(prompt) - 1)
+        return max(n_tokens, 0) if len(self.log) - n_tokens <= self.n_rollback else 0
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The contents of a checkpoint file, in parts: HEADER_BYTES first, then the arrays, not copied."""
+        head, body = self._head(), self._body()
+        yield head + _digest(head, body)
+        for part in body:
+            yield part.data
+
+    def to_bytes(self) -> bytes:
+        """The contents of a checkpoint file."""
+        return b"".join(self.chunks())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Checkpoint:
+        """The checkpoint `to_bytes` wrote. Raises CheckpointError if a single byte of it has changed."""
+        head = _parse(data[:HEADER_BYTES], len(data))
+        if _digest(data[: _HEAD.size], [memoryview(data)[HEADER_BYTES:]]) != file_digest(data):
+            raise CheckpointError("The checkpoint is damaged: its checksum does not match.")
+        recent = np.frombuffer(data, dtype="<i4", count=head.n_recent, offset=HEADER_BYTES)
+        return cls(
+            identity=head.identity,
+            position=head.position,
+            n_rollback=head.n_rollback,
+            n_skipped=head.n_skipped,
+            log=TokenLog(recent, n_base=head.n_base, base=head.base if head.n_base else b""),
+            state=np.frombuffer(data, dtype=np.uint8, offset=HEADER_BYTES + 4 * head.n_recent),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the checkpoint to a file, atomically: at any moment the file is the old one or the new one."""
+        target = Path(path).expanduser()
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with open(unfinished, "wb") as file:
+                for part in self.chunks():
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, target)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        if os.name == "posix":  # the new name itself lasts only once its folder is written
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Reads a checkpoint file.
+
+        `~` is the home folder. The head is checked against the file's size before the rest is read. Raises
+        CheckpointError, in one sentence, if the file is missing, truncated, damaged or not a checkpoint.
+        """
+        name = os.path.expanduser(os.fspath(path))
+        try:
+            file, n_bytes = open_regular(name)
+            with file:
+                return cls.read(file, n_bytes)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, MemoryError) as error:  # a ValueError for a name with a NUL in it
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"The checkpoint {name} cannot be read: {reason}.") from error
+
+    @classmethod
+    def read(cls, file: BinaryIO, n_bytes: int) -> Checkpoint:
+        """The checkpoint in the next n_bytes of a file. Raises CheckpointError, OSError, MemoryError."""
+        begin = file.tell()
+        _parse(file.read(HEADER_BYTES), n_bytes)
+        memory = physical_memory()
+        if memory is not None and n_bytes > memory:
+            raise CheckpointError(f"The checkpoint has {n_bytes} bytes, this machine {memory} of memory.")
+        file.seek(begin)
+        return cls.from_bytes(file.read(n_bytes))
+
+    def _head(self) -> bytes:
+        i = self.identity
+        parameters = (i.n_global, i.n_local, i.max_distance, i.sink_mode, i.type_k, i.type_v, i.v_transposed)
+        tokens = (self.position, self.n_skipped, self.log.n_base, self.log.base, len(self.log.recent()))
+        return _HEAD.pack(MAGIC, VERSION, self.n_rollback, i.model, *parameters, *tokens, self.state.nbytes)
+
+    def _body(self) -> list[npt.NDArray[Any]]:
+        """What follows the head, little endian: recent tokens, state."""
+        return [np.ascontiguousarray(self.log.recent(), dtype="<i4"), np.ascontiguousarray(self.state)]
+
+
+@dataclass(frozen=True)
+class _Head:
+    identity: Identity
+    position: int
+    n_rollback: int
+    n_skipped: int
+    n_base: int
+    base: bytes
+    n_recent: int
+    n_state: int
+
+
+def state_bytes(head: bytes, n_bytes: int) -> int:
+    """Bytes of state in a checkpoint file of n_bytes that begins so. Raises CheckpointError if it cannot be one."""
+    return _parse(head, n_bytes).n_state
+
+
+def file_digest(data: bytes) -> bytes:
+    """The SHA-256 in a checkpoint file (or its first HEADER_BYTES): 32 bytes."""
+    return data[_HEAD.size : HEADER_BYTES]
+
+
+def _parse(head: bytes, n_bytes: int) -> _Head:
+    """Parses the head of a file of n_bytes. Raises CheckpointError if it is not that of a checkpoint."""
+    if head[: len(MAGIC)] != MAGIC:
+        raise CheckpointError("This is not a checkpoint of lminf_edge.")
+    if len(head) < HEADER_BYTES:
+        raise CheckpointError("The checkpoint is cut short.")
+    fields = _HEAD.unpack_from(head)
+    _, version, n_rollback, model, *parameters, position, n_skipped, n_base, base, n_recent, n_state = fields
+    if version != VERSION:
+        raise CheckpointError(f"The checkpoint has format {version}, this version of lminf_edge reads {VERSION}.")
+    n_expected = HEADER_BYTES + 4 * n_recent + n_state
+    if n_bytes != n_expected:
+        raise CheckpointError(f"The checkpoint is cut short or damaged: {n_bytes} bytes instead of {n_expected}.")
+    if n_base % BLOCK or position < 0 or not 0 <= n_skipped <= position:
+        raise CheckpointError("The checkpoint is damaged: its numbers of tokens make no sense.")
+    return _Head(Identity(model, *parameters), position, n_rollback, n_skipped, n_base, base, n_recent, n_state)
+
+
+def _digest(head: bytes, body: Iterable[Any]) -> bytes:
+    """SHA-256 of the head and of the arrays or buffers that follow it."""
+    digest = hashlib.sha256(head)
+    for part in body:
+        digest.update(part)
+    return digest.digest()
+
+
+def model_digest(path: str | os.PathLike[str], settings: Mapping[str, Any], *other_files: str) -> bytes:
+    """SHA-256 that tells models apart without reading gigabytes.
+
+    Of each file it covers the size, the first MiB (all metadata but the end of a large vocabulary) and 256 evenly
+    spread samples of 4 KiB; of the settings, names and values.
+    """
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for name in (path, *other_files):
+        with open(name, "rb") as file:
+            n_bytes = file.seek(0, os.SEEK_END)
+            digest.update(n_bytes.to_bytes(8, "little"))
+            file.seek(0)
+            digest.update(file.read(_HEAD_SAMPLE))
+            for i in range(1, _SAMPLES + 1):
+                file.seek(max(0, n_bytes * i // _SAMPLES - _SAMPLE_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.digest()
+
+
+def _readable(name: str, value: int) -> str:
+    if name == "sink_mode" and 0 <= value < len(SINK_MODES):
+        return SINK_MODES[value]
+    if name in ("type_k", "type_v") and value in KV_TYPES:
+        return KV_TYPES[value][0]
+    return str(value)

@@ -1,0 +1,139 @@
+"""A conversation and its checkpoints, in memory or in files."""
+
+from __future__ import annotations
+
+import mmap
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from lminf_edge.cache.checkpoint import Checkpoint
+from lminf_edge.cache.files import Head
+from lminf_edge.cache.token_log import TokenLog, Tokens, as_tokens, common_prefix
+
+N_NEWEST = 8  # checkpoints of a conversation that are never thinned out
+
+# of memory, for their objects, as measured with tracemalloc
+_CONVERSATION_BYTES, _STORED_BYTES, _KEY_BYTES = 600, 600, 150
+_HEAD_BYTES = 500  # of a file, about
+
+
+@dataclass(eq=False)
+class Stored:
+    """A checkpoint in memory or in a file, and the positions that it reaches."""
+
+    conversation: Conversation
+    number: int  # checkpoints of the conversation that were made before
+    position: int  # of the stream
+    n_rollback: int
+    n_dropped: int  # tokens of the stream that the client no longer sends
+    n_skipped: int  # tokens of the stream that were not processed
+    n_sinks: int
+    keys: dict[bytes, int]  # keys of prefixes of the client's tokens -> their lengths
+    n_bytes: int  # of its state
+    checkpoint: Checkpoint | None = None  # in memory
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)  # of its file
+    in_file: bool = False
+    saving: Future[bool] | None = None  # while it is being written
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of its stream in the client's tokens."""
+        return self.position - self.n_dropped
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory, about."""
+        n_state = 0
+        if self.checkpoint is not None:
+            n_state = -(-self.n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + self.checkpoint.log.nbytes
+        return _STORED_BYTES + _KEY_BYTES * len(self.keys) + n_state
+
+    @property
+    def disk_bytes(self) -> int:
+        n_log = 4 * self.n_tokens if self.conversation.label else 0
+        return _HEAD_BYTES + self.n_bytes + n_log if self.in_file or self.saving is not None else 0
+
+    def head(self) -> Head:
+        return Head(
+            conversation=self.conversation.name,
+            owner=self.conversation.owner,
+            label=self.conversation.label,
+            number=self.number,
+            position=self.position,
+            n_rollback=self.n_rollback,
+            n_dropped=self.n_dropped,
+            n_skipped=self.n_skipped,
+            n_sinks=self.n_sinks,
+            n_bytes=self.n_bytes,
+            keys={key.hex(): n_tokens for key, n_tokens in self.keys.items()},
+        )
+
+
+@dataclass(eq=False)
+class Conversation:
+    """A history that grew request by request."""
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    owner: str = ""  # digest of its API key
+    label: str = ""  # the client's own name for it, "" for none
+    used: float = field(default_factory=time.time)  # seconds since 1970
+    log: TokenLog | None = None  # while a slot holds it or, with a label, as long as memory allows
+    is_hot: bool = False  # a slot holds it
+    checkpoints: list[Stored] = field(default_factory=list)
+    counted: tuple[int, int] = (0, 0)  # bytes of memory and disk that the store counts for it
+
+    @property
+    def n_tokens(self) -> int:
+        """Its length in the client's tokens; that of its newest checkpoint if its log is not in memory."""
+        if self.log is not None:
+            return len(self.log)
+        return self.tip.n_tokens if self.tip else 0
+
+    @property
+    def tip(self) -> Stored | None:
+        """The checkpoint made last; longer ones precede an edit."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory, about."""
+        n_log = self.log.nbytes if self.log is not None else 0
+        n_text = len(self.owner) + len(self.label)
+        return _CONVERSATION_BYTES + n_text + n_log + sum(each.memory_bytes for each in self.checkpoints)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(each.disk_bytes for each in self.checkpoints)
+
+    def set_tokens(self, tokens: Sequence[int] | Tokens, n_recent: int | None = None) -> None:
+        """Replaces its tokens by these (n_tokens,); n_recent as for TokenLog."""
+        if self.log is None or self.log.n_base:
+            self.log = TokenLog(tokens, n_recent=n_recent)
+        else:
+            n_same = common_prefix(self.log.recent(), as_tokens(tokens))
+            self.log.truncate(n_same)
+            self.log.extend(tokens[n_same:])
+
+    def truncate(self, n_tokens: int) -> None:
+        """Keeps only its first n_tokens."""
+        assert self.log is not None
+        self.log.truncate(n_tokens)
+
+
+def thinned(lengths: Iterable[int], end: int) -> set[int]:
+    """Which positions before `end` to keep: the newest, and older ones ever further apart.
+
+    The gap between two kept positions never exceeds the distance from there to the end, unless there was no position in
+    between. So their number grows with the logarithm of the length.
+    """
+    ordered = sorted(lengths, reverse=True)
+    kept = set(ordered[:N_NEWEST])
+    for i in range(N_NEWEST, len(ordered)):
+        newer = min(kept)
+        older = ordered[i + 1] if i + 1 < len(ordered) else 0
+        if newer - older > end - newer:
+            kept.add(ordered[i])
+    return kept

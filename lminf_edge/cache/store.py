@@ -1,0 +1,394 @@
+"""Checkpoints of conversations that are not in a slot: in memory under one budget, in files under another.
+
+A checkpoint is found by the tokens that lead to it, so a resent history, a regenerated answer, an edited message and a
+branch are one case: the deepest checkpoint whose tokens the prompt begins with. Of each conversation many recent and
+few old ones are kept. The least recently used go first: from memory to a file, from its file to nothing.
+
+All of it is a cache. What is damaged, missing or cannot be written costs the time to process tokens again and a line
+in the log, never an answer: no method raises for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError, Identity
+from lminf_edge.cache.conversation import Conversation, Stored, thinned
+from lminf_edge.cache.files import CheckpointFiles, Failures, Found, Head, Worker
+from lminf_edge.cache.token_log import TokenLog
+
+T = TypeVar("T")
+
+# of memory, for the objects of conversations on disk, whatever the budget: they are found through these
+_LEAST_MEMORY = 16 << 20
+
+_NO_LOG = TokenLog()  # a checkpoint is found by its keys
+
+
+class CheckpointStore:
+    """All checkpoints. Used only by the thread that decodes; files are handled in threads of its own."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        folder: Path | None = None,
+        memory_budget: int = 1 << 62,
+        disk_budget: int = 8 << 30,
+        n_checkpoints: int | None = None,
+    ) -> None:
+        """
+        identity       of the streams, but for their number of sinks
+        folder         of the files; None: nothing is kept on disk
+        memory_budget  bytes, as disk_budget
+        n_checkpoints  in memory; None: as many as the budget allows
+
+        Raises UserError if the folder cannot be used, perhaps because another process uses it.
+        """
+        self.memory_budget, self.disk_budget = memory_budget, disk_budget
+        self.conversations: dict[str, Conversation] = {}
+        self.failures = Failures(folder)
+        self._identity, self.folder = identity, folder
+        self._n_checkpoints = n_checkpoints
+        self._in_memory: dict[Stored, None] = {}  # the least recently used first
+        self._by_key: dict[bytes, Stored] = {}
+        self._lengths: Counter[int] = Counter()  # of the prefixes that have a key
+        self.memory_bytes = 0  # of checkpoints in memory, of tokens, and of the objects that hold them
+        self.disk_bytes = 0  # of files
+        self._unsettled: deque[Stored] = deque()  # being written
+        self._files: CheckpointFiles | None = None
+        self._is_closed = False
+        self._writes = Worker(1, thread_name_prefix="lminf-files")  # in their order
+        self._reads = Worker(1, thread_name_prefix="lminf-reads")
+        if folder is not None:
+            self._files = CheckpointFiles(folder)
+            try:
+                found, n_damaged = self._files.scan()
+            except OSError as error:
+                self.failures.note(error)
+                found, n_damaged = [], 0
+            self._take_in(found)
+            if n_damaged:
+                self.failures.damaged(f"{n_damaged} checkpoints are damaged", n_damaged)
+            self._trim_disk()
+
+    def close(self) -> None:
+        """Writes everything that is not on disk yet. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        # what is left to write is written by this thread: others may not be started while Python ends
+        self._writes.shutdown()
+        self._reads.shutdown()
+        for conversation in list(self.conversations.values()):
+            self.save(conversation)
+        self._settle()
+        self._trim_disk()
+        if self._files is not None:
+            for conversation in self.conversations.values():
+                tip = conversation.tip
+                if tip is not None and tip.in_file:
+                    self._files.touch(tip.name, conversation.used)
+            self._files.close()
+
+    # --- sizes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of checkpoints in memory."""
+        return sum(each.n_bytes for each in self._in_memory)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Those in memory, the least recently used first."""
+        return [each.checkpoint for each in self._in_memory if each.checkpoint is not None]
+
+    def _count(self, conversation: Conversation) -> None:
+        """To be called when its size has changed."""
+        memory = disk = 0
+        if self.conversations.get(conversation.name) is conversation:
+            memory, disk = conversation.memory_bytes, conversation.disk_bytes
+        self.memory_bytes += memory - conversation.counted[0]
+        self.disk_bytes += disk - conversation.counted[1]
+        conversation.counted = memory, disk
+
+    # --- finding ------------------------------------------------------------------------------------------------------
+
+    def find(self, prompt: TokenLog, n_least: int, n_most: int, salts: Sequence[bytes]) -> tuple[Stored, int] | None:
+        """The checkpoint that leads furthest into a prompt, n_least to n_most tokens, and how far.
+
+        With any of the salts; of several that lead as far, the one whose salt comes first.
+        """
+        for n_tokens in sorted((n for n in self._lengths if n_least <= n <= n_most), reverse=True):
+            for salt in salts:
+                stored = self._by_key.get(prompt.key(n_tokens, salt))
+                if stored is not None:
+                    return stored, n_tokens
+        return None
+
+    def named(self, owner: str, label: str) -> list[Conversation]:
+        """The conversations of this owner that have this label, the most recently used first; none is labelled ""."""
+        if not label:
+            return []
+        mine = (each for each in self.conversations.values() if each.label == label and each.owner == owner)
+        return sorted(mine, key=lambda each: each.used, reverse=True)
+
+    def log(self, conversation: Conversation) -> TokenLog:
+        """The tokens of a labelled conversation, from its newest file if need be; none if that is lost."""
+        tip = conversation.tip
+        if conversation.log is None and tip is not None and tip.checkpoint is not None:
+            conversation.log = tip.checkpoint.log.copy()
+        elif conversation.log is None and tip is not None:
+            try:
+                conversation.log = self._reads.submit(self._read, tip.name, tip.head()).result().log
+            except CheckpointError:
+                self.forget(tip)
+            self._count(conversation)
+        return _NO_LOG if conversation.log is None else conversation.log
+
+    def fetch(self, stored: Stored) -> Future[Checkpoint]:
+        """The checkpoint, from memory at once or from its file later.
+
+        The future raises CheckpointError, and nothing else, if the file is damaged, missing or replaced.
+        """
+        if stored.checkpoint is None:
+            return self._reads.submit(self._read, stored.name, stored.head())
+        self._in_memory[stored] = self._in_memory.pop(stored)
+        done: Future[Checkpoint] = Future()
+        done.set_result(stored.checkpoint)
+        return done
+
+    # --- keeping ------------------------------------------------------------------------------------------------------
+
+    def track(self, conversation: Conversation) -> None:
+        """A conversation with a label is found by it from now on."""
+        self.conversations[conversation.name] = conversation
+        self._count(conversation)
+
+    def add(self, conversation: Conversation, checkpoint: Checkpoint, keys: dict[bytes, int]) -> None:
+        """Adds a checkpoint of a conversation; `keys` are those of the positions that it reaches."""
+        if self._n_checkpoints == 0 and self._files is None:
+            return
+        tip = conversation.tip
+        stored = Stored(
+            conversation=conversation,
+            number=tip.number + 1 if tip else 0,
+            position=checkpoint.position,
+            n_rollback=checkpoint.n_rollback,
+            n_dropped=checkpoint.position - len(checkpoint.log),
+            n_skipped=checkpoint.n_skipped,
+            n_sinks=checkpoint.identity.n_global,
+            keys=keys,
+            n_bytes=checkpoint.state.nbytes,
+            checkpoint=checkpoint if conversation.label else replace(checkpoint, log=_NO_LOG),
+        )
+        conversation.used = time.time()
+        self.conversations[conversation.name] = conversation
+        self._in_memory[stored] = None
+        self._link(stored)
+        kept = thinned({each.n_tokens for each in conversation.checkpoints}, conversation.n_tokens)
+        for each in [each for each in conversation.checkpoints if each.n_tokens not in kept]:
+            self.forget(each)
+        self._count(conversation)
+        self.trim()
+
+    def save(self, conversation: Conversation) -> None:
+        """Starts writing a conversation's checkpoints that are only in memory to files."""
+        self._settle()
+        for stored in conversation.checkpoints:
+            self._save(stored)
+        self._count(conversation)
+
+    def release(self, conversation: Conversation) -> None:
+        """No slot holds it any more."""
+        if not conversation.label:
+            conversation.log = None
+        self._drop_if_empty(conversation)
+        self._count(conversation)
+
+    def forget(self, stored: Stored) -> None:
+        """Drops a checkpoint, and its file."""
+        conversation = stored.conversation
+        if stored not in conversation.checkpoints:
+            return
+        for key in list(stored.keys):
+            self._forget_key(stored, key, last=False)
+        conversation.checkpoints.remove(stored)
+        stored.checkpoint = None
+        self._in_memory.pop(stored, None)
+        if stored.in_file or stored.saving is not None:
+            assert self._files is not None
+            self._submit(self._files.delete, stored.name)
+        self._drop_if_empty(conversation)
+        self._count(conversation)
+
+    def trim(self) -> None:
+        """Brings memory and disk under their budgets."""
+        self._settle()
+        while self._n_checkpoints is not None and len(self._in_memory) > self._n_checkpoints:
+            self._move_out(next(iter(self._in_memory)))
+        if self.memory_bytes > self.memory_budget:
+            self._trim_memory()
+        self._trim_disk()
+
+    def _drop_if_empty(self, conversation: Conversation) -> None:
+        """Without a checkpoint and a slot, a conversation is of no use."""
+        if not conversation.checkpoints and not conversation.is_hot:
+            self.conversations.pop(conversation.name, None)
+
+    def _trim_memory(self) -> None:
+        """Moves the least recently used conversations out of memory until the others fit."""
+        for conversation in self._by_use():
+            in_memory = [each for each in conversation.checkpoints if each.checkpoint is not None]
+            for stored in sorted(in_memory, key=lambda each: each.n_tokens):
+                if self.memory_bytes <= self.memory_budget:
+                    return
+                self._move_out(stored)
+            if not conversation.is_hot and conversation.log is not None:
+                conversation.log = None  # its newest file has it
+                self._count(conversation)
+        for conversation in self._by_use():
+            if self.memory_bytes <= max(self.memory_budget, _LEAST_MEMORY):
+                return
+            if not conversation.is_hot:
+                self._forget_conversation(conversation)
+
+    def _move_out(self, stored: Stored) -> None:
+        """Moves a checkpoint from memory to its file; drops it if it cannot be written."""
+        saving = self._save(stored)
+        if stored.in_file or (saving is not None and saving.result()):
+            self._settle()
+            stored.checkpoint = None
+            self._in_memory.pop(stored, None)
+            self._count(stored.conversation)
+        else:
+            self.forget(stored)
+
+    def _trim_disk(self) -> None:
+        """Forgets the least recently used until the rest fits; of each conversation the newest checkpoint goes last."""
+        for conversation in self._by_use() if self.disk_bytes > self.disk_budget else []:
+            in_file = sorted(
+                (each for each in conversation.checkpoints if each.in_file), key=lambda each: each.n_tokens
+            )
+            for stored in in_file[:-1] if conversation.is_hot else in_file:
+                if self.disk_bytes <= self.disk_budget:
+                    return
+                self.forget(stored)
+
+    def _forget_conversation(self, conversation: Conversation) -> None:
+        for stored in list(conversation.checkpoints):
+            self.forget(stored)
+        self._drop_if_empty(conversation)
+        self._count(conversation)
+
+    def _by_use(self) -> list[Conversation]:
+        return sorted(self.conversations.values(), key=lambda each: each.used)
+
+    def _link(self, stored: Stored) -> None:
+        """Makes a checkpoint known by its keys."""
+        for key, n_tokens in stored.keys.items():
+            old = self._by_key.get(key)
+            if old is not None:  # both have the same prefix
+                self._forget_key(old, key)
+            self._by_key[key] = stored
+            self._lengths[n_tokens] += 1
+        stored.conversation.checkpoints.append(stored)
+
+    def _forget_key(self, stored: Stored, key: bytes, last: bool = True) -> None:
+        """A key is needed no more; with `last`, nor is a checkpoint that has no other."""
+        n_tokens = stored.keys.pop(key)
+        if self._by_key.get(key) is stored:
+            del self._by_key[key]
+        self._lengths[n_tokens] -= 1
+        if self._lengths[n_tokens] == 0:
+            del self._lengths[n_tokens]
+        if last and not stored.keys:
+            self.forget(stored)
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def _take_in(self, found: list[Found]) -> None:
+        """What a process before has left."""
+        for each in sorted(found, key=lambda each: each.head.number):
+            head = each.head
+            conversation = self.conversations.setdefault(
+                head.conversation, Conversation(head.conversation, head.owner, head.label, used=0.0)
+            )
+            if (conversation.owner, conversation.label) != (head.owner, head.label):
+                continue
+            stored = Stored(
+                conversation=conversation,
+                number=head.number,
+                position=head.position,
+                n_rollback=head.n_rollback,
+                n_dropped=head.n_dropped,
+                n_skipped=head.n_skipped,
+                n_sinks=head.n_sinks,
+                keys={bytes.fromhex(key): n_tokens for key, n_tokens in head.keys.items()},
+                n_bytes=head.n_bytes,
+                name=each.name,
+                in_file=True,
+            )
+            self._link(stored)
+            conversation.used = max(conversation.used, each.used)
+        for conversation in self.conversations.values():
+            self._count(conversation)
+
+    def _save(self, stored: Stored) -> Future[bool] | None:
+        """Begins to write a checkpoint, if that was not done before; None if it is there or cannot be."""
+        if stored.in_file or stored.saving is not None:
+            return stored.saving
+        if self._files is None or stored.n_bytes > self.disk_budget:
+            return None
+        assert stored.checkpoint is not None
+        stored.saving = self._submit(self._write, stored.name, stored.head(), stored.checkpoint)
+        self._unsettled.append(stored)
+        self._count(stored.conversation)
+        return stored.saving
+
+    def _submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Has it done after all other writing."""
+        if not self._is_closed:
+            return self._writes.submit(function, *args)
+        done: Future[T] = Future()
+        done.set_result(function(*args))
+        return done
+
+    def _settle(self) -> None:
+        """Updates the state of finished writes; failed ones are tried again later."""
+        for _ in range(len(self._unsettled)):
+            stored = self._unsettled.popleft()
+            assert stored.saving is not None
+            if not stored.saving.done():
+                self._unsettled.append(stored)
+                continue
+            stored.in_file, stored.saving = stored.saving.result(), None
+            if stored.in_file and stored not in stored.conversation.checkpoints:  # forgotten meanwhile
+                assert self._files is not None
+                self._submit(self._files.delete, stored.name)
+            self._count(stored.conversation)
+
+    def _write(self, name: str, head: Head, checkpoint: Checkpoint) -> bool:
+        assert self._files is not None
+        try:
+            self._files.write(name, head, checkpoint)
+        except (OSError, MemoryError) as error:
+            self.failures.note(error)
+            return False
+        return True
+
+    def _read(self, name: str, head: Head) -> Checkpoint:
+        """Raises CheckpointError, and nothing else."""
+        assert self._files is not None
+        try:
+            checkpoint = self._files.read(name, head)
+            self._identity.with_sinks(head.n_sinks).check(checkpoint.identity)
+        except CheckpointError as error:
+            self.failures.damaged(f"A checkpoint is lost ({error})", 1)
+            raise
+        return checkpoint

@@ -1,0 +1,707 @@
+"""Serves requests in steps of one micro-batch: admit, batch, decode, sample. It has no thread of its own.
+
+Requests get slots first come, first served; a slot starts with the longest known prefix of the prompt. A batch carries
+the next token of every request that decodes and parts of the prompts of the others, so nothing waits longer than a
+micro-batch, cancellations included.
+
+A few tokens are generated before their consumer takes them: the cache can roll them back exactly.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from llama_cpp import llama_cpp as bindings
+
+from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError
+from lminf_edge.cache.conversation import Conversation, thinned
+from lminf_edge.cache.sequence import Logits, Run
+from lminf_edge.cache.store import CheckpointStore
+from lminf_edge.cache.token_log import TokenLog, Tokens, as_tokens
+from lminf_edge.config import Prefill
+from lminf_edge.engine.prefix import PrefixMatch, find_prefix, newest_checkpoint
+from lminf_edge.engine.request import End, Output, Phase, PromptPart, Request, RequestCancelled
+from lminf_edge.engine.sampler import make_sampler
+from lminf_edge.engine.slot import Slot
+from lminf_edge.errors import UserError
+from lminf_edge.model import Model
+
+log = logging.getLogger("lminf_edge.engine")
+
+PENALIZED = 1 << 16  # tokens of the prompt that penalties look back at, at most
+N_TAIL = 2  # windows that prefill "tail" processes, see docs/results.md
+SAVE_AFTER = 2.0  # seconds; a stream that is idle for this long is written to its file
+
+
+@dataclass
+class Counters:
+    """Totals since the scheduler was made."""
+
+    requests: int = 0
+    cancelled: int = 0
+    failed: int = 0  # requests that failed with our bug
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    skipped_tokens: int = 0
+    generated_tokens: int = 0
+    wasted_tokens: int = 0  # generated ahead, and rolled back
+    batches: int = 0
+    prefill_seconds: float = 0.0  # in batches that held parts of a prompt
+    decode_seconds: float = 0.0  # in the others
+    restored: int = 0  # checkpoints restored
+    from_files: int = 0  # of them, read from a file
+    trimmed: int = 0  # conversations that continued without their oldest messages
+    checkpoint_failures: int = 0  # checkpoints that could not be made
+
+
+@dataclass(eq=False)
+class _Work:
+    """The scheduler's state of a request that has a slot."""
+
+    request: Request
+    slot: Slot
+    match: PrefixMatch
+    pending: Tokens = field(default_factory=lambda: as_tokens([]))  # to be processed before the next token is sampled
+    n_base: int = 0  # length of the log that the first generated token follows
+    n_seen: int = 0  # length of the log that the token being sampled follows
+    skip_from: int = 0
+    skip_to: int = 0  # once the log has skip_from tokens, skip to this length; 0: skip nothing
+    arrived: Future[Checkpoint] | None = None
+
+
+@dataclass(eq=False)
+class _Part:
+    """A request's share of a batch."""
+
+    work: _Work
+    tokens: Tokens  # int32 (n_tokens,)
+    n_drafts: int  # of these, at the end
+    n_logits: int  # number of last tokens whose logits are kept
+    is_last: bool  # the next token is sampled after this part
+
+
+class Scheduler:
+    """Used by one thread at a time; only `prepare` may be called from any thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: CheckpointStore,
+        *,
+        n_sinks: int | None = None,
+        n_recent: int | None = None,
+        prefill: Prefill = "full",
+        n_tail: int = N_TAIL,
+        n_ahead: int = 0,
+        keeps_displaced: bool = True,
+        on_logits: Callable[[int, Logits], None] | None = None,
+    ) -> None:
+        """
+        n_sinks          sinks of streams whose requests do not say; None: as many as fit
+        n_recent         tokens that logs keep as they are, at least; None: all
+        prefill          for requests that do not say, see Request
+        n_tail           windows that prefill "tail" processes
+        n_ahead          tokens generated before they are taken, at most half of the slack
+        keeps_displaced  make a checkpoint of a stream before another takes its slot, and when it is idle
+        on_logits        called after each batch with the log's length and the logits of all tokens (n_tokens, n_vocab),
+                         which are then computed; for schedulers of one slot
+        """
+        self.model, self.store = model, store
+        self.slots = [Slot(sequence, model.identity, n_recent) for sequence in model.sequences]
+        self.counters = Counters()
+        self.window = model.window
+        self.n_sinks = model.window.n_global if n_sinks is None else n_sinks
+        self.prefill, self.n_tail = prefill, n_tail
+        self.n_ahead = min(n_ahead, model.window.n_slack // 2)
+        self.notify: Callable[[], None] = lambda: None  # called from other threads when there is work
+        self._context = model.llama._ctx
+        self._keeps_displaced, self._on_logits = keeps_displaced, on_logits
+        self._waiting: deque[Request] = deque()
+        self._work: dict[Request, _Work] = {}
+        self._logits_at: dict[Slot, int] = {}  # batch index of a slot's last token, while its logits are available
+        self._share = 1  # tokens of each prompt in the next batch
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, request: Request) -> None:
+        """Checks a request and makes its sampler; can take a while. Raises UserError if the request is invalid."""
+        prompt = request.prompt
+        if len(prompt) == 0:
+            raise UserError("The prompt is empty: give at least one token.")
+        if prompt.min() < 0 or prompt.max() >= self.model.n_vocab:
+            raise UserError(f"The prompt contains token ids outside 0..{self.model.n_vocab - 1}.")
+        if not request.wants_prompt_logits:
+            request.sampler = make_sampler(
+                request.sampling,
+                self.model.llama._model,
+                self.window.size,
+                seen=lambda: self._seen(request),
+                previous=prompt[-PENALIZED:] if request.penalizes_prompt else (),
+            )
+
+    def submit(self, request: Request) -> None:
+        """Queues a prepared request."""
+        self._waiting.append(request)
+
+    def finish(self, request: Request, n_taken: int | None = None, error: BaseException | None = None) -> None:
+        """A request is over, wherever it stands; what was generated after the first n_taken tokens is taken back.
+
+        The last token taken has not been processed.
+        """
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(request)
+        if request.sampler is not None:
+            request.sampler.close()
+            request.sampler = None
+        if error is not None:
+            request.outputs.put(error)
+        request.phase = Phase.FINISHED
+        work = self._work.pop(request, None)
+        if work is None:
+            return
+        slot, work.slot.request = work.slot, None
+        slot.used = time.monotonic()
+        if n_taken is not None and request.stats.n_generated and slot.conversation is not None:
+            n_tokens = work.n_base + max(n_taken - 1, 0)
+            if n_tokens < len(slot):
+                self.counters.wasted_tokens += len(slot) - n_tokens
+                self._truncate(slot, n_tokens)
+        if len(slot) == 0:
+            slot.assign(None)
+            return
+        request.stats.position = len(slot) + slot.n_dropped
+        slot.marks = [mark for mark in slot.marks if mark <= len(slot)]
+        if self._keeps_displaced:
+            slot.mark(len(slot))
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request whose client is gone; whoever waits for its next token gets RequestCancelled."""
+        if request in self._work or request in self._waiting:
+            self.counters.cancelled += 1
+            self.finish(request, error=RequestCancelled())
+
+    def insert(self, request: Request, n_taken: int, token: int, tokens: Sequence[int]) -> None:
+        """Continues a request as if `tokens` had followed `token`, the last of the first n_taken that it generated."""
+        work = self._work[request]
+        self._truncate(work.slot, min(len(work.slot), work.n_base + n_taken - 1))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                request.outputs.get_nowait()
+        request.stats.n_generated = n_taken
+        work.pending = as_tokens([token, *tokens])
+        work.n_base += len(tokens)
+        request.phase, request.finish_reason = Phase.DECODE, None
+
+    def abandon(self) -> None:
+        """Ends all requests, because a caller moves the streams; the tokens taken so far stay."""
+        for request, work in list(self._work.items()):
+            n_unread = 0
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    n_unread += isinstance(request.outputs.get_nowait(), Output)
+            self.finish(request, work.request.stats.n_generated - n_unread)
+        self._waiting.clear()
+
+    def length_before(self, request: Request, n_taken: int) -> int:
+        """Length of the log that the last of the first n_taken generated tokens follows."""
+        return self._work[request].n_base + n_taken - 1
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def n_busy(self) -> int:
+        """Slots at work."""
+        return sum(slot.request is not None for slot in self.slots)
+
+    # --- stepping -----------------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do now."""
+        return (
+            bool(self._waiting and self.n_busy < len(self.slots))
+            or any(work.arrived is not None and work.arrived.done() for work in self._work.values())
+            or any(self._is_ready(work) for work in self._work.values())
+        )
+
+    def step(self) -> None:
+        """Admits waiting requests, then decodes one batch: next tokens, and parts of prompts.
+
+        An exception from here is fatal to the scheduler: an error of one request or slot ends that request alone.
+        """
+        for work in list(self._work.values()):
+            if work.arrived is not None and work.arrived.done():
+                with self._boundary(work.request):
+                    self._restore(work, work.arrived)
+        self._admit()
+        parts = [part for part in map(self._next_part, self._ready()) if part is not None]
+        if parts:
+            self._process(parts)
+        self._save_idle()
+
+    def wait(self) -> None:
+        """Blocks until a checkpoint that a request waits for has been read, if there is nothing else to do."""
+        arriving = [work.arrived for work in self._work.values() if work.arrived is not None]
+        if arriving and not self.has_work():
+            concurrent.futures.wait(arriving, return_when=concurrent.futures.FIRST_COMPLETED)
+
+    def seconds_until_save(self) -> float | None:
+        """Seconds until the next idle stream is saved; None if there is none."""
+        idle = [slot.used for slot in self.slots if self._is_unsaved(slot)]
+        return max(0.0, min(idle) + SAVE_AFTER - time.monotonic()) if idle else None
+
+    def close(self) -> None:
+        """Cancels all requests and saves all streams."""
+        for request in [*self._waiting, *self._work]:
+            self.finish(request, error=RequestCancelled())
+        try:
+            for slot in self.slots:
+                self.displace(slot)
+        finally:
+            self.store.close()
+
+    def eval(self, slot: Slot, tokens: Tokens, n_logits: int) -> int:
+        """Processes tokens (n_tokens,) after those in a slot without a request, keeping logits of the last n_logits.
+
+        Returns the batch index of the last. Raises RuntimeError if the library fails; the log then has the tokens that
+        were processed.
+        """
+        if slot.conversation is None:
+            slot.clear(Conversation(log=TokenLog(n_recent=slot.n_recent)))
+        if slot.n_until_checkpoint() < len(tokens):
+            self._keep(slot)
+        [end] = self._decode([(slot, tokens, n_logits)])
+        return end
+
+    @contextlib.contextmanager
+    def _boundary(self, request: Request) -> Iterator[None]:
+        """An exception inside ends only this request."""
+        try:
+            yield
+        except Exception as error:
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not isinstance(error, UserError):
+            self.counters.failed += 1
+            log.error("a request failed", exc_info=error)
+        work = self._work.get(request)
+        if work is not None:
+            with contextlib.suppress(Exception):
+                work.slot.resync()
+        self.finish(request, error=error)
+
+    # --- admitting ----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Gives free slots to waiting requests, in order."""
+        while self._waiting:
+            free = [slot for slot in self.slots if slot.request is None]
+            if not free:
+                return
+            request = self._waiting.popleft()
+            with self._boundary(request):
+                self._start(request, free)
+
+    def _start(self, request: Request, free: list[Slot]) -> None:
+        n_sinks = self.n_sinks if request.n_sinks is None else request.n_sinks
+        if request.continues:
+            match = PrefixMatch(len(free[0]), slot=free[0])
+        else:
+            match = find_prefix(request, n_sinks, self._may_skip(request), free, self.store, self._logits_at)
+        slot = match.slot or self._choose(match, free)
+        work = self._work[request] = _Work(request, slot, match)
+        slot.request = request
+        if match.stored is not None:
+            match.stored.conversation.used = time.time()  # so that it is not evicted to make room for itself
+            work.arrived = self.store.fetch(match.stored)
+            self.displace(slot)
+            request.phase = Phase.LOADING
+            if work.arrived.done():
+                self._restore(work, work.arrived)
+            else:
+                work.arrived.add_done_callback(lambda _: self.notify())
+        elif match.slot is not None and slot.conversation is not None:
+            self._reuse(work)
+        else:
+            self.displace(slot)
+            slot.clear(self._new_conversation(request, TokenLog(n_recent=slot.n_recent)), n_sinks)
+            self._begin(work)
+
+    def _may_skip(self, request: Request) -> bool:
+        return (request.prefill or self.prefill) == "tail" and not request.wants_prompt_logits
+
+    @staticmethod
+    def _new_conversation(request: Request, log: TokenLog | None = None) -> Conversation:
+        return Conversation(owner=request.owner, label=request.label, log=log)
+
+    @staticmethod
+    def _choose(match: PrefixMatch, free: list[Slot]) -> Slot:
+        """A slot to use: the conversation's own, an empty one, or the least recently used."""
+        if match.stored is not None:
+            for slot in free:
+                if slot.conversation is match.stored.conversation:
+                    return slot
+        return min(free, key=lambda slot: (slot.conversation is not None, slot.used))
+
+    def _reuse(self, work: _Work) -> None:
+        """Continues in a slot that holds a prefix of the prompt."""
+        request, slot, match = work.request, work.slot, work.match
+        conversation = slot.conversation
+        assert conversation is not None
+        if match.n_trimmed:
+            self._truncate(slot, match.n_trimmed)
+            slot.trim(request.prompt[: match.n_cached])
+            self.counters.trimmed += 1
+        elif request.continues or _is_same(conversation, request, match.n_cached):
+            if len(slot) - match.n_cached > self.window.n_slack and self._keeps_displaced:
+                self._keep(slot, tip=True)  # more than a correction: the client may come back to this branch
+            self._truncate(slot, match.n_cached)
+        else:  # another conversation that begins alike: what is here is kept
+            if self._keeps_displaced:
+                self._keep(slot, tip=True)
+            slot.branch(self._new_conversation(request))
+            self.store.release(conversation)
+            self._truncate(slot, match.n_cached)
+        self._begin(work)
+
+    def _restore(self, work: _Work, arrived: Future[Checkpoint]) -> None:
+        """Continues from a checkpoint that was read."""
+        request, slot, match = work.request, work.slot, work.match
+        stored = match.stored
+        assert stored is not None
+        work.arrived = None
+        conversation = stored.conversation
+        if match.n_trimmed and newest_checkpoint(conversation, self.store, stored.n_sinks, True) is not stored:
+            self._requeue(work)  # another request took it in the meantime
+            return
+        n_tokens = match.n_trimmed or match.n_cached
+        try:
+            reason = slot.sequence.load(arrived.result())
+            if reason is None and n_tokens < stored.n_tokens:
+                # perhaps made with more slack than there is here
+                reason = None if slot.sequence.rollback(n_tokens + stored.n_dropped) else slot.sequence.error()
+            if reason is not None:
+                raise CheckpointError(f"The checkpoint cannot be restored: {reason}")
+        except (CheckpointError, OSError) as error:  # damaged or missing: the prompt is processed instead
+            log.warning("a checkpoint is not used: %s", error)
+            self.store.forget(stored)
+            self._requeue(work)
+            return
+        self.counters.restored += 1
+        self.counters.from_files += stored.checkpoint is None
+        if match.n_trimmed:
+            conversation.truncate(n_tokens)
+            slot.assign(conversation, stored.n_sinks, stored.n_dropped, stored.n_skipped)
+            slot.trim(request.prompt[: match.n_cached])
+            self.counters.trimmed += 1
+        else:
+            if conversation.is_hot or not _is_same(conversation, request, match.n_cached):
+                conversation = self._new_conversation(request)
+            conversation.set_tokens(request.prompt[: match.n_cached], slot.n_recent)
+            slot.assign(conversation, stored.n_sinks, stored.n_dropped, stored.n_skipped)
+        self._begin(work)
+
+    def _requeue(self, work: _Work) -> None:
+        """The match is no longer usable: the request is admitted again, ahead of the others."""
+        request = work.request
+        del self._work[request]
+        work.slot.request = None
+        work.slot.sequence.clear(work.slot.n_sinks)
+        work.slot.assign(None)
+        request.phase = Phase.WAITING
+        self._waiting.appendleft(request)
+
+    def _begin(self, work: _Work) -> None:
+        """The slot holds the cached prefix; plans how the rest is processed."""
+        request, slot = work.request, work.slot
+        conversation = slot.conversation
+        assert conversation is not None
+        conversation.used = time.time()
+        if conversation.label:
+            self.store.track(conversation)
+        n_known = 0 if request.continues else len(slot)
+        work.pending = request.prompt[n_known:]
+        work.n_base = n_end = len(slot) + len(work.pending)
+        skip_from, skip_to = max(len(slot), slot.n_sinks), n_end - self.n_tail * self.window.n_local
+        if self._may_skip(request) and not request.continues and skip_to - skip_from >= self.window.n_local:
+            work.skip_from, work.skip_to = skip_from, skip_to
+        ahead = {each for each in request.boundaries if max(len(slot), work.skip_to) < each < n_end}
+        for mark in sorted(thinned(ahead, n_end) | {n_end - 1}):
+            slot.mark(mark)
+        request.stats.n_cached = n_known
+        self.counters.requests += 1
+        self.counters.prompt_tokens += len(request.prompt)
+        self.counters.cached_tokens += n_known
+        request.phase = Phase.PREFILL
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _is_ready(self, work: _Work) -> bool:
+        phase = work.request.phase
+        if phase is Phase.PREFILL and work.request.wants_prompt_logits:
+            return work.request.outputs.qsize() <= 1
+        return phase is Phase.PREFILL or (phase is Phase.DECODE and work.request.outputs.qsize() <= self.n_ahead)
+
+    def _ready(self) -> list[_Work]:
+        """Requests with tokens to process; those whose logits are available are sampled at once."""
+        ready = []
+        for work in sorted(self._work.values(), key=lambda work: work.slot.sequence.seq_id):
+            if not self._is_ready(work):
+                continue
+            if len(work.pending):
+                ready.append(work)
+            else:
+                work.request.phase = Phase.DECODE
+                with self._boundary(work.request):
+                    self._sample(work, self._logits_at[work.slot], ())
+        n_prefill = sum(work.request.phase is Phase.PREFILL for work in ready)
+        self._share = max(1, (self.model.n_ubatch - (len(ready) - n_prefill)) // max(1, n_prefill))
+        return ready
+
+    def _next_part(self, work: _Work) -> _Part | None:
+        """A request's share of the next batch."""
+        request, slot = work.request, work.slot
+        with self._boundary(request):
+            if work.skip_to and len(slot) >= work.skip_from:
+                self._skip(work)
+            if slot.n_until_checkpoint() == 0:
+                self._keep(slot)
+            if request.phase is Phase.DECODE and len(work.pending) <= self._share:
+                drafts = self._drafts(work)
+                tokens = np.concatenate([work.pending, drafts]) if len(drafts) else work.pending
+                return _Part(work, tokens, len(drafts), 1 + len(drafts), is_last=True)
+            n_tokens = min(self._share, slot.n_until_checkpoint())
+            if work.skip_to:
+                n_tokens = min(n_tokens, work.skip_from - len(slot))
+            tokens = work.pending[:n_tokens]
+            is_last = len(tokens) == len(work.pending)
+            n_logits = len(tokens) if request.wants_prompt_logits else int(is_last)
+            return _Part(work, tokens, 0, n_logits, is_last)
+        return None
+
+    def _skip(self, work: _Work) -> None:
+        """The sinks are processed: skips to the last windows."""
+        slot, n_skipped = work.slot, work.skip_to - len(work.slot)
+        work.skip_to = 0
+        if any(mark <= len(slot) for mark in slot.marks):
+            self._keep(slot)
+        slot.skip(work.pending[:n_skipped])
+        work.pending = work.pending[n_skipped:]
+        work.request.stats.n_skipped += n_skipped
+        self.counters.skipped_tokens += n_skipped
+
+    def _drafts(self, work: _Work) -> Tokens:
+        """The draft model's tokens: no more than can be rolled back, fit the batch, and are still wanted."""
+        request = work.request
+        room = min(self.window.n_slack, self._share - len(work.pending))
+        if request.max_tokens is not None:
+            room = min(room, request.max_tokens - request.stats.n_generated - 1)
+        if request.draft_model is None or room <= 0:
+            return as_tokens([])
+        recent = np.concatenate([work.slot.log.recent()[-self.window.size :], work.pending])
+        return as_tokens(request.draft_model(recent)[:room])
+
+    def _process(self, parts: list[_Part]) -> None:
+        """Decodes a batch and samples. If the library refuses it, each part is tried alone, so that only one fails."""
+        started = time.perf_counter()
+        n_before = [len(part.work.slot) for part in parts]
+        try:
+            ends = self._decode([(part.work.slot, part.tokens, part.n_logits) for part in parts])
+        except Exception as error:
+            if len(parts) == 1:
+                self._fail(parts[0].work.request, error)
+                return
+            for part, n in zip(parts, n_before, strict=True):
+                if self._truncate(part.work.slot, n):
+                    self._process([part])
+                else:
+                    self._fail(part.work.request, error)
+            return
+        seconds = time.perf_counter() - started
+        self.counters.batches += 1
+        if all(part.work.request.phase is Phase.DECODE for part in parts):
+            self.counters.decode_seconds += seconds
+        else:
+            self.counters.prefill_seconds += seconds
+        for part, end in zip(parts, ends, strict=True):
+            with self._boundary(part.work.request):
+                self._finish_part(part, end)
+
+    def _decode(self, runs: list[tuple[Slot, Tokens, int]]) -> list[int]:
+        """Processes runs of tokens (n_tokens,) with logits of their last ones; returns the batch index of each last.
+
+        Logs are extended first and cut back after an error or an interrupt, so they always agree with the sequences.
+        """
+        self._logits_at.clear()
+        try:
+            for slot, tokens, _ in runs:
+                slot.log.extend(tokens)
+                slot.is_saved = False
+            n_logits = [len(tokens) if self._on_logits else n for _, tokens, n in runs]
+            ends = self.model.batch.decode(
+                [Run(slot.sequence, tokens, n) for (slot, tokens, _), n in zip(runs, n_logits, strict=True)]
+            )
+        except BaseException:
+            for slot, _, _ in runs:
+                slot.resync()
+            raise
+        for (slot, tokens, _), n, end in zip(runs, n_logits, ends, strict=True):
+            if n:
+                self._logits_at[slot] = end
+            if self._on_logits:
+                self._on_logits(len(slot), self.logits(end - len(tokens) + 1, end + 1))
+        return ends
+
+    def _finish_part(self, part: _Part, end: int) -> None:
+        work, request = part.work, part.work.request
+        n_new = len(part.tokens) - part.n_drafts
+        work.pending = work.pending[n_new:]
+        stats = request.stats
+        stats.position = len(work.slot) + work.slot.n_dropped
+        if request.phase is Phase.PREFILL:
+            stats.n_prefilled += n_new
+            self.counters.prefilled_tokens += n_new
+            if request.on_progress is not None:
+                with contextlib.suppress(Exception):  # a callback's error must not end the request
+                    request.on_progress(request)
+            if request.wants_prompt_logits:
+                request.outputs.put(PromptPart(part.tokens, self.logits(end - n_new + 1, end + 1).copy()))
+                if part.is_last:
+                    self._end(request)
+                return
+        if part.is_last:
+            request.phase = Phase.DECODE
+            self._sample(work, end - part.n_drafts, part.tokens[n_new:].tolist())
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def _sample(self, work: _Work, at: int, drafts: Sequence[int]) -> None:
+        """Samples after the batch's token `at`, and after each draft that was accepted."""
+        request, slot = work.request, work.slot
+        assert request.sampler is not None
+        n_known = len(slot) - len(drafts)
+        for i in range(len(drafts) + 1):
+            work.n_seen = n_known + i
+            token = request.sampler.sample(self._context, at + i)
+            logits = self.logits(at + i, at + i + 1)[0].copy() if request.wants_logits else None
+            stats = request.stats
+            stats.first_token = stats.first_token or time.perf_counter()
+            stats.n_generated += 1
+            self.counters.generated_tokens += 1
+            request.outputs.put(Output(token, logits))
+            if not request.ignore_eog and self.model.is_eog(token):
+                request.finish_reason = "stop"
+            elif request.max_tokens is not None and stats.n_generated >= request.max_tokens:
+                request.finish_reason = "length"
+            if request.finish_reason is not None:
+                self._end(request)
+            elif i < len(drafts) and token == drafts[i]:
+                continue
+            if i < len(drafts):
+                self._truncate(slot, n_known + i)
+            work.pending = as_tokens([token])
+            stats.position = len(slot) + slot.n_dropped
+            return
+
+    @staticmethod
+    def _end(request: Request) -> None:
+        """No more outputs; the slot stays the request's until its consumer calls `finish`."""
+        request.phase = Phase.FINISHED
+        request.outputs.put(End.END)
+
+    def _seen(self, request: Request) -> Tokens:
+        """The recent tokens so far (n_tokens,), for logits processors."""
+        work = self._work[request]
+        return work.slot.log.recent()[: work.n_seen - work.slot.log.n_base]
+
+    def last_logits(self, slot: Slot) -> Logits | None:
+        """Logits (n_vocab,) of a slot's last token, if available; valid until the next batch."""
+        at = self._logits_at.get(slot)
+        return None if at is None else self.logits(at, at + 1)[0]
+
+    def forget_logits(self, slot: Slot) -> None:
+        """To be called when a caller moves a slot's stream."""
+        self._logits_at.pop(slot, None)
+
+    def logits(self, start: int, end: int) -> Logits:
+        """Logits (end - start, n_vocab) of the tokens start to end of the last batch; valid until the next one."""
+        pointer = bindings.llama_get_logits_ith(self._context.ctx, start)
+        return np.ctypeslib.as_array(pointer, shape=(end - start, self.model.n_vocab))
+
+    # --- keeping ------------------------------------------------------------------------------------------------------
+
+    def _truncate(self, slot: Slot, n_tokens: int) -> bool:
+        """Rolls a slot back to n_tokens. If it cannot, empties the slot and returns False."""
+        if n_tokens == len(slot):
+            return True
+        self._logits_at.pop(slot, None)
+        if slot.truncate(n_tokens):
+            return True
+        log.warning("a stream of %d tokens could not go back to %d and starts again", len(slot), n_tokens)
+        slot.sequence.clear(slot.n_sinks)
+        slot.assign(None)
+        return False
+
+    def displace(self, slot: Slot) -> None:
+        """Empties a slot, whatever is to come into it; what it held is kept as a checkpoint."""
+        conversation = slot.conversation
+        self._logits_at.pop(slot, None)
+        if conversation is None:
+            return
+        if self._keeps_displaced:
+            self._keep(slot, tip=True)
+            self.store.save(conversation)
+        slot.assign(None)
+        self.store.release(conversation)
+        self.store.trim()
+
+    def _keep(self, slot: Slot, tip: bool = False) -> None:
+        """Makes a checkpoint for the marks passed and, with `tip`, for the stream's end.
+
+        Checkpoints are optional: a failure is logged and counted.
+        """
+        if slot.conversation is None or slot.is_saved or len(slot) == 0:
+            return
+        if tip:
+            slot.mark(len(slot))
+        try:
+            made = slot.checkpoint()
+            if made is not None:
+                self.store.add(slot.conversation, *made)
+        except Exception:
+            log.exception("a checkpoint could not be made")
+            self.counters.checkpoint_failures += 1
+            slot.marks = [mark for mark in slot.marks if mark > len(slot)]
+        slot.is_saved = tip
+
+    def _is_unsaved(self, slot: Slot) -> bool:
+        return self._keeps_displaced and slot.request is None and slot.conversation is not None and not slot.is_saved
+
+    def _save_idle(self) -> None:
+        for slot in self.slots:
+            if self._is_unsaved(slot) and time.monotonic() - slot.used >= SAVE_AFTER:
+                assert slot.conversation is not None
+                self._keep(slot, tip=True)
+                self.store.save(slot.conversation)
+                self.store.trim()
+
+
+def _is_same(conversation: Conversation, request: Request, n_tokens: int) -> bool:
+    """Whether a prompt that shares its first n_tokens is the conversation itself, or another that begins alike.
+
+    A conversation with a name is continued by that name alone: what others add must not get into it.
+    """
+    return request.label == conversation.label and 2 * n_tokens >= conversation.n_tokens

@@ -1,0 +1,220 @@
+"""A model and its context with a Λ cache: the only place that makes one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import llama_cpp
+from llama_cpp import llama_cpp as bindings
+from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
+
+from lminf_edge import native
+from lminf_edge.cache.checkpoint import Identity, model_digest
+from lminf_edge.cache.sequence import Batch, CacheSequence
+from lminf_edge.config import (
+    ATTENTIONS,
+    DEFAULT_WINDOW,
+    SINK_MODES,
+    LMInfConfig,
+    Window,
+    check_kv_type,
+    check_memory,
+    is_quantized,
+    resolve,
+    whole_number,
+)
+from lminf_edge.errors import UserError
+from lminf_edge.gguf_header import Header, read_header
+from lminf_edge.models import find_model
+
+# parameters that are whole numbers, and their minima
+_WHOLE_NUMBERS = {
+    "n_batch": 1,
+    "n_ubatch": 0,
+    "n_threads": 0,
+    "n_threads_batch": 0,
+    "n_gpu_layers": -1,
+    "main_gpu": 0,
+    "last_n_tokens_size": -1,
+    "yarn_orig_ctx": 0,
+}
+
+# settings that the keys in a cache depend on, besides model and window
+_ROPE_SETTINGS = (
+    "rope_scaling_type",
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_orig_ctx",
+)
+
+
+class Model:
+    """A llama_cpp.Llama and what the engine needs of it."""
+
+    def __init__(
+        self,
+        llama: llama_cpp.Llama,
+        init: Callable[..., None],
+        path: str,
+        config: LMInfConfig,
+        n_ctx: int | None,
+        n_seq_max: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Makes `llama` with `init`, llama_cpp.Llama's, called with the path and keywords, in a context with a Λ cache.
+
+        n_ctx, if given, is the attention window; n_seq_max the number of sequences. Raises UserError, in one sentence,
+        if the file cannot be used or the parameters contradict each other or the model, MemoryError if the cache
+        cannot fit in memory.
+        """
+        kwargs = dict(settings)
+        if isinstance(kwargs.get("chat_handler"), (Llava15ChatHandler, MTMDChatHandler)):
+            raise UserError("Chat handlers for images and sound do not work with lminf: load this model without it.")
+        n_seq_max = whole_number("n_seq_max", n_seq_max, 1)
+        for name, least in _WHOLE_NUMBERS.items():
+            if kwargs.get(name) is not None:
+                kwargs[name] = whole_number(name, kwargs[name], least)
+        if n_ctx is not None:
+            n_ctx = whole_number("n_ctx", n_ctx, 0)
+        library = native.load()
+        header = read_header(path)
+        if header.n_tensors == 0:
+            raise UserError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
+        window = resolve(config, n_ctx, training_length(header, kwargs.get("kv_overrides") or {}))
+        type_k, type_v = check_kv_type("type_k", kwargs.get("type_k")), check_kv_type("type_v", kwargs.get("type_v"))
+        if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
+            raise UserError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
+        n_batch = int(kwargs.pop("n_batch", None) or 512)
+        if n_seq_max > n_batch:
+            raise UserError(f"n_seq_max={n_seq_max} must be no more than n_batch={n_batch}: give a larger n_batch.")
+        on_gpu = bool(kwargs.get("n_gpu_layers"))
+        n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch(on_gpu)))
+        if not on_gpu:
+            check_memory(n_seq_max * window.kv_bytes(header, type_k, type_v, n_ubatch))
+        check_memory(4 * n_batch * max(window.size, n_batch), "batch", "n_batch")  # as llama_cpp allocates it
+        params = native.Params(
+            n_global=window.n_global,
+            n_local=window.n_local,
+            max_distance=window.max_distance,
+            n_slack=window.n_slack,
+            sink_mode=SINK_MODES.index(window.sink_mode),
+            pos_bound=window.pos_bound,
+            attention=ATTENTIONS.index(window.attention),
+            n_seq_max=n_seq_max,
+        )
+        with native.captured_errors() as errors, library.next_context(params):
+            try:
+                # n_ctx sizes nothing in this cache, but n_batch is cut to it
+                init(path, n_ctx=max(window.size, n_batch), n_batch=n_batch, n_ubatch=n_ubatch, **kwargs)
+            except ValueError as error:
+                reason = library.last_error() or native.load_failure(path, errors) or str(error)
+                raise UserError(reason) from error
+        if llama.lora_path and not llama._lora_adapter:  # the base class takes a null pointer for an adapter
+            reason = errors[0] if errors else "llama.cpp does not say why"
+            raise UserError(f"{llama.lora_path} cannot be loaded as an adapter: {reason}.")
+        assert library.enabled(llama._ctx.ctx)
+
+        settings = {name: getattr(llama.context_params, name) for name in _ROPE_SETTINGS}
+        settings.update(kv_overrides=llama.kv_overrides, lora_scale=llama.lora_scale if llama.lora_path else None)
+        stock = ATTENTIONS[library.params(llama._ctx.ctx).attention] == "stock"
+        self.path = path
+        self.llama = llama
+        self.window: Window = window
+        self.config = replace(config, n_local=window.n_local)
+        self.n_seq_max = n_seq_max
+        self.n_vocab = int(llama.n_vocab())
+        self.n_batch, self.n_ubatch = n_batch, n_ubatch
+        self.identity = Identity(
+            model=model_digest(path, settings, *([llama.lora_path] if llama.lora_path else [])),
+            n_global=window.n_global,
+            n_local=window.n_local,
+            max_distance=window.max_distance,
+            sink_mode=params.sink_mode,
+            type_k=type_k,
+            type_v=type_v,
+            v_transposed=int(stock and not llama.context_params.flash_attn_type),
+        )
+        self.sequences = [CacheSequence(library, llama._ctx, window, seq_id) for seq_id in range(n_seq_max)]
+        self.batch = Batch(llama._batch)
+        self.kv_bytes = int(self.sequences[0].info().kv_bytes)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: LMInfConfig | None = None,
+        n_ctx: int | None = None,
+        n_seq_max: int = 1,
+        **settings: Any,
+    ) -> Model:
+        """Loads a model file or an embedded model; raises as the constructor does."""
+        llama = object.__new__(llama_cpp.Llama)
+        llama._stack = contextlib.ExitStack()  # so that close() works however early this fails
+        init = functools.partial(llama_cpp.Llama.__init__, llama)
+        return cls(llama, init, find_model(path), config or LMInfConfig(), n_ctx, n_seq_max, settings)
+
+    def close(self) -> None:
+        self.llama.close()
+
+    # --- vocabulary ---------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def eog_tokens(self) -> frozenset[int]:
+        """All tokens that end a generation."""
+        return frozenset(filter(self.is_eog, range(self.n_vocab)))
+
+    def is_eog(self, token: int) -> bool:
+        """Whether this token ends a generation."""
+        return bool(bindings.llama_vocab_is_eog(self.llama._model.vocab, token))
+
+
+def native_model(path: str, **settings: Any) -> Any:
+    """A llama_model alone, with these llama_model_params; whoever asks for it frees it. Raises UserError, in one
+    sentence, if the file cannot be loaded."""
+    params = bindings.llama_model_default_params()
+    for name, value in settings.items():
+        setattr(params, name, value)
+    with native.captured_errors() as errors:
+        model = bindings.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise UserError(native.load_failure(path, errors) or f"{path} cannot be loaded.")
+    return model
+
+
+def native_context(model: Any, lminf: native.Params | None = None, **settings: Any) -> Any:
+    """A llama_context of a llama_model, with these llama_context_params; whoever asks for it frees it.
+
+    `lminf` gives it a Λ cache, without it has llama.cpp's own. Raises UserError, in one sentence, if the library
+    refuses.
+    """
+    params = bindings.llama_context_default_params()
+    for name, value in settings.items():
+        setattr(params, name, value)
+    refusal = ""
+    with native.captured_errors() as errors:
+        if lminf is None:
+            context = bindings.llama_init_from_model(model, params)
+        else:
+            library = native.load()
+            with library.next_context(lminf):
+                context = bindings.llama_init_from_model(model, params)
+                refusal = library.last_error()
+    if not context:
+        reason = refusal or native.context_failure(errors) or (errors[0] if errors else "")
+        raise UserError(reason or "llama.cpp cannot make a context for this model.")
+    return context
+
+
+def training_length(header: Header, overrides: Mapping[str, Any]) -> int:
+    """The model's training length in tokens; a default if the file does not tell."""
+    value = overrides.get(f"{header.architecture}.context_length", header.n_ctx_train)
+    return int(value) or DEFAULT_WINDOW

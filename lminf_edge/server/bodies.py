@@ -1,0 +1,84 @@
+"""Request bodies, parsed quickly and in little memory; long ones off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from lminf_edge.server.errors import invalid
+from lminf_edge.server.security import SMALL_BODY
+from lminf_edge.server.state import ServerState
+
+M = TypeVar("M", bound=BaseModel)
+
+_BOM = b"\xef\xbb\xbf"
+# escapes of JSON text, in groups: a pair of surrogates, half of one, or any other
+_ESCAPE = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..)|(u[dD][89a-fA-F]..)|.)", re.S)
+
+
+def parse(model: type[M], data: bytes) -> M:
+    """Parses and validates a request body. Raises ApiError if it is invalid."""
+    data = data.removeprefix(_BOM)
+    try:
+        try:
+            return model.model_validate_json(data)
+        except ValidationError as error:
+            if "escape" not in error.errors(include_url=False, include_input=False)[0]["msg"]:
+                raise
+            return model.model_validate_json(_ESCAPE.sub(_whole, data))
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _whole(escape: re.Match[bytes]) -> bytes:
+    r"""An escape as it is, or \ufffd for a lone surrogate, which could not be encoded again."""
+    return rb"\ufffd" if escape[2] else escape[0]
+
+
+class BodyRoute(APIRoute):
+    """A route whose body is parsed as its pydantic model; long ones in a thread, one at a time.
+
+    FastAPI takes the parsed model as it is; the OpenAPI document does not change.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        model = self.body_field.field_info.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+
+        async def handle_parsed(request: Request) -> Response:
+            data = await request.body()
+            parsed: BaseModel
+            if len(data) <= SMALL_BODY:
+                parsed = parse(model, data)
+            else:
+                state = ServerState.of(request)
+                async with state.parsing:
+                    parsed = await asyncio.wrap_future(state.submit(partial(parse, model, data)))
+            return await handle(_Parsed(request, parsed))
+
+        return handle_parsed
+
+
+class _Parsed(Request):
+    """A request whose JSON has become a model; its bytes are dropped."""
+
+    def __init__(self, request: Request, model: BaseModel) -> None:
+        super().__init__(request.scope, request.receive)
+        self._model = model
+
+    async def body(self) -> bytes:
+        return b"parsed"  # FastAPI asks for json() only where there is something
+
+    async def json(self) -> Any:
+        return self._model

@@ -1,0 +1,157 @@
+"""uvicorn's HTTP server with time-outs for everything a client can delay, and a bounded shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from functools import partial
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lminf_edge.server.security import MAX_HEADER_BYTES
+from lminf_edge.server.settings import Settings
+from lminf_edge.server.state import ServerState
+
+log = logging.getLogger("lminf_edge.server")
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if no request head arrives in time, or if the client stops reading.
+
+    Bodies are timed by the guard. A connection without a complete request can always be dropped for a new one.
+    """
+
+    def __init__(self, *args: Any, settings: Settings, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = settings
+        self._since = 0.0  # when waiting for the next head began
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes when the client was last checked
+        self._read_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def has_request(self) -> bool:
+        """Whether the head of a request has arrived and its response is not complete."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def has_whole_request(self) -> bool:
+        return self.has_request and not self.cycle.more_body
+
+    # --- the head -----------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+        self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.has_request and self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.has_request:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self._head_timer, self._read_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def _expect_head(self) -> None:
+        self._since = self.loop.time()
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(self._settings.head_seconds, self._close)
+
+    def _close(self) -> None:
+        """Closes the connection, whether or not the client reads the rest of the response."""
+        self.transport.close()
+        self._head_timer = self.loop.call_later(self._settings.write_seconds, self.transport.abort)
+
+    def _make_room(self) -> None:
+        """Drops a connection if there are too many: the oldest without a request head, else without a whole request."""
+        others = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
+        if len(others) <= self._settings.max_connections:
+            return
+        waiting = [each for each in others if each is not self and not each.has_whole_request]
+        given_up = min(waiting, key=lambda each: (each.has_request, each._since), default=self)
+        given_up.transport.abort()
+
+    # --- a client that does not read ----------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_after_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+
+    def _look_after_reader(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._read_timer = self.loop.call_later(self._settings.write_seconds, self._has_read)
+
+    def _has_read(self) -> None:
+        n_read = self._unread - self.transport.get_write_buffer_size()
+        if n_read < self._settings.min_rate * self._settings.write_seconds:
+            self.transport.abort()
+        else:
+            self._look_after_reader()
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        if self.has_request and not self.has_whole_request:
+            self.transport.close()
+        else:
+            super().shutdown()
+
+
+class Server(uvicorn.Server):
+    """Ends all responses at shutdown, and shuts down when the engine stops."""
+
+    def __init__(self, app: FastAPI, log_level: str = "info") -> None:
+        """`app` is create_app's."""
+        self._state: ServerState = app.state.server
+        settings = self._state.settings
+        self.has_failed = False
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=partial(Connection, settings=settings),  # type: ignore[arg-type]
+                ws="none",
+                log_level=log_level,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                timeout_graceful_shutdown=settings.stop_seconds,
+                server_header=False,
+            )
+        )
+        logging.getLogger("uvicorn.access").addFilter(without_query)
+
+    async def on_tick(self, counter: int) -> bool:
+        if not self._state.engine.is_alive and not self.should_exit:
+            log.critical("The engine has stopped, and so does the server.")
+            self.has_failed = True
+            return True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._state.stopping.set()
+        await super().shutdown(sockets)
+
+
+def without_query(record: logging.LogRecord) -> bool:
+    """A filter of uvicorn's access log: the query string may hold a key."""
+    if isinstance(record.args, tuple) and len(record.args) == 5:
+        client, method, path, *rest = record.args
+        record.args = (client, method, str(path).partition("?")[0], *rest)
+    return True

@@ -1,0 +1,206 @@
+"""Events to OpenAI's and llama.cpp's formats: whole responses, or chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lminf_edge.engine.request import Request
+from lminf_edge.server.events import Call, Event
+from lminf_edge.text.logprobs import TokenLogprobs, as_lists
+from lminf_edge.text.service import Exchange
+
+
+def _head(kind: str, prefix: str, model: str) -> dict[str, Any]:
+    return {"id": f"{prefix}-{uuid.uuid4()}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _costs(exchange: Exchange) -> dict[str, Any]:
+    usage = exchange.usage
+    return {"usage": usage.openai(), "timings": usage.timings(), "lminf": exchange.stream_info()}
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def chat_answer(exchange: Exchange, events: Iterable[Event], model: str) -> dict[str, Any]:
+    """A whole chat completion."""
+    choices: list[dict[str, Any]] = []
+    for event in events:
+        if event.choice == len(choices):
+            message = {"role": "assistant", "content": None}
+            choices.append({"index": event.choice, "message": message, "logprobs": None, "finish_reason": None})
+        choice = choices[event.choice]
+        message = choice["message"]
+        if event.call is not None:
+            calls: list[dict[str, Any]] = message.setdefault("tool_calls", [])
+            if event.call.index == len(calls):
+                function = {"name": event.call.name, "arguments": ""}
+                calls.append({"id": event.call.id, "type": "function", "function": function})
+            if event.part is not None:
+                calls[-1]["function"]["arguments"] += event.part.text
+        elif event.part is not None:
+            message["content"] = (message["content"] or "") + event.part.text
+        if event.finish_reason is not None:
+            choice["finish_reason"] = event.finish_reason
+            if "tool_calls" not in message:
+                message["content"] = message["content"] or ""
+            if event.answer is not None and event.answer.text.entries:
+                choice["logprobs"] = chat_logprobs(event.answer.text.entries)
+    return {**_head("chat.completion", "chatcmpl", model), "choices": choices, **_costs(exchange)}
+
+
+def chat_chunks(
+    exchange: Exchange, events: Iterable[Event], model: str, include_usage: bool
+) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed chat completion."""
+    head = _head("chat.completion.chunk", "chatcmpl", model)
+    usage = {"usage": None} if include_usage else {}
+
+    def chunk(event: Event, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        logprobs = chat_logprobs(event.part.logprobs) if event.part is not None and event.part.logprobs else None
+        choice = {"index": event.choice, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**head, "choices": [choice], **usage}
+
+    begun: set[int | Call] = set()
+    for event in events:
+        if event.choice not in begun:
+            begun.add(event.choice)
+            yield chunk(Event(event.choice), {"role": "assistant"})
+        if event.call is not None:
+            yield chunk(event, {"tool_calls": [_call_delta(event, event.call, event.call not in begun)]})
+            begun.add(event.call)
+        elif event.part is not None:
+            yield chunk(event, {"content": event.part.text})
+        if event.finish_reason is not None:
+            yield chunk(event, {}, event.finish_reason)
+    if include_usage:
+        yield {**head, "choices": [], **_costs(exchange)}
+
+
+def _call_delta(event: Event, call: Call, begins: bool) -> dict[str, Any]:
+    """A call as clients add it up: its id and name come once, and its arguments in parts."""
+    arguments = event.part.text if event.part is not None else ""
+    if not begins:
+        return {"index": call.index, "function": {"arguments": arguments}}
+    function = {"name": call.name, "arguments": arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+def chat_logprobs(entries: list[TokenLogprobs]) -> dict[str, Any]:
+    def told(token: str, logprob: float | None) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8"))}
+
+    return {
+        "content": [
+            {
+                **told(entry.text, entry.logprob),
+                "top_logprobs": [told(token, logprob) for token, logprob in (entry.top or {}).items()],
+            }
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
+def completion_answer(
+    exchange: Exchange, events: Iterable[Event], model: str, echoed: list[tuple[str, list[TokenLogprobs]]]
+) -> dict[str, Any]:
+    """A whole completion; `echoed` is what precedes the text of each choice, with its log probabilities."""
+    choices: list[dict[str, Any]] = []
+    for event in events:
+        if event.choice == len(choices):
+            text, _ = echoed[event.choice]
+            choices.append({"index": event.choice, "text": text, "logprobs": None, "finish_reason": None})
+        choice = choices[event.choice]
+        if event.part is not None:
+            choice["text"] += event.part.text
+        if event.answer is not None:
+            choice["finish_reason"] = event.finish_reason
+            if event.answer.reports_logprobs:
+                choice["logprobs"] = as_lists([*echoed[event.choice][1], *event.answer.text.entries])
+    return {**_head("text_completion", "cmpl", model), "choices": choices, **_costs(exchange)}
+
+
+def completion_chunks(
+    exchange: Exchange, events: Iterable[Event], model: str, include_usage: bool
+) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed completion."""
+    head = _head("text_completion", "cmpl", model)
+    usage = {"usage": None} if include_usage else {}
+    for event in events:
+        logprobs = as_lists(event.part.logprobs) if event.part is not None and event.part.logprobs else None
+        text = event.part.text if event.part is not None else ""
+        choice = {"index": event.choice, "text": text, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        yield {**head, "choices": [choice], **usage}
+    if include_usage:
+        yield {**head, "choices": [], **_costs(exchange)}
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def llama_cpp_answer(exchange: Exchange, events: Iterable[Event], model: str, only_reads: bool) -> dict[str, Any]:
+    texts, probabilities = [], []
+    last: dict[str, Any] = {}
+    for last in llama_cpp_chunks(exchange, events, model, only_reads):
+        texts.append(last["content"])
+        probabilities += last.get("completion_probabilities", [])
+    extra = {"completion_probabilities": probabilities} if probabilities else {}
+    return {**last, "content": "".join(texts), **extra}
+
+
+def llama_cpp_chunks(
+    exchange: Exchange, events: Iterable[Event], model: str, only_reads: bool
+) -> Iterator[dict[str, Any]]:
+    """Chunks of text; the last one holds the stop reason. `only_reads`: the generated text is not wanted."""
+    for event in events:
+        if event.part is not None and not only_reads:
+            logprobs = event.part.logprobs
+            more = {"completion_probabilities": token_probabilities(logprobs)} if logprobs else {}
+            yield {"index": 0, "content": event.part.text, "stop": False, **more}
+        if event.answer is not None:
+            usage = exchange.usage
+            yield {
+                "index": 0,
+                "content": "",
+                "stop": True,
+                "stop_type": event.answer.text.stop_type,
+                "model": model,
+                "tokens_predicted": 0 if only_reads else usage.n_completion,
+                "tokens_evaluated": usage.n_prompt,
+                "tokens_cached": usage.n_cached,
+                "truncated": False,
+                "timings": usage.timings(),
+                "lminf": exchange.stream_info(),
+            }
+
+
+def token_probabilities(entries: list[TokenLogprobs]) -> list[dict[str, Any]]:
+    return [
+        {
+            "token": entry.text,
+            "logprob": entry.logprob,
+            "top_logprobs": [{"token": other, "logprob": value} for other, value in (entry.top or {}).items()],
+        }
+        for entry in entries
+    ]
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def progress_chunk(request: Request, seconds: float) -> dict[str, Any]:
+    """Prefill progress, in llama.cpp's format."""
+    progress = {
+        "total": len(request.prompt),
+        "cache": request.stats.n_cached,
+        "processed": request.n_done,
+        "time_ms": round(1e3 * seconds, 1),
+    }
+    return {"object": "chat.completion.chunk", "choices": [], "prompt_progress": progress}

@@ -1,0 +1,46 @@
+// A bound on the work of llama.cpp's grammars.
+//
+// A grammar of a few characters can ask for any time and any memory: while it is parsed, before its first token, at
+// each one. Here each call gets so many units of work; where they run out, a grammar is refused, or fails: it allows no
+// token any more. What goes wrong inside a call stays inside libllama, where llama.cpp would end the process.
+//
+// A unit is worth a few nanoseconds, and about as many bytes. The hooks in llama-grammar.cpp count them.
+
+#pragma once
+
+#include "llama.h"
+
+#include <cstddef>
+
+struct llama_grammar;
+
+// Takes units from what the present call has left. Throws std::runtime_error when there are none.
+void lminf_grammar_charge(size_t n_units);
+
+// Taken while a function of the parser calls itself. Throws std::runtime_error where the stack might not last.
+class lminf_grammar_nesting {
+public:
+    explicit lminf_grammar_nesting(int weight);
+    ~lminf_grammar_nesting();
+
+    lminf_grammar_nesting(const lminf_grammar_nesting &) = delete;
+    lminf_grammar_nesting & operator=(const lminf_grammar_nesting &) = delete;
+
+private:
+    const int weight;
+};
+
+// What llama-sampler.cpp calls in place of llama_grammar_init_impl, llama_grammar_apply_impl, llama_grammar_accept_impl.
+
+llama_grammar * lminf_grammar_init(
+        const llama_vocab * vocab,
+               const char * text,
+               const char * root,
+                       bool lazy,
+              const char ** trigger_patterns,
+                     size_t n_trigger_patterns,
+        const llama_token * trigger_tokens,
+                     size_t n_trigger_tokens); // nullptr for a grammar that is none, or too much
+
+void lminf_grammar_apply(const llama_grammar & grammar, llama_token_data_array * candidates);
+void lminf_grammar_accept(llama_grammar & grammar, llama_token token);
