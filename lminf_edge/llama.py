@@ -39,7 +39,7 @@ from lminf_edge.guard import Freed, Guard, StreamTakenError, guarded
 from lminf_edge.model import Model
 from lminf_edge.models import find_model, path_text
 from lminf_edge.scores import ScoreWindow
-from lminf_edge.text.tokenizer import Tokenizer, check_ids
+from lminf_edge.text.tokenizer import Tokenizer, check_ids, use_tokenizer
 
 STOCK = llama_cpp.Llama  # that name may become ours later, see lminf_edge.patching
 _SAMPLE = inspect.signature(STOCK.sample)
@@ -170,8 +170,7 @@ class Llama(llama_cpp.Llama):
             del self._stock_input_ids, self._stock_scores
             self._start(model, keeps_scores, checkpoint_folder)
         self.sampling = replace(self.sampling, repeat_last_n=self.last_n_tokens_size)
-        if type(self.tokenizer_) is LlamaTokenizer:
-            self.tokenizer_ = Tokenizer(self)
+        use_tokenizer(self)
 
     def _start(self, model: Model, keeps_scores: bool, folder: str | None) -> None:
         config, window = model.config, model.window

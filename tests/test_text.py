@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from reference import tiny_models
 
+from lminf_edge import LMInfConfig
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
+from lminf_edge.engine.params import SamplingParams
 from lminf_edge.text.service import Exchange, TextService
 
 
@@ -56,3 +60,19 @@ def test_arguments_of_a_template_have_any_name(engine: Engine, name: str) -> Non
     exchange = Exchange(TextService(engine))
     messages = [{"role": "user", "content": "Hello"}]
     assert exchange.chat_prompt(messages, "", {name: "x"}).text == exchange.chat_prompt(messages).text
+
+
+def test_a_token_of_any_length_has_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, scores, types = tiny_models.vocabulary()
+    long = "-" * 40
+    monkeypatch.setattr(tiny_models, "vocabulary", lambda: ([*pieces[:-1], long], scores, types))
+    path = tiny_models.write("llama", tmp_path)
+    engine = load_engine(path, lminf=LMInfConfig(n_global=4, n_local=32), verbose=False, n_threads=1, n_threads_batch=1)
+    try:
+        exchange = Exchange(TextService(engine))
+        sampling = SamplingParams(temperature=0, logit_bias={len(pieces) - 1: 1e6})
+        answer = exchange.answer(exchange.text_prompt("a b"), sampling, max_tokens=3)
+        assert "".join(part.text for part in answer) == 3 * long
+    finally:
+        engine.close()
+        engine.model.close()

@@ -18,7 +18,7 @@ from lminf_edge.text.chat import ChatPrompt, ChatTemplate, Messages, chat_templa
 from lminf_edge.text.detokenizer import Part
 from lminf_edge.text.generation import TextStream
 from lminf_edge.text.logprobs import LogprobReporter
-from lminf_edge.text.tokenizer import CachedTokenizer, prompt_to_tokens
+from lminf_edge.text.tokenizer import CachedTokenizer, prompt_to_tokens, use_tokenizer
 
 TEXT_BYTES = 8 << 20  # for texts whose tokens are remembered: a history of 200,000 tokens takes 2 MB
 
@@ -38,6 +38,7 @@ class TextService:
         """
         self.engine = engine
         self.llm = engine.model.llama
+        use_tokenizer(self.llm)
         self.defaults = defaults or Defaults()
         self.pin_system = pin_system
         self.tokenizer = CachedTokenizer(self.llm, chat_template(self.llm), text_bytes)

@@ -61,6 +61,12 @@ class Tokenizer(LlamaTokenizer):
         return text[1:] if ids and ids[0] == model.token_bos() and text[:1] == b" " else text
 
 
+def use_tokenizer(llm: llama_cpp.Llama) -> None:
+    """Gives a model this tokenizer in place of llama_cpp's, which drops tokens of more than 32 bytes from a text."""
+    if type(llm.tokenizer_) is LlamaTokenizer:
+        llm.tokenizer_ = Tokenizer(llm)
+
+
 def _piece(vocab: Any, token: int, special: bool) -> bytes:
     n_bytes = 32
     while True:
