@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -9,25 +10,32 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from lminf_edge.cache.store import CheckpointStore
-from lminf_edge.config import Window
 from lminf_edge.engine.request import End, Output, PromptPart, Request
-from lminf_edge.engine.scheduler import Counters, Scheduler
-from lminf_edge.engine.slot import Slot
+from lminf_edge.engine.scheduler import Scheduler
 
 log = logging.getLogger("lminf_edge.engine")
 
 T = TypeVar("T")
 
 
+class EngineClosedError(RuntimeError):
+    """The engine was closed, or has failed: it takes no more requests."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine has been closed.")
+
+
 class Engine:
     """Owns a scheduler and steps it while there is work. All methods may be called from any thread."""
 
-    def __init__(self, scheduler: Scheduler, on_failure: Callable[[], None] | None = None) -> None:
-        """`on_failure` is called by the thread when it fails and stops."""
-        self.model = scheduler.model
+    def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.on_failure = on_failure
+        self.model, self.store = scheduler.model, scheduler.store
+        self.slots, self.counters = scheduler.slots, scheduler.counters
+        self.window = scheduler.window
+        self.n_sinks = scheduler.n_sinks  # of a conversation whose request does not say
+        self.max_sinks = scheduler.window.n_global  # that a conversation can have
+        self.on_failure: Callable[[], None] = lambda: None  # called by the thread when it fails and stops
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -40,7 +48,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request.
 
-        Raises UserError for an invalid prompt or sampling parameters, RuntimeError once the engine is closed.
+        Raises UserError for an invalid prompt or sampling parameters, EngineClosedError.
         """
         self.scheduler.prepare(request)
         self._command(lambda: self.scheduler.submit(request))
@@ -52,40 +60,34 @@ class Engine:
         that was taken but after which no other was asked for has not been processed, and those generated ahead are
         taken back.
         """
-        n_taken = 0
-        try:
-            while True:
-                output = self._next(request)
-                if output is End.END:
-                    return
-                assert isinstance(output, Output)
-                n_taken += 1
-                yield output
-        finally:
-            self._finish(request, n_taken)
+        return self._outputs(request, Output)
 
     def prompt_logits(self, request: Request) -> Generator[PromptPart, None, None]:
         """The prompt of a submitted request with `wants_prompt_logits`, part by part; raises as `stream` does."""
+        return self._outputs(request, PromptPart)
+
+    def _outputs(self, request: Request, kind: type[T]) -> Generator[T, None, None]:
+        n_taken = 0
         try:
-            while (part := self._next(request)) is not End.END:
-                assert isinstance(part, PromptPart)
-                yield part
+            while (output := request.outputs.get()) is not End.END:
+                if isinstance(output, BaseException):
+                    raise output
+                self._notify()  # there is room in the queue
+                assert isinstance(output, kind)
+                n_taken += 1
+                yield output
         finally:
-            self._finish(request, None)
+            try:
+                finished = self._command(lambda: self.scheduler.finish(request, n_taken))
+            except EngineClosedError:
+                self._thread.join()
+            else:
+                finished.result()
 
     def cancel(self, request: Request) -> None:
         """Ends a request in any phase; whoever waits for its next token gets RequestCancelled."""
-        self._command(lambda: self.scheduler.cancel(request), if_closed=None)
-
-    def _next(self, request: Request) -> Output | PromptPart | End:
-        output = request.outputs.get()
-        if isinstance(output, BaseException):
-            raise output
-        self._notify()  # there is room in the queue
-        return output
-
-    def _finish(self, request: Request, n_taken: int | None) -> None:
-        self._command(lambda: self.scheduler.finish(request, n_taken), if_closed=None).result()
+        with contextlib.suppress(EngineClosedError):  # and so is the request
+            self._command(lambda: self.scheduler.cancel(request))
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
@@ -106,33 +108,6 @@ class Engine:
         return self._thread.is_alive() and not self._closing
 
     @property
-    def slots(self) -> list[Slot]:
-        return self.scheduler.slots
-
-    @property
-    def store(self) -> CheckpointStore:
-        return self.scheduler.store
-
-    @property
-    def counters(self) -> Counters:
-        return self.scheduler.counters
-
-    @property
-    def window(self) -> Window:
-        """The attention window of a conversation."""
-        return self.scheduler.window
-
-    @property
-    def n_sinks(self) -> int:
-        """Sinks of a conversation whose request does not say."""
-        return self.scheduler.n_sinks
-
-    @property
-    def max_sinks(self) -> int:
-        """Sinks that a conversation can have, at most."""
-        return self.window.n_global
-
-    @property
     def n_waiting(self) -> int:
         """Requests that have no slot yet."""
         return self.scheduler.n_waiting
@@ -144,19 +119,14 @@ class Engine:
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
-    def _command(self, function: Callable[[], T], **if_closed: None) -> Future[T]:
-        """Has the thread run `function` before its next batch. Once the engine is closed, raises RuntimeError or, with
-        `if_closed`, returns a future of None."""
-        result: Future[Any] = Future()
+    def _command(self, function: Callable[[], T]) -> Future[T]:
+        """Has the thread run `function` before its next batch. Raises EngineClosedError."""
+        result: Future[T] = Future()
         with self._wake:
-            if not self._closing:
-                self._commands.append((function, result))
-                self._wake.notify()
-                return result
-        if not if_closed:
-            raise RuntimeError("The engine has been closed.")
-        self._thread.join()
-        result.set_result(None)
+            if self._closing:
+                raise EngineClosedError
+            self._commands.append((function, result))
+            self._wake.notify()
         return result
 
     def _notify(self) -> None:
@@ -170,29 +140,25 @@ class Engine:
                     self._wake.wait_for(self._has_work, timeout=self.scheduler.seconds_until_save())
                     if self._closing:
                         break
-                    commands, self._commands = self._commands, deque()
-                for function, result in commands:
-                    self._answer(function, result)
+                self._run_commands()
                 self.scheduler.step()
         except BaseException:
             log.critical("the engine cannot go on", exc_info=True)
-            if self.on_failure is not None:
-                self.on_failure()
+            self.on_failure()
             raise
         finally:
             with self._wake:
                 self._closing = True
-                commands, self._commands = self._commands, deque()
+            self._run_commands()
             self.scheduler.close()
-            for _, result in commands:
-                result.set_exception(RuntimeError("The engine has been closed."))
 
     def _has_work(self) -> bool:
         return bool(self._closing or self._commands or self.scheduler.has_work())
 
-    @staticmethod
-    def _answer(function: Callable[[], Any], result: Future[Any]) -> None:
-        try:
-            result.set_result(function())
-        except Exception as error:
-            result.set_exception(error)
+    def _run_commands(self) -> None:
+        while self._commands:
+            function, result = self._commands.popleft()
+            try:
+                result.set_result(function())
+            except Exception as error:
+                result.set_exception(error)

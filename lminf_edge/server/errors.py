@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from lminf_edge.engine.engine import EngineClosedError
 from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.errors import UserError, wants_debug
 
@@ -47,7 +48,8 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
 
     def body(self) -> dict[str, Any]:
-        return error_body(self.status, self.message, self.code, self.param)
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
@@ -66,11 +68,6 @@ _TYPES = {
 }
 
 
-def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def shutting_down() -> ApiError:
     return ApiError(503, "The server is shutting down.", "shutting_down")
 
@@ -87,6 +84,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error) or "The request cannot be answered.")
     if isinstance(error, RequestCancelled):
         return shutting_down()
+    if isinstance(error, EngineClosedError):
+        return engine_stopped()
     log.error("a request could not be answered", exc_info=error)
     return _fault_of_ours(error)
 

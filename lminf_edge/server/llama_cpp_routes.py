@@ -18,7 +18,7 @@ from lminf_edge.server.requests import DetokenizeRequest, LlamaCompletionRequest
 from lminf_edge.server.responses import llama_cpp_answer, llama_cpp_chunks
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.state import ServerState
-from lminf_edge.server.streaming import encoded, gone, in_thread
+from lminf_edge.server.streaming import encoded, in_thread
 from lminf_edge.text.chat import ChatPrompt, chat_template
 from lminf_edge.text.service import Exchange
 
@@ -104,7 +104,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
             return encoded_list("tokens", pieces)
         return encoded_list("tokens", tokens)
 
-    return await in_thread(request, work, cancelled.set) or gone()
+    return await in_thread(request, work, cancelled.set)
 
 
 def encoded_list(name: str, values: list[Any]) -> Response:
@@ -130,7 +130,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
         prompts_of(body.tokens, llm.n_vocab())
         return encoded({"content": llm.detokenize(body.tokens, special=True).decode("utf-8", errors="replace")})
 
-    return await in_thread(request, work, lambda: None) or gone()
+    return await in_thread(request, work)
 
 
 @router.post("/completion", response_model=None, responses=ANSWERS)

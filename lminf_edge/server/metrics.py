@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lminf_edge.server.errors import engine_stopped
 from lminf_edge.server.state import ServerState
-from lminf_edge.server.streaming import gone, in_thread
+from lminf_edge.server.streaming import in_thread
 from lminf_edge.text.service import TextService
 
 router = APIRouter(tags=["llama.cpp"])
@@ -68,20 +67,11 @@ class EngineCollector(Collector):
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
-    engine = ServerState.of(request).engine
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(EngineCollector(ServerState.of(request).service))
+    service = ServerState.of(request).service
+    collector = EngineCollector(service)
 
-    def collect() -> bytes:
-        try:
-            text: bytes = engine.call(
-                lambda: generate_latest(registry)
-            )  # in the engine's thread: nothing changes meanwhile
-        except RuntimeError:
-            if engine.is_alive:
-                raise
-            raise engine_stopped() from None
-        return text
+    def collect() -> Response:
+        text = service.engine.call(lambda: generate_latest(collector))  # in its thread: nothing changes meanwhile
+        return Response(text, media_type=CONTENT_TYPE)
 
-    text = await in_thread(request, collect, lambda: None)
-    return gone() if text is None else Response(text, media_type=CONTENT_TYPE)
+    return await in_thread(request, collect)

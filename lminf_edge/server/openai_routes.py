@@ -19,7 +19,7 @@ from lminf_edge.server.events import chat_events, text_events
 from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
 from lminf_edge.server.responses import chat_answer, chat_chunks, completion_answer, completion_chunks
 from lminf_edge.server.state import ServerState
-from lminf_edge.server.streaming import EventStream, ProgressReporter, encoded, gone, in_thread
+from lminf_edge.server.streaming import EventStream, ProgressReporter, encoded, in_thread
 from lminf_edge.text.chat import ChatPrompt
 from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs
 from lminf_edge.text.service import Exchange
@@ -80,7 +80,7 @@ async def respond(
         on_progress=on_progress,
     )
     if events is None:
-        return await in_thread(request, lambda: encoded(whole(exchange, prepare(exchange))), exchange.cancel) or gone()
+        return await in_thread(request, lambda: encoded(whole(exchange, prepare(exchange))), exchange.cancel)
     return await events.respond(exchange, partial(prepare, exchange), partial(chunks, exchange), done)
 
 
@@ -177,7 +177,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return encoded({"object": "list", "data": data, "model": state.settings.model_name, "usage": usage})
 
-    return await in_thread(request, embed, cancelled.set) or gone()
+    return await in_thread(request, embed, cancelled.set)
 
 
 # llama-server has these at its root, too; /completions and /embeddings are other things there

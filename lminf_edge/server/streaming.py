@@ -35,7 +35,7 @@ def encoded(value: Any) -> Response:
     return Response(text.encode("utf-8"), media_type="application/json")
 
 
-def gone() -> Response:
+def _gone() -> Response:
     """The response for a client that has hung up."""
     return Response(status_code=499)
 
@@ -72,15 +72,17 @@ class Waiting:
         self._stopping.cancel()
 
 
-async def in_thread(request: Request, work: Callable[[], T], cancel: Callable[[], None]) -> T | None:
-    """The result of `work`, run in a thread; None if the client hung up, which cancels it. Raises ApiError."""
+async def in_thread(
+    request: Request, work: Callable[[], Response], cancel: Callable[[], None] = lambda: None
+) -> Response:
+    """What `work`, run in a thread, responds. `cancel` is called at the end, or when the client hangs up."""
     working = asyncio.wrap_future(ServerState.of(request).submit(work, request.state.is_long))
     working.add_done_callback(
         lambda done: done.cancelled() or done.exception()
     )  # so that an exception nobody retrieves is no warning
     waiting = Waiting(request)
     try:
-        return working.result() if await waiting(working) else None
+        return working.result() if await waiting(working) else _gone()
     except Exception as error:
         raise as_api_error(error) from error
     finally:
@@ -143,6 +145,11 @@ class EventStream:
         self._state.submit(run, self._request.state.is_long)
         ping_seconds = self._state.settings.ping_seconds
         waiting = Waiting(self._request)
+
+        def finish() -> None:
+            exchange.cancel()
+            waiting.close()
+
         first: list[Any] = []
         try:
             # an invalid request fails at once, and gets its own status; a long prompt must not delay the head
@@ -153,13 +160,11 @@ class EventStream:
                 if event is not None and event is not _READY:
                     first.append(event)
         except BaseException:
-            exchange.cancel()
-            waiting.close()
+            finish()
             raise
         if waiting.is_gone:
-            exchange.cancel()
-            waiting.close()
-            return gone()
+            finish()
+            return _gone()
 
         async def body() -> AsyncIterator[str]:
             while not waiting.is_gone:
@@ -176,10 +181,6 @@ class EventStream:
                     yield ": keep-alive\n\n" if event is None else _sent(event)
             if done is not None:
                 yield f"data: {done}\n\n"
-
-        def finish() -> None:
-            exchange.cancel()
-            waiting.close()
 
         return _Events(body(), finish)
 
