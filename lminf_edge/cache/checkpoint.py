@@ -53,11 +53,6 @@ class Identity:
     type_v: int
     v_transposed: int  # how values lie in memory: stock operations without flash_attn want them transposed
 
-    @property
-    def folder(self) -> str:
-        """A name for what states can be exchanged: the model and everything about its cache but the sinks."""
-        return hashlib.sha256(repr(replace(self, n_global=0)).encode()).hexdigest()[:16]
-
     def with_sinks(self, n_sinks: int) -> Identity:
         """The identity of a stream in the same context that keeps n_sinks first tokens."""
         return self if n_sinks == self.n_global else replace(self, n_global=n_sinks)
@@ -106,7 +101,8 @@ class Checkpoint:
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """The contents of a checkpoint file, in parts: HEADER_BYTES first, then the arrays, not copied."""
-        head, body = self._head(), self._body()
+        head = self._head()
+        body = [np.ascontiguousarray(self.log.recent(), dtype="<i4"), np.ascontiguousarray(self.state)]
         yield head + _digest(head, body)
         for part in body:
             yield part.data
@@ -119,7 +115,7 @@ class Checkpoint:
     def from_bytes(cls, data: bytes) -> Checkpoint:
         """The checkpoint `to_bytes` wrote. Raises CheckpointError if a single byte of it has changed."""
         head = _parse(data[:HEADER_BYTES], len(data))
-        if _digest(data[: _HEAD.size], [memoryview(data)[HEADER_BYTES:]]) != file_digest(data):
+        if _digest(data[: _HEAD.size], [memoryview(data)[HEADER_BYTES:]]) != data[_HEAD.size : HEADER_BYTES]:
             raise CheckpointError("The checkpoint is damaged: its checksum does not match.")
         recent = np.frombuffer(data, dtype="<i4", count=head.n_recent, offset=HEADER_BYTES)
         return cls(
@@ -187,10 +183,6 @@ class Checkpoint:
         tokens = (self.position, self.n_skipped, self.log.n_base, self.log.base, len(self.log.recent()))
         return _HEAD.pack(MAGIC, VERSION, self.n_rollback, i.model, *parameters, *tokens, self.state.nbytes)
 
-    def _body(self) -> list[npt.NDArray[Any]]:
-        """What follows the head, little endian: recent tokens, state."""
-        return [np.ascontiguousarray(self.log.recent(), dtype="<i4"), np.ascontiguousarray(self.state)]
-
 
 @dataclass(frozen=True)
 class _Head:
@@ -207,11 +199,6 @@ class _Head:
 def state_bytes(head: bytes, n_bytes: int) -> int:
     """Bytes of state in a checkpoint file of n_bytes that begins so. Raises CheckpointError if it cannot be one."""
     return _parse(head, n_bytes).n_state
-
-
-def file_digest(data: bytes) -> bytes:
-    """The SHA-256 in a checkpoint file (or its first HEADER_BYTES): 32 bytes."""
-    return data[_HEAD.size : HEADER_BYTES]
 
 
 def _parse(head: bytes, n_bytes: int) -> _Head:

@@ -117,11 +117,6 @@ class Conversation:
             self.log.truncate(n_same)
             self.log.extend(tokens[n_same:])
 
-    def truncate(self, n_tokens: int) -> None:
-        """Keeps only its first n_tokens."""
-        assert self.log is not None
-        self.log.truncate(n_tokens)
-
 
 def thinned(lengths: Iterable[int], end: int) -> set[int]:
     """Which positions before `end` to keep: the newest, and older ones ever further apart.

@@ -60,19 +60,11 @@ class Head:
     keys: dict[str, int]
 
     def is_sound(self) -> bool:
-        counts = (
-            self.number,
-            self.position,
-            self.n_rollback,
-            self.n_dropped,
-            self.n_skipped,
-            self.n_sinks,
-            self.n_bytes,
-        )
+        counts = (self.number, self.position, self.n_rollback, self.n_dropped, self.n_skipped)
         texts = (self.conversation, self.owner, self.label)
         return (
             all(isinstance(text, str) for text in texts)
-            and all(map(_is_count, counts))
+            and all(map(_is_count, (*counts, self.n_sinks, self.n_bytes)))
             and self.n_dropped <= self.position
             and isinstance(self.keys, dict)
             and len(self.keys) > 0
@@ -85,7 +77,6 @@ class Found:
     name: str
     head: Head
     used: float  # seconds since 1970
-    size: int
 
 
 class Worker(ThreadPoolExecutor):
@@ -137,7 +128,8 @@ class CheckpointFiles:
                 self._unlink(self._folder / f"{name}{SUFFIX}.part")
                 continue
             try:
-                found.append(self._look(name))
+                with self._open(name) as (file, size):
+                    found.append(Found(name, _read_head(file, size), os.fstat(file.fileno()).st_mtime))
             except CheckpointError:
                 n_damaged += 1
                 self.delete(name)
@@ -200,10 +192,6 @@ class CheckpointFiles:
             if is_ours:
                 self._unlink(self._path(name))
 
-    def _look(self, name: str) -> Found:
-        with self._open(name) as (file, size):
-            return Found(name, _read_head(file, size), os.fstat(file.fileno()).st_mtime, size)
-
     def _names(self) -> Iterator[tuple[str, bool]]:
         """Names as we give them, and whether the file was not finished."""
         with os.scandir(self._folder) as entries:
@@ -249,9 +237,10 @@ class Failures:
         with self._lock:
             self.n_failed += 1
             self.last = reason
-            is_known = reason in self._causes or len(self._causes) >= 100
-            self._causes.add(reason)
-        if not is_known:
+            is_new = reason not in self._causes and len(self._causes) < 100
+            if is_new:
+                self._causes.add(reason)
+        if is_new:
             log.warning(
                 "The conversations in %s cannot be kept as they should: %s. Answers do not depend on it; what is lost "
                 "is processed again. (Reported once.)",

@@ -111,17 +111,14 @@ class CacheSequence:
     def load(self, checkpoint: Checkpoint) -> str | None:
         """Restores a checkpoint. Returns None, or why it cannot, in a few words; then the sequence is empty."""
         self.clear()
-        assert checkpoint.state is not None
         state = np.ascontiguousarray(checkpoint.state)
         with captured_errors() as errors:
             n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(state), state.nbytes, self.seq_id)
             if n_read != 0 and self.position == checkpoint.position:
                 return None
             self.clear()
-        reasons = [
-            reason for error in errors for _, found, reason in [error.partition("error loading state: ")] if found
-        ]
-        return reasons[0] if reasons else "its contents do not fit this cache"
+        reasons = (error.partition("error loading state: ")[2] for error in errors)
+        return next(filter(None, reasons), "its contents do not fit this cache")
 
 
 def _own_pages(n_bytes: int) -> npt.NDArray[np.uint8]:

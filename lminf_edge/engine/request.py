@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -56,7 +55,6 @@ class End(Enum):
 class RequestStats:
     """What a request cost, in tokens and in seconds of time.perf_counter()."""
 
-    submitted: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     n_cached: int = 0  # of the prompt, in the cache
     n_prefilled: int = 0  # of the prompt, processed

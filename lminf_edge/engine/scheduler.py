@@ -403,7 +403,7 @@ class Scheduler:
         self.counters.restored += 1
         self.counters.from_files += stored.checkpoint is None
         if match.n_trimmed:
-            conversation.truncate(n_tokens)
+            self.store.log(conversation).truncate(n_tokens)
             slot.assign(conversation, stored.n_sinks, stored.n_dropped, stored.n_skipped)
             slot.trim(request.prompt[: match.n_cached])
             self.counters.trimmed += 1

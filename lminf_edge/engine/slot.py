@@ -52,7 +52,9 @@ class Slot:
         return self.conversation.log
 
     def __len__(self) -> int:
-        return 0 if self.conversation is None else len(self.log)
+        conversation = self.conversation  # read once: other threads may ask
+        log = None if conversation is None else conversation.log
+        return 0 if log is None else len(log)
 
     @property
     def salt(self) -> bytes:
@@ -136,8 +138,7 @@ class Slot:
             self.assign(None)
 
     def _cut_log(self, n_tokens: int) -> None:
-        assert self.conversation is not None
-        self.conversation.truncate(n_tokens)
+        self.log.truncate(n_tokens)
         self.marks = [mark for mark in self.marks if mark <= n_tokens]
         self.is_saved = False
 
