@@ -152,7 +152,7 @@ def open_service(args: argparse.Namespace) -> TextService:
     """Makes the service from the options. Raises UserError or MemoryError, in one sentence."""
     from lminf_edge.engine.loading import load_engine
     from lminf_edge.engine.params import Defaults
-    from lminf_edge.native import captured_errors, load_failure
+    from lminf_edge.native import captured_errors
     from lminf_edge.text.service import TEXT_BYTES, TextService
 
     defaults = Defaults(sampling_params(args), args.max_tokens if args.max_tokens > 0 else None, args.detect_loops)
@@ -160,22 +160,19 @@ def open_service(args: argparse.Namespace) -> TextService:
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
     text_bytes = min(TEXT_BYTES, args.memory // 16)  # remembered texts are part of the memory asked for
     folder = None if args.disk == 0 else args.folder or default_folder()
-    with options_named(), captured_errors() as errors:
-        try:
-            engine = load_engine(
-                path,
-                parallel=args.parallel,
-                lminf=replace(window_config(args), prefill=args.prefill, n_tail=args.n_tail),
-                max_sinks=max_sinks,
-                folder=folder,
-                memory_budget=args.memory - text_bytes,
-                disk_budget=args.disk,
-                chat_format=args.chat_format,
-                verbose=False,
-                **model_settings(args),
-            )
-        except ValueError as error:
-            raise UserError(load_failure(path, errors) or str(error)) from error
+    with options_named(), captured_errors():
+        engine = load_engine(
+            path,
+            parallel=args.parallel,
+            lminf=replace(window_config(args), prefill=args.prefill, n_tail=args.n_tail),
+            max_sinks=max_sinks,
+            folder=folder,
+            memory_budget=args.memory - text_bytes,
+            disk_budget=args.disk,
+            chat_format=args.chat_format,
+            verbose=False,
+            **model_settings(args),
+        )
     try:
         require_vocabulary(engine.model.llama)
         service = TextService(engine, defaults, args.pin_system, text_bytes)
