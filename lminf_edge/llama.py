@@ -532,7 +532,7 @@ class Llama(llama_cpp.Llama):
         """The tokens of a request, generated in this thread on demand. Tokens sent are processed next."""
         return self._guard.steps(self._outputs(request, stopping_criteria))
 
-    def _outputs(self, request: Request, stopping_criteria: Any) -> Generator[Output, Sequence[int] | None, None]:
+    def _outputs(self, request: Request, stopping_criteria: Any) -> Generator[Any, Sequence[int] | None, None]:
         scheduler = self.scheduler
         self._take_stream()
         scheduler.prepare(request)
@@ -540,10 +540,9 @@ class Llama(llama_cpp.Llama):
         n_taken = 0
         try:
             while True:
-                output = self._next_output(request)
+                output: Any = self._next_output(request)
                 if output is End.END:
                     return
-                assert isinstance(output, Output)
                 n_taken += 1
                 if stopping_criteria is not None:
                     with self._guard.callback():
@@ -565,19 +564,7 @@ class Llama(llama_cpp.Llama):
     def prompt_logits(self, tokens: Tokens) -> Iterator[PromptPart]:
         """Processes tokens (n_tokens,) from an empty stream; yields them in parts, with their logits."""
         request = Request(check_ids(as_tokens(tokens), self._n_vocab), wants_prompt_logits=True)
-        return self._guard.steps(self._prompt_logits(request))
-
-    def _prompt_logits(self, request: Request) -> Generator[PromptPart, None, None]:
-        scheduler = self.scheduler
-        self._take_stream()
-        scheduler.prepare(request)
-        scheduler.submit(request)
-        try:
-            while (part := self._next_output(request)) is not End.END:
-                assert isinstance(part, PromptPart)
-                yield part
-        finally:
-            scheduler.finish(request)
+        return self._guard.steps(self._outputs(request, None))
 
     def _next_output(self, request: Request) -> Output | PromptPart | End:
         scheduler = self.scheduler

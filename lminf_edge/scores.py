@@ -34,16 +34,13 @@ class Rows(np.ndarray[Any, np.dtype[np.float32]]):
             return super().__getitem__(key)
         row, rest = (key[0], key[1:]) if isinstance(key, tuple) and key else (key, ())
         if isinstance(row, slice):
-            row = slice(self._row(row.start, 0), self._row(row.stop, None), row.step)
+            row = slice(self._row(row.start or 0), self._row(row.stop), row.step)
         elif isinstance(row, (int, np.integer)) and not isinstance(row, bool):
-            row = self._row(int(row), None)
-        rows = self.view(np.ndarray)
+            row = self._row(int(row))
         index = (row, *rest)
-        return rows[index]
+        return self.view(np.ndarray)[index]
 
-    def _row(self, token: int | None, default: int | None) -> int | None:
-        if token is None:
-            token = default
+    def _row(self, token: int | None) -> int | None:
         if token is None or token < 0:
             return token
         if token < self.start:

@@ -185,7 +185,7 @@ class Clients(RuleBasedStateMachine):
     def restart(self) -> None:
         self.teardown()
         self.engine = self.load()
-        assert self.engine.store.n_damaged == self.engine.store.n_failed == 0
+        assert self.engine.store.failures.n_damaged == self.engine.store.failures.n_failed == 0
 
     @invariant()
     def budget(self) -> None:

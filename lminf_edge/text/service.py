@@ -161,7 +161,6 @@ class Exchange:
             prompt.tokens,
             [*stops, *prompt.stops],
             max_tokens=limit,
-            opening=[self.service.llm.token_bos()] if len(prompt.tokens) == 0 else [],
             logprobs=logprobs,
             detect_loops=defaults.detect_loops and limit is None,
         )

@@ -153,7 +153,8 @@ class CachedTokenizer:
         """
         made = []
         for i, part in enumerate(self._parts(text)):
-            with self.turn_for(part):
+            # long ones take turns: llama.cpp takes a hundred times their bytes while it tokenizes
+            with self._long if len(part) > _LONG else contextlib.nullcontext():
                 if is_cancelled():
                     raise RequestCancelled
                 data = part.encode("utf-8")
@@ -170,10 +171,6 @@ class CachedTokenizer:
             yield text[start : seam.end()]
             start = seam.end() + self._seam.adds_space
         yield text[start:]
-
-    def turn_for(self, text: str) -> contextlib.AbstractContextManager[Any]:
-        """A lock for long texts, one at a time: llama.cpp takes a hundred times their bytes while it tokenizes."""
-        return self._long if len(text) > _LONG else contextlib.nullcontext()
 
     def _remember(self, owner: str, text: str, tokens: Tokens) -> None:
         with self._lock:
