@@ -391,14 +391,6 @@ class Llama(llama_cpp.Llama):
         tokens: list[int] = super().tokenize(text, *args, **kwargs)
         return tokens
 
-    def detokenize(
-        self, tokens: Sequence[int] | Tokens, prev_tokens: Sequence[int] | Tokens | None = None, special: bool = False
-    ) -> bytes:
-        """The text of tokens (n_tokens,). Raises ValueError if one is not in the vocabulary."""
-        tokenizer: Any = self.tokenizer_
-        text: bytes = tokenizer.detokenize(tokens, prev_tokens=prev_tokens, special=special)
-        return text
-
     def tokenizer(self) -> LlamaTokenizer:
         """The model's own tokenizer."""
         return Tokenizer(self)

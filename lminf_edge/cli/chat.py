@@ -134,20 +134,12 @@ class Chat:
         self.preface = text.rstrip() + "\n\n"
         with ProgressBar() as bar:
             bar.begin("reading")
-            started = False
-
-            def show(request: Request) -> None:
-                nonlocal started
-                if not started:
-                    bar.expect(len(request.prompt))
-                    started = True
-                bar.at(request.n_done)
-
-            exchange = self._exchange(show)
+            exchange = self._exchange(lambda request: bar.at(request.n_done))
             # one token, discarded: a prompt is processed when a token is generated
             messages = [*self.messages, {"role": "user", "content": self.preface.rstrip()}]
             try:
                 prompt = exchange.chat_prompt(messages)
+                bar.expect(len(prompt.tokens))
                 for _ in exchange.answer(prompt, self.service.defaults.sampling, max_tokens=1):
                     pass
             except KeyboardInterrupt:

@@ -55,16 +55,10 @@ class Sampler(LlamaSampler):
     def draw(self, logits: Logits) -> int:
         """Draws from `logits` (n_vocab,), which stay as they are; raises as `sample` does."""
         try:
-            token = sample_checked(self, logits)
-        except UserError:
-            self._raise_failure()  # what the processor did is the reason
-            raise
-        self._raise_failure()
-        return token
-
-    def _raise_failure(self) -> None:
-        if self._failures:
-            raise self._failures.pop()
+            return sample_checked(self, logits)
+        finally:
+            if self._failures:  # what a logits processor did is the reason
+                raise self._failures.pop()
 
     # --- the parts of the chain ---------------------------------------------------------------------------------------
 

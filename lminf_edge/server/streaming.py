@@ -77,9 +77,8 @@ async def in_thread(
 ) -> Response:
     """What `work`, run in a thread, responds. `cancel` is called at the end, or when the client hangs up."""
     working = asyncio.wrap_future(ServerState.of(request).submit(work, request.state.is_long))
-    working.add_done_callback(
-        lambda done: done.cancelled() or done.exception()
-    )  # so that an exception nobody retrieves is no warning
+    # so that an exception nobody retrieves is no warning
+    working.add_done_callback(lambda done: done.cancelled() or done.exception())
     waiting = Waiting(request)
     try:
         return working.result() if await waiting(working) else _gone()
