@@ -172,7 +172,7 @@ def test_what_this_model_cannot_do(llm: Llama) -> None:
         with pytest.raises(UserError, match="tokens are 0 to"):
             ours(llm, [], **params)
     for grammar in ("nonsense", 'start ::= "a"', "root ::= other"):
-        with pytest.raises(UserError, match="grammar cannot be parsed"):
+        with pytest.raises(UserError, match="grammar cannot be used"):
             ours(llm, [], grammar=grammar)
 
 

@@ -48,12 +48,11 @@ class EngineCollector(Collector):
             ("store_damaged", "Conversations and checkpoints that were damaged or missing.", store.failures.n_damaged),
         ):
             yield CounterMetricFamily(f"lminf_{name}", text, value=value)
-        conversations = list(store.conversations.values())
         for name, text, value in (
             ("slots", "Conversations that fit the context.", len(engine.slots)),
             ("slots_busy", "Slots at work.", engine.n_busy),
             ("waiting", "Requests that have no slot yet.", engine.n_waiting),
-            ("conversations", "Conversations known, in the context or not.", len(conversations)),
+            ("conversations", "Conversations known, in the context or not.", len(store.conversations)),
             ("kv_bytes", "KV cache; never changes.", engine.model.kv_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
             ("memory_budget_bytes", "What these may take.", store.memory_budget),

@@ -126,11 +126,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
     def whole(exchange: Exchange, prepared: tuple[Asked, list[str | list[int]], list[ChatPrompt]]) -> dict[str, Any]:
         asked, given, prompts = prepared
-        echoed = [
-            echo(exchange, each, prompt, asked.n_top) if body.echo else ("", [])
-            for each, prompt in zip(given, prompts, strict=True)
-            for _ in range(asked.n)
-        ]
+        echoed: list[tuple[str, list[TokenLogprobs]]] = []
+        for each, prompt in zip(given, prompts, strict=True):
+            echoed += [echo(exchange, each, prompt, asked.n_top) if body.echo else ("", [])] * asked.n
         offset = 0 if body.echo else len(given[0])
         return completion_answer(exchange, text_events(exchange, asked, prompts, offset), name, echoed)
 
