@@ -247,6 +247,7 @@ class Terminal:
         return "\n".join(lines)
 
     def print_answer(self, question: str) -> None:
+        preface = self.chat.preface
         answer = self.chat.answer(question)
         try:
             for piece in answer:
@@ -258,6 +259,7 @@ class Terminal:
             print(f"error: {error}", file=sys.stderr)
             answer.close()  # type: ignore[attr-defined]
             self.chat.rewind(1)
+            self.chat.preface = preface
             return
         finally:
             answer.close()  # type: ignore[attr-defined]
