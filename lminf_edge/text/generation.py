@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from array import array
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class TextStream:
         self._logprobs = logprobs
         self._loop = LoopDetector() if detect_loops else None
         self.n_tokens = len(opening)
-        self.tokens: list[int] = []  # generated, without the end-of-generation token
+        self.tokens = array("i")  # generated, without the end-of-generation token
         self.entries: list[TokenLogprobs] = []  # of all tokens, including those whose text was cut off
         self.finish_reason: Literal["stop", "length"] = "stop"
         self.stop_type: Literal["eos", "word", "limit"] = "word"  # in llama.cpp's terms

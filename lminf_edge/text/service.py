@@ -252,7 +252,7 @@ class Answer:
         service = self._exchange.service
         if not self._prompt.text or not self.text.tokens:
             return
-        text = service.llm.detokenize(self.text.tokens, prev_tokens=self._prompt.tokens[-16:].tolist())
+        text = service.llm.detokenize(self.text.tokens.tolist(), prev_tokens=self._prompt.tokens[-16:].tolist())
         with contextlib.suppress(UnicodeDecodeError):
             answer, owner = text.decode("utf-8"), self._exchange.owner
             service.tokenizer.remember_answer(self._prompt.text, answer, as_tokens(self.text.tokens), owner)
