@@ -80,20 +80,21 @@ class Found:
 
 
 class Worker(ThreadPoolExecutor):
-    """Python ends such threads before it runs what is registered with atexit: what comes then is done at once."""
+    """A thread pool that does at once what comes after its end.
+
+    Python ends such threads before it runs what is registered with atexit.
+    """
 
     def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         try:
             return super().submit(function, *args, **kwargs)
         except RuntimeError:
-            if threading.main_thread().is_alive():
-                raise
-        done: Future[T] = Future()
-        try:
-            done.set_result(function(*args, **kwargs))
-        except Exception as error:
-            done.set_exception(error)
-        return done
+            done: Future[T] = Future()
+            try:
+                done.set_result(function(*args, **kwargs))
+            except Exception as error:
+                done.set_exception(error)
+            return done
 
 
 class CheckpointFiles:

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError, Identity
 from lminf_edge.cache.conversation import Conversation, Stored, thinned
 from lminf_edge.cache.files import CheckpointFiles, Failures, Found, Head, Worker
 from lminf_edge.cache.token_log import TokenLog
-
-T = TypeVar("T")
 
 # of memory, for the objects of conversations on disk, whatever the budget: they are found through these
 _LEAST_MEMORY = 16 << 20
@@ -223,7 +220,7 @@ class CheckpointStore:
         self._in_memory.pop(stored, None)
         if stored.in_file or stored.saving is not None:
             assert self._files is not None
-            self._submit(self._files.delete, stored.name)
+            self._writes.submit(self._files.delete, stored.name)
         self._drop_if_empty(conversation)
         self._count(conversation)
 
@@ -346,18 +343,10 @@ class CheckpointStore:
         if self._files is None or stored.n_bytes > self.disk_budget:
             return None
         assert stored.checkpoint is not None
-        stored.saving = self._submit(self._write, stored.name, stored.head(), stored.checkpoint)
+        stored.saving = self._writes.submit(self._write, stored.name, stored.head(), stored.checkpoint)
         self._unsettled.append(stored)
         self._count(stored.conversation)
         return stored.saving
-
-    def _submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Has it done after all other writing."""
-        if not self._is_closed:
-            return self._writes.submit(function, *args)
-        done: Future[T] = Future()
-        done.set_result(function(*args))
-        return done
 
     def _settle(self) -> None:
         """Updates the state of finished writes; failed ones are tried again later."""
@@ -370,7 +359,7 @@ class CheckpointStore:
             stored.in_file, stored.saving = stored.saving.result(), None
             if stored.in_file and stored not in stored.conversation.checkpoints:  # forgotten meanwhile
                 assert self._files is not None
-                self._submit(self._files.delete, stored.name)
+                self._writes.submit(self._files.delete, stored.name)
             self._count(stored.conversation)
 
     def _write(self, name: str, head: Head, checkpoint: Checkpoint) -> bool:

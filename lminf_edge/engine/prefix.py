@@ -101,15 +101,15 @@ def _find_trimmed(
     if slot is not None:
         if not _may_serve(slot, request, n_sinks, may_skip):
             return best
+        stored, n_log = None, len(slot)
         n_rollback = min(slot.sequence.info().n_rollback, len(slot) - slot.n_least)
-        found = trim_point(store.log(conversation).recent(), request.prompt, n_system, n_rollback)
-        return PrefixMatch(found[1], slot=slot, n_trimmed=found[0]) if found and found[1] > best.n_cached else best
-    stored = newest_checkpoint(conversation, store, n_sinks, may_skip)
-    if stored is None:
-        return best
-    log = store.log(conversation).recent()[: stored.n_tokens]
-    found = trim_point(log, request.prompt, n_system, stored.n_rollback)
-    return PrefixMatch(found[1], stored=stored, n_trimmed=found[0]) if found and found[1] > best.n_cached else best
+    else:
+        stored = newest_checkpoint(conversation, store, n_sinks, may_skip)
+        if stored is None:
+            return best
+        n_log, n_rollback = stored.n_tokens, stored.n_rollback
+    found = trim_point(store.log(conversation).recent()[:n_log], request.prompt, n_system, n_rollback)
+    return PrefixMatch(found[1], slot, stored, found[0]) if found and found[1] > best.n_cached else best
 
 
 def newest_checkpoint(
