@@ -210,6 +210,21 @@ def test_a_checkpoint_that_cannot_be_made_costs_nothing_else(
     assert scheduler.counters.failed == 0
 
 
+def test_a_saved_stream_goes_on_by_one_token_without_slack(
+    make_scheduler: MakeScheduler, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lminf_edge.engine.scheduler.SAVE_AFTER", 0.0)
+    scheduler = make_scheduler(1, LMInfConfig(n_global=4, n_local=64, n_slack=0))
+    history = tokens[:200].tolist()
+    for _ in range(3):
+        request = ask(scheduler, history)
+        [answer] = run(scheduler, request)
+        assert request.stats.n_cached in (0, len(history) - 1)
+        scheduler.step()  # it is idle, and is saved
+        history += answer
+    assert scheduler.counters.cached_tokens > 0
+
+
 def test_a_named_conversation_goes_on_after_others_of_its_name(make_scheduler: MakeScheduler, tokens: Tokens) -> None:
     scheduler = make_scheduler(n_slots=4, lminf=LMInfConfig(n_global=4, n_local=256))
     system, first, second, last, title = tokens[:8], tokens[10:30], tokens[40:60], tokens[70:80], tokens[100:150]

@@ -673,19 +673,20 @@ class Scheduler:
 
         Checkpoints are optional: a failure is logged and counted.
         """
-        if slot.conversation is None or slot.is_saved or len(slot) == 0:
+        if slot.conversation is None or len(slot) == 0:
             return
-        if tip:
-            slot.mark(len(slot))
-        try:
-            made = slot.checkpoint()
-            if made is not None:
-                self.store.add(slot.conversation, *made)
-        except Exception:
-            log.exception("a checkpoint could not be made")
-            self.counters.checkpoint_failures += 1
-            slot.marks = [mark for mark in slot.marks if mark > len(slot)]
-        slot.is_saved = tip
+        if not slot.is_saved:
+            if tip:
+                slot.mark(len(slot))
+            try:
+                made = slot.checkpoint()
+                if made is not None:
+                    self.store.add(slot.conversation, *made)
+            except Exception:
+                log.exception("a checkpoint could not be made")
+                self.counters.checkpoint_failures += 1
+            slot.is_saved = tip
+        slot.marks = [mark for mark in slot.marks if mark > len(slot)]
 
     def _is_unsaved(self, slot: Slot) -> bool:
         return self._keeps_displaced and slot.request is None and slot.conversation is not None and not slot.is_saved
