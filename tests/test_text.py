@@ -12,7 +12,9 @@ from reference import tiny_models
 from lminf_edge import LMInfConfig
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
-from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.params import Defaults, SamplingParams
+from lminf_edge.server.arguments import AskedChat
+from lminf_edge.server.events import chat_events
 from lminf_edge.text.service import Exchange, TextService
 
 
@@ -76,3 +78,18 @@ def test_a_token_of_any_length_has_its_text(tmp_path: Path, monkeypatch: pytest.
     finally:
         engine.close()
         engine.model.close()
+
+
+def test_no_limit_cuts_the_name_of_a_tool(engine: Engine) -> None:
+    names = ["look_for_a_word", "look_for_a_number"]
+    asked = AskedChat(
+        SamplingParams(temperature=0.0),
+        max_tokens=None,
+        stops=[],
+        messages=[{"role": "user", "content": "Look for it."}],
+        tools=[{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in names],
+        tool_choice="required",
+    )
+    call = next(chat_events(Exchange(TextService(engine, Defaults(max_tokens=1))), asked)).call
+    assert call is not None
+    assert call.name in names

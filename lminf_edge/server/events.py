@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_cpp.llama_grammar import LlamaGrammar
 
+from lminf_edge.engine.params import SamplingParams
 from lminf_edge.server.arguments import Asked, AskedChat, tool_named
 from lminf_edge.server.grammars import schema_grammar
 from lminf_edge.text.chat import CALLING_FORMAT, ChatPrompt
@@ -118,8 +119,7 @@ def _chosen_name(exchange: Exchange, asked: AskedChat) -> str:
     names = [tool["function"]["name"] for tool in asked.tools]
     grammar = "root ::= " + " | ".join(json.dumps(name) for name in names)
     sampling = replace(asked.sampling, grammar=grammar)
-    prompt = _prompt(exchange, replace(asked, tool_choice="auto"))
-    return _whole(exchange.answer(prompt, sampling, counts_prompt=False))
+    return _word(exchange, _prompt(exchange, replace(asked, tool_choice="auto")), sampling)
 
 
 def _free_calls(exchange: Exchange, asked: AskedChat, i: int) -> Iterator[Event]:
@@ -127,7 +127,7 @@ def _free_calls(exchange: Exchange, asked: AskedChat, i: int) -> Iterator[Event]
     names = [tool["function"]["name"] for tool in asked.tools]
     call_words = " | ".join(json.dumps(f"functions.{name}:") for name in names)
     first = replace(asked.sampling, temperature=0.0, grammar=f'root ::= {call_words} | "message:"')
-    said = _whole(exchange.answer(_prompt(exchange, asked), first, counts_prompt=False))
+    said = _word(exchange, _prompt(exchange, asked), first)
     if said.startswith("message"):
         yield from _parts(_answer(exchange, asked, _prompt(exchange, asked, "message:\n"), i), i)
         return
@@ -145,10 +145,15 @@ def _free_calls(exchange: Exchange, asked: AskedChat, i: int) -> Iterator[Event]
             yield Event(i, finish_reason="length", answer=answer)
             return
         more = replace(asked.sampling, grammar=f'root ::= {call_words} | "<|im_end|>"')
-        said = _whole(exchange.answer(_prompt(exchange, asked, suffix), more, counts_prompt=False))
+        said = _word(exchange, _prompt(exchange, asked, suffix), more)
         if not said.startswith("functions."):
             break
     yield Event(i, finish_reason="tool_calls", answer=answer)
+
+
+def _word(exchange: Exchange, prompt: ChatPrompt, sampling: SamplingParams) -> str:
+    """What the model chooses of the words of a grammar, never cut short by the server's own limit."""
+    return _whole(exchange.answer(prompt, sampling, max_tokens=1 << 30, counts_prompt=False))
 
 
 def _whole(answer: Answer) -> str:
