@@ -102,7 +102,7 @@ def complete(
     if stream:
         yield chunk("", [], text.finish_reason)
         return
-    response = chunk((_as_text(llm, prompt) if echo else "") + "".join(parts), [], text.finish_reason)
+    response = chunk((as_text(llm, prompt) if echo else "") + "".join(parts), [], text.finish_reason)
     if logprobs is not None:
         response["choices"][0]["logprobs"] = as_lists([*echoed, *text.entries])
     usage = {"prompt_tokens": len(tokens), "completion_tokens": text.n_tokens}
@@ -125,7 +125,7 @@ def prompt_logprobs(llm: Any, parts: Iterator[PromptPart], reporter: LogprobRepo
     return entries
 
 
-def _as_text(llm: Any, prompt: str | Sequence[int] | Tokens) -> str:
+def as_text(llm: Any, prompt: str | Sequence[int] | Tokens) -> str:
     if isinstance(prompt, str):
         return prompt
     text: bytes = llm.detokenize(as_tokens(prompt).tolist())

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from lminf_edge.completion import prompt_logprobs
+from lminf_edge.completion import as_text, prompt_logprobs
 from lminf_edge.server.arguments import Asked, AskedChat, asked_chat, asked_completion, prompts_of
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
@@ -149,7 +149,7 @@ def echo(
 ) -> tuple[str, list[TokenLogprobs]]:
     """A prompt as text, and the log probabilities of its tokens if requested."""
     llm = exchange.service.llm
-    text = given if isinstance(given, str) else llm.detokenize(given).decode("utf-8", errors="ignore")
+    text = as_text(llm, given)
     if n_top is None:
         return text, []
     return text, prompt_logprobs(llm, exchange.prompt_logits(prompt.tokens), LogprobReporter(llm, n_top, 0))
