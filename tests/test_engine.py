@@ -254,6 +254,30 @@ def test_closing_tells_those_who_wait(make_engine: MakeEngine, tokens: Tokens) -
     assert not engine.is_alive
 
 
+def test_closing_tells_those_who_came_last(make_engine: MakeEngine, tokens: Tokens) -> None:
+    """A request that the thread has not looked at yet."""
+    engine = make_engine(parallel=1)
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        may_go.wait(60)
+
+    holding = threading.Thread(target=engine.call, args=(hold,))
+    holding.start()
+    assert is_held.wait(60)
+    request = submitted(engine, tokens[:20])
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while engine.is_alive:
+        time.sleep(0.001)
+    may_go.set()
+    closing.join()
+    holding.join()
+    assert isinstance(request.outputs.get(timeout=1), RequestCancelled)
+    assert (request.phase, request.sampler) == (Phase.FINISHED, None)
+
+
 def test_a_fault_of_ours_ends_the_engine_aloud(
     make_engine: MakeEngine, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

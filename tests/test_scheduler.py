@@ -194,6 +194,40 @@ def test_a_batch_that_fails_fails_the_one_at_fault(
     assert run(scheduler, good) == [alone(tokens[:150], 8)]
 
 
+@pytest.mark.parametrize("is_processed", [True, False])
+def test_a_batch_that_fails_costs_new_streams_nothing(
+    make_scheduler: MakeScheduler,
+    make_llama: MakeLlama,
+    tokens: Tokens,
+    monkeypatch: pytest.MonkeyPatch,
+    is_processed: bool,
+) -> None:
+    """What goes back to its very beginning is still this request's stream, with its number of sinks."""
+    scheduler = make_scheduler(lminf=LMInfConfig(n_global=20, n_local=64))
+    requests = [ask(scheduler, tokens[i : i + 200], n_sinks=4) for i in (0, 400)]
+    decode = scheduler.model.batch.decode
+
+    def failing(runs: Any) -> Any:
+        if len(runs) == 1:
+            return decode(runs)
+        if is_processed:
+            decode(runs)
+        raise RuntimeError("not together")
+
+    monkeypatch.setattr(scheduler.model.batch, "decode", failing)
+    scheduler.step()
+    monkeypatch.undo()
+    got = run(scheduler, *requests)
+    assert scheduler.counters.failed == 0
+    llm = make_llama(type_k=0, type_v=0)
+    for request, answer in zip(requests, got, strict=True):
+        llm.reset()
+        llm.eval(request.prompt)
+        for token in answer:
+            assert token == int(llm.scores[-1].argmax())
+            llm.eval([token])
+
+
 def test_a_checkpoint_that_cannot_be_made_costs_nothing_else(
     make_scheduler: MakeScheduler, alone: Any, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:

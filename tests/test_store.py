@@ -105,6 +105,24 @@ def path_of(folder: Path, stored: Stored) -> Path:
     return folder / f"{stored.name}{SUFFIX}"
 
 
+def test_two_files_of_one_prefix_are_one_conversation(make_store: MakeStore, tmp_path: Path) -> None:
+    """As an end between writing the one and deleting the other leaves them: what is used is also counted."""
+    store = make_store(tmp_path)
+    conversation = talk(store, 1)
+    flushed(store)
+    for stored in conversation.checkpoints:
+        shutil.copy(path_of(tmp_path, stored), tmp_path / f"{stored.name[::-1]}{SUFFIX}")
+    store.close()
+    again = make_store(tmp_path)
+    [found] = again.conversations.values()
+    assert len(found.checkpoints) == 2
+    assert again.disk_bytes == found.disk_bytes > 0
+    again.disk_budget = 0
+    again.trim()
+    flushed(again)
+    assert not list(tmp_path.glob(f"*{SUFFIX}"))
+
+
 # --- what it is for ---------------------------------------------------------------------------------------------------
 
 

@@ -291,13 +291,13 @@ class CheckpointStore:
 
     def _link(self, stored: Stored) -> None:
         """Makes a checkpoint known by its keys."""
+        stored.conversation.checkpoints.append(stored)  # first, so that its conversation is not dropped as empty
         for key, n_tokens in stored.keys.items():
             old = self._by_key.get(key)
             if old is not None:  # both have the same prefix
                 self._forget_key(old, key)
             self._by_key[key] = stored
             self._lengths[n_tokens] += 1
-        stored.conversation.checkpoints.append(stored)
 
     def _forget_key(self, stored: Stored, key: bytes, last: bool = True) -> None:
         """A key is needed no more; with `last`, nor is a checkpoint that has no other."""

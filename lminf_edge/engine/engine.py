@@ -183,9 +183,9 @@ class Engine:
             with self._wake:
                 self._closing = True
                 commands, self._commands = self._commands, deque()
+            for function, result in commands:  # a request that was queued last is cancelled like all others
+                self._answer(function, result)
             self.scheduler.close()
-            for _, result in commands:
-                result.set_exception(RuntimeError("The engine has been closed."))
 
     def _has_work(self) -> bool:
         return bool(self._closing or self._commands or self.scheduler.has_work())
