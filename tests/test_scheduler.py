@@ -228,6 +228,28 @@ def test_a_batch_that_fails_costs_new_streams_nothing(
             llm.eval([token])
 
 
+@pytest.mark.parametrize("n_slack", [0, 1])
+def test_a_stream_that_was_saved_where_it_goes_on(
+    make_scheduler: MakeScheduler,
+    alone: Any,
+    tokens: Tokens,
+    monkeypatch: pytest.MonkeyPatch,
+    n_slack: int,
+) -> None:
+    """The checkpoint before the prompt's last token is there already."""
+    scheduler = make_scheduler(n_slots=1, lminf=LMInfConfig(n_global=4, n_local=64, n_slack=n_slack))
+    monkeypatch.setattr("lminf_edge.engine.scheduler.SAVE_AFTER", 0.0)
+    prompt = tokens[:200]
+    [answer] = run(scheduler, ask(scheduler, prompt))
+    scheduler.step()
+    assert scheduler.slots[0].is_saved
+    for _ in range(2):
+        history = [*prompt, *answer]  # of which the last is not processed
+        request = ask(scheduler, history)
+        assert run(scheduler, request) == [alone(history, 8)]
+        assert request.stats.n_cached == len(history) - 1
+
+
 def test_a_checkpoint_that_cannot_be_made_costs_nothing_else(
     make_scheduler: MakeScheduler, alone: Any, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -673,7 +673,10 @@ class Scheduler:
 
         Checkpoints are optional: a failure is logged and counted.
         """
-        if slot.conversation is None or slot.is_saved or len(slot) == 0:
+        if slot.conversation is None or len(slot) == 0:
+            return
+        if slot.is_saved:  # what was passed is reached from there
+            slot.marks = [mark for mark in slot.marks if mark > len(slot)]
             return
         if tip:
             slot.mark(len(slot))
