@@ -105,6 +105,24 @@ def path_of(folder: Path, stored: Stored) -> Path:
     return folder / f"{stored.name}{SUFFIX}"
 
 
+def test_a_store_that_is_closed_as_garbage_writes_everything(tmp_path: Path) -> None:
+    """As that of a Llama in a cycle of references, whose finalizer closes it."""
+
+    class Owner:
+        def __init__(self) -> None:
+            self.store, self.me = open_store(tmp_path), self
+            talk(self.store, 1)
+            flushed(self.store)
+
+        def __del__(self) -> None:
+            talk(self.store, 2)
+            self.store.close()
+
+    Owner()
+    gc.collect()
+    assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 4
+
+
 def test_two_files_of_one_prefix_are_one_conversation(make_store: MakeStore, tmp_path: Path) -> None:
     """As an end between writing the one and deleting the other leaves them: what is used is also counted."""
     store = make_store(tmp_path)

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from lminf_edge.cache.checkpoint import HEADER_BYTES, Checkpoint, CheckpointError, state_bytes
 from lminf_edge.errors import UserError
@@ -89,9 +89,20 @@ class Found:
 
 
 class Worker(ThreadPoolExecutor):
-    """Python ends such threads before it runs what is registered with atexit: what comes then is done at once."""
+    """Works as long as it was not shut down.
+
+    Python ends such threads before it runs what is registered with atexit: what comes then is done at once. It ends
+    them also when their executor becomes garbage, before the finalizer that has something to write: so it is kept.
+    """
+
+    _working: ClassVar[set[Worker]] = set()
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super().shutdown(*args, **kwargs)
+        self._working.discard(self)
 
     def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        self._working.add(self)
         try:
             return super().submit(function, *args, **kwargs)
         except RuntimeError:
