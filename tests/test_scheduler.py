@@ -303,6 +303,22 @@ def test_cancelled_while_it_waits_and_while_it_works(make_scheduler: MakeSchedul
     assert after.stats.n_cached > 0  # what was processed is kept
 
 
+def test_a_request_is_finished_while_python_ends(
+    make_scheduler: MakeScheduler, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An abandoned generator ends then, and arrays have no text any more."""
+
+    def fail(_: Request) -> str:
+        raise ImportError("sys.meta_path is None, Python is likely shutting down")
+
+    monkeypatch.setattr(Request, "__repr__", fail)
+    scheduler = make_scheduler()
+    request = ask(scheduler, tokens[:20])
+    scheduler.step()
+    scheduler.finish(request, 1)
+    assert scheduler.n_busy == 0
+
+
 def test_the_prompts_logits(make_scheduler: MakeScheduler, make_llama: MakeLlama, tokens: Tokens) -> None:
     scheduler = make_scheduler()
     request = Request(tokens[:300], wants_prompt_logits=True)
