@@ -395,5 +395,5 @@ def test_a_llama_of_another_kind_leaves_the_folder_as_it_is(
         llm = make_llama(lminf=config, checkpoint_folder=tmp_path, **F32)
         likeliest(llm, prompt, 2)
         assert llm.scheduler.counters.prefilled_tokens in range(n_expected - 200, n_expected + 2)
-        assert llm.scheduler.store.n_damaged == 0
+        assert llm.scheduler.store.failures.n_damaged == 0
         llm.close()
