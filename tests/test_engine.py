@@ -20,7 +20,7 @@ from conftest import F32, MakeEngine, MakeLlama
 from lminf_edge import LMInfConfig
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.engine.engine import Engine
-from lminf_edge.engine.request import Phase, RequestCancelled
+from lminf_edge.engine.request import Output, Phase, RequestCancelled
 from lminf_edge.errors import UserError
 
 
@@ -252,6 +252,32 @@ def test_closing_tells_those_who_wait(make_engine: MakeEngine, tokens: Tokens) -
             next(engine.stream(request))
         assert request.phase is Phase.FINISHED
     assert not engine.is_alive
+
+
+def test_closing_tells_those_who_came_last(make_engine: MakeEngine, tokens: Tokens) -> None:
+    """A request that the thread has not looked at yet."""
+    engine = make_engine(parallel=1)
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        may_go.wait(60)
+
+    holding = threading.Thread(target=engine.call, args=(hold,))
+    holding.start()
+    assert is_held.wait(60)
+    request = submitted(engine, tokens[:20])
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while engine.is_alive:
+        time.sleep(0.001)
+    may_go.set()
+    closing.join()
+    holding.join()
+    while isinstance(output := request.outputs.get(timeout=1), Output):
+        pass  # of a step in between
+    assert isinstance(output, RequestCancelled)
+    assert (request.phase, request.sampler) == (Phase.FINISHED, None)
 
 
 def test_a_fault_of_ours_ends_the_engine_aloud(

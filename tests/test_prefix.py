@@ -74,6 +74,7 @@ def after_a_restart(victim: Victim, make_engine: MakeEngine) -> Engine:
 
 
 PLACES = [hot, in_memory, in_files, after_a_restart]
+two_places = pytest.mark.parametrize("place", [hot, after_a_restart], indirect=True)
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: place.__name__)
@@ -172,6 +173,7 @@ def test_another_window_is_another_stream(make_engine: MakeEngine, tmp_path: Pat
     assert run(same, prompt)[0].n_cached == len(prompt) - 1
 
 
+@two_places
 @pytest.mark.parametrize("label", ["", "chat"])
 def test_a_message_that_its_author_deletes_is_gone(attacked: Any, expected: Any, label: str) -> None:
     history = [SYSTEM, message(10, 40), message(11, 30), SECRET, message(12, 9), CANNED]
@@ -190,6 +192,7 @@ def test_a_message_that_its_author_deletes_is_gone(attacked: Any, expected: Any,
 HISTORY = [SYSTEM, message(20, 60), message(21, 30), message(22, 50), message(23, 40), message(24, 45)]
 
 
+@two_places
 @pytest.mark.parametrize("n_dropped", [1, 4])
 def test_a_named_conversation_goes_on_without_its_oldest_messages(attacked: Any, expected: Any, n_dropped: int) -> None:
     victim, engine = attacked(HISTORY, label="chat", owner="a")
@@ -240,7 +243,7 @@ def test_a_name_survives_restarts_also_of_what_was_trimmed(
         del messages[1:3]
 
 
-@pytest.mark.parametrize("place", [hot, after_a_restart], indirect=True)
+@two_places
 @pytest.mark.parametrize(
     "change",
     [
@@ -266,7 +269,7 @@ def test_anything_else_that_is_missing_is_processed(attacked: Any, expected: Any
     assert_close(first, expected(prompt))
 
 
-@pytest.mark.parametrize("place", [hot, after_a_restart], indirect=True)
+@two_places
 @pytest.mark.parametrize(
     ("n_dropped", "change"),
     [
@@ -303,6 +306,7 @@ def test_what_others_add_to_a_named_conversation_is_not_its_own(attacked: Any, e
     assert engine.counters.trimmed == 0
 
 
+@two_places
 def test_a_branch_leaves_a_named_conversation_its_tokens(attacked: Any, expected: Any) -> None:
     victim, engine = attacked(HISTORY, label="chat")
     run(engine, joined(HISTORY[:3]) + WHAT_IS_IT, 8, label="another", n_system=len(SYSTEM))
@@ -319,23 +323,24 @@ def test_a_checkpoint_from_before_an_edit_is_not_what_was_edited(
     """Both are of the same conversation, and as long as each other."""
     engine = make_engine(parallel=1, folder=tmp_path)
     ask = {"label": "chat", "n_system": len(SYSTEM)}
-    edited = [*HISTORY[:4], message(60, 40), HISTORY[5]]  # too early for a rollback
+    edited = [*HISTORY[:4], message(60, 40), HISTORY[5]]
     for messages in (HISTORY, edited):
         run(engine, joined(messages), 10, boundaries=starts(messages), **ask)
         run(engine, message(99, 20), owner="somebody else")
-    for before, n_dropped in ((HISTORY, 1), (edited, 2)):
-        shown = joined([SYSTEM, *before[1 + n_dropped :]]) + WHAT_IS_IT
+    [conversation] = engine.call(lambda: engine.store.named("", "chat"))
+    assert [each.n_tokens for each in conversation.checkpoints].count(len(joined(HISTORY)) + 10) == 2
+    for before in (edited, HISTORY):
+        shown = joined([SYSTEM, *before[2:]]) + WHAT_IS_IT
         stats, _, first = run(engine, shown, **ask)
-        was_trimmed = stats.position > len(shown)
-        assert was_trimmed == (before is edited)
-        assert_close(first, expected(joined(before) + WHAT_IS_IT if was_trimmed else shown))
-        run(engine, joined(edited), 10, boundaries=starts(edited), **ask)
-        run(engine, message(99, 20), owner="somebody else")
+        is_trimmed = stats.position > len(shown)
+        assert is_trimmed or before is HISTORY
+        assert_close(first, expected(joined(before) + WHAT_IS_IT if is_trimmed else shown))
 
 
 # --- skipped tokens ---------------------------------------------------------------------------------------------------
 
 
+@two_places
 def test_a_state_with_skipped_tokens_serves_only_who_allows_it(
     attacked: Any, make_engine: MakeEngine, expected: Any, tokens: Tokens
 ) -> None:
@@ -351,6 +356,7 @@ def test_a_state_with_skipped_tokens_serves_only_who_allows_it(
     assert stats.n_prefilled <= len(WHAT_IS_IT)
 
 
+@two_places
 def test_a_trimmed_state_with_skipped_tokens_serves_only_who_allows_it(attacked: Any, expected: Any) -> None:
     history = [SYSTEM, message(40, 600), message(41, 30)]
     victim, engine = attacked(history, prefill="tail", label="chat")

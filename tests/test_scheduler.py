@@ -194,6 +194,62 @@ def test_a_batch_that_fails_fails_the_one_at_fault(
     assert run(scheduler, good) == [alone(tokens[:150], 8)]
 
 
+@pytest.mark.parametrize("is_processed", [True, False])
+def test_a_batch_that_fails_costs_new_streams_nothing(
+    make_scheduler: MakeScheduler,
+    make_llama: MakeLlama,
+    tokens: Tokens,
+    monkeypatch: pytest.MonkeyPatch,
+    is_processed: bool,
+) -> None:
+    """What goes back to its very beginning is still this request's stream, with its number of sinks."""
+    scheduler = make_scheduler(lminf=LMInfConfig(n_global=20, n_local=64))
+    requests = [ask(scheduler, tokens[i : i + 200], n_sinks=4) for i in (0, 400)]
+    decode = scheduler.model.batch.decode
+
+    def failing(runs: Any) -> Any:
+        if len(runs) == 1:
+            return decode(runs)
+        if is_processed:
+            decode(runs)
+        raise RuntimeError("not together")
+
+    monkeypatch.setattr(scheduler.model.batch, "decode", failing)
+    scheduler.step()
+    monkeypatch.undo()
+    got = run(scheduler, *requests)
+    assert scheduler.counters.failed == 0
+    llm = make_llama(type_k=0, type_v=0)
+    for request, answer in zip(requests, got, strict=True):
+        llm.reset()
+        llm.eval(request.prompt)
+        for token in answer:
+            assert token == int(llm.scores[-1].argmax())
+            llm.eval([token])
+
+
+@pytest.mark.parametrize("n_slack", [0, 1])
+def test_a_stream_that_was_saved_where_it_goes_on(
+    make_scheduler: MakeScheduler,
+    alone: Any,
+    tokens: Tokens,
+    monkeypatch: pytest.MonkeyPatch,
+    n_slack: int,
+) -> None:
+    """The checkpoint before the prompt's last token is there already."""
+    scheduler = make_scheduler(n_slots=1, lminf=LMInfConfig(n_global=4, n_local=64, n_slack=n_slack))
+    monkeypatch.setattr("lminf_edge.engine.scheduler.SAVE_AFTER", 0.0)
+    prompt = tokens[:200]
+    [answer] = run(scheduler, ask(scheduler, prompt))
+    scheduler.step()
+    assert scheduler.slots[0].is_saved
+    for _ in range(2):
+        history = [*prompt, *answer]  # of which the last is not processed
+        request = ask(scheduler, history)
+        assert run(scheduler, request) == [alone(history, 8)]
+        assert request.stats.n_cached == len(history) - 1
+
+
 def test_a_checkpoint_that_cannot_be_made_costs_nothing_else(
     make_scheduler: MakeScheduler, alone: Any, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +316,22 @@ def test_cancelled_while_it_waits_and_while_it_works(make_scheduler: MakeSchedul
     after = ask(scheduler, tokens[:500])
     run(scheduler, after)
     assert after.stats.n_cached > 0  # what was processed is kept
+
+
+def test_a_request_is_finished_while_python_ends(
+    make_scheduler: MakeScheduler, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An abandoned generator ends then, and arrays have no text any more."""
+
+    def fail(_: Request) -> str:
+        raise ImportError("sys.meta_path is None, Python is likely shutting down")
+
+    monkeypatch.setattr(Request, "__repr__", fail)
+    scheduler = make_scheduler()
+    request = ask(scheduler, tokens[:20])
+    scheduler.step()
+    scheduler.finish(request, 1)
+    assert scheduler.n_busy == 0
 
 
 def test_the_prompts_logits(make_scheduler: MakeScheduler, make_llama: MakeLlama, tokens: Tokens) -> None:

@@ -25,7 +25,7 @@ from lminf_edge.engine.loading import load_engine
 from lminf_edge.errors import UserError
 from lminf_edge.server import Settings, create_app, openai_routes
 from lminf_edge.server.connections import Server
-from lminf_edge.server.security import SMALL_BODY, Guard, owner_of
+from lminf_edge.server.security import SMALL_BODY, SecurityMiddleware, owner_of
 from lminf_edge.text.service import TextService
 from lminf_edge.text.tokenizer import CachedTokenizer
 
@@ -369,7 +369,7 @@ def test_each_key_is_an_owner() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         owners.append(scope["state"]["owner"])
 
-    async def ask(guard: Guard, key: str) -> None:
+    async def ask(guard: SecurityMiddleware, key: str) -> None:
         async def receive() -> Any:
             return {"type": "http.request", "body": b"", "more_body": False}
 
@@ -382,7 +382,7 @@ def test_each_key_is_an_owner() -> None:
         await guard(scope, receive, send)
 
     async def ask_all(keys: tuple[str, ...]) -> None:
-        guard = Guard(app, Settings("nano", api_keys=keys), asyncio.Event())
+        guard = SecurityMiddleware(app, Settings("nano", api_keys=keys), asyncio.Event())
         for key in ("one", "two", "three", "one"):
             await ask(guard, key)
 

@@ -105,6 +105,42 @@ def path_of(folder: Path, stored: Stored) -> Path:
     return folder / f"{stored.name}{SUFFIX}"
 
 
+def test_a_store_that_is_closed_as_garbage_writes_everything(tmp_path: Path) -> None:
+    """As that of a Llama in a cycle of references, whose finalizer closes it."""
+
+    class Owner:
+        def __init__(self) -> None:
+            self.store, self.me = open_store(tmp_path), self
+            talk(self.store, 1)
+            flushed(self.store)
+
+        def __del__(self) -> None:
+            talk(self.store, 2)
+            self.store.close()
+
+    Owner()
+    gc.collect()
+    assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 4
+
+
+def test_two_files_of_one_prefix_are_one_conversation(make_store: MakeStore, tmp_path: Path) -> None:
+    """As an end between writing the one and deleting the other leaves them: what is used is also counted."""
+    store = make_store(tmp_path)
+    conversation = talk(store, 1)
+    flushed(store)
+    for stored in conversation.checkpoints:
+        shutil.copy(path_of(tmp_path, stored), tmp_path / f"{stored.name[::-1]}{SUFFIX}")
+    store.close()
+    again = make_store(tmp_path)
+    [found] = again.conversations.values()
+    assert len(found.checkpoints) == 2
+    assert again.disk_bytes == found.disk_bytes > 0
+    again.disk_budget = 0
+    again.trim()
+    flushed(again)
+    assert not list(tmp_path.glob(f"*{SUFFIX}"))
+
+
 # --- what it is for ---------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +194,19 @@ def test_named_conversations(make_store: MakeStore, tmp_path: Path) -> None:
     assert store.named("me", "") == store.named("him", "chat") == []
     store.close()
     assert [each.name for each in make_store(tmp_path).named("me", "chat")] == order
+
+
+def test_the_tokens_of_a_conversation_are_read_without_its_state(
+    make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name may stand for many conversations, and states are large."""
+    store = make_store(tmp_path)
+    conversation = talk(store, 0)
+    expected = store.log(conversation).recent().tolist()
+    store.close()
+    again = make_store(tmp_path)
+    monkeypatch.setattr(Checkpoint, "from_bytes", lambda data: pytest.fail("the whole file was read"))
+    assert again.log(again.conversations[conversation.name]).recent().tolist() == expected
 
 
 @pytest.mark.parametrize("label", ["x" * 1024, "\0", "'; DROP TABLE", "\ud800", "🙂" * 1024, "../../etc/passwd"])
@@ -343,8 +392,10 @@ def forge(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     body = data[len(data) - checkpoint_bytes(data) :]
     front = files_module._FRONT
     head = json.dumps(change(json.loads(data[front.size : len(data) - len(body)]))).encode()
-    digest = files_module._hash(head + body[:HEADER_BYTES])
-    path.write_bytes(front.pack(files_module.MAGIC, files_module.VERSION, len(head), digest) + head + body)
+    tokens_digest = front.unpack_from(data)[3]
+    digest = files_module._hash(tokens_digest + head + body[:HEADER_BYTES])
+    packed = front.pack(files_module.MAGIC, files_module.VERSION, len(head), tokens_digest, digest)
+    path.write_bytes(packed + head + body)
 
 
 def test_a_forged_file_that_is_sound_is_taken(make_store: MakeStore, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from lminf_edge.cache.token_log import BLOCK, KEY_BYTES, TokenLog
+from lminf_edge.cache.token_log import BLOCK, KEY_BYTES, TokenLog, Tokens
 from lminf_edge.config import KV_TYPES, SINK_MODES, physical_memory
 from lminf_edge.errors import UserError
 from lminf_edge.files import open_regular
@@ -123,14 +124,14 @@ class Checkpoint:
             position=head.position,
             n_rollback=head.n_rollback,
             n_skipped=head.n_skipped,
-            log=TokenLog(recent, n_base=head.n_base, base=head.base if head.n_base else b""),
+            log=head.log(recent),
             state=np.frombuffer(data, dtype=np.uint8, offset=HEADER_BYTES + 4 * head.n_recent),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the checkpoint to a file, atomically: at any moment the file is the old one or the new one."""
         target = Path(path).expanduser()
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(unfinished, "wb") as file:
                 for part in self.chunks():
@@ -177,6 +178,16 @@ class Checkpoint:
         file.seek(begin)
         return cls.from_bytes(file.read(n_bytes))
 
+    @staticmethod
+    def read_tokens(file: BinaryIO, n_bytes: int) -> tuple[bytes, TokenLog]:
+        """Only the tokens of the checkpoint in the next n_bytes of a file, as bytes and as a log, unchecked.
+
+        Raises CheckpointError, OSError, MemoryError.
+        """
+        head = _parse(file.read(HEADER_BYTES), n_bytes)
+        data = file.read(4 * head.n_recent)
+        return data, head.log(np.frombuffer(data, dtype="<i4"))
+
     def _head(self) -> bytes:
         i = self.identity
         parameters = (i.n_global, i.n_local, i.max_distance, i.sink_mode, i.type_k, i.type_v, i.v_transposed)
@@ -194,6 +205,9 @@ class _Head:
     base: bytes
     n_recent: int
     n_state: int
+
+    def log(self, recent: Tokens) -> TokenLog:
+        return TokenLog(recent, n_base=self.n_base, base=self.base if self.n_base else b"")
 
 
 def state_bytes(head: bytes, n_bytes: int) -> int:

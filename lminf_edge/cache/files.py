@@ -21,9 +21,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from lminf_edge.cache.checkpoint import HEADER_BYTES, Checkpoint, CheckpointError, state_bytes
+from lminf_edge.cache.token_log import TokenLog
 from lminf_edge.errors import UserError
 from lminf_edge.files import open_regular
 
@@ -35,8 +36,8 @@ MAGIC = b"LMINFSTO"
 VERSION = 1
 SUFFIX = ".checkpoint"
 
-# magic, version, bytes of the head, hash of it and of the checkpoint's own head; then the head and the checkpoint
-_FRONT = struct.Struct("<8sII16s")
+# magic, version, bytes of the head, hash of the tokens, hash of that, of the head and of the checkpoint's own head
+_FRONT = struct.Struct("<8sII16s16s")
 _NAME = re.compile(r"[0-9a-f]{32}")
 _MAX_HEAD = 1 << 20  # bytes
 _MAX_COUNT = 1 << 62
@@ -80,15 +81,24 @@ class Found:
 
 
 class Worker(ThreadPoolExecutor):
-    """A thread pool that does at once what comes after its end.
+    """Works as long as it was not shut down.
 
-    Python ends such threads before it runs what is registered with atexit.
+    Python ends such threads before it runs what is registered with atexit: what comes then is done at once. It ends
+    them also when their executor becomes garbage, before the finalizer that has something to write: so it is kept.
     """
 
+    _working: ClassVar[set[Worker]] = set()
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super().shutdown(*args, **kwargs)
+        self._working.discard(self)
+
     def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        self._working.add(self)
         try:
             return super().submit(function, *args, **kwargs)
-        except RuntimeError:
+        except RuntimeError:  # the threads have ended
+            self._working.discard(self)
             done: Future[T] = Future()
             try:
                 done.set_result(function(*args, **kwargs))
@@ -130,7 +140,7 @@ class CheckpointFiles:
                 continue
             try:
                 with self._open(name) as (file, size):
-                    found.append(Found(name, _read_head(file, size), os.fstat(file.fileno()).st_mtime))
+                    found.append(Found(name, _read_head(file, size)[0], os.fstat(file.fileno()).st_mtime))
             except CheckpointError:
                 n_damaged += 1
                 self.delete(name)
@@ -150,10 +160,10 @@ class CheckpointFiles:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
             with os.fdopen(os.open(part, flags, 0o600), "wb") as file:
-                chunks = checkpoint.chunks()
-                first = next(chunks)  # with a checksum of the rest
-                file.write(_FRONT.pack(MAGIC, VERSION, len(data), _hash(data + first)) + data + first)
-                for chunk in chunks:
+                first, tokens, state = checkpoint.chunks()  # the first has a checksum of all
+                digest = _hash(tokens)
+                file.write(_FRONT.pack(MAGIC, VERSION, len(data), digest, _hash(digest + data + first)) + data)
+                for chunk in (first, tokens, state):
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
@@ -164,14 +174,8 @@ class CheckpointFiles:
 
     def read(self, name: str, head: Head) -> Checkpoint:
         """The checkpoint in the file with this head, which may lack keys. Raises CheckpointError."""
-        with self._open(name) as (file, size):
-            try:
-                found = _read_head(file, size)
-            except _NotOursError:
-                raise CheckpointError("The file is something else by now.") from None
-            if replace(found, keys=head.keys) != head or not head.keys.items() <= found.keys.items():
-                raise CheckpointError("The file is another checkpoint.")
-            checkpoint = Checkpoint.read(file, size - file.tell())
+        with self._open_again(name, head) as (file, size, _):
+            checkpoint = Checkpoint.read(file, size)
         if (checkpoint.position, checkpoint.n_rollback, checkpoint.n_skipped) != (
             head.position,
             head.n_rollback,
@@ -179,6 +183,14 @@ class CheckpointFiles:
         ):
             raise CheckpointError("The head of the checkpoint is another's.")
         return checkpoint
+
+    def read_log(self, name: str, head: Head) -> TokenLog:
+        """Only the tokens in the file with this head, which may lack keys. Raises CheckpointError."""
+        with self._open_again(name, head) as (file, size, digest):
+            data, log = Checkpoint.read_tokens(file, size)
+        if _hash(data) != digest:
+            raise CheckpointError("The tokens of the checkpoint are damaged.")
+        return log
 
     def touch(self, name: str, used: float) -> None:
         """Records the time of use, in seconds since 1970."""
@@ -210,6 +222,18 @@ class CheckpointFiles:
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(f"The checkpoint cannot be read: {reason}.") from error
+
+    @contextlib.contextmanager
+    def _open_again(self, name: str, head: Head) -> Iterator[tuple[BinaryIO, int, bytes]]:
+        """A file at its checkpoint, the bytes of that, and the hash of its tokens."""
+        with self._open(name) as (file, size):
+            try:
+                found, digest = _read_head(file, size)
+            except _NotOursError:
+                raise CheckpointError("The file is something else by now.") from None
+            if replace(found, keys=head.keys) != head or not head.keys.items() <= found.keys.items():
+                raise CheckpointError("The file is another checkpoint.")
+            yield file, size - file.tell(), digest
 
     def _path(self, name: str) -> Path:
         assert _NAME.fullmatch(name)
@@ -259,12 +283,12 @@ class _NotOursError(Exception):
     """The file is of another program or another version."""
 
 
-def _read_head(file: BinaryIO, size: int) -> Head:
-    """Reads the head; leaves the file at the start of the checkpoint. Raises CheckpointError."""
+def _read_head(file: BinaryIO, size: int) -> tuple[Head, bytes]:
+    """Reads the head and the hash of the tokens; leaves the file at the checkpoint. Raises CheckpointError."""
     front = file.read(_FRONT.size)
     if len(front) < _FRONT.size:
         raise CheckpointError("The checkpoint is cut short.")
-    magic, version, n_head, digest = _FRONT.unpack(front)
+    magic, version, n_head, tokens_digest, digest = _FRONT.unpack(front)
     if magic != MAGIC or version != VERSION:
         raise _NotOursError
     if n_head > _MAX_HEAD:
@@ -272,7 +296,7 @@ def _read_head(file: BinaryIO, size: int) -> Head:
     data = file.read(n_head)
     begin = file.tell()
     first = file.read(HEADER_BYTES)
-    if _hash(data + first) != digest:
+    if _hash(tokens_digest + data + first) != digest:
         raise CheckpointError("The head of the checkpoint is damaged.")
     n_state = state_bytes(first, size - begin)
     file.seek(begin)
@@ -283,10 +307,10 @@ def _read_head(file: BinaryIO, size: int) -> Head:
         is_sound = False
     if not is_sound:
         raise CheckpointError("The head of the checkpoint makes no sense.")
-    return head
+    return head, tokens_digest
 
 
-def _hash(data: bytes) -> bytes:
+def _hash(data: bytes | memoryview) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
 

@@ -141,9 +141,11 @@ class CheckpointStore:
         if conversation.log is None and tip is not None and tip.checkpoint is not None:
             conversation.log = tip.checkpoint.log.copy()
         elif conversation.log is None and tip is not None:
+            assert self._files is not None
             try:
-                conversation.log = self._reads.submit(self._read, tip.name, tip.head()).result().log
-            except CheckpointError:
+                conversation.log = self._reads.submit(self._files.read_log, tip.name, tip.head()).result()
+            except CheckpointError as error:
+                self.failures.damaged(f"A checkpoint is lost ({error})", 1)
                 self.forget(tip)
             self._count(conversation)
         return _NO_LOG if conversation.log is None else conversation.log
@@ -288,13 +290,13 @@ class CheckpointStore:
 
     def _link(self, stored: Stored) -> None:
         """Makes a checkpoint known by its keys."""
+        stored.conversation.checkpoints.append(stored)  # first, so that its conversation is not dropped as empty
         for key, n_tokens in stored.keys.items():
             old = self._by_key.get(key)
             if old is not None:  # both have the same prefix
                 self._forget_key(old, key)
             self._by_key[key] = stored
             self._lengths[n_tokens] += 1
-        stored.conversation.checkpoints.append(stored)
 
     def _forget_key(self, stored: Stored, key: bytes, last: bool = True) -> None:
         """A key is needed no more; with `last`, nor is a checkpoint that has no other."""

@@ -158,7 +158,7 @@ class Scheduler:
 
         The last token taken has not been processed.
         """
-        with contextlib.suppress(ValueError):
+        if request in self._waiting:
             self._waiting.remove(request)
         if request.sampler is not None:
             request.sampler.close()

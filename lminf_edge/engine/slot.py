@@ -104,6 +104,7 @@ class Slot:
         if not self.can_truncate(n_tokens) or not self.sequence.rollback(n_tokens + self.n_dropped):
             return False
         self._cut_log(n_tokens)
+        self._restore_sinks()
         return True
 
     def trim(self, tokens: Tokens) -> None:
@@ -131,11 +132,17 @@ class Slot:
         n_tokens = self.sequence.position - self.n_dropped
         if n_tokens == len(self):
             return
-        if max(self.n_least, self.log.n_base) <= n_tokens < len(self) and n_tokens > 0:
+        if max(self.n_least, self.log.n_base) <= n_tokens < len(self):
             self._cut_log(n_tokens)
+            self._restore_sinks()
         elif n_tokens < len(self) or not self.sequence.rollback(len(self) + self.n_dropped):
             self.sequence.clear(self.n_sinks)
             self.assign(None)
+
+    def _restore_sinks(self) -> None:
+        """A sequence that became empty has forgotten how many sinks this stream keeps."""
+        if len(self) == 0:
+            self.sequence.clear(self.n_sinks)
 
     def _cut_log(self, n_tokens: int) -> None:
         self.log.truncate(n_tokens)

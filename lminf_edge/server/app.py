@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 import lminf_edge
 from lminf_edge.server import llama_cpp_routes, metrics, openai_routes
 from lminf_edge.server.errors import add_error_handlers
-from lminf_edge.server.security import Guard
+from lminf_edge.server.security import SecurityMiddleware
 from lminf_edge.server.settings import Settings
 from lminf_edge.server.state import Embedder, ServerState
 from lminf_edge.text.service import TextService
@@ -58,7 +58,7 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     async def docs() -> FileResponse:
         return FileResponse(PAGE / "docs.html")
 
-    app.add_middleware(Guard, settings=settings, stopping=state.stopping)
+    app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping)
     # around the guard: a listed page must be able to read why it was refused
     app.add_middleware(
         CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]

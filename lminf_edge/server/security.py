@@ -35,7 +35,7 @@ SMALL_BODY = 256 << 10  # this much of each body does not count against the limi
 N_BODIES = 4  # bodies of the largest size held at a time
 
 
-class Guard:
+class SecurityMiddleware:
     """Checks a request before anything reads it.
 
     - The Host header must name this server: otherwise any web page could reach it through DNS rebinding.

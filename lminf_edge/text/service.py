@@ -20,7 +20,7 @@ from lminf_edge.text.generation import TextStream
 from lminf_edge.text.logprobs import LogprobReporter
 from lminf_edge.text.tokenizer import CachedTokenizer, prompt_to_tokens, use_tokenizer
 
-TEXT_BYTES = 8 << 20  # for texts whose tokens are remembered: a history of 200,000 tokens takes 2 MB
+TEXT_BYTES = 64 << 20  # for texts whose tokens are remembered: a history of a million tokens takes 10 MB
 
 
 class TextService:
