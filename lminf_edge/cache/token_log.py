@@ -101,12 +101,6 @@ class TokenLog:
         view.flags.writeable = False
         return view
 
-    def token(self, position: int) -> int:
-        """The token at this position. Raises IndexError if it is not among the recent ones."""
-        if not self.n_base <= position < len(self):
-            raise IndexError(f"Token {position} is not among the recent tokens of this stream.")
-        return int(self._tokens[position - self.n_base])
-
     def extend(self, tokens: Sequence[int] | Tokens) -> None:
         new = as_tokens(tokens)
         end = self._n_tokens + len(new)

@@ -35,7 +35,6 @@ class Engine:
         self.window = scheduler.window
         self.n_sinks = scheduler.n_sinks  # of a conversation whose request does not say
         self.max_sinks = scheduler.window.n_global  # that a conversation can have
-        self.on_failure: Callable[[], None] = lambda: None  # called by the thread when it fails and stops
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -144,7 +143,6 @@ class Engine:
                 self.scheduler.step()
         except BaseException:
             log.critical("the engine cannot go on", exc_info=True)
-            self.on_failure()
             raise
         finally:
             with self._wake:
