@@ -84,6 +84,8 @@ class Clients(RuleBasedStateMachine):
         """Sends the history, and adds the answer to it."""
         chat = self.chat
         prompt = joined(chat.messages)
+        # as a chat template says it: only if the first message begins with a control token
+        n_system = len(SYSTEM) if chat.messages[1][0] == MARK else None
         boundaries = np.cumsum([len(message) for message in chat.messages]).tolist()[:-1]
         stats, answer, first = run(
             self.engine,
@@ -91,7 +93,7 @@ class Clients(RuleBasedStateMachine):
             N_ANSWER,
             owner=chat.owner,
             label=chat.label,
-            n_system=len(SYSTEM),
+            n_system=n_system,
             boundaries=boundaries,
         )
         mine = self.shown[chat.owner]
