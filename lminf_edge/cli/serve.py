@@ -153,12 +153,13 @@ def open_service(args: argparse.Namespace) -> TextService:
     from lminf_edge.engine.loading import load_engine
     from lminf_edge.engine.params import Defaults
     from lminf_edge.native import captured_errors
-    from lminf_edge.text.service import TEXT_BYTES, TextService
+    from lminf_edge.text.service import LEAST_TEXT_BYTES, TEXT_BYTES, TextService
 
     defaults = Defaults(sampling_params(args), args.max_tokens if args.max_tokens > 0 else None, args.detect_loops)
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
-    text_bytes = min(TEXT_BYTES, args.memory // 16)  # remembered texts are part of the memory asked for
+    # remembered texts are part of the memory asked for; without them every turn tokenizes its whole history
+    text_bytes = min(max(args.memory // 16, LEAST_TEXT_BYTES), TEXT_BYTES)
     folder = None if args.disk == 0 else args.folder or default_folder()
     with options_named(), captured_errors():
         engine = load_engine(
@@ -167,7 +168,7 @@ def open_service(args: argparse.Namespace) -> TextService:
             lminf=replace(window_config(args), prefill=args.prefill, n_tail=args.n_tail),
             max_sinks=max_sinks,
             folder=folder,
-            memory_budget=args.memory - text_bytes,
+            memory_budget=max(args.memory - text_bytes, 0),
             disk_budget=args.disk,
             chat_format=args.chat_format,
             verbose=False,

@@ -20,7 +20,8 @@ from lminf_edge.text.generation import TextStream
 from lminf_edge.text.logprobs import LogprobReporter
 from lminf_edge.text.tokenizer import CachedTokenizer, prompt_to_tokens, use_tokenizer
 
-TEXT_BYTES = 64 << 20  # for texts whose tokens are remembered: a history of a million tokens takes 10 MB
+# for texts whose tokens are remembered, least and most: a history of a million tokens takes 10 MB
+LEAST_TEXT_BYTES, TEXT_BYTES = 16 << 20, 64 << 20
 
 
 class TextService:
