@@ -83,7 +83,7 @@ def first_token(record: Record) -> str:
 
 def loaded(record: Record) -> str:
     """A warning if other programs had the machine meanwhile."""
-    busy = record["load"] > record["cores"] + 0.5
+    busy = record.get("load", 0) > record["cores"] + 0.5
     return f"\nThe machine was not idle: {record['load']:.1f} programs wanted its cores.\n" if busy else ""
 
 
@@ -223,6 +223,7 @@ def mixed(record: Record) -> str:
         + table(["", ""], rows)
         + "\n"
         + table(["minute", *map(str, minutes)], [["memory", *(human_bytes(each["resident"]) for each in nearest)]])
+        + loaded(record)
     )
 
 

@@ -481,6 +481,7 @@ def mixed(args: argparse.Namespace) -> Figures:
             "restored_from_files": server.metric("restored_from_files_total"),
             "cached": server.metric("cached_tokens_total") / server.metric("prompt_tokens_total"),
             "cancelled": server.metric("cancelled_total"),
+            "load": os.getloadavg()[0],
         }
 
 
