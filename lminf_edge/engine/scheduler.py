@@ -194,9 +194,7 @@ class Scheduler:
         """Continues a request as if `tokens` had followed `token`, the last of the first n_taken that it generated."""
         work = self._work[request]
         self._truncate(work.slot, min(len(work.slot), work.n_base + n_taken - 1))
-        with contextlib.suppress(queue.Empty):
-            while True:
-                request.outputs.get_nowait()
+        _drain(request)
         request.stats.n_generated = n_taken
         work.pending = as_tokens([token, *tokens])
         work.n_base += len(tokens)
@@ -204,12 +202,8 @@ class Scheduler:
 
     def abandon(self) -> None:
         """Ends all requests, because a caller moves the streams; the tokens taken so far stay."""
-        for request, work in list(self._work.items()):
-            n_unread = 0
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    n_unread += isinstance(request.outputs.get_nowait(), Output)
-            self.finish(request, work.request.stats.n_generated - n_unread)
+        for request in list(self._work):
+            self.finish(request, request.stats.n_generated - _drain(request))
         self._waiting.clear()
 
     def length_before(self, request: Request, n_taken: int) -> int:
@@ -698,6 +692,15 @@ class Scheduler:
                 self._keep(slot, tip=True)
                 self.store.save(slot.conversation)
                 self.store.trim()
+
+
+def _drain(request: Request) -> int:
+    """Takes what the consumer has not; returns how many tokens that were."""
+    n_tokens = 0
+    with contextlib.suppress(queue.Empty):
+        while True:
+            n_tokens += isinstance(request.outputs.get_nowait(), Output)
+    return n_tokens
 
 
 def _is_same(conversation: Conversation, request: Request, n_tokens: int) -> bool:
