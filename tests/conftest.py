@@ -42,6 +42,13 @@ MakeEngine = Callable[..., Engine]
 
 # with everything in f32, another order of additions is all that can differ
 F32: dict[str, Any] = {"type_k": 0, "type_v": 0}
+# a window that is soon full, and one thread
+SMALL: dict[str, Any] = {
+    "lminf": LMInfConfig(n_global=4, n_local=64),
+    "verbose": False,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+}
 
 
 @pytest.fixture(scope="session")
@@ -73,14 +80,7 @@ def make_llama(nano_f32_path: str) -> Iterator[MakeLlama]:
     made: list[Llama] = []
 
     def make(model: str = nano_f32_path, **kwargs: Any) -> Llama:
-        settings = {
-            "lminf": LMInfConfig(n_global=4, n_local=64),
-            "verbose": False,
-            "n_threads": 1,
-            "n_threads_batch": 1,
-            **kwargs,
-        }
-        made.append(Llama(model, **settings))
+        made.append(Llama(model, **{**SMALL, **kwargs}))
         return made[-1]
 
     yield make
@@ -94,16 +94,7 @@ def make_engine(nano_f32_path: str) -> Iterator[MakeEngine]:
     made: list[Engine] = []
 
     def make(**kwargs: Any) -> Engine:
-        settings = {
-            "parallel": 2,
-            "lminf": LMInfConfig(n_global=4, n_local=64),
-            "verbose": False,
-            "n_threads": 1,
-            "n_threads_batch": 1,
-            **F32,
-            **kwargs,
-        }
-        made.append(load_engine(nano_f32_path, **settings))
+        made.append(load_engine(nano_f32_path, **{"parallel": 2, **SMALL, **F32, **kwargs}))
         return made[-1]
 
     yield make
