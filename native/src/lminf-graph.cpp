@@ -95,7 +95,7 @@ lminf_graph_input::lminf_graph_input(const llm_graph_context & graph) :
     const auto * sliding = find_contexts(graph.mctx).sliding;
 
     const int64_t n_tokens    = graph.ubatch.n_tokens;
-    const int64_t n_stream    = graph.ubatch.n_seqs_unq;
+    const int64_t n_stream    = mctx->get_ns();
     const int64_t n_sink_rows = mctx->get_n_sink_rows();
 
     q_shift   = as_input("lminf_q_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
@@ -121,7 +121,7 @@ bool lminf_graph_input::can_reuse(const llm_graph_params & params) {
         stores_sinks   == mctx->get_stores_sinks() &&
         q_shift->ne[0] == params.ubatch.n_tokens &&
         mask->ne[0]    == mctx->get_n_sink_rows() + mctx->get_n_kv() &&
-        mask->ne[3]    == params.ubatch.n_seqs_unq &&
+        mask->ne[3]    == mctx->get_ns() &&
         (!mask_sliding || mask_sliding->ne[0] == ctxs.sliding->get_n_kv());
 }
 
@@ -228,10 +228,9 @@ static lminf_graph_input * find_input(const llm_graph_context & graph) {
 // lminf_attn
 //
 
-// all of it contiguous, [n_embd_head*n_head, n_tokens]
-static ggml_tensor * merge_heads(ggml_context * ctx, ggml_tensor * t) {
-    const int64_t n_embd   = t->ne[0]*t->ne[1];
-    const int64_t n_tokens = t->ne[2];
+// contiguous rows of one token each
+static ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t, int64_t n_tokens) {
+    const int64_t n_embd = ggml_nelements(t)/n_tokens;
 
     return ggml_is_contiguous(t) ? ggml_reshape_2d(ctx, t, n_embd, n_tokens) : ggml_cont_2d(ctx, t, n_embd, n_tokens);
 }
@@ -274,7 +273,7 @@ const lminf_attn * lminf_attn::finish(ggml_tensor * v_cur, ggml_tensor *& v, ggm
 
         const auto store_rows = [&](ggml_tensor * dst, ggml_tensor * cur) {
             dst = ggml_reshape_2d(graph.ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
-            ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx0, dst, merge_heads(graph.ctx0, cur), inp->sink_rows));
+            ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx0, dst, as_rows(graph.ctx0, cur, inp->sink_rows->ne[0]), inp->sink_rows));
         };
 
         store_rows(sinks.get_k(il), k);

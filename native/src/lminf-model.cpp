@@ -28,6 +28,8 @@ static llama_memory_ptr create_stock_memory(const llama_model & model) {
     cparams.n_ubatch  = 1;
     cparams.n_seq_max = 1;
 
+    cparams.flash_attn = true; // values that lie as they come: of any size
+
     return llama_memory_ptr(model.create_memory(params, cparams));
 }
 
@@ -87,16 +89,16 @@ static reason find_reason(const llama_model & model) {
     if (!hparams.causal_attn) {
         return { "its attention is not causal, so it reads its whole input at once", no_stream };
     }
+
+    const llama_memory_ptr memory = create_stock_memory(model);
+    if (!memory) {
+        return { "it has no KV cache, as it reads its whole input at once", no_stream };
+    }
     if (hparams.router_layer >= 0) {
         return { "it reads which adapter is on from a token that may be far back, and has left the cache by then" };
     }
     if (model.pos_embd != nullptr) {
         return { "it adds learned absolute positions, which end where its training ended" };
-    }
-
-    const llama_memory_ptr memory = create_stock_memory(model);
-    if (!memory) {
-        return { "it has no KV cache", no_stream };
     }
     if (!find_parts(memory.get()).full) {
         return { "it chooses what to attend to among all tokens by a second cache (sparse attention), which a bound would change" };

@@ -122,7 +122,7 @@ static found_rope find_rope(const ggml_tensor * t, llm_arch arch, int il) {
         switch (t->op) {
             case GGML_OP_ROPE:
                 if (!commutes) {
-                    lminf_refuse_layer(arch, il, "changes its queries or keys between RoPE and attention");
+                    lminf_refuse_layer(arch, il, "changes its queries or keys between RoPE and attention, so that scores depend on more than distances");
                 }
                 if (t->op_params[ROPE_MODE] == GGML_ROPE_TYPE_VISION) {
                     lminf_refuse_layer(arch, il, "rotates its queries by positions in a picture");
