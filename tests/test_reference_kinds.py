@@ -1,8 +1,8 @@
 """Models with more than plain attention: the reference against llama.cpp, and the Λ cache against the reference.
 
-Each is compared logit by logit. With everything in f32 two right answers differ by the order of additions: inside the
-window, reference and llama.cpp by 3e-5 at most, 2e-6 on average. GELU is read from a table of f16, where an argument
-that is rounded the other way moves single logits by up to 3e-3, and the average one by 4e-5.
+Each is compared logit by logit over 900 tokens. Two right answers differ by the order of additions and by angles in
+f32: reference and llama.cpp's own attention by 2e-4 at most and 5e-6 on average, over three seeds. GELU is read from a
+table of f16, where an argument that is rounded the other way moves single logits by 5e-3, and the average one by 1e-4.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from native_context import NativeContext
 from reference import kinds, random_model, tiny_models
 from reference.gguf_file import Array
 from reference.rule import Rule
@@ -30,7 +31,7 @@ class Tiny:
         self.kind = kinds.KINDS[name]
         self.path = random_model.write(name, self.kind.model, folder, seed=1)
         self.tokens = tiny_models.tokens(900, seed=2)
-        self.max, self.mean = (1e-2, 2e-4) if name in GELU else (1e-4, 1e-5)
+        self.max, self.mean = (1e-2, 3e-4) if name in GELU else (4e-4, 1e-5)
 
     def read(self) -> Transformer:
         return self.kind.reader(self.path)
@@ -59,8 +60,32 @@ every_kind = pytest.mark.parametrize("tiny", kinds.KINDS, indirect=True)
 def test_full_attention_is_that_of_llama_cpp(tiny: Tiny) -> None:
     from reference import stock
 
-    tokens = tiny.tokens[:250]
-    tiny.check(stock.logits(tiny.path, tokens), tiny.read().logits(tokens), tokens)
+    actual = stock.logits(tiny.path, tiny.tokens, n_ctx=1024)
+    tiny.check(actual, tiny.read().logits(tiny.tokens), tiny.tokens)
+
+
+@every_kind
+@pytest.mark.parametrize("attention", ["auto", "stock"])
+@pytest.mark.parametrize("n_ubatch", [1, 13, 512])
+def test_the_cache_follows_the_rule(tiny: Tiny, n_ubatch: int, attention: str) -> None:
+    with NativeContext(tiny.path, L, G, n_ubatch=n_ubatch, attention=attention) as context:
+        tiny.check(context.feed(tiny.tokens), tiny.expected, tiny.tokens)
+        if n_ubatch < 512:
+            assert context.info().n_rebase >= 1
+
+
+@every_kind
+def test_sequences_keep_to_themselves(tiny: Tiny) -> None:
+    """Two streams in the same batches, one of which begins later."""
+    other = tiny_models.tokens(600, seed=3)
+    with NativeContext(tiny.path, L, G, n_ubatch=16, n_seq_max=2) as context:
+        first, second = [context.feed(tiny.tokens[:300])], []
+        for i in range(300, 900, 8):
+            both = context.decode((0, tiny.tokens[i : i + 8]), (1, other[i - 300 : i - 292]))
+            first.append(both[:8])
+            second.append(both[8:])
+    tiny.check(np.concatenate(first), tiny.expected, tiny.tokens)
+    tiny.check(np.concatenate(second), tiny.read().logits(other, Rule(L, G)), other)
 
 
 Wrong = Callable[[Transformer], Rule]

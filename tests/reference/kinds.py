@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reference.latent import Latent, MiniCPM3
+from reference.more_models import POST_NORMS, TIED
 from reference.random_model import (
     ATTENTION,
     GATED,
@@ -36,8 +37,6 @@ class Kind:
     sliding: int = 0
 
 
-TIED = without(OUTPUT, "output")
-POST_NORMS: Shapes = {"post_attention_norm.weight": (N_EMBD,), "post_ffw_norm.weight": (N_EMBD,)}
 YARN: Keys = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 4.0,
@@ -222,7 +221,12 @@ KINDS = {
     ),
     # the last pair of a head belongs to the section that stands still for text
     "qwen3vl": Kind(
-        Model("qwen3vl", {"rope.dimension_sections": [4, 2, 2, 0]}, OUTPUT, (ATTENTION | QK_NORM | GATED,) * 2)
+        Model(
+            "qwen3vl",
+            {"rope.dimension_sections": [4, 2, 2, 0], "rope.freq_base": 100.0},
+            OUTPUT,
+            (ATTENTION | QK_NORM | GATED,) * 2,
+        )
     ),
     "qwen35": Kind(
         Model("qwen35", QWEN35, OUTPUT, (DELTA | QWEN35_FORWARD, GATED_ATTENTION | QWEN35_FORWARD) * 2), Qwen35
