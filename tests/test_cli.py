@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TEXT
-from reference import tiny_models, unsupported_models
+from reference import models, tiny_models
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli import info as cli_info
@@ -50,16 +50,7 @@ def run_json(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 # one is known by its parameters, the other is only found out when its graph is built
-UNSUPPORTED = [("llada", "not causal"), ("mistral3", "absolute position")]
-
-
-def write_unsupported(arch: str, folder: Path) -> str:
-    """The tiny llama under another name."""
-    shape = dataclasses.replace(tiny_models.MODELS["llama"], arch=arch, factors=())
-    keys = tiny_models.metadata(shape) | {"attention.temperature_scale": 0.1}
-    path = folder / f"{arch}.gguf"
-    tiny_models.write_gguf(path, arch, keys, tiny_models.weights(shape, np.random.default_rng(0)))
-    return str(path)
+UNSUPPORTED = [("llada", "not causal"), ("maincoder", "between RoPE and attention")]
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -407,7 +398,7 @@ def test_info_knows_what_the_cache_will_take(capfd: pytest.CaptureFixture[str]) 
 def test_info_says_why_a_model_is_not_supported(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, arch: str, reason: str
 ) -> None:
-    report = run_json(capfd, "info", "-m", write_unsupported(arch, tmp_path))
+    report = run_json(capfd, "info", "-m", str(models.write(arch, tmp_path)))
     assert report["supported"] is False
     assert f"'{arch}'" in report["refusal"]
     assert reason in report["refusal"]
@@ -728,7 +719,7 @@ def test_a_text_of_one_token_is_too_short(capfd: pytest.CaptureFixture[str], bad
 def test_an_unsupported_model_is_refused(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, arch: str, reason: str
 ) -> None:
-    model = write_unsupported(arch, tmp_path)
+    model = str(models.write(arch, tmp_path))
     assert main(["generate", "-m", model, "-p", "a"]) == 1
     _assert_one_sentence(capfd, reason)
     # before anything is asked of a text
@@ -748,13 +739,13 @@ def test_an_unsupported_model_is_refused(
         ("gpt2", "full", "learned absolute positions, and there are 128 of them"),
         ("bert", "full", "attention is not causal"),
         ("gpt2", "lminf", "'gpt2'"),
-        ("mistral3", "sinks", "absolute position"),
+        ("maincoder", "sinks", "between RoPE and attention"),
     ],
 )
 def test_a_policy_that_a_model_cannot_run_is_refused_before_anything_is_measured(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, arch: str, policy: str, reason: str
 ) -> None:
-    model = str(unsupported_models.write(arch, tmp_path))
+    model = str(models.write(arch, tmp_path))
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh ijkl mnop. " * 20, encoding="utf-8")
     capfd.readouterr()
