@@ -116,6 +116,10 @@ LLAMA_API bool lminf_seq_set_sinks(struct llama_context * ctx, llama_seq_id seq_
 // lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
 LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
 
+// bytes of a context's memory (KV cache, recurrent states), with a Λ cache or without; of a model loaded with no_alloc, what
+// they would be
+LLAMA_API uint64_t lminf_memory_bytes(const struct llama_context * ctx);
+
 // Whether this thread's last call into a grammar (llama_sampler_init_grammar, or a grammar's turn in
 // llama_sampler_apply, _accept and _sample) was given up because it took too much work. Such a grammar is not made,
 // or allows no token any more.
