@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,10 @@ def test_health_props_and_slots(client: httpx.Client, server: Served) -> None:
     assert props["default_generation_settings"]["n_ctx"] == ENDLESS
     assert props["lminf"]["window"] == 128
     assert props["lminf"]["sink"] == 4
-    assert props["lminf"]["kv_bytes"] == server.engine.model.kv_bytes
+    parts = server.engine.parts
+    assert props["lminf"]["kv_bytes"] == parts.kv_bytes
+    assert props["lminf"]["parts"] == asdict(parts)
+    assert (parts.n_layer_full, parts.n_layer_fused, parts.constant_bytes) == (6, 6, parts.sink_bytes)
     assert props["total_slots"] == 2
     assert len(client.get("/slots").json()) == 2
     assert str(Path(server.engine.model.llama.model_path).parent) not in json.dumps(props)
