@@ -266,7 +266,12 @@ def load() -> Native:
         raise ImportError(
             f"The llama.cpp library in {folder} is a stock one, without the Λ cache: set LMINF_LIB_PATH to ours."
         )
-    return Native(lib)
+    try:
+        return Native(lib)
+    except AttributeError as error:
+        raise ImportError(
+            f"The library in {folder} is of another version of lminf_edge: build or install it again."
+        ) from error
 
 
 _capturing = threading.local()  # .errors: the innermost list of this thread

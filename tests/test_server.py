@@ -269,6 +269,32 @@ def test_embeddings(ai: openai.OpenAI, client: httpx.Client) -> None:
 # --- llama.cpp's dialect ----------------------------------------------------------------------------------------------
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE]}]},
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [SOUND]}]}),
+        ("/v1/completions", {"prompt": [[0.5, -0.25]]}),
+        ("/v1/completions", {"prompt": "a", "prompt_embeds": "AAAA"}),
+        ("/completion", {"prompt": {"prompt_string": "<__media__>", "multimodal_data": ["AAAA"]}}),
+        ("/completion", {"prompt": "[img-1]", "image_data": [{"data": "AAAA", "id": 1}]}),
+    ],
+)
+def test_pictures_sound_and_embeddings_are_refused(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    response = client.post(path, json={**body, "max_tokens": 1, "n_predict": 1})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "\n" not in message
+    assert "text" in message or "prompt" in message
+
+
 def test_health_props_and_slots(client: httpx.Client, server: Served) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     props = client.get("/props").json()

@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
             )
             for start, end in bucket_edges(header.n_ctx_train, stock_reader.position, lminf_reader.position)
         ]
-    summary = summarize(buckets, header.n_ctx_train)
+    summary = summarize(buckets, header.n_ctx_train, window.parts.n_layer_recurrent > 0)
     if args.json:
         print_json(
             {
@@ -212,8 +212,8 @@ def bucket_edges(n_ctx_train: int, n_stock: int, n_tokens: int) -> Iterator[tupl
 # --- what was seen ----------------------------------------------------------------------------------------------------
 
 
-def summarize(buckets: Sequence[Row], n_ctx_train: int) -> list[str]:
-    """The numbers in sentences, and nothing beyond them."""
+def summarize(buckets: Sequence[Row], n_ctx_train: int, is_hybrid: bool = False) -> list[str]:
+    """The numbers in sentences, and nothing beyond them. is_hybrid: some layers are recurrent."""
     sentences = []
     shared = [(bucket, bucket.stock) for bucket in buckets if bucket.stock is not None]
     last = buckets[-1]
@@ -256,7 +256,9 @@ def summarize(buckets: Sequence[Row], n_ctx_train: int) -> list[str]:
         )
     if last.end > n_ctx_train:
         sentences.append(
-            "It does not remember the middle: what has left the window is gone, except for the first tokens."
+            "It keeps no keys of the middle: what has left the window is only in the states of the recurrent layers."
+            if is_hybrid
+            else "It does not remember the middle: what has left the window is gone, except for the first tokens."
         )
     return sentences
 
