@@ -30,8 +30,8 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Reads the head of a GGUF file, at a cost that does not grow with the file.
 
-    Raises ValueError, in one sentence, if this is no file, not GGUF, a GGUF file that ends in the middle, or one with a
-    number of layers that llama.cpp would abort on.
+    Raises ValueError, in one sentence, if this is no file, not GGUF, a GGUF file that ends in the middle, or one
+    whose layers make no sense in a way that would end the process.
     """
     name = os.fspath(path)
     if not os.path.exists(name):
@@ -43,13 +43,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raise UserError(f"{name} is not a GGUF model.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                header, n_layer = _parse(_Reader(data))
+                header, fault = _parse(_Reader(data))
             except (struct.error, IndexError, KeyError, OverflowError, TypeError, ValueError):
                 raise UserError(f"{name} is cut short or damaged: download or convert it again.") from None
-    if n_layer is not None and not 1 <= n_layer <= _MAX_LAYERS:
-        raise UserError(
-            f"{name} claims to have {n_layer} layers, and llama.cpp runs 1 to {_MAX_LAYERS}: convert it again."
-        )
+    if fault:
+        raise UserError(f"{name} {fault}: convert it again.")
     return header
 
 
@@ -98,8 +96,8 @@ class _Reader:
         return None
 
 
-def _parse(reader: _Reader) -> tuple[Header, int | None]:
-    """What the file says of itself, and its number of layers if it says that."""
+def _parse(reader: _Reader) -> tuple[Header, str | None]:
+    """What the file says of itself, and what is wrong with its layers, in a few words."""
     reader.u32()  # version
     n_tensors, n_values = reader.u64(), reader.u64()
     values: dict[str, Any] = {}
@@ -116,4 +114,9 @@ def _parse(reader: _Reader) -> tuple[Header, int | None]:
         value = values.get(f"{architecture}.{key}")
         return int(value) if isinstance(value, (int, float)) else None
 
-    return Header(architecture, n_tensors, number("context_length") or 0), number("block_count")
+    fault, n_layer = None, number("block_count")
+    if n_layer is not None and not 1 <= n_layer <= _MAX_LAYERS:
+        fault = f"claims to have {n_layer} layers, and llama.cpp runs 1 to {_MAX_LAYERS}"
+    elif number("full_attention_interval") == 0:
+        fault = "claims that one layer in 0 has full attention"
+    return Header(architecture, n_tensors, number("context_length") or 0), fault

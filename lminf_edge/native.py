@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import enum
 import functools
+import os
 import re
 import sys
 import threading
@@ -243,6 +244,18 @@ class Native:
         return bool(self._seq_start(ctx, seq_id, stream_pos))
 
 
+def _exit(message: bytes) -> None:
+    """What ggml calls before it aborts, in any thread."""
+    reason = " ".join(message.decode("utf-8", errors="replace").split())
+    os.write(2, f"error: llama.cpp cannot go on, as with a file that contradicts itself: {reason}.\n".encode())
+    os._exit(1)
+
+
+_exit_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_exit)  # never freed
+
+exits_on_abort = False  # of libraries loaded from now on: end the process with a sentence instead of a stack trace
+
+
 @functools.cache
 def load() -> Native:
     """The patched library, loaded through llama_cpp.
@@ -266,6 +279,8 @@ def load() -> Native:
         raise ImportError(
             f"The llama.cpp library in {folder} is a stock one, without the Λ cache: set LMINF_LIB_PATH to ours."
         )
+    if exits_on_abort:
+        lib.ggml_set_abort_callback(_exit_callback)
     try:
         return Native(lib)
     except AttributeError as error:
@@ -343,4 +358,7 @@ def context_failure(errors: list[str]) -> str | None:
         if found:
             kv_type, block, size = found.groups()
             return f"a {kv_type} cache needs heads whose size is a multiple of {block}, and these have {size}."
+        _, failed, reason = error.partition("failed to initialize the context: ")
+        if failed:
+            return f"llama.cpp cannot make a context for it: {reason}."
     return None

@@ -37,16 +37,24 @@ def test_arrays_are_stepped_over(tmp_path: Path) -> None:
     assert read_header(path) == Header("x", 5, 77)
 
 
-@pytest.mark.parametrize("n_layer", [0, 513, 2**32 - 1])
-def test_a_number_of_layers_that_llama_cpp_would_abort_on(tmp_path: Path, n_layer: int) -> None:
+@pytest.mark.parametrize(
+    ("key", "number", "words"),
+    [
+        ("block_count", 0, "claims to have 0 layers, and llama.cpp runs 1 to 512"),
+        ("block_count", 513, "claims to have 513 layers"),
+        ("block_count", 2**32 - 1, "claims to have 4294967295 layers"),
+        ("full_attention_interval", 0, "one layer in 0 has full attention"),
+    ],
+)
+def test_layers_that_would_end_the_process(tmp_path: Path, key: str, number: int, words: str) -> None:
     values = [
-        value("general.architecture", 8, text("llama")),
-        value("llama.block_count", 4, struct.pack("<I", n_layer)),
-        value("llama.context_length", 4, struct.pack("<I", 77)),
+        value("general.architecture", 8, text("x")),
+        value(f"x.{key}", 4, struct.pack("<I", number)),
+        value("x.context_length", 4, struct.pack("<I", 77)),
     ]
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 5, len(values)) + b"".join(values))
-    with pytest.raises(ValueError, match=f"claims to have {n_layer} layers, and llama.cpp runs 1 to 512"):
+    with pytest.raises(ValueError, match=words):
         read_header(path)
 
 

@@ -1,4 +1,7 @@
-"""Purely recurrent models need no Λ cache: lminf=True, the command line and the server run them as they are."""
+"""Purely recurrent models need no Λ cache: lminf=True, the command line and the server run them as they are.
+
+What they share with hybrid models, streams that cannot go back, is tested with both.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ import httpx
 import numpy as np
 import pytest
 from asking import assert_close, joined, run, submitted
-from conftest import TEXT
-from reference import recurrent_models
-from reference.recurrent_models import STATE_BYTES
+from conftest import F32, TEXT
+from reference import models, more_models
+from reference.random_model import N_EMBD
 from reference.tiny_models import tokens as tiny_tokens
 from served import serve
 
@@ -27,20 +30,26 @@ from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.evaluate import token_nll
 
+# of two layers, in f32: the last inputs of a convolution and a state; the last two tokens and a state of each head
+STATE_BYTES = {
+    "mamba": 2 * 4 * more_models.N_INNER * (3 + more_models.N_STATE),
+    "rwkv7": 2 * 4 * (2 * N_EMBD + N_EMBD * N_EMBD),
+}
 NOTE = "needs no Λ cache and runs as it is"
+ONE_THREAD: dict[str, Any] = {**F32, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
 
 Make = Callable[..., Llama]
 
 
-@pytest.fixture(params=list(recurrent_models.MODELS))
+@pytest.fixture(params=list(more_models.CONSTANT))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def path(name: str, tmp_path: Path) -> str:
-    return str(recurrent_models.write(name, tmp_path))
+    return str(models.write(name, tmp_path))
 
 
 @pytest.fixture
@@ -142,21 +151,26 @@ def test_a_stream_goes_on_in_another_process_s_folder(make: Make, tmp_path: Path
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
+# streams that cannot go back, with attention between recurrent layers and without
+with_hybrids = pytest.mark.parametrize("name", [*more_models.CONSTANT, "jamba", "qwen35", "lfm2"], indirect=True)
+
+
 @pytest.fixture
-def engine(path: str, tmp_path: Path) -> Iterator[Engine]:
-    config = LMInfConfig(prefill="tail")  # which does not skip here
-    engine = load_engine(path, parallel=2, lminf=config, max_sinks=50, folder=tmp_path, n_threads=1, verbose=False)
+def engine(path: str, name: str, tmp_path: Path) -> Iterator[Engine]:
+    config = LMInfConfig(prefill="tail" if name in more_models.CONSTANT else "full")  # there, tail skips nothing
+    engine = load_engine(path, parallel=2, lminf=config, folder=tmp_path, **ONE_THREAD)
     yield engine
     engine.close()
     engine.model.close()
 
 
 def expected(make: Make, tokens: Sequence[int]) -> Any:
-    llm = make(n_threads=1)
+    llm = make(**ONE_THREAD)
     llm.eval(tokens)
     return llm.scores[-1]
 
 
+@with_hybrids
 def test_a_conversation_goes_on_where_it_ended(engine: Engine, make: Make) -> None:
     history = tiny_tokens(1000).tolist()  # many windows
     for i in range(4):
@@ -170,6 +184,7 @@ def test_a_conversation_goes_on_where_it_ended(engine: Engine, make: Make) -> No
     assert engine.counters.failed == 0
 
 
+@with_hybrids
 def test_regenerate_and_edit_start_at_checkpoints(engine: Engine, make: Make) -> None:
     messages = [tiny_tokens(90, seed).tolist() for seed in range(6)]
     starts = list(range(90, 540, 90))
@@ -185,6 +200,7 @@ def test_regenerate_and_edit_start_at_checkpoints(engine: Engine, make: Make) ->
         assert_close(first, expected(make, edited))
 
 
+@with_hybrids
 def test_conversations_take_turns(engine: Engine, make: Make) -> None:
     prompts = [tiny_tokens(60 + 10 * i, seed=i).tolist() for i in range(4)]  # in two slots
     requests = [submitted(engine, prompt, wants_logits=True) for prompt in prompts]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from llama_cpp import llama_cpp as bindings
-from reference import recurrent_models, tiny_models, unsupported_models
+from reference import models, more_models, tiny_models
 
 from lminf_edge import Llama, LMInfConfig, native
 from lminf_edge.cli import main
@@ -16,53 +16,57 @@ from lminf_edge.cli.common import KV_TYPE_NUMBERS
 from lminf_edge.config import Window, resolve
 from lminf_edge.weightless import MAX_STOCK, PADDING, Weightless
 
-F16, Q8_0 = KV_TYPE_NUMBERS["f16"], KV_TYPE_NUMBERS["q8_0"]
+F16 = KV_TYPE_NUMBERS["f16"]
 
-# name -> layers by kind: full attention, sliding window, recurrent
-KINDS = {
+# layers with full attention, with a sliding window, and recurrent ones
+LAYERS = {
     "llama": (2, 0, 0),
-    "qwen3": (2, 0, 0),
-    "smollm3": (4, 0, 0),
-    "gemma2": (1, 1, 0),
-    "jamba": (1, 0, 1),
+    "gemma2": (2, 2, 0),
+    "gemma4": (3, 3, 0),  # two of them use the keys of others
+    "jamba": (1, 0, 2),
+    "qwen35": (2, 0, 2),
     "minicpm3": (2, 0, 0),
     "mamba": (0, 0, 2),
     "rwkv7": (0, 0, 2),
 }
+SETTINGS = ((LMInfConfig(n_global=4, n_local=50), 64), (LMInfConfig(n_global=9, n_local=300), 128))
 
 
-def write(name: str, folder: Path) -> str:
-    for models in (recurrent_models, tiny_models, unsupported_models):
-        if name in models.MODELS:
-            return str(models.write(name, folder))  # type: ignore[attr-defined]
-    raise KeyError(name)
-
-
-@pytest.mark.parametrize("name", list(KINDS))
+@pytest.mark.parametrize("name", [*tiny_models.MODELS, *models.SERVED, *more_models.CONSTANT])
+@pytest.mark.filterwarnings("ignore:The attention window")
 def test_it_is_what_a_loaded_model_takes(tmp_path: Path, name: str) -> None:
-    path = write(name, tmp_path)
-    types = (F16, Q8_0) if name == "qwen3" else (F16,)  # the heads of the others are too small
+    path = str(models.write(name, tmp_path))
     with Weightless(path) as model:
-        for kv_type in types:
-            for n_global, n_local, n_ubatch in ((4, 50, 64), (9, 300, 128)):
-                config = LMInfConfig(n_global=n_global, n_local=n_local)
-                layout = model.layout(resolve(config, None, 128), kv_type, n_ubatch)
-                llm = Llama(path, lminf=config, n_ubatch=n_ubatch, type_k=kv_type, type_v=kv_type, verbose=False)
-                info = llm.stream_info()
-                assert layout.parts == info.parts
-                assert layout.attention == info.attention
-                assert info.kv_bytes == info.parts.kv_bytes
-                parts = info.parts
-                assert (parts.n_layer_full, parts.n_layer_sliding, parts.n_layer_recurrent) == KINDS[name]
-                assert model.is_constant == (parts.n_layer_full == 0)
-                llm.eval([1, 2, 3])
-                assert llm.stream_info().kv_bytes == info.kv_bytes
-                llm.close()
+        for config, n_ubatch in SETTINGS:
+            layout = model.layout(resolve(config, None, 128), F16, n_ubatch)
+            llm = Llama(path, lminf=config, n_ubatch=n_ubatch, verbose=False)
+            info = llm.stream_info()
+            parts = info.parts
+            assert layout.parts == parts
+            assert layout.attention == info.attention
+            assert info.kv_bytes == parts.kv_bytes > 0
+            assert model.is_constant == (name in more_models.CONSTANT)
+            if name in LAYERS:
+                assert (parts.n_layer_full, parts.n_layer_sliding, parts.n_layer_recurrent) == LAYERS[name]
+            llm.eval([1, 2, 3])
+            assert llm.stream_info().kv_bytes == info.kv_bytes
+            llm.close()
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "q8_0", "q4_0"])
+def test_so_it_is_in_other_number_formats(tmp_path: Path, kv_type: str) -> None:
+    path, number = str(models.write("qwen3", tmp_path)), KV_TYPE_NUMBERS[kv_type]  # heads of 32
+    with Weightless(path) as model:
+        for config, n_ubatch in SETTINGS:
+            layout = model.layout(resolve(config, None, 1024), number, n_ubatch)
+            llm = Llama(path, lminf=config, n_ubatch=n_ubatch, type_k=number, type_v=number, verbose=False)
+            assert layout.parts == llm.stream_info().parts
+            llm.close()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "jamba", "mamba"])
 def test_so_is_what_llama_cpp_s_own_cache_takes(tmp_path: Path, name: str) -> None:
-    path, library = write(name, tmp_path), native.load()
+    path, library = str(models.write(name, tmp_path)), native.load()
     with Weightless(path) as model:
         for n_ctx in (100, 1000):
             llm = Llama(path, n_ctx=n_ctx, swa_full=False, verbose=False)
@@ -100,24 +104,24 @@ def run_json(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 
 def test_info_tells_layers_by_kind(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = write("gemma2", tmp_path)
+    path = str(models.write("gemma2", tmp_path))
     report = run_json(capfd, "info", "-m", path, "--n-local", "100")
-    assert report["layers"] == {"full": 1, "sliding": 1, "recurrent": 0}
+    assert report["layers"] == {"full": 2, "sliding": 2, "recurrent": 0}
     per_token = 2 * 2 * 16 * 2  # of one layer: K and V, heads, head size, bytes
-    assert report["kv_bytes_per_token"]["f16"] == per_token
+    assert report["kv_bytes_per_token"]["f16"] == 2 * per_token
     assert report["kv_bytes_per_token"]["q8_0"] is None  # heads of 16
-    # full attention over 128 tokens, and a sliding window of 32 with a micro-batch, both in blocks of 256 cells
-    assert report["stock_kv_bytes"] == 256 * per_token + 256 * per_token
+    # two layers over 128 tokens, which llama.cpp makes 256, and two over a window of 24 and a micro-batch of 512
+    assert report["stock_kv_bytes"] == 2 * 256 * per_token + 2 * 256 * per_token
     assert main(["info", "-m", path, "--n-local", "100"]) == 0
     output = capfd.readouterr()
     assert output.err == ""
-    assert "1 with full attention: " in output.out
-    assert "; 1 with a sliding window: " in output.out
+    assert "2 with full attention: " in output.out
+    assert "; 2 with a sliding window: " in output.out
 
 
 def test_a_window_shorter_than_the_sliding_one_is_warned_of(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = write("gemma2", tmp_path)
-    with pytest.warns(UserWarning, match="14 tokens is shorter than the sliding window of 32"):
+    path = str(models.write("gemma2", tmp_path))
+    with pytest.warns(UserWarning, match="14 tokens is shorter than the sliding window of 24"):
         Llama(path, lminf=LMInfConfig(n_global=4, n_local=10), verbose=False).close()
     assert main(["info", "-m", path, "--n-global", "4", "--n-local", "10"]) == 0
     warning = capfd.readouterr().err
