@@ -27,7 +27,7 @@ from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.store import CheckpointStore
 from lminf_edge.cache.token_log import N_RECENT, TokenLog, Tokens, as_tokens
 from lminf_edge.completion import complete
-from lminf_edge.config import ATTENTIONS, LMInfConfig, StreamInfo, whole_number
+from lminf_edge.config import LMInfConfig, StreamInfo, whole_number
 from lminf_edge.engine.params import LogitsProcessor, SamplingParams, as_processors
 from lminf_edge.engine.prefix import find_prefix
 from lminf_edge.engine.request import End, Output, PromptPart, Request
@@ -127,8 +127,12 @@ class Llama(llama_cpp.Llama):
       ValueErrors and RuntimeErrors.
     - What a logits processor raises ends the completion. Tokens of any length detokenize. seed=-1 is random.
 
-    Raises ValueError, in one sentence, if the file cannot be used or the parameters contradict each other or the
-    model, and MemoryError if the cache cannot fit in memory.
+    A purely recurrent model (Mamba, RWKV) remembers in a state of constant size and has no attention: with lminf it has
+    a stream like any other model and runs as it is, without a Λ cache. A recurrent state cannot go back a few tokens:
+    where a prompt diverges, a checkpoint is restored or the prompt is processed from its start.
+
+    Raises ValueError, in one sentence, if the file cannot be used, the parameters contradict each other or the model,
+    or the cache cannot fit in memory.
     """
 
     sampling = SamplingParams()
@@ -261,7 +265,8 @@ class Llama(llama_cpp.Llama):
             rebases=info.n_rebase,
             max_graph_position=info.max_graph_pos,
             checkpoint_bytes=self.scheduler.store.state_bytes,
-            attention=ATTENTIONS[slot.sequence.attention],
+            attention=slot.sequence.attention,
+            parts=self.scheduler.model.parts,
         )
 
     def checkpoint(self) -> Checkpoint:
@@ -560,6 +565,7 @@ class Llama(llama_cpp.Llama):
 
     def _next_output(self, request: Request) -> Output | PromptPart | End:
         scheduler = self.scheduler
+        request.n_asked += 1
         while request.outputs.empty():
             scheduler.step()
             if request.outputs.empty():

@@ -30,7 +30,7 @@ def last_error() -> str:
 
 
 class NativeContext:
-    """n_local None: llama.cpp's own cache of n_ctx cells."""
+    """n_local None: llama.cpp's own cache of n_ctx cells, as a model that is recurrent throughout has it anyway."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class NativeContext:
             _lib.lminf_set_next(None)  # llama.cpp may have failed before it took them
             raise ValueError(message)
 
-        self.is_lminf = n_local is not None
+        self.is_lminf = bool(_lib.lminf_enabled(self.context))
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.n_batch = n_ubatch
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))

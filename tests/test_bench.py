@@ -284,10 +284,11 @@ def test_heads_too_small_for_a_quantized_cache(tmp_path: Path, capfd: pytest.Cap
     sentence = "a q8_0 cache needs heads whose size is a multiple of 32, and these have 16."
     assert main(["generate", "-m", path, "-p", "a", "--kv-type", "q8_0"]) == 1
     assert capfd.readouterr().err == f"error: {path} cannot be used so: {sentence}\n"
-    assert main(["info", "-m", path, "--kv-type", "q8_0"]) == 0
+    assert main(["info", "-m", path, "--kv-type", "q8_0"]) == 1
     assert f"no: {sentence}" in capfd.readouterr().out
-    assert main(["info", "-m", path]) == 0
-    assert "no:" not in capfd.readouterr().out
+    assert main(["info", "-m", path, "--json"]) == 0
+    per_token = json.loads(capfd.readouterr().out)["kv_bytes_per_token"]
+    assert [name for name, n_bytes in per_token.items() if n_bytes is not None] == ["f32", "f16", "bf16"]
 
 
 # --- benchmarks/ ------------------------------------------------------------------------------------------------------

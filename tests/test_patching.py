@@ -125,9 +125,9 @@ def test_the_window_is_no_longer_than_the_training_length() -> None:
 
 
 def test_a_model_without_a_lambda_cache_is_loaded_as_it_would_be(tmp_path: Path) -> None:
-    from reference import unsupported_models
+    from reference import models
 
-    path = unsupported_models.write("gpt2", tmp_path)
+    path = models.write("gpt2", tmp_path)
     program = f"path = {str(path)!r}\n" + "from llama_cpp import Llama\nllm = Llama(path, n_ctx=64, verbose=False)\n"
     status, output, errors = run(
         START + program + "llm.eval([1, 2, 3]); print(llm.has_stream, llm.n_tokens)", LMINF="1"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from conftest import MakeLlama
 from native_context import NativeContext
-from reference import tiny_models, unsupported_models
+from reference import models, tiny_models
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cache.token_log import Tokens
@@ -174,7 +174,7 @@ def test_context_shift_of_a_small_window_goes_on(make_reader: MakeReader, tokens
 
 @pytest.mark.parametrize("name", ["qwen2vl", "mamba", "jamba"])
 def test_context_shift_is_refused_where_llama_cpp_has_none(tmp_path: Path, name: str) -> None:
-    llm = Llama(str(unsupported_models.write(name, tmp_path)), verbose=False, n_ctx=64)
+    llm = Llama(str(models.write(name, tmp_path)), verbose=False, n_ctx=64)
     with pytest.raises(ValueError, match=r"^llama\.cpp cannot shift the cache of this model\.$"):
         ShiftReader(llm, 64, 4)
     llm.close()

@@ -34,7 +34,6 @@ from lminf_edge import native
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
 from lminf_edge.bench.state import stretch, stretch_lambda
 from lminf_edge.errors import UserError
-from lminf_edge.gguf_header import read_header
 from lminf_edge.model import native_context, native_model
 
 N_BATCH = 512
@@ -51,7 +50,6 @@ class Model:
         self.model = native_model(path, n_gpu_layers=n_gpu_layers)
         self.n_threads = n_threads
         self.n_vocab = bindings.llama_vocab_n_tokens(bindings.llama_model_get_vocab(self.model))
-        self.header = read_header(path)
 
     def facts(self) -> dict[str, Any]:
         description = ctypes.create_string_buffer(128)
@@ -90,6 +88,7 @@ class Context:
             type_k=KV_TYPE_NUMBERS[contender.kv_type],
             type_v=KV_TYPE_NUMBERS[contender.kv_type],
             flash_attn_type=int(contender.flash_attn),
+            swa_full=False,
         )
         self._memory = bindings.llama_get_memory(self.ctx)
         try:
@@ -103,15 +102,11 @@ class Context:
         bindings.llama_free(self.ctx)
 
     def facts(self) -> dict[str, Any]:
-        """KV bytes, stream position and, of a Λ cache, the cells in use."""
+        """Stream position and, of a Λ cache, the cells in use."""
         if self._native is None:
-            return {
-                "kv_bytes": self._contender.stock_kv_bytes(self._model.header),
-                "stream_pos": bindings.llama_memory_seq_pos_max(self._memory, 0) + 1,
-            }
+            return {"stream_pos": bindings.llama_memory_seq_pos_max(self._memory, 0) + 1}
         info = self._native.info(self.ctx)
         return {
-            "kv_bytes": info.kv_bytes,
             "stream_pos": info.stream_pos,
             "n_sink": info.n_sink,
             "n_window": info.n_window,

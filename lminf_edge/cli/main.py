@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lminf_edge
+from lminf_edge import native
 from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, serve
 from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
 
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if getattr(args, "debug", False):
         os.environ[DEBUG_VARIABLE] = "1"  # for the server, and for processes that we start
+    native.exits_on_abort = not wants_debug()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

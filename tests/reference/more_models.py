@@ -19,6 +19,7 @@ from reference.random_model import (
     biased,
     without,
 )
+from reference.tiny_models import Keys
 
 TIED: Shapes = {"output_norm.weight": (N_EMBD,)}
 EMBEDDING_NORM: Shapes = {"token_embd_norm.weight": (N_EMBD,)}
@@ -63,6 +64,47 @@ TALKIE = without(ATTENTION | GATED, "attn_norm", "ffn_norm") | {
     "layer_output_scale.weight": (1,),
 }
 LINEAR: Shapes = {"attn_norm.weight": (N_EMBD,), "attn_output.weight": (N_EMBD, N_EMBD)}
+
+N_INNER, N_CONV, N_STATE, N_STEP = 128, 4, 16, 4
+SSM: Keys = {
+    "ssm.conv_kernel": N_CONV,
+    "ssm.inner_size": N_INNER,
+    "ssm.state_size": N_STATE,
+    "ssm.time_step_rank": N_STEP,
+}
+MAMBA: Shapes = {
+    "attn_norm.weight": (N_EMBD,),
+    "ssm_in.weight": (2 * N_INNER, N_EMBD),
+    "ssm_conv1d.weight": (N_INNER, N_CONV),
+    "ssm_conv1d.bias": (N_INNER,),
+    "ssm_x.weight": (N_STEP + 2 * N_STATE, N_INNER),
+    "ssm_dt.weight": (N_INNER, N_STEP),
+    "ssm_dt.bias": (N_INNER,),
+    "ssm_a": (N_INNER, N_STATE),
+    "ssm_d": (N_INNER,),
+    "ssm_out.weight": (N_EMBD, N_INNER),
+}
+MAMBA_NORMS: Shapes = {
+    "ssm_dt_norm.weight": (N_STEP,),
+    "ssm_b_norm.weight": (N_STATE,),
+    "ssm_c_norm.weight": (N_STATE,),
+}
+
+N_RANK = 8
+NO_HEADS: Keys = {"attention.head_count": 0, "attention.head_count_kv": 0}
+RWKV: Shapes = (
+    biased({f"{name}.weight": (N_EMBD,) for name in ("attn_norm", "attn_norm_2", "time_mix_ln")})
+    | {f"time_mix_{name}.weight": (N_EMBD,) for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k")}
+    | {f"time_mix_{name}1.weight": (N_RANK, N_EMBD) for name in "wavg"}
+    | {f"time_mix_{name}2.weight": (N_EMBD, N_RANK) for name in "wavg"}
+    | {f"time_mix_{name}.weight": (N_EMBD, N_EMBD) for name in ("key", "value", "receptance", "output")}
+    | {
+        "time_mix_lerp_fused.weight": (6, 1, 1, N_EMBD),
+        "channel_mix_lerp_k.weight": (1, 1, N_EMBD),
+        "channel_mix_key.weight": (N_FF, N_EMBD),
+        "channel_mix_value.weight": (N_EMBD, N_FF),
+    }
+)
 
 MODELS = {
     # one key/value head, both branches from one norm
@@ -117,5 +159,28 @@ MODELS = {
             GATED,
             ATTENTION | GATED | {"attn_k.weight": (HEAD, N_EMBD), "attn_v.weight": (HEAD, N_EMBD)},
         ),
+    ),
+    # attention without RoPE between recurrent layers
+    "jamba": Model(
+        "jamba",
+        SSM | {"attention.head_count_kv": [0, N_HEAD_KV, 0]},
+        OUTPUT,
+        (MAMBA | MAMBA_NORMS | GATED, ATTENTION | GATED, MAMBA | MAMBA_NORMS | GATED),
+    ),
+}
+
+# recurrent throughout: their memory is constant without a Λ cache
+CONSTANT = {
+    "mamba": Model("mamba", SSM | NO_HEADS, OUTPUT, (MAMBA, MAMBA)),
+    "rwkv7": Model(
+        "rwkv7",
+        NO_HEADS
+        | {
+            "wkv.head_size": N_EMBD,  # ggml computes 64 numbers at a time, whatever the size of a head
+            "token_shift_count": 2,
+            **{f"attention.{name}_lora_rank": N_RANK for name in ("decay", "iclr", "value_residual_mix", "gate")},
+        },
+        biased({"token_embd_norm.weight": (N_EMBD,), "output_norm.weight": (N_EMBD,)}) | OUTPUT,
+        (RWKV, RWKV),
     ),
 }

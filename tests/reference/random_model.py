@@ -73,6 +73,11 @@ def weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> npt.N
     """Of a scale that keeps attention and logits far from flat."""
     if name.endswith(".bias"):
         values = rng.normal(0, 0.1, shape)
+    elif "attn_sinks" in name:
+        values = rng.normal(0, 2, shape)
+    elif name.endswith("ssm_a"):
+        # memories that last from one token to dozens
+        values = -np.exp(rng.uniform(-4, 0, shape))
     elif "norm" in name or len(shape) == 1:
         values = rng.uniform(0.7, 1.3, shape)
     elif name.startswith("token_embd"):

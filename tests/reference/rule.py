@@ -58,23 +58,28 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position encoding: pair k of the first dimensions of a head turns by position * frequencies[k].
+    """Rotary position encoding: pair k of n_rot dimensions of a head turns by position * frequencies[k].
 
     frequencies: [n_rot / 2], radians per token. Empty for a layer without RoPE.
     adjacent: pairs are (2k, 2k + 1), otherwise (k, k + n_rot / 2).
     magnitude: factor on the rotated dimensions (YaRN and LongRoPE).
+    begin: the first rotated dimension.
     """
 
     frequencies: Array
     adjacent: bool = False
     magnitude: float = 1.0
+    begin: int = 0
 
     def rotate(self, x: Array, positions: Positions) -> Array:
         """Turn the heads x[n_tokens, n_head, head_size] to positions[n_tokens]; returns a new array."""
-        n = len(self.frequencies)
+        n, at = len(self.frequencies), self.begin
         angles = positions[:, None, None] * self.frequencies
         cos, sin = self.magnitude * np.cos(angles), self.magnitude * np.sin(angles)
-        first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if self.adjacent else (slice(0, n), slice(n, 2 * n))
+        if self.adjacent:
+            first, second = slice(at, at + 2 * n, 2), slice(at + 1, at + 2 * n, 2)
+        else:
+            first, second = slice(at, at + n), slice(at + n, at + 2 * n)
         turned = np.array(x)
         turned[..., first] = x[..., first] * cos - x[..., second] * sin
         turned[..., second] = x[..., first] * sin + x[..., second] * cos
@@ -89,23 +94,27 @@ def attend(
     rope: Rope,
     slopes: Array,
     score: Callable[[Array], Array],
-    block: int = 256,
+    block: int = 64,
     positions: Positions | None = None,
+    learned_sinks: Array | None = None,
 ) -> Array:
     """Attention over a whole stream, by blocks of queries so that memory and time follow the window.
 
-    q: [n_tokens, n_head, head_size], k and v: [n_tokens, n_head_kv, head_size], all before RoPE. Query heads
-    h * n_head / n_head_kv and following share key head h.
+    q: [n_tokens, n_head, head_size], k: [n_tokens, n_head_kv, head_size], v: [n_tokens, n_head_kv, value_size], all
+    before RoPE. Query heads h * n_head / n_head_kv and following share key head h.
     slopes: [n_head], ALiBi: -slope * distance is added to a score; zeros without ALiBi.
     score: what becomes of q.k before ALiBi and softmax (scaling, capping).
     block: queries handled at once.
     positions: [n_tokens], ascending, where the tokens stand in the stream; 0, 1, 2, ... unless tokens were skipped.
-    Returns [n_tokens, n_head, head_size].
+    learned_sinks: [n_head], one more logit in the softmax of each head, that no value belongs to.
+    Returns [n_tokens, n_head, value_size].
     """
     n_tokens, n_head, head_size = q.shape
     n_head_kv = k.shape[1]
     stream = np.arange(n_tokens) if positions is None else positions
     slopes = slopes.reshape(n_head_kv, -1, 1, 1)
+    nothing = np.full(n_head, -np.inf) if learned_sinks is None else learned_sinks
+    nothing = nothing.reshape(n_head_kv, -1, 1, 1)
     n_local = int(stream[-1]) + 1 if rule.n_local is None else rule.n_local
 
     def scores(q_rows: Array, q_pos: Positions, k_rows: Array, k_pos: Positions) -> Array:
@@ -131,8 +140,9 @@ def attend(
             seen = np.concatenate([i[:, None] - sinks >= n_local, seen], axis=-1)
             values = np.concatenate([v[:n_sinks], values])
         logits = np.where(seen, logits, -np.inf)
-        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
+        top = np.maximum(logits.max(axis=-1, keepdims=True), nothing)
+        weights = np.exp(logits - top)
+        weights /= weights.sum(axis=-1, keepdims=True) + np.exp(nothing - top)
         mixed = weights @ values.transpose(1, 0, 2)[:, None]
         out[rows] = mixed.transpose(2, 0, 1, 3).reshape(len(i), n_head, -1)
     return out
