@@ -1,0 +1,111 @@
+"""rpc-servers in processes of their own, and what may lie between them and a client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+HELLO_ANSWER = 8 + 28  # its size, and itself: three bytes of version come first
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+class RpcServer:
+    """`lminf-edge rpc-server`, of one thread."""
+
+    def __init__(self, *options: str, port: int = 0, prefix: tuple[str, ...] = (), host: str = "127.0.0.1") -> None:
+        self.port = port or free_port()
+        self.name = f"{host}:{self.port}"
+        command = [*prefix, sys.executable, "-m", "lminf_edge", "rpc-server", "--json", "--threads", "1"]
+        options = ("--host", host, "--port", str(self.port), *options)
+        self.process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.facts = json.loads(self.process.stdout.readline())
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()))
+        self._reader.start()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+@contextlib.contextmanager
+def rpc_servers(n: int, *options: str) -> Iterator[list[RpcServer]]:
+    servers: list[RpcServer] = []
+    try:
+        for _ in range(n):
+            servers.append(RpcServer(*options))
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+class Relay:
+    """Hands connections on to a server, counts the bytes, and changes the server's hello."""
+
+    def __init__(self, port: int, change: Callable[[bytes], bytes] = bytes) -> None:
+        self.to_server = self.to_client = 0
+        self._to, self._change = port, change
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.name = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._socket.accept()
+                server = socket.create_connection(("127.0.0.1", self._to))
+                for sock in (client, server):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._upward, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._downward, args=(server, client), daemon=True).start()
+
+    def _upward(self, client: socket.socket, server: socket.socket) -> None:
+        while data := _receive(client):
+            self.to_server += len(data)
+            server.sendall(data)
+        _hang_up(server)
+
+    def _downward(self, server: socket.socket, client: socket.socket) -> None:
+        hello: Any = b""
+        while len(hello) < HELLO_ANSWER and (data := _receive(server)):
+            hello += data
+        data = hello[:8] + self._change(hello[8:HELLO_ANSWER]) + hello[HELLO_ANSWER:]
+        while data:
+            self.to_client += len(data)
+            client.sendall(data)
+            data = _receive(server)
+        _hang_up(client)
+
+
+def _receive(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(1 << 20)
+    except OSError:
+        return b""
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
