@@ -36,7 +36,7 @@ from lminf_edge.engine.scheduler import Scheduler
 from lminf_edge.engine.slot import Slot
 from lminf_edge.errors import UserError
 from lminf_edge.guard import Freed, Guard, StreamTakenError, guarded
-from lminf_edge.model import Model, RemoteLlama
+from lminf_edge.model import ALL_LAYERS, Model, RemoteLlama
 from lminf_edge.models import find_model, path_text
 from lminf_edge.scores import ScoreWindow
 from lminf_edge.text.tokenizer import Tokenizer, check_ids, use_tokenizer
@@ -610,6 +610,8 @@ class Llama(RemoteLlama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if state["n_gpu_layers"] == ALL_LAYERS:
+            state["n_gpu_layers"] = -1
         if self._connection is not None:
             state.update(rpc_servers=list(self._connection.servers))
         if self._lminf is not None:

@@ -45,6 +45,8 @@ _WHOLE_NUMBERS = {
     "yarn_orig_ctx": 0,
 }
 
+ALL_LAYERS = 0x7FFFFFFF  # what llama_cpp makes of n_gpu_layers=-1
+
 # settings that the keys in a cache depend on, besides model and window
 _ROPE_SETTINGS = (
     "rope_scaling_type",
