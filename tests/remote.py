@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+
+from llama_cpp import llama_cpp as bindings
 
 HELLO_ANSWER = 8 + 28  # its size, and itself: three bytes of version come first
+GET_ALLOC_SIZE, OP_OFFSET = 13, 56  # the message that asks whether a device has an operation, and which
+
+
+@functools.cache
+def fused_attention() -> int:
+    """The number of the operation."""
+    name = bindings._lib.ggml_op_name
+    name.restype = ctypes.c_char_p
+    return next(number for number in range(200) if name(number) == b"LMINF_ATTN")
 
 
 def free_port() -> int:
@@ -59,11 +72,15 @@ def rpc_servers(n: int, *options: str) -> Iterator[list[RpcServer]]:
 
 
 class Relay:
-    """Hands connections on to a server, counts the bytes, and changes the server's hello."""
+    """Hands connections on to a server, and counts bytes and questions for the fused attention.
 
-    def __init__(self, port: int, change: Callable[[bytes], bytes] = bytes) -> None:
-        self.to_server = self.to_client = 0
-        self._to, self._change = port, change
+    change    what becomes of the server's hello
+    declines  the device has no fused attention
+    """
+
+    def __init__(self, port: int, change: Callable[[bytes], bytes] = bytes, declines: bool = False) -> None:
+        self.to_server = self.to_client = self.n_asked = 0
+        self._to, self._change, self._declines = port, change, declines
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.name = f"127.0.0.1:{self._socket.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -82,16 +99,21 @@ class Relay:
                 threading.Thread(target=self._downward, args=(server, client), daemon=True).start()
 
     def _upward(self, client: socket.socket, server: socket.socket) -> None:
-        while data := _receive(client):
-            self.to_server += len(data)
-            server.sendall(data)
+        while header := _receive_all(client, 9):
+            command, size = struct.unpack("<BQ", header)
+            body = _receive_all(client, size)
+            self.to_server += len(header) + len(body)
+            asks = command == GET_ALLOC_SIZE and struct.unpack_from("<I", body, OP_OFFSET)[0] == fused_attention()
+            self.n_asked += asks
+            if asks and self._declines:
+                client.sendall(struct.pack("<QQ", 8, 0))
+            else:
+                server.sendall(header + body)
         _hang_up(server)
 
     def _downward(self, server: socket.socket, client: socket.socket) -> None:
-        hello: Any = b""
-        while len(hello) < HELLO_ANSWER and (data := _receive(server)):
-            hello += data
-        data = hello[:8] + self._change(hello[8:HELLO_ANSWER]) + hello[HELLO_ANSWER:]
+        hello = _receive_all(server, HELLO_ANSWER)
+        data = hello[:8] + self._change(hello[8:])
         while data:
             self.to_client += len(data)
             client.sendall(data)
@@ -99,11 +121,19 @@ class Relay:
         _hang_up(client)
 
 
-def _receive(sock: socket.socket) -> bytes:
+def _receive(sock: socket.socket, most: int = 1 << 20) -> bytes:
     try:
-        return sock.recv(1 << 20)
+        return sock.recv(min(most, 1 << 20))
     except OSError:
         return b""
+
+
+def _receive_all(sock: socket.socket, size: int) -> bytes:
+    parts = []
+    while size and (part := _receive(sock, size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def _hang_up(sock: socket.socket) -> None:

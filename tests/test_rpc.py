@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -77,6 +79,30 @@ def test_every_kv_type_is_fused_as_it_is_here(
     np.testing.assert_allclose(token_nll(there, tokens[:500]), token_nll(here, tokens[:500]), atol=1e-4)
 
 
+def test_a_device_without_it_attends_through_stock_operations(
+    make_llama: MakeLlama, servers: list[str], tokens: Tokens
+) -> None:
+    relay = Relay(int(servers[0].split(":")[1]), declines=True)
+    there = make_llama(**F32, rpc_servers=[relay.name, servers[1]])
+    assert there.stream_info().attention == "stock"
+    assert relay.n_asked == 1
+    np.testing.assert_allclose(token_nll(there, tokens[:500]), token_nll(make_llama(**F32), tokens[:500]), atol=1e-4)
+    with pytest.raises(UserError, match="there is no fused attention for layer 0 of this model on RPC"):
+        make_llama(lminf=LMInfConfig(n_global=4, n_local=64, attention="fused"), rpc_servers=[relay.name, servers[1]])
+    relay.close()
+
+
+def test_a_device_is_asked_once_for_each_kind(make_llama: MakeLlama, relays: list[Relay], tokens: Tokens) -> None:
+    llm = make_llama(rpc_servers=[relay.name for relay in relays])
+    for token in tokens[:300]:
+        llm.eval([token])
+    asked = [relay.n_asked for relay in relays]
+    assert all(1 <= n <= 10 for n in asked)
+    for token in tokens[300:600]:
+        llm.eval([token])
+    assert [relay.n_asked for relay in relays] == asked
+
+
 def test_without_lminf(nano_f32_path: str, servers: list[str]) -> None:
     settings: dict[str, Any] = {"n_ctx": 256, "verbose": False, "n_threads": 1}
     text = [
@@ -99,9 +125,15 @@ def test_models_of_a_process_share_a_server(make_llama: MakeLlama, servers: list
     np.testing.assert_allclose(token_nll(again, tokens[:300]), nll, atol=1e-4)
 
 
-def test_a_pickled_model_knows_its_servers(make_llama: MakeLlama, servers: list[str]) -> None:
-    assert make_llama(rpc_servers=",".join(servers)).__getstate__()["rpc_servers"] == servers
-    assert "rpc_servers" not in make_llama().__getstate__()
+def test_a_pickled_model_knows_its_servers(make_llama: MakeLlama, servers: list[str], tokens: Tokens) -> None:
+    llm = make_llama(rpc_servers=",".join(servers))
+    pickled = pickle.dumps(llm)
+    nll = token_nll(llm, tokens[:100])
+    llm.close()
+    assert pickle.loads(pickle.dumps(make_llama()))._connection is None
+    with contextlib.closing(pickle.loads(pickled)) as copy:
+        assert list(copy._connection.servers) == servers
+        np.testing.assert_allclose(token_nll(copy, tokens[:100]), nll, atol=1e-4)
 
 
 def test_what_crosses_the_network(make_llama: MakeLlama, relays: list[Relay], tokens: Tokens) -> None:
@@ -287,8 +319,8 @@ def test_a_machine_that_goes_away_in_mid_stream(which: int) -> None:
 class ChatServer:
     """`lminf-edge serve` over rpc-servers."""
 
-    def __init__(self, folder: Path, servers: Sequence[RpcServer]) -> None:
-        command = [sys.executable, "-m", "lminf_edge", "serve", "-m", "nano", "--port", "0", "--json", "--threads", "1"]
+    def __init__(self, model: str, folder: Path, servers: Sequence[RpcServer] = ()) -> None:
+        command = [sys.executable, "-m", "lminf_edge", "serve", "-m", model, "--port", "0", "--json", "--threads", "1"]
         command += ["--folder", str(folder), "--parallel", "1", "--n-local", "128", "--prefill", "full", "--temp", "0"]
         if servers:
             command += ["--rpc", ",".join(server.name for server in servers)]
@@ -306,15 +338,16 @@ class ChatServer:
         return self.process.communicate()[1]
 
 
-def test_a_conversation_survives(tmp_path: Path) -> None:
+def test_a_conversation_survives(nano_f32_path: str, tmp_path: Path) -> None:
     """An rpc-server is killed while a turn is generated: all is started again, and the conversation goes on."""
+    folder = tmp_path / "known"
     messages = [{"role": "user", "content": "The sea was calm, and the ship went on. " * 20}]
     with rpc_servers(2) as servers:
-        chat = ChatServer(tmp_path, servers)
+        chat = ChatServer(nano_f32_path, folder, servers)
         try:
             answer = chat.ask(messages)
             messages += [answer["choices"][0]["message"], {"role": "user", "content": "And then?"}]
-            while not list(tmp_path.rglob("*.checkpoint")):  # two seconds after the answer
+            while not list(folder.rglob("*.checkpoint")):  # two seconds after the answer
                 time.sleep(0.1)
             body = {"messages": messages, "max_tokens": 5000, "stream": True, "ignore_eos": True}
             with httpx.stream("POST", f"{chat.url}/v1/chat/completions", json=body, timeout=60) as response:
@@ -329,17 +362,18 @@ def test_a_conversation_survives(tmp_path: Path) -> None:
         finally:
             chat.process.kill()
 
+    # on two servers again, on this machine alone, and as if it had never been
+    answers = []
     with rpc_servers(2) as servers:
-        chats = [ChatServer(tmp_path, servers), ChatServer(tmp_path.parent / "fresh", [])]
-        try:
-            again, fresh = (chat.ask(messages) for chat in chats)
-        finally:
-            for chat in chats:
-                chat.close()
-    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (again, fresh)]
+        for place, used in ((folder, servers), (folder, []), (tmp_path / "unknown", [])):
+            chat = ChatServer(nano_f32_path, place, used)
+            answers.append(chat.ask(messages))
+            chat.close()
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
     assert cached[0] > 200
-    assert cached[1] == 0
-    assert again["choices"] == fresh["choices"]
+    assert cached[1] > 200
+    assert cached[2] == 0
+    assert answers[0]["choices"] == answers[1]["choices"] == answers[2]["choices"]
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
