@@ -194,16 +194,22 @@ static double equals_alone(llama_model * model) {
     params.n_seq = 2;
     context both(model, params);
 
-    double res = 0.0;
+    logits alone;
+    logits beside;
+    const auto append = [](logits & to, const logits & from) { to.insert(to.end(), from.begin(), from.end()); };
+
     for (size_t i = 0; i < n; i += 7) {
         const tokens part_a(text.begin()  + i, text.begin()  + i + 7);
         const tokens part_b(other.begin() + i, other.begin() + i + 7 - i%3); // of another length now and then
 
+        append(alone, a.decode({ { 0, part_a } })[0]);
+        append(alone, b.decode({ { 0, part_b } })[0]);
+
         auto together = both.decode({ { 0, part_a }, { 1, part_b } });
-        res = std::max(res, error_between(a.decode({ { 0, part_a } })[0], together[0]));
-        res = std::max(res, error_between(b.decode({ { 0, part_b } })[0], together[1]));
+        append(beside, together[0]);
+        append(beside, together[1]);
     }
-    return res;
+    return error_between(alone, beside);
 }
 
 static uint64_t context_bytes(const llama_context * ctx) {
@@ -304,8 +310,13 @@ static double equals_restored_partly(llama_model * model) {
 
     context from_whole(model, params);
     from_whole.restore(whole);
+    const double res = error_between(from_whole.read(text, n, n + 100, 10), actual);
 
-    return error_between(from_whole.read(text, n, n + 100, 10), actual);
+    ctx.read(other, 0, 300, 20, 0, false);
+    const bool is_restored = llama_state_seq_set_data_ext(ctx.get(), partial.data(), partial.size(), 0, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) > 0;
+    require(!is_restored || !lminf_rollback(ctx.get(), 0, stream_pos), "the window was truncated to what it no longer holds");
+
+    return res;
 }
 
 //
@@ -337,7 +348,7 @@ static std::string traits(const llama_hparams & hparams) {
     return "[" + res + "]";
 }
 
-static void add_sizes(llama_model * model, json_object & res) {
+static void add_sizes(const arch_model & what, llama_model * model, json_object & res) {
     context_params params;
     params.type = GGML_TYPE_F16;
     const context ctx(model, params);
@@ -364,9 +375,19 @@ static void add_sizes(llama_model * model, json_object & res) {
 
     require(parts.window_bytes + parts.sink_bytes + parts.sliding_bytes + parts.recurrent_bytes == ctx.info().kv_bytes,
             "the parts' bytes are not kv_bytes");
+
+    params.n_local = context_params().n_local;
+
+    const llama_model_ptr empty = make_model(what, /*has_weights =*/ false);
+    const context         planned(empty.get(), params);
+
+    lminf_parts before = {};
+    require(lminf_get_parts(planned.get(), &before), "lminf_get_parts failed for a model without weights");
+    require(memcmp(&before, &parts, sizeof(parts)) == 0, "a model without weights has other parts");
+    require(planned.info().kv_bytes == ctx.info().kv_bytes, "a model without weights has other kv_bytes");
 }
 
-static void check_all(llama_model * model, json_object & res) {
+static void check_all(const arch_model & what, llama_model * model, json_object & res) {
     json_object checks;
     json_object faults;
 
@@ -398,7 +419,7 @@ static void check_all(llama_model * model, json_object & res) {
         check("partial", [&] { return equals_restored_partly(model); });
         check("snapshots", [&] { return equals_rolled_back(model, 8, n_snapshots); });
     }
-    check("sizes", [&] { add_sizes(model, res); return 0.0; });
+    check("sizes", [&] { add_sizes(what, model, res); return 0.0; });
 
     res.add("fused",     is_fused ? "true" : "false");
     res.add("rebases",   number(n_rebase));
@@ -436,7 +457,7 @@ static int test_model(const arch_model & what) {
         res.add("why",     quoted(why));
     } else {
         res.add("verdict", quoted("runs"));
-        check_all(model.get(), res);
+        check_all(what, model.get(), res);
     }
 
     printf("%s\n", res.str().c_str());

@@ -116,7 +116,6 @@ static std::vector<arch_model> variants() {
     for (const char * arch : { "gemma3", "laguna", "lfm2", "mellum", "olmo2", "plamo3", "smallthinker" }) {
         add(arch, "full", no_sliding_window);
     }
-    add("llama4", "full", [](gguf_context * file) { set_key(file, "attention.sliding_window", uint32_t(0)); });
     add("exaone4", "sliding", [](gguf_context * file) {
         set_key(file, "block_count", uint32_t(64)); // only a model of 64 layers has one
         set_key(file, "embedding_length", uint32_t(64));
@@ -177,6 +176,24 @@ static std::vector<arch_model> variants() {
     return res;
 }
 
+// upstream's weights, but for factors of frequencies: those divide angles, and those of a file are 1 or more
+static void set_weights(ggml_tensor * tensor, void * params) {
+    set_tensor_data(tensor, params);
+
+    if (strncmp(tensor->name, "rope_", 5) == 0 || strstr(tensor->name, ".rope_")) {
+        GGML_ASSERT(tensor->type == GGML_TYPE_F32);
+
+        std::vector<float> factors(ggml_nelements(tensor));
+        ggml_backend_tensor_get(tensor, factors.data(), 0, ggml_nbytes(tensor));
+        for (float & factor : factors) {
+            factor = 1.0f + std::fabs(factor);
+        }
+        ggml_backend_tensor_set(tensor, factors.data(), 0, ggml_nbytes(tensor));
+    }
+}
+
+static void set_nothing(ggml_tensor *, void *) {}
+
 // what some architectures have fixed at thousands of tokens, as short as the others have it: a text has several of them
 static void shorten(llama_hparams & hparams) {
     if (hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED) {
@@ -213,7 +230,7 @@ std::vector<arch_model> all_arch_models() {
     return res;
 }
 
-llama_model_ptr make_model(const arch_model & what) {
+llama_model_ptr make_model(const arch_model & what, bool has_weights) {
     const gguf_context_ptr file = get_gguf_ctx(llm_arch_from_string(what.arch), what.moe);
 
     complete(what.arch, file.get());
@@ -225,11 +242,12 @@ llama_model_ptr make_model(const arch_model & what) {
 
     llama_model_params params = llama_model_default_params();
     params.devices           = no_gpu;
+    params.no_alloc          = !has_weights;
     params.progress_callback = silent_model_load_progress;
 
     tensor_data_params weights = { /*.seed =*/ 1, /*.stdev =*/ 0.1f };
 
-    llama_model_ptr model(llama_model_init_from_user(file.get(), set_tensor_data, &weights, params));
+    llama_model_ptr model(llama_model_init_from_user(file.get(), has_weights ? set_weights : set_nothing, &weights, params));
     if (!model) {
         throw std::runtime_error("llama.cpp cannot make the model");
     }

@@ -23,8 +23,8 @@ struct arch_model {
 
 std::vector<arch_model> all_arch_models();
 
-// throws if llama.cpp cannot make it
-llama_model_ptr make_model(const arch_model & model);
+// throws if llama.cpp cannot make it; without weights only its sizes can be asked for
+llama_model_ptr make_model(const arch_model & model, bool has_weights = true);
 
 std::vector<llama_token> random_tokens(uint32_t n_tokens, size_t seed);
 

@@ -24,6 +24,7 @@ struct history {
 const int32_t n_seq    = 3;
 const int32_t n_global = 4;
 const int32_t n_local  = 24;
+const int32_t n_window = 96; // the longest that any layer has
 
 class run {
 public:
@@ -54,6 +55,7 @@ private:
         res.n_global = n_global;
         res.n_seq    = n_seq;
         res.n_rs_seq = n_rs_seq;
+        res.n_ubatch = 8*n_seq; // llama.cpp's graphs of Kimi Linear cannot be made for a part of a token per sequence
         return res;
     }
 
@@ -89,7 +91,7 @@ private:
 
         const std::string id = std::to_string(s);
 
-        switch (pick(20)) {
+        switch (pick(32)) {
             case 0: {
                 note("keep(" + id + ")");
                 llama_memory_seq_keep(mem, s);
@@ -145,7 +147,7 @@ private:
                 seq.start = done ? pos : seq.start;
             } break;
             case 11: {
-                const int64_t n = n_local + pick(500);
+                const int64_t n = n_window + pick(500);
                 if (seq.n_skipped > 0) {
                     break; // one is enough for a fresh run
                 }
@@ -160,7 +162,10 @@ private:
             } break;
             case 12:
             case 13:
-            case 14: {
+            case 14:
+            case 15:
+            case 16:
+            case 17: {
                 roll_back(s);
             } break;
             default: {
