@@ -235,13 +235,21 @@ static ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t, int64_t n_toke
     return ggml_is_contiguous(t) ? ggml_reshape_2d(ctx, t, n_embd, n_tokens) : ggml_cont_2d(ctx, t, n_embd, n_tokens);
 }
 
-lminf_attn::lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * kq_b, ggml_tensor * k_rot, int il) :
+lminf_attn::lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor *& v_cur, ggml_tensor * kq_b,
+        ggml_tensor * k_rot, int il) :
     graph(graph), inp(graph.cparams.lminf.enabled ? find_input(graph) : nullptr), il(il) {
     if (!inp) {
         return;
     }
     if (kq_b) {
         lminf_refuse_layer(graph.arch, il, "adds a bias of its own to the attention scores");
+    }
+
+    const int64_t n_tokens = q_cur->ne[2];
+    if (v_cur && v_cur->ne[2] != n_tokens) {
+        const int64_t n_head_kv = graph.hparams.n_head_kv(il);
+
+        v_cur = ggml_reshape_3d(graph.ctx0, as_rows(graph.ctx0, v_cur, n_tokens), ggml_nelements(v_cur)/n_tokens/n_head_kv, n_head_kv, n_tokens);
     }
 
     auto & mem  = inp->mctx->get_memory();
@@ -314,7 +322,8 @@ bool lminf_attn::is_fused() const {
     return inp->mctx->get_memory().is_fused(il);
 }
 
-ggml_tensor * lminf_attn::build_fused(ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * head_sinks, float kq_scale) const {
+ggml_tensor * lminf_attn::build_fused(
+        ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const {
     ggml_context * ctx = graph.ctx0;
 
     const auto & hparams = graph.hparams;
@@ -336,11 +345,18 @@ ggml_tensor * lminf_attn::build_fused(ggml_tensor * q_cur, ggml_tensor * k_cur, 
     ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, is_sliding() ? inp->mask_sliding : inp->mask, head_sinks, q_sink, k_sink, v_sink,
             grok ? kq_scale*hparams.f_attn_out_scale : kq_scale, hparams.f_max_alibi_bias, cap);
 
-    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
-
     if (!graph.cparams.offload_kqv) {
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur->src[0], graph.backend_cpu); // where its K and V are
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu); // where its K and V are
     }
+
+    const int64_t n_tokens = cur->ne[2]*cur->ne[3];
+
+    if (v_mla) {
+        cur = ggml_reshape_3d(ctx, cur, cur->ne[0], cur->ne[1], n_tokens);
+        cur = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, cur, 0, 2, 1, 3)); // [n_embd_head_v_mla, n_tokens, n_head]
+        cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
+    }
+    cur = ggml_reshape_2d(ctx, cur, ggml_nelements(cur)/n_tokens, n_tokens);
 
     return cur;
 }

@@ -47,8 +47,10 @@ public:
     // before anything is done to the model's q and k: reads the rotation, makes the second query and the keys to store
     //   q_cur [n_embd_head_k, n_head,    n_tokens]
     //   k_cur [n_embd_head_k, n_head_kv, n_tokens], NULL if the layer attends to another one's keys
+    //   v_cur [n_embd_head_v, n_head_kv, n_tokens], given this shape if the model merged its heads (PLM); NULL as k_cur
     //   k_rot the Hadamard matrix that keys are stored under, or NULL
-    lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * kq_b, ggml_tensor * k_rot, int il);
+    lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor *& v_cur, ggml_tensor * kq_b,
+            ggml_tensor * k_rot, int il);
 
     // before build_attn_mha: stores new sinks, puts in the mask, and V of the window in a type that stock operations can
     // transpose. NULL without a Λ cache
@@ -59,8 +61,10 @@ public:
     bool is_fused() const;
 
     // q [n_embd_head_k, n_tokens/n_stream, n_head, n_stream], k and v alike, as flash attention takes them; head_sinks
-    // [n_head] or NULL -> [n_embd_head_v*n_head, n_tokens]
-    ggml_tensor * build_fused(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * head_sinks, float kq_scale) const;
+    // [n_head] or NULL; v_mla [n_embd_head_v, n_embd_head_v_mla, n_head], which values are decompressed by, or NULL
+    // -> [n_embd_head_v*n_head, n_tokens], or with n_embd_head_v_mla
+    ggml_tensor * build_fused(
+            ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const;
 
     // kq [n_kv, n_tokens, n_head, n_stream] -> [n_sink_rows + n_kv, n_tokens, n_head, n_stream]
     ggml_tensor * build_kq(ggml_tensor * kq) const;

@@ -61,9 +61,11 @@ static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int
     if (hparams.n_head_kv(il) == 0) {
         return true; // a layer without attention
     }
-    // a device that spreads tensors over others knows how to split its own operations only; values that are a part of the keys
-    // and decompressed after the attention (MLA) are for stock operations
-    if (hparams.is_mla() || !lminf_attn_is_kv_type(type_k) || !lminf_attn_is_kv_type(type_v) || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
+    if (hparams.is_mla()) {
+        type_v = type_k;
+    }
+    // a device that spreads tensors over others knows how to split its own operations only
+    if (!lminf_attn_is_kv_type(type_k) || !lminf_attn_is_kv_type(type_v) || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
         return false;
     }
 
@@ -86,14 +88,20 @@ static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int
     const int64_t n_kv      = 256;
     const bool    has_sinks = n_sink_rows > 0;
 
+    // with MLA values are the first elements of the keys
+    const auto values = [&](ggml_tensor * k, ggml_type type) {
+        return hparams.is_mla() ? ggml_view_4d(ctx.get(), k, n_embd_v, k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0)
+                                : rows(type, n_embd_v, k->ne[1], n_head_kv);
+    };
+
+    ggml_tensor * k      = rows(type_k, n_embd_k, n_kv, n_head_kv);
+    ggml_tensor * k_sink = has_sinks ? rows(lminf_sinks::store_type(type_k), n_embd_k, n_sink_rows, n_head_kv) : nullptr;
+
     const ggml_tensor * op = ggml_lminf_attn(ctx.get(),
-            rows(GGML_TYPE_F32, n_embd_k, 1,    n_head),
-            rows(type_k,        n_embd_k, n_kv, n_head_kv),
-            rows(type_v,        n_embd_v, n_kv, n_head_kv),
+            rows(GGML_TYPE_F32, n_embd_k, 1, n_head), k, values(k, type_v),
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_sink_rows + n_kv, 1), nullptr,
-            has_sinks ? rows(GGML_TYPE_F32,     n_embd_k, 1,           n_head)    : nullptr,
-            has_sinks ? rows(lminf_sinks::store_type(type_k), n_embd_k, n_sink_rows, n_head_kv) : nullptr,
-            has_sinks ? rows(lminf_sinks::store_type(type_v), n_embd_v, n_sink_rows, n_head_kv) : nullptr,
+            has_sinks ? rows(GGML_TYPE_F32, n_embd_k, 1, n_head) : nullptr, k_sink,
+            has_sinks ? values(k_sink, lminf_sinks::store_type(type_v)) : nullptr,
             1.0f, 0.0f, 0.0f);
 
     return ggml_backend_dev_supports_op(dev, op);
