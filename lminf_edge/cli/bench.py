@@ -7,8 +7,8 @@ rounds, the least and the most. A ratio compares the faster setting of each side
 
 The cells before a test are made up from a few real ones, as time does not depend on what they hold, or computed for
 kinds of caches where that cannot be done. A purely recurrent model, which needs no Λ cache, is measured alone and at no
-depth: its speed does not depend on it. Without --stock-lib the other side is the same library with the feature off, which
-is bit for bit what stock llama.cpp computes. --shape makes a model with random weights (needs gguf: pip install
+depth: its speed does not depend on it. Without --stock-lib the other side is the same library with the feature off,
+which is bit for bit what stock llama.cpp computes. --shape makes a model with random weights (needs gguf: pip install
 'lminf-edge[bench]').
 
 --json prints
