@@ -36,7 +36,7 @@ from lminf_edge.engine.scheduler import Scheduler
 from lminf_edge.engine.slot import Slot
 from lminf_edge.errors import UserError
 from lminf_edge.guard import Freed, Guard, StreamTakenError, guarded
-from lminf_edge.model import Model
+from lminf_edge.model import ALL_LAYERS, Model, RemoteLlama
 from lminf_edge.models import find_model, path_text
 from lminf_edge.scores import ScoreWindow
 from lminf_edge.text.tokenizer import Tokenizer, check_ids, use_tokenizer
@@ -74,7 +74,7 @@ def _init_signature() -> inspect.Signature:
         for name, parameter in stock.parameters.items()
     ]
     *before, rest = parameters  # **kwargs is the last
-    ours = (("lminf", None), ("checkpoint_folder", None))
+    ours = (("lminf", None), ("checkpoint_folder", None), ("rpc_servers", None))
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in ours]
     return stock.replace(parameters=[*before, *more, rest])
 
@@ -91,9 +91,9 @@ def _seed(seed: Any) -> int:
         *("token_bos", "token_eos", "token_nl", "set_seed", "set_cache", "scheduler", "slot"),
     ),
     moving=("eval", "reset", "n_tokens=", "load_state", "restore", "embed"),
-    free=("close", "has_stream", "ctx", "model"),
+    free=("close", "has_stream", "ctx", "model", "model_params"),
 )
-class Llama(llama_cpp.Llama):
+class Llama(RemoteLlama):
     """llama_cpp.Llama for streams of any length.
 
     With `lminf=True` or an LMInfConfig the model attends to the first n_global and the last n_local tokens of its
@@ -108,6 +108,8 @@ class Llama(llama_cpp.Llama):
     - checkpoint_folder keeps streams in files there, a subfolder for each model and window, from one process to the
       next: written when another takes their place, by close() and at the end of the process. One process uses a
       subfolder at a time.
+    - rpc_servers, "host:port,host:port" or a list of them, spreads the layers over machines that run `lminf-edge
+      rpc-server`: all of them, unless n_gpu_layers says how many. If one of them is gone the process ends.
     - A quantized type_v turns flash_attn on, which llama.cpp requires for it.
     - n_ubatch, if not given, is a quarter of the window (64 to 128, with n_gpu_layers 64 to 512): the cache holds
       that many more cells.
@@ -614,6 +616,10 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if state["n_gpu_layers"] == ALL_LAYERS:
+            state["n_gpu_layers"] = -1
+        if self._connection is not None:
+            state.update(rpc_servers=list(self._connection.servers))
         if self._lminf is not None:
             state.update(lminf=self._lminf.config, n_ctx=self._lminf.window.size)
             state.update(checkpoint_folder=self._checkpoint_folder)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import llama_cpp
 from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
-from lminf_edge import native
+from lminf_edge import native, rpc
 from lminf_edge.cache.checkpoint import Identity, model_digest
 from lminf_edge.cache.sequence import Batch, CacheSequence, ConstantSequence
 from lminf_edge.config import (
@@ -44,6 +45,8 @@ _WHOLE_NUMBERS = {
     "yarn_orig_ctx": 0,
 }
 
+ALL_LAYERS = 0x7FFFFFFF  # what llama_cpp makes of n_gpu_layers=-1
+
 # settings that the keys in a cache depend on, besides model and window
 _ROPE_SETTINGS = (
     "rope_scaling_type",
@@ -55,6 +58,32 @@ _ROPE_SETTINGS = (
     "yarn_beta_slow",
     "yarn_orig_ctx",
 )
+
+
+class RemoteLlama(llama_cpp.Llama):
+    """llama_cpp.Llama with one more argument: rpc_servers, other machines for its layers, all by default."""
+
+    _connection: rpc.Connection | None = None
+
+    def __init__(
+        self, *args: Any, rpc_servers: str | Sequence[str] | None = None, n_gpu_layers: int = 0, **kwargs: Any
+    ) -> None:
+        if rpc_servers:
+            self._connection = rpc.connect(rpc_servers)
+            n_gpu_layers = n_gpu_layers or -1
+        super().__init__(*args, n_gpu_layers=n_gpu_layers, **kwargs)
+
+    @property
+    def model_params(self) -> Any:
+        return self.__dict__["model_params"]
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        """The base class makes them and loads the model with them."""
+        self.__dict__["model_params"] = params
+        if self._connection is not None:
+            params.devices = ctypes.addressof(self._connection.devices)
+            self._stack.callback(self._connection.close)  # after all that is freed
 
 
 class Model:
@@ -97,7 +126,7 @@ class Model:
         n_batch = int(kwargs.pop("n_batch", None) or 512)
         if n_seq_max > n_batch:
             raise UserError(f"n_seq_max={n_seq_max} must be no more than n_batch={n_batch}: give a larger n_batch.")
-        on_gpu = bool(kwargs.get("n_gpu_layers"))
+        on_gpu = bool(kwargs.get("n_gpu_layers") or kwargs.get("rpc_servers"))
         n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch(on_gpu)))
         at_fault = "n_batch" if n_batch >= window.size else "n_ctx or n_local"
         check_memory(4 * n_batch * max(window.size, n_batch), "batch", at_fault)  # as llama_cpp allocates it
@@ -159,9 +188,9 @@ class Model:
         **settings: Any,
     ) -> Model:
         """Loads a model file or an embedded model; raises as the constructor does."""
-        llama = object.__new__(llama_cpp.Llama)
+        llama = object.__new__(RemoteLlama)
         llama._stack = contextlib.ExitStack()  # so that close() works however early this fails
-        init = functools.partial(llama_cpp.Llama.__init__, llama)
+        init = functools.partial(RemoteLlama.__init__, llama)
         return cls(llama, init, find_model(path), config or LMInfConfig(), n_ctx, n_seq_max, settings)
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from lminf_edge.engine.params import SamplingParams
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
+from lminf_edge.rpc import DEFAULT_PORT, parse_servers
 
 if TYPE_CHECKING:
     import llama_cpp
@@ -170,8 +171,26 @@ def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
     )
     group.add_argument("--threads", metavar="N", type=whole_number(1), help="default: half of the logical cores")
     group.add_argument(
-        "--gpu-layers", metavar="N", type=whole_number(-1), default=0, help="layers on the GPU, -1 all; default 0"
+        "--gpu-layers",
+        metavar="N",
+        type=whole_number(-1),
+        help="layers on GPUs and other machines, -1 all; default 0, with --rpc -1",
     )
+    group.add_argument(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        type=rpc_servers,
+        help=f"machines that run `lminf-edge rpc-server`, to hold the layers together; default port {DEFAULT_PORT}; "
+        "in trusted networks only",
+    )
+
+
+def rpc_servers(text: str) -> tuple[str, ...]:
+    """An argparse type: servers with commas between them."""
+    try:
+        return parse_servers(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -267,7 +286,8 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "n_batch": args.batch,
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
-        "n_gpu_layers": args.gpu_layers,
+        "n_gpu_layers": (-1 if args.rpc else 0) if args.gpu_layers is None else args.gpu_layers,
+        "rpc_servers": args.rpc,
     }
 
 

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import lminf_edge
 from lminf_edge import native
-from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, serve
+from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, rpc_server, serve
 from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
 
-COMMANDS = (chat, serve, generate, ppl, passkey, bench, info, doctor, demo)
+COMMANDS = (chat, serve, generate, ppl, passkey, bench, info, doctor, demo, rpc_server)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -34,7 +34,7 @@ def build_parser() -> Parser:
     add_debug(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        name = command.__name__.rsplit(".", 1)[1]
+        name = command.__name__.rsplit(".", 1)[1].replace("_", "-")
         subparser = commands.add_parser(
             name,
             help=command.HELP,
