@@ -42,11 +42,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 # what it aborts on, with a stack trace if nothing is done about it
 ABORTED: list[tuple[str, dict[str, Any], str]] = [
     ("rwkv7", {"token_shift_count": 1}, "token_shift_count == 2"),
-    (
-        "qwen35",
-        {"rope.dimension_sections": [20, 10, 10, 0]},
-        "sect_dims <= ne0",
-    ),  # when it computes, in several threads
+    # in several threads, when it computes
+    ("qwen35", {"rope.dimension_sections": [20, 10, 10, 0]}, "sect_dims <= ne0"),
 ]
 
 

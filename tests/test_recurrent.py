@@ -200,6 +200,28 @@ def test_regenerate_and_edit_start_at_checkpoints(engine: Engine, make: Make) ->
         assert_close(first, expected(make, edited))
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"], indirect=True)
+def test_so_do_they_where_the_sliding_windows_are_full_and_the_window_is_not(
+    path: str, make: Make, tmp_path: Path
+) -> None:
+    """Windows of 24 tokens beside one of 1000: what can be rolled back is what the smaller ones have kept."""
+    config = LMInfConfig(n_global=4, n_local=1000, n_slack=8)
+    with pytest.warns(UserWarning, match="longer"):
+        engine = load_engine(path, parallel=1, lminf=config, folder=tmp_path, n_ubatch=16, **ONE_THREAD)
+    prompt, starts = tiny_tokens(700).tolist(), [300, 500]
+    run(engine, prompt, 150, boundaries=starts)
+    stats, _, first = run(engine, prompt, 5, boundaries=starts)
+    assert (stats.n_cached, stats.n_prefilled) == (699, 1)
+    edited = [*prompt[:500], 9, 8, 7]
+    stats, _, edited_first = run(engine, edited, 0, boundaries=starts)
+    assert stats.n_cached == 500
+    for tokens, got in ((prompt, first), (edited, edited_first)):
+        with pytest.warns(UserWarning, match="longer"):
+            assert_close(got, expected(lambda **kwargs: make(**kwargs, lminf=config), tokens))
+    engine.close()
+    engine.model.close()
+
+
 @with_hybrids
 def test_conversations_take_turns(engine: Engine, make: Make) -> None:
     prompts = [tiny_tokens(60 + 10 * i, seed=i).tolist() for i in range(4)]  # in two slots

@@ -64,7 +64,7 @@ def test_so_it_is_in_other_number_formats(tmp_path: Path, kv_type: str) -> None:
             llm.close()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "jamba", "mamba"])
+@pytest.mark.parametrize("name", [*tiny_models.MODELS, *models.SERVED, *more_models.CONSTANT])
 def test_so_is_what_llama_cpp_s_own_cache_takes(tmp_path: Path, name: str) -> None:
     path, library = str(models.write(name, tmp_path)), native.load()
     with Weightless(path) as model:

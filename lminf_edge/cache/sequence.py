@@ -30,10 +30,13 @@ class CacheSequence:
         self.seq_id = seq_id
         self.window = window
         self._native, self._context = native, context
+        parts, n_kept = native.parts(self.ctx), window.n_local
+        if parts.n_layer_sliding:
+            n_kept = min(n_kept, bindings.llama_model_n_swa(bindings.llama_get_model(self.ctx)))
         # a recurrent state cannot go back
-        goes_back = native.parts(self.ctx).n_layer_recurrent == 0
+        goes_back = parts.n_layer_recurrent == 0
         self.n_slack = window.n_slack if goes_back else 0  # tokens that can always be rolled back
-        self.n_whole = window.n_local + window.n_slack if goes_back else 0  # while a stream is no longer, all of them
+        self.n_whole = n_kept + window.n_slack if goes_back else 0  # while a stream is no longer, all of them
 
     @property
     def ctx(self) -> Any:

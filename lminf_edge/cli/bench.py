@@ -5,10 +5,11 @@ At each depth the Λ cache is measured beside full attention and, past the windo
 these without and with flash attention (fa), in turn, round by round. Speeds are tokens per second: the median of the
 rounds, the least and the most. A ratio compares the faster setting of each side, taken round by round.
 
-The cells before a test are made up from a few real ones, as time does not depend on what they hold. A purely recurrent
-model, which needs no Λ cache, is measured alone and at no depth: its speed does not depend on it. Without --stock-lib
-the other side is the same library with the feature off, which is bit for bit what stock llama.cpp computes. --shape
-makes a model with random weights (needs gguf: pip install 'lminf-edge[bench]').
+The cells before a test are made up from a few real ones, as time does not depend on what they hold, or computed for
+kinds of caches where that cannot be done. A purely recurrent model, which needs no Λ cache, is measured alone and at no
+depth: its speed does not depend on it. Without --stock-lib the other side is the same library with the feature off,
+which is bit for bit what stock llama.cpp computes. --shape makes a model with random weights (needs gguf: pip install
+'lminf-edge[bench]').
 
 --json prints
   model, n_params, n_bytes, n_threads, n_gpu_layers, system: {"ours", "stock"}: what the libraries say about themselves

@@ -331,8 +331,9 @@ def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llam
         show_note(llm.scheduler.model.note)
         return llm
     n_ctx = n_ctx_stock or header.n_ctx_train
-    with options_named(), weightless(path) as model:
-        check_memory(model.stock_bytes(n_ctx, settings["type_k"]))
+    if not settings["n_gpu_layers"]:
+        with options_named(), weightless(path) as model:
+            check_memory(model.stock_bytes(n_ctx, settings["type_k"]))
     return load(path, n_ctx=n_ctx, swa_full=False, **settings)
 
 

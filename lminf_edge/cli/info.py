@@ -131,7 +131,7 @@ def costs(
             "kv_bytes": parts.kv_bytes,
         },
         "stock_kv_bytes": model.stock_bytes(header.n_ctx_train or model.n_ctx_train, kv_type),
-        "recommended": recommend(header, f16, model.n_swa, args.n_global),
+        "recommended": recommend(header, f16, model.n_swa if parts.n_layer_sliding else 0, args.n_global),
     }
 
 
