@@ -47,7 +47,8 @@ _GENERATE = inspect.signature(STOCK.generate)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_TO_CLOSE: weakref.WeakSet[Llama] = weakref.WeakSet()  # they have something to write
+# they have something to write, or would wait for ever for a machine that is gone: while Python ends, nothing can tell
+_TO_CLOSE: weakref.WeakSet[Llama] = weakref.WeakSet()
 
 
 @atexit.register
@@ -175,6 +176,8 @@ class Llama(RemoteLlama):
             # the base class sizes these by n_ctx and n_batch; the properties below take their place
             del self._stock_input_ids, self._stock_scores
             self._start(model, keeps_scores, checkpoint_folder)
+        if self._connection is not None:
+            _TO_CLOSE.add(self)
         self.sampling = replace(self.sampling, repeat_last_n=self.last_n_tokens_size)
         use_tokenizer(self)
 

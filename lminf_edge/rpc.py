@@ -50,7 +50,8 @@ def parse_servers(servers: str | Sequence[str]) -> tuple[str, ...]:
     for part in parts:
         host, colon, port = part.strip().partition(":")
         port = port if colon else str(DEFAULT_PORT)
-        if not host or not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
+        is_host = host and host.isascii() and host.isprintable()
+        if not (is_host and port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
             raise UserError(f"A server is host or host:port, with a name or an IPv4 address, not {part!r}.")
         found.append(f"{host}:{int(port)}")
     if not 1 <= len(found) <= MAX_SERVERS:
@@ -116,8 +117,8 @@ def _greet(server: str) -> None:
     """Says hello as upstream's client does, to a server that may be anything. Raises UserError if it cannot be used."""
     try:
         sock = _reach(server)
-    except OSError as error:
-        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
         raise UserError(
             f"{server} cannot be reached ({reason}): start `lminf-edge rpc-server` there, and check the address."
         ) from error
@@ -131,7 +132,9 @@ def _greet(server: str) -> None:
                     break
                 answer += part
         except TimeoutError as error:
-            raise UserError(f"{server} is busy: an rpc-server serves one client at a time.") from error
+            raise UserError(
+                f"{server} does not answer: it serves another client, and takes one at a time, or it is no rpc-server."
+            ) from error
         except OSError:
             answer = b""
     size, *version = _HELLO_ANSWER.unpack(answer) if len(answer) == _HELLO_ANSWER.size else (0,)

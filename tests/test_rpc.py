@@ -188,6 +188,9 @@ def test_states_move_between_layouts(make_llama: MakeLlama, servers: list[str], 
         ("a:0", "not 'a:0'"),
         ("a:65536", "not 'a:65536'"),
         ("[::1]:5", "IPv4"),
+        ("bücher.example", "IPv4"),
+        ("a\0b", "IPv4"),
+        ("a..b", "a..b:50052 cannot be reached"),
         (":50052", "A server is host"),
         ("a,b,a:50052", "a:50052 is given twice"),
         (["a"] * 17, "1 to 16"),
@@ -281,7 +284,7 @@ def test_a_server_that_is_busy(nano_path: str, servers: list[str], monkeypatch: 
     host, port = servers[0].split(":")
     with socket.create_connection((host, int(port))) as other:
         other.sendall(bytes([14]))
-        with pytest.raises(UserError, match="is busy: an rpc-server serves one client at a time"):
+        with pytest.raises(UserError, match="does not answer: it serves another client"):
             Llama(nano_path, lminf=True, rpc_servers=servers[0], verbose=False)
 
 
@@ -314,6 +317,31 @@ def test_a_machine_that_goes_away_in_mid_stream(which: int) -> None:
             client.stdout.read()
             assert is_one_sentence(client.stderr.read(), servers[which].name)
         assert client.returncode == 1
+
+
+@pytest.mark.parametrize("lminf", [True, False])
+def test_a_machine_that_goes_away_before_a_program_ends(lminf: bool) -> None:
+    """One that does not close its model."""
+    code = f"""
+import sys
+from lminf_edge import Llama
+llm = Llama("nano", lminf={lminf}, rpc_servers=sys.argv[1], verbose=False)
+input("loaded\\n")
+"""
+    with rpc_servers(1) as (server,):
+        command = [sys.executable, "-u", "-c", code, server.name]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as program:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "loaded\n"
+            server.process.kill()
+            server.process.wait()
+            try:
+                _, error = program.communicate("\n", timeout=20)
+            finally:
+                program.kill()
+        assert is_one_sentence(error.splitlines(keepends=True)[-1], server.name)  # llama.cpp may have logged one
+        assert program.returncode == 1
 
 
 class ChatServer:
@@ -402,8 +430,9 @@ def test_addresses_that_cannot_be_listened_at(capfd: pytest.CaptureFixture[str])
         port = str(sock.getsockname()[1])
         assert main(["rpc-server", "--port", port]) == 1
         assert capfd.readouterr().err == f"error: Port {port} of 127.0.0.1 cannot be used: Address already in use.\n"
-    assert main(["rpc-server", "--host", "nowhere.invalid"]) == 1
-    assert capfd.readouterr().err.startswith("error: Port 50052 of nowhere.invalid cannot be used: ")
+    for host in ("nowhere.invalid", "a..b", "192.0.2.1"):
+        assert main(["rpc-server", "--host", host]) == 1
+        assert capfd.readouterr().err.startswith(f"error: Port 50052 of {host} cannot be used: ")
 
 
 def test_a_server_that_clients_leave_early_serves_the_next(nano_path: str) -> None:

@@ -80,6 +80,7 @@ def _check_address(host: str, port: int) -> str:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((address, port))
-    except OSError as error:
-        raise CommandError(f"Port {port} of {host} cannot be used: {error.strerror or error}.") from error
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"Port {port} of {host} cannot be used: {reason}.") from error
     return address
