@@ -16,7 +16,9 @@ from reference import tiny_models
 
 L, G = 32, 4
 TOKENS = tiny_models.tokens(300)
-HEADER, SEQUENCE = 8 + 10 * 4, 3 * 8 + 6 * 4  # bytes: llama.cpp's own and ours; of a sequence
+HEADER = 8 + 14 * 4  # bytes: llama.cpp's own and ours
+PLACE = 3 * 8 + 6 * 4  # of a sequence in its stream
+SEQUENCE = PLACE + 16 + 8  # with the head of its first part, the window, and that of the cells
 VALUES = (0, 1, -1, 576, (1 << 31) - 2, (1 << 31) - 1, -(1 << 31))
 LARGE_VALUES = (*VALUES, 1 << 31, 1 << 33, 1 << 62, (1 << 63) - 257, (1 << 63) - 1, -(1 << 63))
 
@@ -56,7 +58,7 @@ def mutations(state: bytes, n_streams: int) -> Iterator[bytes]:
         for value in (*VALUES, old + 1, old - 1, old + 256, old - 256):
             if -(1 << 31) <= value < 1 << 31 and value != old:
                 yield state[:at] + struct.pack("<i", value) + state[at + 4 :]
-    for at in range(HEADER, HEADER + 24, 8):
+    for at in (*range(HEADER, HEADER + 24, 8), HEADER + PLACE + 8):
         (old,) = struct.unpack_from("<q", state, at)
         for value in (*LARGE_VALUES, old + 1, old - 1, old + 256, old - 256):
             if -(1 << 63) <= value < 1 << 63 and value != old:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reference.gguf_file import copy_as_f32
 from test_build import script
 from test_llama_folder import process
 
@@ -57,15 +58,19 @@ def prose(gemma_path: str) -> np.ndarray:
     return tokens
 
 
-def test_inside_the_window_it_is_full_attention(make_gemma: MakeGemma, gemma_path: str, prose: np.ndarray) -> None:
-    """Past the sliding layers' 512 tokens, before the window is full: what is left is rounding, in f32."""
-    f32: dict[str, Any] = {"type_k": 0, "type_v": 0}
-    stock = Llama(gemma_path, n_ctx=1024, n_batch=256, logits_all=True, verbose=False, **f32)
-    expected = token_nll(stock, prose[:900])
-    stock.close()
-    actual = token_nll(make_gemma(10, 1014, **f32), prose[:900])
-    assert np.abs(actual - expected).max() < 1
-    assert np.abs(actual - expected).mean() < 1
+def test_inside_the_window_it_is_full_attention(gemma_path: str, prose: np.ndarray, tmp_path: Path) -> None:
+    """Past the sliding layers' 512 tokens, before the window is full.
+
+    With quantized weights llama.cpp rounds activations, which makes 0.06 nats a token out of any last bit: in f32.
+    """
+    path = str(copy_as_f32(gemma_path, tmp_path))
+    f32: dict[str, Any] = {"type_k": 0, "type_v": 0, "n_batch": 256, "verbose": False}
+    losses = []
+    for options in ({"n_ctx": 1024, "logits_all": True}, {"lminf": LMInfConfig(n_global=10, n_local=1014)}):
+        llm = Llama(path, **options, **f32)
+        losses.append(token_nll(llm, prose[:700]))
+        llm.close()
+    assert np.abs(losses[0] - losses[1]).max() < 2e-3
 
 
 def test_past_the_window_first_tokens_matter(make_gemma: MakeGemma, prose: np.ndarray) -> None:

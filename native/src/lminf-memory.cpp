@@ -489,10 +489,12 @@ bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
 bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
     auto & stream = streams[seq_id];
 
-    const int64_t n_least = std::max<int64_t>(params.n_local, sliding ? hparams.n_swa : 0);
-    if (n_tokens < n_least) {
-        lminf_set_error(format("a skip must be %lld tokens or more, n_local and the model's own sliding window, so that no query sees across it",
-                (long long) n_least));
+    if (n_tokens < params.n_local) {
+        lminf_set_error(format("a skip must be n_local = %d tokens or more, so that no query sees across it", params.n_local));
+        return false;
+    }
+    if (sliding && n_tokens < hparams.n_swa) {
+        lminf_set_error(format("a skip must be %u tokens or more, as the model's own sliding window, so that no query sees across it", hparams.n_swa));
         return false;
     }
     if (stream.n_sink < stream.n_global) {

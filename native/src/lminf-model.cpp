@@ -8,6 +8,8 @@
 #include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
+#include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <typeinfo>
 
@@ -88,6 +90,18 @@ static reason find_reason(const llama_model & model) {
     }
     if (!hparams.causal_attn) {
         return { "its attention is not causal, so it reads its whole input at once", no_stream };
+    }
+
+    // what a file can contradict itself in, and llama.cpp ends the process for
+    const char * const convert = "convert it again";
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE && !hparams.is_swa_any()) {
+        return { "its file names a sliding window and no layer that has one", convert };
+    }
+    if (hparams.is_swa_any() && (hparams.n_swa == 0 || hparams.n_swa > INT32_MAX/4)) {
+        return { "its file names a sliding window of a length that makes no sense", convert };
+    }
+    if (hparams.n_pos_per_embd() > 1 && std::accumulate(hparams.rope_sections.begin(), hparams.rope_sections.end(), 0) <= 0) {
+        return { "its file gives M-RoPE no sections", convert };
     }
 
     const llama_memory_ptr memory = create_stock_memory(model);
