@@ -291,6 +291,39 @@ static double quantization_error(llama_model * model) {
     return error_between(expected, actual)/error_between(exact, expected);
 }
 
+// what a stream cannot read is refused, and nothing has changed
+static double refuses_bad_batches(llama_model * model) {
+    const size_t n = 60;
+
+    context_params params;
+    context ctx(model, params);
+    context untouched(model, params);
+    ctx.read(text, 0, n, 20, 0, false);
+    untouched.read(text, 0, n, 20, 0, false);
+    const lminf_info info = ctx.info();
+
+    std::vector<float> embeddings(4*llama_model_n_embd_inp(model));
+    std::vector<llama_pos> pos(4*4);
+
+    llama_batch images = llama_batch_get_one(nullptr, 4); // as a projector hands them over, with positions in two dimensions
+    images.embd = embeddings.data();
+    images.pos  = pos.data();
+    for (size_t i = 0; i < pos.size(); ++i) {
+        pos[i] = n + i%2;
+    }
+    require(llama_decode(ctx.get(), images) != 0, "a batch of embeddings with positions of its own was read");
+
+    llama_set_causal_attn(ctx.get(), false);
+    tokens few(text.begin(), text.begin() + 4);
+    require(llama_decode(ctx.get(), llama_batch_get_one(few.data(), 4)) != 0, "a batch was read without a causal mask");
+    llama_set_causal_attn(ctx.get(), true);
+
+    require(same_info(ctx.info(), info), "a batch that was refused has changed something");
+    require(ctx.read(text, n, n + 100, 20) == untouched.read(text, n, n + 100, 20), "after a batch that was refused it goes on differently");
+
+    return 0.0;
+}
+
 // a recurrent state alone, while the window can still be truncated to where it was saved
 static double equals_restored_partly(llama_model * model) {
     const size_t n = 400;
@@ -414,6 +447,7 @@ static void check_all(const arch_model & what, llama_model * model, json_object 
     check("sequences",  [&] { return equals_alone(model); });
     check("memory",     [&] { return keeps_memory(model); });
     check("operations", [&] { return equals_stock_operations(model, is_fused); });
+    check("batches",    [&] { return refuses_bad_batches(model); });
     check("quantized",  [&] { return quantization_error(model); });
     if (llama_model_is_hybrid(model)) {
         check("partial", [&] { return equals_restored_partly(model); });

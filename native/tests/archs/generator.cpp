@@ -176,19 +176,23 @@ static std::vector<arch_model> variants() {
     return res;
 }
 
-// upstream's weights, but for factors of frequencies: those divide angles, and those of a file are 1 or more
+// Upstream's weights, all of them around 0, but around 1 where a file has them so: with scales that small little would
+// come through a layer, and factors of frequencies divide angles.
 static void set_weights(ggml_tensor * tensor, void * params) {
     set_tensor_data(tensor, params);
 
-    if (strncmp(tensor->name, "rope_", 5) == 0 || strstr(tensor->name, ".rope_")) {
+    const bool is_scale  = strstr(tensor->name, "norm") && strstr(tensor->name, ".weight");
+    const bool is_factor = strncmp(tensor->name, "rope_f", 6) == 0;
+
+    if (is_scale || is_factor) {
         GGML_ASSERT(tensor->type == GGML_TYPE_F32);
 
-        std::vector<float> factors(ggml_nelements(tensor));
-        ggml_backend_tensor_get(tensor, factors.data(), 0, ggml_nbytes(tensor));
-        for (float & factor : factors) {
-            factor = 1.0f + std::fabs(factor);
+        std::vector<float> values(ggml_nelements(tensor));
+        ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
+        for (float & value : values) {
+            value = 1.0f + (is_factor ? std::fabs(value) : value);
         }
-        ggml_backend_tensor_set(tensor, factors.data(), 0, ggml_nbytes(tensor));
+        ggml_backend_tensor_set(tensor, values.data(), 0, ggml_nbytes(tensor));
     }
 }
 
