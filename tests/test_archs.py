@@ -24,10 +24,11 @@ EXPECTED: dict[str, dict[str, Any]] = models.expected()
 RUNNING = [name for name, expected in EXPECTED.items() if expected["verdict"] == "runs"]
 REFUSED = [name for name, expected in EXPECTED.items() if expected["verdict"] == "refused"]
 
-# One more way to add the same numbers up changes results by this much at most (normalized mean squared error), and by
-# this where llama.cpp looks an activation up in a table of f16: there a last digit more or less is another entry.
+# Another order of additions changes results by this much at most (normalized mean squared error). More where something
+# makes much of a last digit: llama.cpp looks GELU up in a table of f16, where it decides about the entry; with sharp
+# attention it decides between keys. "rounding" in the data is what was seen.
 ROUNDING = 1e-11
-ROUNDING_TABLE = 1e-8
+ROUNDING_SENSITIVE = 1e-8
 # without sinks, results are others: a rule that is not in the graph would change nothing
 DIFFERENT = 3e-8
 # as a part of what quantizing the cache changes with llama.cpp's own: read wrongly, it is many times as far off
@@ -70,7 +71,7 @@ def pending(program: Path) -> Any:
 
 
 def limit(name: str) -> float:
-    return ROUNDING_TABLE if "rounding" in EXPECTED[name] else ROUNDING
+    return ROUNDING_SENSITIVE if "rounding" in EXPECTED[name] else ROUNDING
 
 
 def test_every_architecture_is_classified(program: Path) -> None:
@@ -110,8 +111,18 @@ def test_it_does_what_it_should(pending: Mapping[str, Future[dict[str, Any]]], n
         assert checks["quantized"] <= QUANTIZED
     else:
         assert checks["quantized"] is None
-    assert {"stock", "rebase", "sinks", "state", "rollback", "sequences", "memory", "operations"} <= checks.keys()
-    assert result["rebases"] > 1
+    assert {
+        "stock",
+        "rebase",
+        "sinks",
+        "state",
+        "rollback",
+        "sequences",
+        "memory",
+        "operations",
+        "batches",
+    } <= checks.keys()
+    assert result["rebases"] > 0
 
 
 @pytest.mark.parametrize("name", RUNNING)
