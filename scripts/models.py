@@ -159,8 +159,9 @@ def running(results: Mapping[str, Result], data: Mapping[str, Result]) -> str:
             rows.append(
                 [title(name), data[name].get("models", ""), notes, *counts, number(ours), number(size["stock"])]
             )
-        header = ("architecture", "models", "", "Λ", "sliding", "recurrent", "bytes", "stock bytes")
-        parts.append(f"### {heading}\n\n{table(header, rows, right=5)}")
+        header = ("architecture", "models", "notes", "Λ", "sliding", "recurrent", "bytes", "stock bytes")
+        if rows:
+            parts.append(f"### {heading}\n\n{table(header, rows, right=5)}")
     return "\n".join(parts)
 
 

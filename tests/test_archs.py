@@ -29,10 +29,11 @@ REFUSED = [name for name, expected in EXPECTED.items() if expected["verdict"] ==
 # attention it decides between keys. "rounding" in the data is what was seen.
 ROUNDING = 1e-11
 ROUNDING_SENSITIVE = 1e-8
-# without sinks, results are others: a rule that is not in the graph would change nothing
-DIFFERENT = 3e-8
-# as a part of what quantizing the cache changes with llama.cpp's own: read wrongly, it is many times as far off
-QUANTIZED = 0.5
+# without sinks, results are others, by many times that: a rule that is not in the graph would change nothing
+DIFFERENT = 1e-8
+# As a part of what quantizing the cache changes with llama.cpp's own. It rotates queries, keys and values so that they
+# quantize better: where only some of them are, the error is many times as large.
+QUANTIZED = 2.0
 
 ALIKE = ("stock", "rebase", "rollback", "sequences", "operations", "snapshots", "partial")
 
@@ -93,6 +94,7 @@ def test_a_refusal_is_one_sentence_that_names_the_architecture_and_what_works(
     assert EXPECTED[name]["why"] in why
     assert "\n" not in why
     assert ". " not in why
+    assert ": run it without one, " in why
 
 
 @pytest.mark.parametrize("name", RUNNING)
@@ -104,7 +106,7 @@ def test_it_does_what_it_should(pending: Mapping[str, Future[dict[str, Any]]], n
         if check in checks and EXPECTED[name].get(check, True):
             assert checks[check] <= limit(name), (check, checks)
     if result["layers"]["full"]:
-        assert checks["sinks"] >= DIFFERENT
+        assert checks["sinks"] >= max(DIFFERENT, 10 * EXPECTED[name].get("rounding", 0))
     else:
         assert checks["sinks"] == 0
     if EXPECTED[name].get("quantized", True):
@@ -130,6 +132,7 @@ def test_layers_and_bytes_add_up(pending: Mapping[str, Future[dict[str, Any]]], 
     result = pending[name].result()
     layers, size = result["layers"], result["bytes"]
     assert layers["full"] + layers["sliding"] > 0
+    assert layers["fused"] == (layers["full"] + layers["sliding"]) * EXPECTED[name].get("fused", True)
     assert (size["window"] > 0) == (layers["full"] > 0)
     assert (size["sinks"] > 0) == (layers["full"] > 0)
     assert (size["sliding"] > 0) == (layers["sliding"] > 0)

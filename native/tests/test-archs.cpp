@@ -481,11 +481,9 @@ static int test_model(const arch_model & what) {
     const llama_model_ptr model = make_model(what);
     res.add("traits", traits(model->hparams));
 
-    const std::string why = refusal(model.get());
     if (lminf_support(model.get()) == LMINF_SUPPORT_CONSTANT) {
         res.add("verdict", quoted("constant"));
-        res.add("why",     quoted(why));
-    } else if (!why.empty()) {
+    } else if (const std::string why = refusal(model.get()); !why.empty()) {
         res.add("verdict", quoted("refused"));
         res.add("why",     quoted(why));
     } else {
