@@ -108,6 +108,10 @@ stock operations. Layers are counted by what bounds them:
 - **sliding**: a sliding window in training; the same window here.
 - **recurrent**: a state of constant size; the same here. It has seen every token once.
 
+A word behind an architecture is a kind of file: `full` is one without the sliding window that others have, `text` one
+without M-RoPE, `moe` one with experts. M-RoPE, MLA, a temperature by position, chunks in place of a sliding window and
+ALiBi are noted, and where attention is computed by stock operations only.
+
 Bytes are those of the tiny model's memory in f16: with a Λ cache, and what llama.cpp's own needs for 10,000 tokens.
 The first number stays where it is, whatever the length of the text.
 """
@@ -150,12 +154,14 @@ def running(results: Mapping[str, Result], data: Mapping[str, Result]) -> str:
                 continue
             ours = size["window"] + size["sinks"] + size["sliding"] + size["recurrent"]
             counts = [str(layers[kind] or "") for kind in ("full", "sliding", "recurrent")]
-            notes = ", ".join(result["traits"])
+            is_fused = layers["fused"] == layers["full"] + layers["sliding"]
+            notes = ", ".join([*result["traits"], *([] if is_fused else ["stock operations"])])
             rows.append(
                 [title(name), data[name].get("models", ""), notes, *counts, number(ours), number(size["stock"])]
             )
-        header = ("architecture", "models", "", "Λ", "sliding", "recurrent", "bytes", "stock bytes")
-        parts.append(f"### {heading}\n\n{table(header, rows, right=5)}")
+        header = ("architecture", "models", "notes", "Λ", "sliding", "recurrent", "bytes", "stock bytes")
+        if rows:
+            parts.append(f"### {heading}\n\n{table(header, rows, right=5)}")
     return "\n".join(parts)
 
 

@@ -24,14 +24,16 @@ EXPECTED: dict[str, dict[str, Any]] = models.expected()
 RUNNING = [name for name, expected in EXPECTED.items() if expected["verdict"] == "runs"]
 REFUSED = [name for name, expected in EXPECTED.items() if expected["verdict"] == "refused"]
 
-# One more way to add the same numbers up changes results by this much at most (normalized mean squared error), and by
-# this where llama.cpp looks an activation up in a table of f16: there a last digit more or less is another entry.
+# Another order of additions changes results by this much at most (normalized mean squared error). More where something
+# makes much of a last digit: llama.cpp looks GELU up in a table of f16, where it decides about the entry; with sharp
+# attention it decides between keys. "rounding" in the data is what was seen.
 ROUNDING = 1e-11
-ROUNDING_TABLE = 1e-8
-# without sinks, results are others: a rule that is not in the graph would change nothing
-DIFFERENT = 1e-7
-# as a part of what quantizing the cache changes with llama.cpp's own: read wrongly, it is many times as far off
-QUANTIZED = 0.5
+ROUNDING_SENSITIVE = 1e-8
+# without sinks, results are others, by many times that: a rule that is not in the graph would change nothing
+DIFFERENT = 1e-8
+# As a part of what quantizing the cache changes with llama.cpp's own. It rotates queries, keys and values so that they
+# quantize better: where only some of them are, the error is many times as large.
+QUANTIZED = 2.0
 
 ALIKE = ("stock", "rebase", "rollback", "sequences", "operations", "snapshots", "partial")
 
@@ -70,7 +72,7 @@ def pending(program: Path) -> Any:
 
 
 def limit(name: str) -> float:
-    return ROUNDING_TABLE if "rounding" in EXPECTED[name] else ROUNDING
+    return ROUNDING_SENSITIVE if "rounding" in EXPECTED[name] else ROUNDING
 
 
 def test_every_architecture_is_classified(program: Path) -> None:
@@ -92,6 +94,7 @@ def test_a_refusal_is_one_sentence_that_names_the_architecture_and_what_works(
     assert EXPECTED[name]["why"] in why
     assert "\n" not in why
     assert ". " not in why
+    assert ": run it without one, " in why
 
 
 @pytest.mark.parametrize("name", RUNNING)
@@ -103,15 +106,25 @@ def test_it_does_what_it_should(pending: Mapping[str, Future[dict[str, Any]]], n
         if check in checks and EXPECTED[name].get(check, True):
             assert checks[check] <= limit(name), (check, checks)
     if result["layers"]["full"]:
-        assert checks["sinks"] >= DIFFERENT
+        assert checks["sinks"] >= max(DIFFERENT, 10 * EXPECTED[name].get("rounding", 0))
     else:
         assert checks["sinks"] == 0
     if EXPECTED[name].get("quantized", True):
         assert checks["quantized"] <= QUANTIZED
     else:
         assert checks["quantized"] is None
-    assert {"stock", "rebase", "sinks", "state", "rollback", "sequences", "memory", "operations"} <= checks.keys()
-    assert result["rebases"] > 1
+    assert {
+        "stock",
+        "rebase",
+        "sinks",
+        "state",
+        "rollback",
+        "sequences",
+        "memory",
+        "operations",
+        "batches",
+    } <= checks.keys()
+    assert result["rebases"] > 0
 
 
 @pytest.mark.parametrize("name", RUNNING)
@@ -119,6 +132,7 @@ def test_layers_and_bytes_add_up(pending: Mapping[str, Future[dict[str, Any]]], 
     result = pending[name].result()
     layers, size = result["layers"], result["bytes"]
     assert layers["full"] + layers["sliding"] > 0
+    assert layers["fused"] == (layers["full"] + layers["sliding"]) * EXPECTED[name].get("fused", True)
     assert (size["window"] > 0) == (layers["full"] > 0)
     assert (size["sinks"] > 0) == (layers["full"] > 0)
     assert (size["sliding"] > 0) == (layers["sliding"] > 0)
@@ -133,7 +147,7 @@ def test_random_operations(program: Path, name: str) -> None:
     done = models.run(program, "--random", name, "10")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["error"] <= limit(name), found
+    assert found["error"] <= 100 * limit(name), found  # the worst of single batches, not the mean of a text
     assert found["operations"] > 300
 
 

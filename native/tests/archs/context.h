@@ -47,6 +47,7 @@ public:
         cp.type_v          = params.type;
         cp.flash_attn_type = params.flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
         cp.kv_unified      = false;
+        cp.swa_full        = false; // llama.cpp's own cache as llama-server makes it
 
         if (params.n_local > 0) {
             lminf_params lp = lminf_default_params();

@@ -176,20 +176,35 @@ static std::vector<arch_model> variants() {
     return res;
 }
 
-// upstream's weights, but for factors of frequencies: those divide angles, and those of a file are 1 or more
-static void set_weights(ggml_tensor * tensor, void * params) {
-    set_tensor_data(tensor, params);
+struct weight_params {
+    tensor_data_params upstream;
+    float              scale; // what scales of norms are around
+};
 
-    if (strncmp(tensor->name, "rope_", 5) == 0 || strstr(tensor->name, ".rope_")) {
-        GGML_ASSERT(tensor->type == GGML_TYPE_F32);
+// Upstream's weights are all around 0. With scales of norms like that little comes through a layer, or of a key, and
+// factors of frequencies divide angles: a file has 1 or more there.
+static void set_weights(ggml_tensor * tensor, void * userdata) {
+    auto & params = *(weight_params *) userdata;
 
-        std::vector<float> factors(ggml_nelements(tensor));
-        ggml_backend_tensor_get(tensor, factors.data(), 0, ggml_nbytes(tensor));
-        for (float & factor : factors) {
-            factor = 1.0f + std::fabs(factor);
-        }
-        ggml_backend_tensor_set(tensor, factors.data(), 0, ggml_nbytes(tensor));
+    set_tensor_data(tensor, &params.upstream);
+
+    const bool is_scale  = strstr(tensor->name, "norm.weight") != nullptr;
+    const bool is_factor = strncmp(tensor->name, "rope_f", 6) == 0;
+    if (!is_scale && !is_factor) {
+        return;
     }
+    GGML_ASSERT(tensor->type == GGML_TYPE_F32);
+
+    // with larger queries and keys a single key gets all of the attention, and a last digit decides which
+    const bool  is_qk = strstr(tensor->name, "_q_norm") || strstr(tensor->name, "_k_norm");
+    const float scale = is_qk ? params.scale/2 : params.scale;
+
+    std::vector<float> values(ggml_nelements(tensor));
+    ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
+    for (float & value : values) {
+        value = is_factor ? 1.0f + std::fabs(value) : scale + value;
+    }
+    ggml_backend_tensor_set(tensor, values.data(), 0, ggml_nbytes(tensor));
 }
 
 static void set_nothing(ggml_tensor *, void *) {}
@@ -245,7 +260,10 @@ llama_model_ptr make_model(const arch_model & what, bool has_weights) {
     params.no_alloc          = !has_weights;
     params.progress_callback = silent_model_load_progress;
 
-    tensor_data_params weights = { /*.seed =*/ 1, /*.stdev =*/ 0.1f };
+    // Gemma 3n's 22 layers make much of a last digit, and so does Gemma 4, which does not divide scores by a head's size
+    const bool is_sensitive = what.arch == "gemma3n" || what.arch == "gemma4";
+
+    weight_params weights = { { /*.seed =*/ 1, /*.stdev =*/ 0.1f }, /*.scale =*/ is_sensitive ? 0.0f : 1.0f };
 
     llama_model_ptr model(llama_model_init_from_user(file.get(), has_weights ? set_weights : set_nothing, &weights, params));
     if (!model) {
