@@ -176,7 +176,8 @@ KINDS = {
             | {
                 "attention.sliding_window": 48,
                 "expert_count": N_EXPERT,
-                "expert_used_count": 2,
+                # all: which of two nearly equal experts a router picks is decided by the last bit
+                "expert_used_count": N_EXPERT,
                 "expert_feed_forward_length": N_FF,
             },
             OUTPUT,
