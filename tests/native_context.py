@@ -20,6 +20,7 @@ from lminf_edge.native import Info, Params
 SILENT = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
 
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # enum ggml_type
+PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 native.load()  # declares the functions of lminf.h
 _lib = llama_cpp.llama_cpp._lib
@@ -50,6 +51,7 @@ class NativeContext:
         type_v: int = F32,
         flash_attn: bool = False,
         n_threads: int = 1,
+        n_rs_seq: int = 0,
     ) -> None:
         llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
         self.context = self.model = None
@@ -64,7 +66,7 @@ class NativeContext:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = max(n_ctx, n_ubatch) * n_seq_max
         params.n_batch, params.n_ubatch = n_ubatch * n_seq_max, n_ubatch
-        params.n_seq_max = n_seq_max
+        params.n_seq_max, params.n_rs_seq = n_seq_max, n_rs_seq
         params.n_threads = params.n_threads_batch = n_threads
         params.type_k, params.type_v = type_k, type_v
         params.flash_attn_type = int(flash_attn)  # enum llama_flash_attn_type
@@ -149,12 +151,15 @@ class NativeContext:
     def set_sinks(self, n_global: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_set_sinks(self.context, seq_id, n_global))
 
-    def save(self, seq_id: int = 0) -> bytes:
-        size = llama_cpp.llama_state_seq_get_size(self.context, seq_id)
+    def save(self, seq_id: int = 0, *, partial: bool = False) -> bytes:
+        """partial: only what cannot be taken back, the recurrent states."""
+        flags = PARTIAL_ONLY * partial
+        size = llama_cpp.llama_state_seq_get_size_ext(self.context, seq_id, flags)
         buffer = (ctypes.c_uint8 * size)()
-        assert llama_cpp.llama_state_seq_get_data(self.context, buffer, size, seq_id) == size
+        assert llama_cpp.llama_state_seq_get_data_ext(self.context, buffer, size, seq_id, flags) == size
         return bytes(buffer)
 
-    def load(self, state: bytes, seq_id: int = 0) -> bool:
+    def load(self, state: bytes, seq_id: int = 0, *, partial: bool = False) -> bool:
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        return bool(llama_cpp.llama_state_seq_set_data(self.context, buffer, len(state), seq_id))
+        flags = PARTIAL_ONLY * partial
+        return bool(llama_cpp.llama_state_seq_set_data_ext(self.context, buffer, len(state), seq_id, flags))

@@ -1,6 +1,6 @@
 """Loads a state with every field changed in turn: run as a process of its own, so that an abort is seen as one.
 
-Usage: state_mutations.py MODEL fused|stock. Prints how many changed states were refused and how many were taken. A
+Usage: state_mutations.py MODEL auto|fused|stock. Prints how many changed states were refused and how many were taken. A
 state is either refused with a sentence or can be continued; in both cases the sequence is usable.
 """
 
@@ -16,9 +16,8 @@ from reference import tiny_models
 
 L, G = 32, 4
 TOKENS = tiny_models.tokens(300)
-HEADER = 8 + 14 * 4  # bytes: llama.cpp's own and ours
-PLACE = 3 * 8 + 6 * 4  # of a sequence in its stream
-SEQUENCE = PLACE + 16 + 8  # with the head of its first part, the window, and that of the cells
+HEADER, SEQUENCE, PART = 8 + 14 * 4, 3 * 8 + 6 * 4, 16  # bytes: llama.cpp's own and ours; of a sequence; of a part
+WINDOW, SLIDING, RECURRENT = 1, 2, 4  # kinds of parts; the first two hold cells
 VALUES = (0, 1, -1, 576, (1 << 31) - 2, (1 << 31) - 1, -(1 << 31))
 LARGE_VALUES = (*VALUES, 1 << 31, 1 << 33, 1 << 62, (1 << 63) - 257, (1 << 63) - 1, -(1 << 63))
 
@@ -46,19 +45,37 @@ def states(attention: str, n_seq_max: int) -> Iterator[bytes]:
         yield context.save(seq_id)
 
 
+def fields(state: bytes, n_streams: int) -> tuple[list[int], int]:
+    """Where the numbers lie that are not contents of tensors, four bytes each, and where the first tensor begins."""
+    found = list(range(0, HEADER + SEQUENCE, 4))
+    n_parts, at = struct.unpack_from("<i", state, HEADER + SEQUENCE - 4)[0], HEADER + SEQUENCE
+    first = 0
+    for _ in range(n_parts):
+        kind, _, size = struct.unpack_from("<IIQ", state, at)
+        begin, end = at + PART, at + PART + size
+        if kind in (WINDOW, SLIDING):
+            (n_used,) = struct.unpack_from("<i", state, begin + 4)
+            words = range(at, min(end, begin + 8 + 4 * n_used + 4 + 4 * n_streams + 12 * n_used + 24) - 3, 4)
+            # of many cells some will do
+            found += [i for i in words if i < begin + 8 or i >= words.stop - 40 or (i - at) % 460 == 0]
+        else:
+            # sinks are contents alone
+            words = range(at, min(end, begin + (32 if kind == RECURRENT else 0)) - 3, 4)
+            found += words
+        first = first or words.stop
+        at = end
+    return found, first
+
+
 def mutations(state: bytes, n_streams: int) -> Iterator[bytes]:
     """Single fields, in all that lies before the tensors and the first words among them; single bytes; random ones."""
-    (n_used,) = struct.unpack_from("<i", state, HEADER + SEQUENCE - 4)
-    end = min(len(state), HEADER + SEQUENCE + 4 * n_used + 4 + 4 * n_streams + 12 * n_used + 24)
-    for at in range(0, end - 3, 4):
-        # of many cells some will do
-        if HEADER + SEQUENCE + 12 < at < end - 40 and at % 460:
-            continue
+    places, end = fields(state, n_streams)
+    for at in places:
         (old,) = struct.unpack_from("<i", state, at)
         for value in (*VALUES, old + 1, old - 1, old + 256, old - 256):
             if -(1 << 31) <= value < 1 << 31 and value != old:
                 yield state[:at] + struct.pack("<i", value) + state[at + 4 :]
-    for at in (*range(HEADER, HEADER + 24, 8), HEADER + PLACE + 8):
+    for at in range(HEADER, HEADER + 24, 8):
         (old,) = struct.unpack_from("<q", state, at)
         for value in (*LARGE_VALUES, old + 1, old - 1, old + 256, old - 256):
             if -(1 << 63) <= value < 1 << 63 and value != old:
@@ -66,10 +83,10 @@ def mutations(state: bytes, n_streams: int) -> Iterator[bytes]:
     rng = np.random.default_rng(0)
     for _ in range(60):
         changed = bytearray(state)
-        for at in rng.integers(8, end, rng.integers(1, 4)):
-            changed[at] = rng.integers(256)
+        for at in rng.choice(places, rng.integers(1, 4)):
+            changed[max(8, at) + rng.integers(4)] = rng.integers(256)
         yield bytes(changed)
-    for length in range(0, end, 19):
+    for length in (*range(0, end, 19), *(at + 2 for at in places if at > end)):
         yield state[:length]
 
 

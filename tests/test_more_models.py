@@ -42,7 +42,8 @@ def test_sinks_at_their_true_distance_are_stock(tmp_path: Path, name: str, atten
     assert np.abs(ours - logits(path, None)).max() < tolerance(name)
 
 
-@pytest.mark.parametrize("name", list(models.SERVED))
+# llama4's chunks are moved as a whole, which takes a longer stream: see test_reference_kinds.py
+@pytest.mark.parametrize("name", [name for name in models.SERVED if name != "llama4"])
 def test_rebasing_changes_nothing(tmp_path: Path, name: str) -> None:
     path = models.write(name, tmp_path)
     with NativeContext(path, 32, 4, n_ubatch=16, pos_bound=4096) as context:

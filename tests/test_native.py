@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from native_context import ATTENTIONS, BF16, F16, F32, Q4_0, Q8_0, SILENT, NativeContext, _lib, last_error
-from reference import tiny_models
+from reference import models, tiny_models
 from reference.rule import Rule
 from reference.transformer import Transformer
 
@@ -582,9 +582,11 @@ def test_a_foreign_state_is_refused_and_nothing_is_lost(llama: Path, other: dict
         assert np.abs(context.feed(TOKENS[200:201])[-1] - fresh(llama, TOKENS[:201], n_ubatch=16)).max() < 1e-4
 
 
-def test_a_changed_state_is_refused_or_can_be_continued(llama: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2"])
+def test_a_changed_state_is_refused_or_can_be_continued(tmp_path: Path, name: str) -> None:
     """In a process of its own: what is trusted and should not be ends in an abort."""
-    command = [sys.executable, str(Path(__file__).with_name("state_mutations.py")), str(llama), "fused"]
+    path = models.write(name, tmp_path)
+    command = [sys.executable, str(Path(__file__).with_name("state_mutations.py")), str(path), "auto"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     n_refused, n_taken = map(int, result.stdout.split())

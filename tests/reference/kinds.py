@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reference.chunks import Llama4
 from reference.latent import Latent, MiniCPM3
 from reference.more_models import POST_NORMS, TIED
 from reference.random_model import (
@@ -175,13 +176,30 @@ KINDS = {
             | {
                 "attention.sliding_window": 48,
                 "expert_count": N_EXPERT,
-                "expert_used_count": 2,
+                # all: which of two nearly equal experts a router picks is decided by the last bit
+                "expert_used_count": N_EXPERT,
                 "expert_feed_forward_length": N_FF,
             },
             OUTPUT,
             (GPT_OSS | EXPERTS,) * 4,
         ),
         sliding=48,
+    ),
+    # one layer attends within chunks of 8192 tokens, the last one has no RoPE
+    "llama4": Kind(
+        Model(
+            "llama4",
+            {
+                "attention.sliding_window_pattern": [0, 0, 1, 0],
+                "interleave_moe_layer_step": 0,
+                "expert_count": 1,
+                "expert_used_count": 1,
+                "expert_feed_forward_length": N_FF,
+            },
+            OUTPUT,
+            (ATTENTION | GATED,) * 4,
+        ),
+        Llama4,
     ),
     # the last two layers attend to the keys of the two before; two sizes of heads
     "gemma4": Kind(

@@ -29,6 +29,7 @@ class Rule:
     n_local: window in tokens, the query counted; None for no window at all.
     n_global: sinks, the first tokens of the stream.
     max_distance: the ceiling in tokens, n_local by default.
+    chunk: nobody attends across multiples of so many positions; None for no such limit.
     mode: where a sink stands for a query whose window it has left.
         ceiling: at max_distance, all of them (LM-Infinite).
         order: in order right before the window, min(i, n_global + n_local - 1) - j (StreamingLLM's cache positions).
@@ -39,6 +40,7 @@ class Rule:
     n_global: int = 0
     max_distance: int | None = None
     mode: Mode = "ceiling"
+    chunk: int | None = None
 
     @property
     def ceiling(self) -> int | None:
@@ -130,6 +132,8 @@ def attend(
         near = slice(np.searchsorted(stream, i[0] + 1 - n_local), begin + len(i))
         distance = i[:, None] - stream[near]
         seen = (distance >= 0) & (distance < n_local)
+        if rule.chunk is not None:
+            seen &= i[:, None] // rule.chunk == stream[near] // rule.chunk
         logits = scores(q[rows], i, k[near], stream[near])
         values = v[near]
         n_sinks = int(np.searchsorted(stream, min(rule.n_global, i[-1] + 1 - n_local)))

@@ -2,7 +2,7 @@
 
 What a model does beyond the table below follows from the tensors and keys that its file has: biases, fused or separate
 projections, gated or plain feed-forward, experts, norms after a branch, learned sinks, a temperature. Models with heads
-or layers of another kind have classes of their own, in latent.py, recurrent.py and shared_keys.py.
+or layers of another kind have classes of their own, in latent.py, recurrent.py, shared_keys.py and chunks.py.
 """
 
 from __future__ import annotations
@@ -294,11 +294,14 @@ class Transformer:
         Models are trained with a factor by position. That is the number of keys before a query, so what counts here is
         how many the rule leaves in view: never more than sinks and window.
         """
-        seen = block.positions
-        if block.rule.n_local is not None:
-            seen = np.minimum(seen, block.rule.n_global + block.rule.n_local - 1)
-        growth = np.log(1 + seen // int(self.key("rope.scaling.original_context_length", 1)))
+        growth = np.log(1 + self.seen(block) // int(self.key("rope.scaling.original_context_length", 1)))
         return np.asarray(1 + float(self.key("attention.temperature_scale", 0.0)) * growth)
+
+    def seen(self, block: Block) -> Positions:
+        """[n_tokens]: how many keys each query has in view, itself not counted."""
+        if block.rule.n_local is None:
+            return block.positions
+        return np.minimum(block.positions, block.rule.n_global + block.rule.n_local - 1)
 
     def score(self, dots: Array) -> Array:
         """q.k to what goes into ALiBi and softmax."""
