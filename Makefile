@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock demo test test-all browser test-kernels sanitize lint bench bench-report bench-server bench-server-report results-measure results patches worktree clean
+.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report bench-server bench-server-report results-measure results models patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -61,6 +61,12 @@ results-measure: setup ## measure docs/results again, hours: TEXT="book.txt ..."
 
 results: setup ## docs/results.md and its plots from the figures measured last, in seconds
 	@$(BIN)/python benchmarks/results.py
+
+models: setup ## docs/models.md: what happens to every architecture of llama.cpp
+	@$(BIN)/python scripts/models.py $(ARGS)
+
+real-models: ## two real pretrained models for tests and measurements, into build/models: 350 MB
+	@$(PYTHON) scripts/real_models.py
 
 worktree: setup ## a git work tree of llama.cpp with one commit per patch, in build/worktree
 	@$(BIN)/python scripts/upstream.py worktree

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lminf_edge.errors import UserError
-from lminf_edge.gguf_header import Header
 
 SinkMode = Literal["ceiling", "order", "true"]
 SINK_MODES: tuple[SinkMode, ...] = ("ceiling", "order", "true")  # their index is enum lminf_sink_mode
@@ -111,12 +110,6 @@ class Window:
         """Default micro-batch, in tokens: see default_ubatch()."""
         return default_ubatch(self.size, on_gpu)
 
-    def kv_bytes(self, header: Header, type_k: int, type_v: int, n_ubatch: int) -> int:
-        """Size of the cache in bytes: window, slack and one micro-batch, padded as llama.cpp pads, and the sinks."""
-        n_sink_rows = -(-self.n_global // 8) * 8 + 1
-        cells = kv_bytes(header, type_k, padded(self.n_local + self.n_slack + n_ubatch), type_v)
-        return cells + kv_bytes(header, _sink_type(type_k), n_sink_rows, _sink_type(type_v))
-
 
 def default_ubatch(window: int, on_gpu: bool = False) -> int:
     """A quarter of the window, in tokens, as a power of two in 64..128, on a GPU in 64..512.
@@ -124,6 +117,35 @@ def default_ubatch(window: int, on_gpu: bool = False) -> int:
     The cache holds one micro-batch of cells beside the window. Prefill on a CPU is as fast with 128 as with 512.
     """
     return min(512 if on_gpu else 128, max(64, 1 << (window // 4 - 1).bit_length()))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The layers of a model by what they remember, and the bytes of that, for all sequences of a context."""
+
+    n_layer_full: int  # the first and the last tokens: attention with the rule of the Λ cache
+    n_layer_sliding: int  # a sliding window, as the model was trained with
+    n_layer_recurrent: int  # a state
+    n_layer_fused: int  # of the first two, those whose attention is one fused operation
+    window_bytes: int
+    sink_bytes: int
+    sliding_bytes: int
+    recurrent_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """All of it."""
+        return self.window_bytes + self.constant_bytes
+
+    @property
+    def constant_bytes(self) -> int:
+        """What does not depend on n_local."""
+        return self.sink_bytes + self.sliding_bytes + self.recurrent_bytes
+
+    @property
+    def n_kinds(self) -> int:
+        """Kinds of layers with a memory."""
+        return sum(n > 0 for n in (self.n_layer_full, self.n_layer_sliding, self.n_layer_recurrent))
 
 
 @dataclass(frozen=True)
@@ -135,19 +157,19 @@ class StreamInfo:
     skipped: int  # tokens that were never processed: prefill "tail"
     sink_cells: int  # first tokens kept
     window_cells: int  # cells in use in the window, slack included
-    kv_bytes: int  # bytes of all KV buffers
+    kv_bytes: int  # bytes of all that the model remembers a stream by: parts.kv_bytes
     rebases: int  # times the positions in the graph were moved back
     max_graph_position: int  # largest position ever used in the graph
     checkpoint_bytes: int  # bytes of the automatic checkpoints
-    attention: Attention  # "fused" or "stock"
+    attention: Attention | None  # "fused" or "stock"; None: there is none, the model is purely recurrent
+    parts: Parts
 
 
 def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
     """Resolves what `config` omits.
 
     n_ctx is the attention window n_global + n_local (0: the training length), n_ctx_train the model's training length;
-    both in tokens. Raises ValueError if they contradict each other. Warns, once per call, when the window is longer
-    than what the model was trained on.
+    both in tokens. Raises ValueError if they contradict each other.
     """
     if n_ctx is not None:
         _check("n_ctx", n_ctx, 0)
@@ -175,13 +197,26 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         pos_bound=config.pos_bound,
         attention=config.attention,
     )
+    return window
+
+
+def warn_of_window(window: Window, n_ctx_train: int, n_swa: int, parameter: str = "n_local") -> None:
+    """Warns of a window that is longer than what the model was trained on, or shorter than its sliding windows.
+
+    n_swa is the window of layers that have one of their own, 0 if there are none, `parameter` what set the window.
+    """
     if window.size > n_ctx_train:
         warnings.warn(
             f"The attention window of {window.size} tokens is longer than the {n_ctx_train} this model was trained on: "
-            f"expect worse text than with a smaller {'n_local' if n_ctx is None else 'n_ctx'}.",
+            f"expect worse text than with a smaller {parameter}.",
             stacklevel=3,
         )
-    return window
+    if window.size < n_swa:
+        warnings.warn(
+            f"The attention window of {window.size} tokens is shorter than the sliding window of {n_swa} that other "
+            f"layers of this model have: expect worse text than with a larger {parameter}.",
+            stacklevel=3,
+        )
 
 
 def check_kv_type(name: str, value: int | None) -> int:
@@ -197,17 +232,6 @@ def check_kv_type(name: str, value: int | None) -> int:
 def is_quantized(kv_type: int) -> bool:
     """Whether a cache of this GGML type is quantized."""
     return KV_TYPES[kv_type][2] > 1
-
-
-def kv_bytes(header: Header, kv_type: int, n_cells: int, type_v: int | None = None) -> int:
-    """Bytes that n_cells tokens take in a KV cache, estimated from the header; type_v None: values as keys."""
-    value_type = kv_type if type_v is None else type_v
-    return n_cells * (_row_bytes(kv_type, header.n_embd_k) + _row_bytes(value_type, header.n_embd_v))
-
-
-def padded(n_cells: int) -> int:
-    """Cells that llama.cpp allocates for so many."""
-    return -(-n_cells // 256) * 256
 
 
 def check_memory(n_bytes: int, what: str = "KV cache", parameters: str = "n_ctx or n_local") -> None:
@@ -226,15 +250,6 @@ def physical_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _sink_type(kv_type: int) -> int:
-    return KV_TYPE_DEFAULT if is_quantized(kv_type) else kv_type
-
-
-def _row_bytes(kv_type: int, n_elements: int) -> int:
-    _, block_bytes, block_elements = KV_TYPES[kv_type]
-    return n_elements * block_bytes // block_elements
 
 
 def whole_number(name: str, value: Any, least: int, most: int = MAX_WINDOW) -> int:

@@ -15,23 +15,23 @@ from lminf_edge.errors import UserError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MAX_LAYERS = 512  # llama.cpp's limit
 
 
 @dataclass(frozen=True)
 class Header:
-    """Facts about a model; counts are per token unless said otherwise."""
+    """Facts about a model. What its caches take, llama.cpp says: see lminf_edge.weightless."""
 
     architecture: str
     n_tensors: int  # in this file
     n_ctx_train: int  # tokens, 0 if the file does not say
-    n_embd_k: int  # elements of all layers' keys, 0 if the file does not say
-    n_embd_v: int  # elements of all layers' values, 0 if the file does not say
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Reads the head of a GGUF file, at a cost that does not grow with the file.
 
-    Raises ValueError, in one sentence, if this is no file, not GGUF, or a GGUF file that ends in the middle.
+    Raises ValueError, in one sentence, if this is no file, not GGUF, a GGUF file that ends in the middle, or one
+    whose layers make no sense in a way that would end the process.
     """
     name = os.fspath(path)
     if not os.path.exists(name):
@@ -43,9 +43,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raise UserError(f"{name} is not a GGUF model.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _parse(_Reader(data))
+                header, fault = _parse(_Reader(data))
             except (struct.error, IndexError, KeyError, OverflowError, TypeError, ValueError):
                 raise UserError(f"{name} is cut short or damaged: download or convert it again.") from None
+    if fault:
+        raise UserError(f"{name} {fault}: convert it again.")
+    return header
 
 
 class _Reader:
@@ -77,25 +80,24 @@ class _Reader:
         return self.data[start : self.offset].decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A scalar, a string, or a list of numbers; arrays of anything else are stepped over."""
+        """A scalar or a string; arrays are stepped over."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             return self.scalar(kind)
         item, count = self.u32(), self.u64()
-        if item == _STRING:
-            for _ in range(count):
-                self.skip(self.u64())
-            return None
         if item == _ARRAY:
             raise KeyError("nested array")
-        layout = f"<{count}{_SCALARS[item]}"
-        start = self.offset
-        self.skip(struct.calcsize(layout))
-        return list(struct.unpack_from(layout, self.data, start))
+        if item != _STRING:
+            self.skip(count * struct.calcsize("<" + _SCALARS[item]))
+            return None
+        for _ in range(count):
+            self.skip(self.u64())
+        return None
 
 
-def _parse(reader: _Reader) -> Header:
+def _parse(reader: _Reader) -> tuple[Header, str | None]:
+    """What the file says of itself, and what is wrong with its layers, in a few words."""
     reader.u32()  # version
     n_tensors, n_values = reader.u64(), reader.u64()
     values: dict[str, Any] = {}
@@ -108,19 +110,13 @@ def _parse(reader: _Reader) -> Header:
 
     architecture = str(values.get("general.architecture", ""))
 
-    def number(key: str) -> int:
-        value = values.get(f"{architecture}.{key}", 0)
-        return int(value) if isinstance(value, (int, float)) else 0
+    def number(key: str) -> int | None:
+        value = values.get(f"{architecture}.{key}")
+        return int(value) if isinstance(value, (int, float)) else None
 
-    n_layer, n_head, n_embd = number("block_count"), number("attention.head_count"), number("embedding_length")
-    head_size = n_embd // n_head if n_head else 0
-    # a number, or a list with one for each layer
-    n_head_kv = values.get(f"{architecture}.attention.head_count_kv", n_head)
-    n_heads_of_all_layers = sum(n_head_kv) if isinstance(n_head_kv, list) else int(n_head_kv) * n_layer
-    return Header(
-        architecture=architecture,
-        n_tensors=n_tensors,
-        n_ctx_train=number("context_length"),
-        n_embd_k=n_heads_of_all_layers * (number("attention.key_length") or head_size),
-        n_embd_v=n_heads_of_all_layers * (number("attention.value_length") or head_size),
-    )
+    fault, n_layer = None, number("block_count")
+    if n_layer is not None and not 1 <= n_layer <= _MAX_LAYERS:
+        fault = f"claims to have {n_layer} layers, and llama.cpp runs 1 to {_MAX_LAYERS}"
+    elif number("full_attention_interval") == 0:
+        fault = "claims that one layer in 0 has full attention"
+    return Header(architecture, n_tensors, number("context_length") or 0), fault

@@ -27,7 +27,7 @@ from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.store import CheckpointStore
 from lminf_edge.cache.token_log import N_RECENT, TokenLog, Tokens, as_tokens
 from lminf_edge.completion import complete
-from lminf_edge.config import ATTENTIONS, LMInfConfig, StreamInfo, whole_number
+from lminf_edge.config import LMInfConfig, StreamInfo, whole_number
 from lminf_edge.engine.params import LogitsProcessor, SamplingParams, as_processors
 from lminf_edge.engine.prefix import find_prefix
 from lminf_edge.engine.request import End, Output, PromptPart, Request
@@ -36,7 +36,7 @@ from lminf_edge.engine.scheduler import Scheduler
 from lminf_edge.engine.slot import Slot
 from lminf_edge.errors import UserError
 from lminf_edge.guard import Freed, Guard, StreamTakenError, guarded
-from lminf_edge.model import Model
+from lminf_edge.model import ALL_LAYERS, Model, RemoteLlama
 from lminf_edge.models import find_model, path_text
 from lminf_edge.scores import ScoreWindow
 from lminf_edge.text.tokenizer import Tokenizer, check_ids, use_tokenizer
@@ -47,7 +47,8 @@ _GENERATE = inspect.signature(STOCK.generate)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_TO_CLOSE: weakref.WeakSet[Llama] = weakref.WeakSet()  # they have something to write
+# they have something to write, or would wait for ever for a machine that is gone: while Python ends, nothing can tell
+_TO_CLOSE: weakref.WeakSet[Llama] = weakref.WeakSet()
 
 
 @atexit.register
@@ -74,7 +75,7 @@ def _init_signature() -> inspect.Signature:
         for name, parameter in stock.parameters.items()
     ]
     *before, rest = parameters  # **kwargs is the last
-    ours = (("lminf", None), ("checkpoint_folder", None))
+    ours = (("lminf", None), ("checkpoint_folder", None), ("rpc_servers", None))
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in ours]
     return stock.replace(parameters=[*before, *more, rest])
 
@@ -91,9 +92,9 @@ def _seed(seed: Any) -> int:
         *("token_bos", "token_eos", "token_nl", "set_seed", "set_cache", "scheduler", "slot"),
     ),
     moving=("eval", "reset", "n_tokens=", "load_state", "restore", "embed"),
-    free=("close", "has_stream", "ctx", "model"),
+    free=("close", "has_stream", "ctx", "model", "model_params"),
 )
-class Llama(llama_cpp.Llama):
+class Llama(RemoteLlama):
     """llama_cpp.Llama for streams of any length.
 
     With `lminf=True` or an LMInfConfig the model attends to the first n_global and the last n_local tokens of its
@@ -108,6 +109,8 @@ class Llama(llama_cpp.Llama):
     - checkpoint_folder keeps streams in files there, a subfolder for each model and window, from one process to the
       next: written when another takes their place, by close() and at the end of the process. One process uses a
       subfolder at a time.
+    - rpc_servers, "host:port,host:port" or a list of them, spreads the layers over machines that run `lminf-edge
+      rpc-server`: all of them, unless n_gpu_layers says how many. If one of them is gone the process ends.
     - A quantized type_v turns flash_attn on, which llama.cpp requires for it.
     - n_ubatch, if not given, is a quarter of the window (64 to 128, with n_gpu_layers 64 to 512): the cache holds
       that many more cells.
@@ -127,8 +130,12 @@ class Llama(llama_cpp.Llama):
       ValueErrors and RuntimeErrors.
     - What a logits processor raises ends the completion. Tokens of any length detokenize. seed=-1 is random.
 
-    Raises ValueError, in one sentence, if the file cannot be used or the parameters contradict each other or the
-    model, and MemoryError if the cache cannot fit in memory.
+    A purely recurrent model (Mamba, RWKV) remembers in a state of constant size and has no attention: with lminf it has
+    a stream like any other model and runs as it is, without a Λ cache. A recurrent state cannot go back a few tokens:
+    where a prompt diverges, a checkpoint is restored or the prompt is processed from its start.
+
+    Raises ValueError, in one sentence, if the file cannot be used, the parameters contradict each other or the model,
+    or the cache cannot fit in memory.
     """
 
     sampling = SamplingParams()
@@ -169,6 +176,8 @@ class Llama(llama_cpp.Llama):
             # the base class sizes these by n_ctx and n_batch; the properties below take their place
             del self._stock_input_ids, self._stock_scores
             self._start(model, keeps_scores, checkpoint_folder)
+        if self._connection is not None:
+            _TO_CLOSE.add(self)
         self.sampling = replace(self.sampling, repeat_last_n=self.last_n_tokens_size)
         use_tokenizer(self)
 
@@ -261,7 +270,8 @@ class Llama(llama_cpp.Llama):
             rebases=info.n_rebase,
             max_graph_position=info.max_graph_pos,
             checkpoint_bytes=self.scheduler.store.state_bytes,
-            attention=ATTENTIONS[slot.sequence.attention],
+            attention=slot.sequence.attention,
+            parts=self.scheduler.model.parts,
         )
 
     def checkpoint(self) -> Checkpoint:
@@ -560,6 +570,7 @@ class Llama(llama_cpp.Llama):
 
     def _next_output(self, request: Request) -> Output | PromptPart | End:
         scheduler = self.scheduler
+        request.n_asked += 1
         while request.outputs.empty():
             scheduler.step()
             if request.outputs.empty():
@@ -608,6 +619,10 @@ class Llama(llama_cpp.Llama):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if state["n_gpu_layers"] == ALL_LAYERS:
+            state["n_gpu_layers"] = -1
+        if self._connection is not None:
+            state.update(rpc_servers=list(self._connection.servers))
         if self._lminf is not None:
             state.update(lminf=self._lminf.config, n_ctx=self._lminf.window.size)
             state.update(checkpoint_folder=self._checkpoint_folder)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,24 +14,24 @@ import llama_cpp
 from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
-from lminf_edge import native
+from lminf_edge import native, rpc
 from lminf_edge.cache.checkpoint import Identity, model_digest
-from lminf_edge.cache.sequence import Batch, CacheSequence
+from lminf_edge.cache.sequence import Batch, CacheSequence, ConstantSequence
 from lminf_edge.config import (
-    ATTENTIONS,
     DEFAULT_WINDOW,
-    SINK_MODES,
     LMInfConfig,
     Window,
     check_kv_type,
     check_memory,
     is_quantized,
     resolve,
+    warn_of_window,
     whole_number,
 )
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
+from lminf_edge.native import Support
 
 # parameters that are whole numbers, and their minima
 _WHOLE_NUMBERS = {
@@ -44,6 +45,8 @@ _WHOLE_NUMBERS = {
     "yarn_orig_ctx": 0,
 }
 
+ALL_LAYERS = 0x7FFFFFFF  # what llama_cpp makes of n_gpu_layers=-1
+
 # settings that the keys in a cache depend on, besides model and window
 _ROPE_SETTINGS = (
     "rope_scaling_type",
@@ -55,6 +58,32 @@ _ROPE_SETTINGS = (
     "yarn_beta_slow",
     "yarn_orig_ctx",
 )
+
+
+class RemoteLlama(llama_cpp.Llama):
+    """llama_cpp.Llama with one more argument: rpc_servers, other machines for its layers, all by default."""
+
+    _connection: rpc.Connection | None = None
+
+    def __init__(
+        self, *args: Any, rpc_servers: str | Sequence[str] | None = None, n_gpu_layers: int = 0, **kwargs: Any
+    ) -> None:
+        if rpc_servers:
+            self._connection = rpc.connect(rpc_servers)
+            n_gpu_layers = n_gpu_layers or -1
+        super().__init__(*args, n_gpu_layers=n_gpu_layers, **kwargs)
+
+    @property
+    def model_params(self) -> Any:
+        return self.__dict__["model_params"]
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        """The base class makes them and loads the model with them."""
+        self.__dict__["model_params"] = params
+        if self._connection is not None:
+            params.devices = ctypes.addressof(self._connection.devices)
+            self._stack.callback(self._connection.close)  # after all that is freed
 
 
 class Model:
@@ -73,8 +102,8 @@ class Model:
         """Makes `llama` with `init`, llama_cpp.Llama's, called with the path and keywords, in a context with a Λ cache.
 
         n_ctx, if given, is the attention window; n_seq_max the number of sequences. Raises UserError, in one sentence,
-        if the file cannot be used or the parameters contradict each other or the model, MemoryError if the cache
-        cannot fit in memory.
+        if the file cannot be used, the parameters contradict each other or the model, or the cache cannot fit in
+        memory.
         """
         kwargs = dict(settings)
         if isinstance(kwargs.get("chat_handler"), (Llava15ChatHandler, MTMDChatHandler)):
@@ -89,28 +118,19 @@ class Model:
         header = read_header(path)
         if header.n_tensors == 0:
             raise UserError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
-        window = resolve(config, n_ctx, training_length(header, kwargs.get("kv_overrides") or {}))
+        n_ctx_train = training_length(header, kwargs.get("kv_overrides") or {})
+        window = resolve(config, n_ctx, n_ctx_train)
         type_k, type_v = check_kv_type("type_k", kwargs.get("type_k")), check_kv_type("type_v", kwargs.get("type_v"))
         if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
             raise UserError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")
         n_batch = int(kwargs.pop("n_batch", None) or 512)
         if n_seq_max > n_batch:
             raise UserError(f"n_seq_max={n_seq_max} must be no more than n_batch={n_batch}: give a larger n_batch.")
-        on_gpu = bool(kwargs.get("n_gpu_layers"))
+        on_gpu = bool(kwargs.get("n_gpu_layers") or kwargs.get("rpc_servers"))
         n_ubatch = min(n_batch, int(kwargs.pop("n_ubatch", None) or window.default_ubatch(on_gpu)))
-        if not on_gpu:
-            check_memory(n_seq_max * window.kv_bytes(header, type_k, type_v, n_ubatch))
-        check_memory(4 * n_batch * max(window.size, n_batch), "batch", "n_batch")  # as llama_cpp allocates it
-        params = native.Params(
-            n_global=window.n_global,
-            n_local=window.n_local,
-            max_distance=window.max_distance,
-            n_slack=window.n_slack,
-            sink_mode=SINK_MODES.index(window.sink_mode),
-            pos_bound=window.pos_bound,
-            attention=ATTENTIONS.index(window.attention),
-            n_seq_max=n_seq_max,
-        )
+        at_fault = "n_batch" if n_batch >= window.size else "n_ctx or n_local"
+        check_memory(4 * n_batch * max(window.size, n_batch), "batch", at_fault)  # as llama_cpp allocates it
+        params = native.Params.of(window, n_seq_max)
         with native.captured_errors() as errors, library.next_context(params):
             try:
                 # n_ctx sizes nothing in this cache, but n_batch is cut to it
@@ -121,31 +141,42 @@ class Model:
         if llama.lora_path and not llama._lora_adapter:  # the base class takes a null pointer for an adapter
             reason = errors[0] if errors else "llama.cpp does not say why"
             raise UserError(f"{llama.lora_path} cannot be loaded as an adapter: {reason}.")
-        assert library.enabled(llama._ctx.ctx)
+        is_constant = library.support(llama._model.model) is Support.CONSTANT
+        assert is_constant != library.enabled(llama._ctx.ctx)
+        self.parts = library.parts(llama._ctx.ctx)
+        self.note: str | None = None  # what a user might not expect
+        if is_constant:  # nothing of a window is in force
+            window = replace(window, n_global=0, n_local=window.size, max_distance=window.size, n_slack=0)
+            self.note = constant_note(header.architecture)
+        else:
+            n_swa = bindings.llama_model_n_swa(llama._model.model) if self.parts.n_layer_sliding else 0
+            warn_of_window(window, n_ctx_train, n_swa, "n_local" if n_ctx is None else "n_ctx")
 
         settings = {name: getattr(llama.context_params, name) for name in _ROPE_SETTINGS}
         settings.update(kv_overrides=llama.kv_overrides, lora_scale=llama.lora_scale if llama.lora_path else None)
-        stock = ATTENTIONS[library.params(llama._ctx.ctx).attention] == "stock"
         self.path = path
         self.llama = llama
         self.window: Window = window
-        self.config = replace(config, n_local=window.n_local)
+        self.is_constant = is_constant  # purely recurrent: it remembers in a state of constant size, without a window
+        self.config = config if is_constant else replace(config, n_local=window.n_local)
         self.n_seq_max = n_seq_max
         self.n_vocab = int(llama.n_vocab())
         self.n_batch, self.n_ubatch = n_batch, n_ubatch
+        sequence = ConstantSequence if is_constant else CacheSequence
+        self.sequences = [sequence(library, llama._ctx, window, seq_id) for seq_id in range(n_seq_max)]
+        self.n_slack = self.sequences[0].n_slack
+        self.batch = Batch(llama._batch)
+        stock = self.sequences[0].attention == "stock"
         self.identity = Identity(
             model=model_digest(path, settings, *([llama.lora_path] if llama.lora_path else [])),
             n_global=window.n_global,
-            n_local=window.n_local,
-            max_distance=window.max_distance,
+            n_local=0 if is_constant else window.n_local,
+            max_distance=0 if is_constant else window.max_distance,
             sink_mode=params.sink_mode,
             type_k=type_k,
             type_v=type_v,
             v_transposed=int(stock and not llama.context_params.flash_attn_type),
         )
-        self.sequences = [CacheSequence(library, llama._ctx, window, seq_id) for seq_id in range(n_seq_max)]
-        self.batch = Batch(llama._batch)
-        self.kv_bytes = int(self.sequences[0].info().kv_bytes)
 
     @classmethod
     def load(
@@ -157,9 +188,9 @@ class Model:
         **settings: Any,
     ) -> Model:
         """Loads a model file or an embedded model; raises as the constructor does."""
-        llama = object.__new__(llama_cpp.Llama)
+        llama = object.__new__(RemoteLlama)
         llama._stack = contextlib.ExitStack()  # so that close() works however early this fails
-        init = functools.partial(llama_cpp.Llama.__init__, llama)
+        init = functools.partial(RemoteLlama.__init__, llama)
         return cls(llama, init, find_model(path), config or LMInfConfig(), n_ctx, n_seq_max, settings)
 
     def close(self) -> None:
@@ -175,6 +206,14 @@ class Model:
     def is_eog(self, token: int) -> bool:
         """Whether this token ends a generation."""
         return bool(bindings.llama_vocab_is_eog(self.llama._model.vocab, token))
+
+
+def constant_note(architecture: str) -> str:
+    """What is to be said of a purely recurrent model."""
+    return (
+        f"Models of architecture '{architecture}' keep a state of constant size, however long the stream: this one "
+        "needs no Λ cache and runs as it is."
+    )
 
 
 def native_model(path: str, **settings: Any) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import functools
+import os
 import re
 import sys
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_edge import startup
+from lminf_edge.config import ATTENTIONS, SINK_MODES, Parts, Window
 from lminf_edge.errors import UserError
 from lminf_edge.startup import LIBRARY_NAMES as LIBRARY_NAMES
 
@@ -40,6 +43,19 @@ class Params(ctypes.Structure):
     pos_bound: int
     attention: int
     n_seq_max: int
+
+    @classmethod
+    def of(cls, window: Window, n_seq_max: int) -> Params:
+        return cls(
+            n_global=window.n_global,
+            n_local=window.n_local,
+            max_distance=window.max_distance,
+            n_slack=window.n_slack,
+            sink_mode=SINK_MODES.index(window.sink_mode),
+            pos_bound=window.pos_bound,
+            attention=ATTENTIONS.index(window.attention),
+            n_seq_max=n_seq_max,
+        )
 
 
 class Info(ctypes.Structure):
@@ -69,6 +85,29 @@ class Info(ctypes.Structure):
     max_graph_pos: int
     pos_bound: int
     kv_bytes: int
+
+
+class NativeParts(ctypes.Structure):
+    """struct lminf_parts"""
+
+    _fields_ = (
+        ("n_layer_full", ctypes.c_int32),
+        ("n_layer_sliding", ctypes.c_int32),
+        ("n_layer_recurrent", ctypes.c_int32),
+        ("n_layer_fused", ctypes.c_int32),
+        ("window_bytes", ctypes.c_uint64),
+        ("sink_bytes", ctypes.c_uint64),
+        ("sliding_bytes", ctypes.c_uint64),
+        ("recurrent_bytes", ctypes.c_uint64),
+    )
+
+
+class Support(enum.IntEnum):
+    """enum lminf_support: what a model can have"""
+
+    REFUSED = 0  # no Λ cache
+    RUNS = 1  # a Λ cache
+    CONSTANT = 2  # a recurrent state and nothing that grows: a context of its own is made instead of a Λ cache
 
 
 def library_folder() -> Path | None:
@@ -103,11 +142,14 @@ class Native:
         pointer, int32, int64, boolean = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_bool
         self._default_params = declare("lminf_default_params", Params)
         self._refusal = declare("lminf_refusal", ctypes.c_char_p, pointer)
+        self._support = declare("lminf_support", int32, pointer)
         self._set_next = declare("lminf_set_next", boolean, ctypes.POINTER(Params))
         self._last_error = declare("lminf_last_error", ctypes.c_char_p)
         self._enabled = declare("lminf_enabled", boolean, pointer)
         self._get_params = declare("lminf_get_params", boolean, pointer, ctypes.POINTER(Params))
         self._get_info = declare("lminf_get_info", boolean, pointer, int32, ctypes.POINTER(Info))
+        self._get_parts = declare("lminf_get_parts", boolean, pointer, ctypes.POINTER(NativeParts))
+        self._memory_bytes = declare("lminf_memory_bytes", ctypes.c_uint64, pointer)
         self._next_pos = declare("lminf_next_pos", int32, pointer, int32, int32)
         self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
         self._skip = declare("lminf_skip", boolean, pointer, int32, int64)
@@ -124,6 +166,10 @@ class Native:
         text: bytes | None = self._refusal(model)
         return text.decode("utf-8", errors="replace") if text else None
 
+    def support(self, model: Any) -> Support:
+        """What this model can have; some are only refused when their graph is built."""
+        return Support(self._support(model))
+
     def last_error(self) -> str:
         """The error of this thread's last call, "" if there was none."""
         text: bytes | None = self._last_error()
@@ -131,7 +177,7 @@ class Native:
 
     @contextlib.contextmanager
     def next_context(self, params: Params) -> Iterator[None]:
-        """The context that this thread makes inside the `with` block gets a Λ cache.
+        """The context that this thread makes inside the `with` block gets a Λ cache, unless its model is CONSTANT.
 
         Raises ValueError if the parameters are invalid.
         """
@@ -156,6 +202,22 @@ class Native:
         if not self._get_info(ctx, seq_id, ctypes.byref(info)):
             raise RuntimeError(f"This context has no Λ cache with a sequence {seq_id}.")
         return info
+
+    def parts(self, ctx: Any) -> Parts:
+        """What a context with a Λ cache remembers by, or one of a CONSTANT model."""
+        from llama_cpp import llama_cpp as bindings
+
+        found = NativeParts()
+        if not self._get_parts(ctx, ctypes.byref(found)):
+            model = bindings.llama_get_model(ctx)
+            assert self.support(model) is Support.CONSTANT
+            found.n_layer_recurrent = bindings.llama_model_n_layer(model)
+            found.recurrent_bytes = self.memory_bytes(ctx)
+        return Parts(**{name: getattr(found, name) for name, _ in NativeParts._fields_})
+
+    def memory_bytes(self, ctx: Any) -> int:
+        """Bytes that any context remembers by; without weights, what they would be."""
+        return int(self._memory_bytes(ctx))
 
     def next_pos(self, ctx: Any, n_tokens: int, seq_id: int = 0) -> int:
         """Makes room for n_tokens more; returns the graph position of the first, or a negative number."""
@@ -182,6 +244,18 @@ class Native:
         return bool(self._seq_start(ctx, seq_id, stream_pos))
 
 
+def _exit(message: bytes) -> None:
+    """What ggml calls before it aborts, in any thread."""
+    reason = " ".join(message.decode("utf-8", errors="replace").split())
+    os.write(2, f"error: llama.cpp cannot go on, as with a file that contradicts itself: {reason}.\n".encode())
+    os._exit(1)
+
+
+_exit_callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_exit)  # never freed
+
+exits_on_abort = False  # of libraries loaded from now on: end the process with a sentence instead of a stack trace
+
+
 @functools.cache
 def load() -> Native:
     """The patched library, loaded through llama_cpp.
@@ -205,7 +279,14 @@ def load() -> Native:
         raise ImportError(
             f"The llama.cpp library in {folder} is a stock one, without the Λ cache: set LMINF_LIB_PATH to ours."
         )
-    return Native(lib)
+    if exits_on_abort:
+        lib.ggml_set_abort_callback(_exit_callback)
+    try:
+        return Native(lib)
+    except AttributeError as error:
+        raise ImportError(
+            f"The library in {folder} is of another version of lminf_edge: build or install it again."
+        ) from error
 
 
 _capturing = threading.local()  # .errors: the innermost list of this thread
@@ -277,4 +358,7 @@ def context_failure(errors: list[str]) -> str | None:
         if found:
             kv_type, block, size = found.groups()
             return f"a {kv_type} cache needs heads whose size is a multiple of {block}, and these have {size}."
+        _, failed, reason = error.partition("failed to initialize the context: ")
+        if failed:
+            return f"llama.cpp cannot make a context for it: {reason}."
     return None

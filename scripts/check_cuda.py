@@ -2,7 +2,7 @@
 """Compiles the CUDA kernels for several architectures, with upstream's flags and headers, warnings being errors.
 
 Prints what each kernel needs: registers, bytes spilled, bytes of stack. Needs nvcc, no GPU and no CUDA libraries; the
-objects are left in build/cuda-check. Shared memory is dynamic: at most 48 KiB, which the emulated tests look at.
+objects are left in build/cuda-check. Shared memory is dynamic; how much a kernel gets, the emulated tests look at.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KERNELS = ROOT / "native" / "kernels"
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-Werror", "all-warnings", "-Xptxas", "-v")
 
 ENTRY = re.compile(
-    r"Compiling entry function '_Z\d+(?P<name>\w+?_kernel)(?:ILi(?P<arg>\d+)E)?.*?"
+    r"Compiling entry function '_Z\d+(?P<name>\w+?_kernel)(?:I(?P<args>(?:Li\d+E)+)E)?.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<spill>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
@@ -60,7 +60,8 @@ def main() -> int:
             if not kernels:
                 raise UpstreamError(f"nvcc compiled no kernel for sm_{arch}.")
             for kernel in kernels:
-                name = kernel["name"] + (f"<{kernel['arg']}>" if kernel["arg"] else "")
+                numbers = ", ".join(re.findall(r"\d+", kernel["args"] or ""))
+                name = kernel["name"] + (f"<{numbers}>" if numbers else "")
                 print(
                     f"sm_{arch}  {name:22}  {kernel['registers']:>3} registers"
                     f"  {kernel['spill']:>4} bytes spilled  {kernel['stack']:>4} bytes of stack",

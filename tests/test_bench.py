@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from benchmark_script import run_benchmark
 from native_context import NativeContext
+from reference import models
 
 from lminf_edge.bench import random_model
 from lminf_edge.bench.alternate import Bench, Result, fastest, ratio
@@ -124,6 +125,20 @@ def test_stretch_lambda(model: Path, flash_attn: bool) -> None:
             assert info.n_sink == 4
             assert info.n_window == min(stream_pos, n_cells)
             assert np.isfinite(context.feed(np.arange(200, dtype=np.int32) % 300)).all()
+            assert context.info().stream_pos == stream_pos + 200
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "lfm2", "jamba", "deepseek2"])
+def test_stretch_lambda_with_other_parts(tmp_path: Path, name: str) -> None:
+    """Sliding layers, recurrent states, keys without values."""
+    with NativeContext(models.write(name, tmp_path), n_local=100, n_global=4) as context:
+        context.feed(np.arange(40, dtype=np.int32))
+        state = context.save()
+        assert stretch_lambda(state, 40) == state
+        for stream_pos in (90, 3_000_001):
+            assert context.load(bytes(stretch_lambda(state, stream_pos)))
+            assert context.info().stream_pos == stream_pos
+            assert np.isfinite(context.feed(np.arange(200, dtype=np.int32) % 280)).all()
             assert context.info().stream_pos == stream_pos + 200
 
 
@@ -284,10 +299,23 @@ def test_heads_too_small_for_a_quantized_cache(tmp_path: Path, capfd: pytest.Cap
     sentence = "a q8_0 cache needs heads whose size is a multiple of 32, and these have 16."
     assert main(["generate", "-m", path, "-p", "a", "--kv-type", "q8_0"]) == 1
     assert capfd.readouterr().err == f"error: {path} cannot be used so: {sentence}\n"
-    assert main(["info", "-m", path, "--kv-type", "q8_0"]) == 0
+    assert main(["info", "-m", path, "--kv-type", "q8_0"]) == 1
     assert f"no: {sentence}" in capfd.readouterr().out
-    assert main(["info", "-m", path]) == 0
-    assert "no:" not in capfd.readouterr().out
+    assert main(["info", "-m", path, "--json"]) == 0
+    per_token = json.loads(capfd.readouterr().out)["kv_bytes_per_token"]
+    assert [name for name, n_bytes in per_token.items() if n_bytes is not None] == ["f32", "f16", "bf16"]
+
+
+@pytest.mark.parametrize("name", ["gemma4", "qwen35", "jamba", "minicpm3", "deepseek2", "qwen2vl"])
+def test_models_of_every_kind_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """With made-up cells where their states are known, else after a prompt of that length."""
+    path = str(models.write(name, tmp_path))
+    options = ["--window", "100", "--depth", "0,300", "--n-prompt", "16", "--n-gen", "4", "--rounds", "1"]
+    assert main(["bench", "-m", path, *options, "--json"]) == 0
+    results = json.loads(capfd.readouterr().out)["results"]
+    assert {result["label"] for result in results} >= {"pp16", "tg4", "pp16 @ d300", "tg4 @ d300"}
+    assert {result["cache"] for result in results} == {"lambda", "full", "window"}
+    assert all(result["median"] > 0 and result["kv_bytes"] > 0 for result in results)
 
 
 # --- benchmarks/ ------------------------------------------------------------------------------------------------------

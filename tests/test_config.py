@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from lminf_edge import LMInfConfig
-from lminf_edge.config import MAX_WINDOW, Window, check_kv_type, check_memory, physical_memory, resolve
-from lminf_edge.gguf_header import Header
+from lminf_edge.config import (
+    MAX_WINDOW,
+    Window,
+    check_kv_type,
+    check_memory,
+    physical_memory,
+    resolve,
+    warn_of_window,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +47,23 @@ def test_the_default_window_never_exceeds_the_training_length() -> None:
         assert resolve(LMInfConfig(), None, n_ctx_train).size == min(4096, n_ctx_train)
 
 
-@pytest.mark.parametrize(("config", "n_ctx"), [(LMInfConfig(), 513), (LMInfConfig(n_local=503), None)])
-def test_a_window_beyond_the_training_length_warns_in_one_sentence(config: LMInfConfig, n_ctx: int | None) -> None:
-    with pytest.warns(UserWarning, match="513 tokens is longer than the 512") as caught:
-        assert resolve(config, n_ctx, 512).size == 513
+@pytest.mark.parametrize(
+    ("n_ctx_train", "n_swa", "message"),
+    [
+        (512, 0, "513 tokens is longer than the 512 this model was trained on: .* a smaller n_ctx"),
+        (1024, 1000, "513 tokens is shorter than the sliding window of 1000 .* a larger n_ctx"),
+    ],
+)
+def test_a_window_too_long_or_too_short_warns_in_one_sentence(n_ctx_train: int, n_swa: int, message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        warn_of_window(resolve(LMInfConfig(), 513, n_ctx_train), n_ctx_train, n_swa, "n_ctx")
     assert len(caught) == 1
+
+
+def test_a_window_in_between_does_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_window(resolve(LMInfConfig(), 513, 513), 513, 513)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +109,6 @@ def test_default_ubatch_is_a_quarter_of_the_window(size: int, n_ubatch: int) -> 
     window = Window(0, size, size, 64, "ceiling", 0, "auto")
     assert window.default_ubatch(on_gpu=True) == n_ubatch
     assert window.default_ubatch() == min(n_ubatch, 128)
-
-
-def test_kv_bytes() -> None:
-    header = Header("llama", 10, 512, n_embd_k=640, n_embd_v=640)
-    window = Window(10, 502, 502, 64, "ceiling", 0, "auto")
-    # 694 cells become a multiple of 256; the sinks of a quantized cache stay in f16
-    assert window.kv_bytes(header, 1, 8, 128) == 768 * (640 * 2 + 640 * 34 // 32) + (16 + 1) * 2 * 640 * 2
 
 
 def test_kv_types() -> None:

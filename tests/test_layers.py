@@ -12,12 +12,12 @@ PACKAGE = Path(lminf_edge.__file__).parent
 # from the ground up; what stands in one line may import one another, but for circles
 LAYERS = (
     ("errors", "files", "startup", "loops"),
-    ("gguf_header", "models", "config", "native"),
+    ("gguf_header", "models", "config", "native", "rpc"),
     ("cache",),
     ("model",),
     ("engine",),
     ("text",),
-    ("completion", "guard", "scores", "llama", "patched", "patching", "server", "evaluate", "bench"),
+    ("completion", "guard", "scores", "llama", "patched", "patching", "server", "evaluate", "weightless", "bench"),
     ("cli", "__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

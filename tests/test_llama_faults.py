@@ -205,7 +205,7 @@ def test_after_close_everything_says_so(either: Llama) -> None:
     either.close()
     names = {name for name in dir(Llama) if not name.startswith("_")} | {"__call__"}
     skipped = {"close", "from_pretrained", "logits_to_logprobs", "longest_token_prefix", "has_stream"}
-    skipped |= {"sampling", "detect_loops"}  # plain values
+    skipped |= {"sampling", "detect_loops", "model_params"}  # plain values
     for name in names - skipped:
         with pytest.raises(ClosedError, match=r"^This model has been closed\.$"):
             getattr(either, name)(*ARGUMENTS.get(name, ()))
@@ -482,7 +482,8 @@ def test_signatures() -> None:
     stock = inspect.signature(llama_cpp.Llama)
     ours = inspect.signature(Llama)
     assert list(ours.parameters)[: len(stock.parameters) - 1] == list(stock.parameters)[:-1]
-    assert [name for name in ours.parameters if name not in stock.parameters] == ["lminf", "checkpoint_folder"]
+    added = [name for name in ours.parameters if name not in stock.parameters]
+    assert added == ["lminf", "checkpoint_folder", "rpc_servers"]
     assert inspect.signature(Llama.__init__).parameters["n_ctx"].default is None
     for name in ("generate", "sample", "create_completion", "create_chat_completion", "tokenize", "__call__"):
         assert inspect.signature(getattr(Llama, name)) == inspect.signature(getattr(llama_cpp.Llama, name))

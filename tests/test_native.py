@@ -361,7 +361,7 @@ def test_a_rollback_after_a_skip_leads_back_to_it_and_not_across(llama: Path, n_
             assert np.abs(context.feed(TOKENS[20 + kept : 70]) - expected[kept:]).max() < 1e-4
         for gone in (resume - 1, resume - 250, 10, 1):
             assert not context.rollback(gone)
-            assert "are gone" in last_error()
+            assert "is gone" in last_error()
             assert context.info().stream_pos == resume + 50
         assert context.rollback(resume)
         assert not context.rollback(resume - 1)
@@ -612,7 +612,7 @@ def poisoned(state: bytes, value: float, n_newest: int, is_transposed: bool) -> 
     n_layer, row = 2, 32  # of the model "llama"
     words = np.frombuffer(state, dtype=np.float32).copy()
     integers = np.frombuffer(state, dtype=np.int32)
-    at = (8 + 40 + 48) // 4
+    at = (8 + 56 + 48 + 16 + 8) // 4  # llama.cpp's words, header, sequence, part, cells
     n_used = int(integers[at - 1])
     at += n_used + 3
     positions = integers[at : at + 3 * n_used : 3]
@@ -623,6 +623,7 @@ def poisoned(state: bytes, value: float, n_newest: int, is_transposed: bool) -> 
             block = words[at + 3 : at + 3 + n_used * row]
             at += 3 + n_used * row
             (block.reshape(row, n_used).T if is_value and is_transposed else block.reshape(n_used, row))[newest] = value
+    at += 16 // 4  # the part of the sinks
     assert len(words) - at == 2 * n_layer * row * G
     if newest.all():
         words[at:] = value

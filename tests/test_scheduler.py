@@ -50,8 +50,9 @@ def ask(scheduler: Scheduler, prompt: Sequence[int] | Tokens, max_tokens: int = 
 
 
 def taken(request: Request) -> list[int]:
-    """The tokens that have come so far. Raises what went wrong."""
+    """The tokens that have come so far; asks for one more. Raises what went wrong."""
     tokens = []
+    request.n_asked = request.stats.n_generated + 1
     try:
         while True:
             output = request.outputs.get_nowait()

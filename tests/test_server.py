@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -268,13 +269,42 @@ def test_embeddings(ai: openai.OpenAI, client: httpx.Client) -> None:
 # --- llama.cpp's dialect ----------------------------------------------------------------------------------------------
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, IMAGE]}]},
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [SOUND]}]}),
+        ("/v1/completions", {"prompt": [[0.5, -0.25]]}),
+        ("/v1/completions", {"prompt": "a", "prompt_embeds": "AAAA"}),
+        ("/completion", {"prompt": {"prompt_string": "<__media__>", "multimodal_data": ["AAAA"]}}),
+        ("/completion", {"prompt": "[img-1]", "image_data": [{"data": "AAAA", "id": 1}]}),
+    ],
+)
+def test_pictures_sound_and_embeddings_are_refused(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    response = client.post(path, json={**body, "max_tokens": 1, "n_predict": 1})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "\n" not in message
+    assert "text" in message or "prompt" in message
+
+
 def test_health_props_and_slots(client: httpx.Client, server: Served) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     props = client.get("/props").json()
     assert props["default_generation_settings"]["n_ctx"] == ENDLESS
     assert props["lminf"]["window"] == 128
     assert props["lminf"]["sink"] == 4
-    assert props["lminf"]["kv_bytes"] == server.engine.model.kv_bytes
+    parts = server.engine.parts
+    assert props["lminf"]["kv_bytes"] == parts.kv_bytes
+    assert props["lminf"]["parts"] == asdict(parts)
+    assert (parts.n_layer_full, parts.n_layer_fused, parts.constant_bytes) == (6, 6, parts.sink_bytes)
     assert props["total_slots"] == 2
     assert len(client.get("/slots").json()) == 2
     assert str(Path(server.engine.model.llama.model_path).parent) not in json.dumps(props)

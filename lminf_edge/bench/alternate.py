@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lminf_edge.bench.contender import Contender
+from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
 from lminf_edge.config import check_memory
 from lminf_edge.errors import UserError
-from lminf_edge.gguf_header import read_header
 from lminf_edge.native import LIBRARY_NAMES
+from lminf_edge.weightless import Weightless
 
 ROUNDS_PER_CONTEXT = 2
 
@@ -126,7 +126,7 @@ class Bench:
     def __init__(
         self, libraries: Mapping[str, Path], model: str | os.PathLike[str], n_threads: int, n_gpu_layers: int = 0
     ) -> None:
-        self._header = read_header(model)
+        self._model = os.fspath(model)
         self._workers: dict[Path, Worker] = {}
         self._folders = {name: folder.resolve() for name, folder in libraries.items()}
         request = {"model": os.fspath(model), "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
@@ -153,7 +153,7 @@ class Bench:
     @contextlib.contextmanager
     def _opened(self, contenders: Sequence[Contender]) -> Iterator[list[tuple[Worker, dict[str, Any]]]]:
         """Contexts, numbered like the contenders, that are closed again."""
-        check_memory(sum(contender.kv_bytes_at_most(self._header) for contender in contenders))
+        check_memory(sum(self._kv_bytes(contenders)))
         opened: list[tuple[Worker, dict[str, Any]]] = []
         try:
             for i, contender in enumerate(contenders):
@@ -165,6 +165,16 @@ class Bench:
                 with contextlib.suppress(RuntimeError):  # it has ended, and someone has been told
                     worker.ask("close", id=i)
 
+    def _kv_bytes(self, contenders: Sequence[Contender]) -> list[int]:
+        """Bytes that each one's cache takes, as the library of this process says: others cannot tell."""
+        with Weightless(self._model) as model:
+            return [
+                model.layout(each.lambda_window(), KV_TYPE_NUMBERS[each.kv_type], each.n_ubatch).parts.kv_bytes
+                if each.cache == "lambda"
+                else model.stock_bytes(each.n_ctx, KV_TYPE_NUMBERS[each.kv_type], each.n_ubatch)
+                for each in contenders
+            ]
+
     def measure(
         self, contenders: Sequence[Contender], n_rounds: int, progress: Callable[[str], None] = lambda line: None
     ) -> list[Result]:
@@ -175,10 +185,9 @@ class Bench:
         """
         n = len(contenders)
         speeds: list[list[float]] = [[] for _ in contenders]
-        kv_bytes: list[int] = []
+        kv_bytes = self._kv_bytes(contenders)
         for begin in range(0, n_rounds, ROUNDS_PER_CONTEXT):
             with self._opened(contenders) as opened:
-                kv_bytes = [facts["kv_bytes"] for _, facts in opened]
                 for round_ in range(begin, min(begin + ROUNDS_PER_CONTEXT, n_rounds)):
                     for i in (j % n for j in range(round_, round_ + n)):
                         speed = contenders[i].n_tokens / opened[i][0].ask("run", id=i)["seconds"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lminf_edge.config import KV_TYPES, LMInfConfig, kv_bytes, padded, resolve
+from lminf_edge.config import KV_TYPES, LMInfConfig, Window, resolve
 from lminf_edge.errors import UserError
-from lminf_edge.gguf_header import Header
 
 KV_TYPE_NUMBERS = {name: number for number, (name, _, _) in KV_TYPES.items()}
 
-Cache = Literal["lambda", "full", "window"]
+Cache = Literal["lambda", "full", "window", "state"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class Contender:
     cache       "lambda": the Λ cache, its next token at stream position `depth`
                 "full": llama.cpp's own, of `depth` tokens, and room for the test
                 "window": llama.cpp's own, of n_ctx = window tokens, which the test fills to the last one
+                "state": llama.cpp's own of a purely recurrent model, whose size and speed do not depend on depth
     test        "pp": n_tokens in batches, "tg": one after the other
     depth       tokens processed before the test; "window" has window - n_tokens of them
     window      n_global + n_local of a Λ cache, n_ctx of a "window" cache
@@ -61,19 +61,13 @@ class Contender:
         """The kind of cache in a few words."""
         if self.cache == "lambda":
             return f"Λ {self.n_global} + {self.window - self.n_global}"
+        if self.cache == "state":
+            return "recurrent state"
         return f"n_ctx {self.window}" if self.cache == "window" else "full attention"
 
-    def stock_kv_bytes(self, header: Header) -> int:
-        """Bytes of llama.cpp's own cache, which is padded to 256 cells; what a Λ cache takes, the library says."""
-        return kv_bytes(header, KV_TYPE_NUMBERS[self.kv_type], padded(self.n_ctx))
-
-    def kv_bytes_at_most(self, header: Header) -> int:
-        """Bytes that the cache may take, to know before whether all of them fit."""
-        if self.cache != "lambda":
-            return self.stock_kv_bytes(header)
-        window = resolve(LMInfConfig(n_global=self.n_global), self.window, self.window)
-        kv_type = KV_TYPE_NUMBERS[self.kv_type]
-        return window.kv_bytes(header, kv_type, kv_type, self.n_ubatch)
+    def lambda_window(self) -> Window:
+        """The parameters of the Λ cache; none but n_global and n_local matter here."""
+        return resolve(LMInfConfig(n_global=self.n_global), self.window, self.window)
 
 
 def is_quantized(kv_type: str) -> bool:

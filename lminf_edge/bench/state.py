@@ -14,7 +14,8 @@ import numpy as np
 from lminf_edge.errors import UserError
 
 _POSITION_BLOCK = 256  # graph positions are moved back by multiples of this
-_LAMBDA_MAGIC = 0x464E4D4C
+_LAMBDA_MAGIC, _LAMBDA_VERSION = 0x464E4D4C, 4
+_WINDOW, _SLIDING, _RECURRENT = 1, 2, 4  # kinds of parts
 
 
 class _State:
@@ -57,56 +58,84 @@ def stretch(state: bytes, n_cells: int) -> bytearray:
     """
     with_cells = _State(state)
     with_cells.copy("Ii")  # magic, sequence
-    _stretch_cache(with_cells, n_cells, 0)
-    if with_cells.offset != len(state):
-        raise UserError("The states of this model's cache cannot be stretched.")
+    _stretch_cache(with_cells, n_cells, 0, len(state))
     return with_cells.out
 
 
 def stretch_lambda(state: bytes, stream_pos: int) -> bytearray:
     """The state of a sequence in a Λ cache whose next token has this stream position.
 
-    Its sinks are those of `state`, which must have all of them. As in a stream that came that far by itself, all cells
-    are in use once there were as many tokens, and graph positions are those right after they were moved back.
+    Its sinks are those of `state`, which must have all of them, and so are recurrent states. As in a stream that came
+    that far by itself, all cells are in use once there were as many tokens, and graph positions are those right after
+    they were moved back.
     """
     far = _State(state)
     far.copy("Ii")
-    magic, _, *_, n_layer, n_seq = far.copy("II8i")
-    if magic != _LAMBDA_MAGIC or n_seq != 1:
+    magic, version, *_, n_seq, is_partial = far.copy("II12i")
+    if magic != _LAMBDA_MAGIC or version != _LAMBDA_VERSION or n_seq != 1 or is_partial:
         raise UserError("This is not the state of a sequence in a Λ cache.")
-    _, start, resume, n_global, n_sink, begun, _, n_cells_max, n_used = far.read("3q6i")
-    far.offset += 4 * n_used  # the cells' places
-    if start != 0 or resume != 0 or not begun or n_sink != n_global or n_layer < 1:
+    _, start, resume, n_global, n_sink, begun, _, _, n_parts = far.read("3q6i")
+    if start != 0 or resume != 0 or not begun or n_sink != n_global:
         raise UserError("Only a stream that has all its sinks can be stretched.")
-    n_cells = min(stream_pos, n_cells_max)
-    first = stream_pos - n_cells
+    parts = []  # kind, and where it is
+    for _ in range(n_parts):
+        kind, _, n_bytes = far.read("IIQ")
+        parts.append((kind, far.offset, far.offset + n_bytes))
+        far.offset += n_bytes
+    if far.offset != len(state):
+        raise UserError("This is not the state of a sequence in a Λ cache.")
+    n_most = [struct.unpack_from("<i", state, start)[0] for kind, start, _ in parts if kind in (_WINDOW, _SLIDING)]
+    first = max(0, stream_pos - max(n_most))  # position of the oldest cell
     origin = first - first % _POSITION_BLOCK
-    far.write("3q6i", origin, 0, 0, n_global, n_sink, 1, stream_pos - 1 - origin, n_cells_max, n_cells)
-    far.out += np.arange(n_cells, dtype="<u4").tobytes()
-    _stretch_cache(far, n_cells, first - origin)
-    far.copy_bytes(len(state) - far.offset)  # the sinks
+    next_pos = stream_pos - origin
+    far.write("3q6i", origin, 0, 0, n_global, n_sink, 1, next_pos - 1, next_pos, n_parts)
+    for kind, start, end in parts:
+        far.offset, head = start, len(far.out)
+        far.write("IIQ", kind, 0, 0)
+        if kind in (_WINDOW, _SLIDING):
+            n_cells_max, n_used = far.read("2i")
+            far.offset += 4 * n_used  # the cells' places
+            n_cells = min(stream_pos, n_cells_max)
+            far.write("2i", n_cells_max, n_cells)
+            far.out += np.arange(n_cells, dtype="<u4").tobytes()
+            _stretch_cache(far, n_cells, next_pos - n_cells, end)
+        elif kind == _RECURRENT:
+            far.copy("I")  # a cell, whose position follows
+            far.read("i")
+            far.write("i", next_pos - 1)
+        far.copy_bytes(end - far.offset)
+        struct.pack_into("<Q", far.out, head + 8, len(far.out) - head - 16)
     return far.out
 
 
-def _stretch_cache(state: _State, n_cells: int, first_pos: int) -> None:
-    """What llama_kv_cache::state_write writes for a cache that keeps one sequence."""
-    (n_stream,) = state.copy("I")
-    (n_saved,) = state.read("I")
-    if n_stream != 1 or n_saved < 1:
+def _stretch_cache(state: _State, n_cells: int, first_pos: int, end: int) -> None:
+    """What llama_kv_cache::state_write writes for a cache that keeps one sequence, up to `end`.
+
+    Raises UserError if that is laid out otherwise.
+    """
+    try:
+        _stretch_tensors(state, n_cells, first_pos, end)
+    except (struct.error, ValueError):  # what is taken for sizes are none
+        state.offset = -1
+    if state.offset != end:
         raise UserError("The states of this model's cache cannot be stretched.")
-    state.write("I", n_cells)
+
+
+def _stretch_tensors(state: _State, n_cells: int, first_pos: int, end: int) -> None:
+    n_stream, n_saved = state.read("II")
+    state.write("II", n_stream, n_cells)
     state.offset += 12 * n_saved
     cells = np.empty((n_cells, 3), dtype="<i4")  # position, number of sequences, sequence
     cells[:, 0], cells[:, 1], cells[:, 2] = np.arange(first_pos, first_pos + n_cells), 1, 0
     state.out += cells.tobytes()
 
     is_transposed, n_layer = state.copy("II")
-    if is_transposed > 1 or not 0 < n_layer < 4096:
-        raise UserError("The states of this model's cache cannot be stretched.")
+    if n_stream != 1 or n_saved < 1 or is_transposed > 1 or not 0 < n_layer < 4096:
+        raise ValueError
     for _ in range(n_layer):
         _, row_bytes = state.copy("iQ")
         state.stretch_rows(n_saved, row_bytes, n_cells)
-    for _ in range(n_layer):
+    for _ in range(n_layer if state.offset < end else 0):  # with MLA, values are a part of the keys
         if is_transposed:
             _, element_bytes, n_embd = state.copy("iII")
             state.stretch_rows(n_saved, element_bytes, n_cells, n_blocks=n_embd)

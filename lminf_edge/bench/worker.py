@@ -34,7 +34,6 @@ from lminf_edge import native
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
 from lminf_edge.bench.state import stretch, stretch_lambda
 from lminf_edge.errors import UserError
-from lminf_edge.gguf_header import read_header
 from lminf_edge.model import native_context, native_model
 
 N_BATCH = 512
@@ -51,7 +50,6 @@ class Model:
         self.model = native_model(path, n_gpu_layers=n_gpu_layers)
         self.n_threads = n_threads
         self.n_vocab = bindings.llama_vocab_n_tokens(bindings.llama_model_get_vocab(self.model))
-        self.header = read_header(path)
 
     def facts(self) -> dict[str, Any]:
         description = ctypes.create_string_buffer(128)
@@ -90,10 +88,16 @@ class Context:
             type_k=KV_TYPE_NUMBERS[contender.kv_type],
             type_v=KV_TYPE_NUMBERS[contender.kv_type],
             flash_attn_type=int(contender.flash_attn),
+            swa_full=False,
         )
         self._memory = bindings.llama_get_memory(self.ctx)
+        self._goes_back = not bindings.llama_model_is_hybrid(model.model)
+        self._is_prefilled = contender.prefilled
+        self._filled = b""  # the state to go back to, where nothing can be rolled back
         try:
             self._fill()
+            if contender.depth and not self._goes_back:
+                self._filled = self._save()
             self._warm_up()
         except BaseException:
             self.close()
@@ -103,15 +107,11 @@ class Context:
         bindings.llama_free(self.ctx)
 
     def facts(self) -> dict[str, Any]:
-        """KV bytes, stream position and, of a Λ cache, the cells in use."""
+        """Stream position and, of a Λ cache, the cells in use."""
         if self._native is None:
-            return {
-                "kv_bytes": self._contender.stock_kv_bytes(self._model.header),
-                "stream_pos": bindings.llama_memory_seq_pos_max(self._memory, 0) + 1,
-            }
+            return {"stream_pos": bindings.llama_memory_seq_pos_max(self._memory, 0) + 1}
         info = self._native.info(self.ctx)
         return {
-            "kv_bytes": info.kv_bytes,
             "stream_pos": info.stream_pos,
             "n_sink": info.n_sink,
             "n_window": info.n_window,
@@ -180,6 +180,9 @@ class Context:
         else:
             info = self._native.info(self.ctx)
             done = info.n_window == info.n_cells or self._native.rollback(self.ctx, depth)
+        if not done and self._filled:
+            self._restore(bytearray(self._filled))
+            done = True
         if not done:
             raise RuntimeError(f"The cache cannot go back to {depth} tokens.")
 
@@ -203,7 +206,13 @@ class Context:
         else:
             self._decode(self._tokens(n_computed), self._n_batch)
             state = self._save()
-            self._restore(stretch_lambda(state, depth) if self._native else stretch(state, depth))
+            try:
+                stretched = stretch_lambda(state, depth) if self._native else stretch(state, depth)
+            except UserError:  # a kind of cache whose states are laid out otherwise
+                self._is_prefilled = True
+                self._decode(self._tokens(depth - n_computed), self._n_batch)
+            else:
+                self._restore(stretched)
         self._check_filled()
 
     def _check_filled(self) -> None:
@@ -211,13 +220,13 @@ class Context:
         first = bindings.llama_memory_seq_pos_min(self._memory, 0)
         last = bindings.llama_memory_seq_pos_max(self._memory, 0)
         if self._native is None:
-            is_right = (first, last) == (0, depth - 1)
+            is_right = last == depth - 1 and (self._is_prefilled or first == 0)
         else:
             info = self._native.info(self.ctx)
             n_cells = min(depth, info.n_cells)
             is_right = info.stream_pos == depth and info.n_sink == min(depth, contender.n_global)
             # after prefill some cells may be free again: a batch takes its cells all at once
-            is_right = is_right and (contender.prefilled or info.n_window == last - first + 1 == n_cells)
+            is_right = is_right and (self._is_prefilled or info.n_window == last - first + 1 == n_cells)
         if not is_right:
             raise RuntimeError(f"The cache does not hold a stream of {depth} tokens.")
 

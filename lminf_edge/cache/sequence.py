@@ -1,4 +1,5 @@
-"""A sequence of a context with a Λ cache: a stream of tokens of which the cache keeps sinks and window."""
+"""A sequence of a context: a stream of tokens of which a Λ cache keeps sinks and window, or a purely recurrent model
+a state."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.cache.checkpoint import Checkpoint
 from lminf_edge.cache.token_log import Tokens
-from lminf_edge.config import Window
+from lminf_edge.config import ATTENTIONS, Attention, Window
 from lminf_edge.errors import UserError
 from lminf_edge.native import Info, Native, captured_errors
 
@@ -29,6 +30,13 @@ class CacheSequence:
         self.seq_id = seq_id
         self.window = window
         self._native, self._context = native, context
+        parts, n_kept = native.parts(self.ctx), window.n_local
+        if parts.n_layer_sliding:
+            n_kept = min(n_kept, bindings.llama_model_n_swa(bindings.llama_get_model(self.ctx)))
+        # a recurrent state cannot go back
+        goes_back = parts.n_layer_recurrent == 0
+        self.n_slack = window.n_slack if goes_back else 0  # tokens that can always be rolled back
+        self.n_whole = n_kept + window.n_slack if goes_back else 0  # while a stream is no longer, all of them
 
     @property
     def ctx(self) -> Any:
@@ -38,9 +46,9 @@ class CacheSequence:
         return self._context.ctx
 
     @property
-    def attention(self) -> int:
-        """enum lminf_attention: what computes the attention of this context."""
-        return self._native.params(self.ctx).attention
+    def attention(self) -> Attention | None:
+        """What computes the attention of this context; None: there is none."""
+        return ATTENTIONS[self._native.params(self.ctx).attention]
 
     @property
     def position(self) -> int:
@@ -103,10 +111,13 @@ class CacheSequence:
         if n_written == 0:
             raise RuntimeError(f"The state of the stream cannot be read. {self.error()}".strip())
         # a state carries every cell while none has been recycled, later those of the window and the slack
-        window = self.window
-        whole = info.n_window <= window.n_local + window.n_slack and info.n_rollback >= info.n_window
-        n_rollback = info.n_rollback if whole else min(info.n_rollback, window.n_slack)
+        whole = info.n_window <= self.n_whole and info.n_rollback >= info.n_window
+        n_rollback = info.n_rollback if whole else min(info.n_rollback, self.n_slack)
         return n_rollback, state[:n_written]
+
+    def _has_loaded(self, checkpoint: Checkpoint) -> bool:
+        """Whether the state that was read is the one that the checkpoint claims to be."""
+        return self.position == checkpoint.position
 
     def load(self, checkpoint: Checkpoint) -> str | None:
         """Restores a checkpoint. Returns None, or why it cannot, in a few words; then the sequence is empty."""
@@ -114,11 +125,77 @@ class CacheSequence:
         state = np.ascontiguousarray(checkpoint.state)
         with captured_errors() as errors:
             n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(state), state.nbytes, self.seq_id)
-            if n_read != 0 and self.position == checkpoint.position:
+            if n_read != 0 and self._has_loaded(checkpoint):
                 return None
             self.clear()
         reasons = (error.partition("error loading state: ")[2] for error in errors)
         return next(filter(None, reasons), "its contents do not fit this cache")
+
+
+class ConstantSequence(CacheSequence):
+    """A sequence of a purely recurrent model, in a context of its own kind: everything it has read is in its state.
+
+    llama.cpp counts its positions in 32 bits. They are moved back before they run out, which changes nothing: a
+    recurrent model does not see them.
+    """
+
+    POS_BOUND = 1 << 30  # llama.cpp's positions stay below this
+
+    def __init__(self, native: Native, context: Any, window: Window, seq_id: int = 0) -> None:
+        super().__init__(native, context, window, seq_id)
+        self._n_before = 0  # stream position of llama.cpp's position 0
+        self._n_rebase = 0
+        self._kv_bytes = native.memory_bytes(self.ctx)
+
+    @property
+    def attention(self) -> Attention | None:
+        return None
+
+    def info(self) -> Info:
+        graph_pos = self._next_graph_pos()
+        return Info(
+            stream_pos=self._n_before + graph_pos,
+            n_rebase=self._n_rebase,
+            max_graph_pos=self.POS_BOUND - 1 if self._n_rebase else max(graph_pos - 1, 0),
+            pos_bound=self.POS_BOUND,
+            kv_bytes=self._kv_bytes,
+        )
+
+    def error(self) -> str:
+        return "a recurrent state cannot go back"
+
+    def next_pos(self, n_tokens: int) -> int:
+        graph_pos = self._next_graph_pos()
+        if graph_pos + n_tokens <= self.POS_BOUND:
+            return graph_pos
+        # the last token's position becomes 0
+        memory = bindings.llama_get_memory(self.ctx)
+        bindings.llama_memory_seq_add(memory, self.seq_id, -1, -1, 1 - graph_pos)
+        self._n_before += graph_pos - 1
+        self._n_rebase += 1
+        return 1
+
+    def rollback(self, position: int) -> bool:
+        if position == 0:
+            self.clear()
+        return position == self.position
+
+    def clear(self, n_sinks: int | None = None) -> None:
+        super().clear()
+        self._n_before = 0
+
+    def begin_at(self, position: int) -> None:
+        self._n_before = position
+
+    def skip(self, n_tokens: int) -> None:
+        raise RuntimeError(f"The stream cannot skip {n_tokens} tokens: a recurrent model keeps no first ones.")
+
+    def _has_loaded(self, checkpoint: Checkpoint) -> bool:
+        self._n_before = checkpoint.position - self._next_graph_pos()
+        return self._n_before >= 0
+
+    def _next_graph_pos(self) -> int:
+        return int(bindings.llama_memory_seq_pos_max(bindings.llama_get_memory(self.ctx), self.seq_id)) + 1
 
 
 def _own_pages(n_bytes: int) -> npt.NDArray[np.uint8]:

@@ -5,9 +5,11 @@ At each depth the Λ cache is measured beside full attention and, past the windo
 these without and with flash attention (fa), in turn, round by round. Speeds are tokens per second: the median of the
 rounds, the least and the most. A ratio compares the faster setting of each side, taken round by round.
 
-The cells before a test are made up from a few real ones, as time does not depend on what they hold. Without --stock-lib
-the other side is the same library with the feature off, which is bit for bit what stock llama.cpp computes. --shape
-makes a model with random weights (needs gguf: pip install 'lminf-edge[bench]').
+The cells before a test are made up from a few real ones, as time does not depend on what they hold, or computed for
+kinds of caches where that cannot be done. A purely recurrent model, which needs no Λ cache, is measured alone and at no
+depth: its speed does not depend on it. Without --stock-lib the other side is the same library with the feature off,
+which is bit for bit what stock llama.cpp computes. --shape makes a model with random weights (needs gguf: pip install
+'lminf-edge[bench]').
 
 --json prints
   model, n_params, n_bytes, n_threads, n_gpu_layers, system: {"ours", "stock"}: what the libraries say about themselves
@@ -34,6 +36,8 @@ from lminf_edge.cli.common import (
     human_bytes,
     model_header,
     print_json,
+    show_note,
+    weightless,
     whole_number,
 )
 from lminf_edge.config import DEFAULT_WINDOW, LMInfConfig, default_ubatch
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from lminf_edge import native
     from lminf_edge.bench.alternate import Bench, fastest, ratio
     from lminf_edge.bench.random_model import find_shape, random_model
-    from lminf_edge.cli.probe import probe
+    from lminf_edge.model import constant_note
 
     native.load()
     ours = native.library_folder()
@@ -97,14 +101,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         name = model = model_header(args.model)[0]
     _, header = model_header(model)
-    refusal, _ = probe(model, KV_TYPE_NUMBERS[args.kv_type], "auto")
+    with weightless(model) as outline:
+        refusal = outline.refusal(KV_TYPE_NUMBERS[args.kv_type])
+        is_constant = outline.is_constant
     if refusal:
         raise CommandError(refusal)
     window = args.window or min(DEFAULT_WINDOW, header.n_ctx_train or DEFAULT_WINDOW)
     n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
     depths = [0, window, 2 * window] if args.depth is None else args.depth
     n_ubatch = default_ubatch(window, on_gpu=args.gpu_layers != 0)
-    groups = list(plan(depths, window, args.n_global, args.kv_type, args.n_prompt, args.n_gen, n_ubatch))
+    if is_constant:
+        show_note(constant_note(header.architecture))
+        groups = list(plan_constant(args.kv_type, args.n_prompt, args.n_gen))
+    else:
+        groups = list(plan(depths, window, args.n_global, args.kv_type, args.n_prompt, args.n_gen, n_ubatch))
     if not groups:
         raise CommandError("There is nothing to measure: give --n-prompt or --n-gen.")
 
@@ -114,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         for group in groups:
             measured = bench.measure(group, args.rounds, _progress if show_progress else lambda line: None)
             results += measured
+            if is_constant:
+                continue
             lambda_ = fastest([result for result in measured if result.contender.cache == "lambda"])
             for other in ("full", "window"):
                 others = [result for result in measured if result.contender.cache == other]
@@ -143,8 +155,9 @@ def run(args: argparse.Namespace) -> int:
     print("|---|---|---|--:|--:|--:|--:|--:|")
     for result in results:
         c = result.contender
+        side = other_side if c.cache in ("full", "window") else "ours"
         print(
-            f"| {c.cache_label} | {'ours' if c.cache == 'lambda' else other_side} | {c.kv_type} | {int(c.flash_attn)} "
+            f"| {c.cache_label} | {side} | {c.kv_type} | {int(c.flash_attn)} "
             f"| {human_bytes(result.kv_bytes)} | {c.label} | {result.median:.2f} "
             f"| {min(result.tokens_per_second):.2f} .. {max(result.tokens_per_second):.2f} |"
         )
@@ -159,14 +172,23 @@ def _progress(line: str) -> None:
     print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
+TESTS: tuple[Literal["pp", "tg"], ...] = ("pp", "tg")
+
+
+def plan_constant(kv_type: str, n_prompt: int, n_gen: int) -> Iterator[list[Contender]]:
+    """The tests of a purely recurrent model, which is measured alone: with the Λ cache off or on it is the same."""
+    for test, n_tokens in zip(TESTS, (n_prompt, n_gen), strict=True):
+        if n_tokens:
+            yield [Contender("ours", "state", test, n_tokens, depth=0, kv_type=kv_type)]
+
+
 def plan(
     depths: Sequence[int], window: int, n_global: int, kv_type: str, n_prompt: int, n_gen: int, n_ubatch: int
 ) -> Iterator[list[Contender]]:
     """Groups of contenders that are measured in turn: one for each depth and test. n_ubatch is that of the Λ cache."""
     flash = (True,) if is_quantized(kv_type) else (False, True)
-    tests: tuple[tuple[Literal["pp", "tg"], int], ...] = (("pp", n_prompt), ("tg", n_gen))
     for depth in depths:
-        for test, n_tokens in tests:
+        for test, n_tokens in zip(TESTS, (n_prompt, n_gen), strict=True):
             if n_tokens == 0:
                 continue
             caches: list[tuple[str, Cache, int]] = [("ours", "lambda", depth), ("stock", "full", depth)]

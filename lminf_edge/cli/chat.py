@@ -303,9 +303,10 @@ def stats_line(stats: dict[str, Any]) -> str:
     if "position" not in stats:
         return f"{stats['messages']} messages, nothing asked yet"
     known = stats["prompt_tokens_details"]["cached_tokens"]
+    window = "" if stats["window"] is None else f"window {stats['sink']} + {stats['window']}, "
     return (
         f"{stats['messages']} messages; stream position {stats['position']:,}, "
-        f"window {stats['sink']} + {stats['window']}, KV cache {human_bytes(stats['kv_bytes'])}; "
+        f"{window}KV cache {human_bytes(stats['kv_bytes'])}; "
         f"last prompt {stats['prompt_tokens']:,} tokens, "
         f"{known:,} of them known; {stats['predicted_per_second']:.1f} tokens/s"
     )

@@ -20,21 +20,23 @@ from lminf_edge.config import (
     KV_TYPES,
     PREFILLS,
     LMInfConfig,
+    Parts,
     Window,
     check_memory,
     is_quantized,
-    kv_bytes,
     resolve,
 )
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
+from lminf_edge.rpc import DEFAULT_PORT, parse_servers
 
 if TYPE_CHECKING:
     import llama_cpp
 
     from lminf_edge import Llama
+    from lminf_edge.weightless import Weightless
 
 MAX_BATCH = 65536
 
@@ -169,8 +171,26 @@ def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
     )
     group.add_argument("--threads", metavar="N", type=whole_number(1), help="default: half of the logical cores")
     group.add_argument(
-        "--gpu-layers", metavar="N", type=whole_number(-1), default=0, help="layers on the GPU, -1 all; default 0"
+        "--gpu-layers",
+        metavar="N",
+        type=whole_number(-1),
+        help="layers on GPUs and other machines, -1 all; default 0, with --rpc -1",
     )
+    group.add_argument(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        type=rpc_servers,
+        help=f"machines that run `lminf-edge rpc-server`, to hold the layers together; default port {DEFAULT_PORT}; "
+        "in trusted networks only",
+    )
+
+
+def rpc_servers(text: str) -> tuple[str, ...]:
+    """An argparse type: servers with commas between them."""
+    try:
+        return parse_servers(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -266,7 +286,8 @@ def model_settings(args: argparse.Namespace) -> dict[str, Any]:
         "n_batch": args.batch,
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
-        "n_gpu_layers": args.gpu_layers,
+        "n_gpu_layers": (-1 if args.rpc else 0) if args.gpu_layers is None else args.gpu_layers,
+        "rpc_servers": args.rpc,
     }
 
 
@@ -293,7 +314,7 @@ def _with_options(sentence: str) -> str:
 
 
 def resolved_window(args: argparse.Namespace, header: Header) -> Window:
-    """The window of the options of add_window. Raises UserError; warns of one longer than the training length."""
+    """The window of the options of add_window. Raises UserError."""
     with options_named():
         return resolve(window_config(args), None, header.n_ctx_train or DEFAULT_WINDOW)
 
@@ -306,11 +327,30 @@ def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llam
     path, header = model_header(args.model)
     settings = model_settings(args)
     if not args.stock:
-        return load(path, lminf=window_config(args), **settings)
+        llm = load(path, lminf=window_config(args), **settings)
+        show_note(llm.scheduler.model.note)
+        return llm
     n_ctx = n_ctx_stock or header.n_ctx_train
-    with options_named():
-        check_memory(kv_bytes(header, settings["type_k"], n_ctx))
-    return load(path, n_ctx=n_ctx, **settings)
+    if not settings["n_gpu_layers"]:
+        with options_named(), weightless(path) as model:
+            check_memory(model.stock_bytes(n_ctx, settings["type_k"]))
+    return load(path, n_ctx=n_ctx, swa_full=False, **settings)
+
+
+def weightless(path: str) -> Weightless:
+    """The model without its weights. Raises UserError, in one sentence, if llama.cpp cannot load it."""
+    from lminf_edge import native
+
+    native.load()
+    from lminf_edge.weightless import Weightless
+
+    return Weightless(path)
+
+
+def show_note(note: str | None) -> None:
+    """Prints what a user might not expect to stderr."""
+    if note:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def load(path: str, **settings: Any) -> Llama:
@@ -390,6 +430,16 @@ def check_output(path: Path) -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def describe_layers(parts: Parts) -> str:
+    """ "3 with full attention: 14.2 MiB; 15 with a sliding window: 22.5 MiB" and the like."""
+    kinds = (
+        (parts.n_layer_full, "with full attention", parts.window_bytes + parts.sink_bytes),
+        (parts.n_layer_sliding, "with a sliding window", parts.sliding_bytes),
+        (parts.n_layer_recurrent, "recurrent", parts.recurrent_bytes),
+    )
+    return "; ".join(f"{n} {kind}: {human_bytes(n_bytes)}" for n, kind, n_bytes in kinds if n)
 
 
 def human_bytes(n_bytes: float) -> str:

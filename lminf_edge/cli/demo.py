@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import math
 import re
@@ -35,9 +36,10 @@ from lminf_edge.cli.common import (
     print_json,
     read_text,
     tokenize,
+    weightless,
     whole_number,
 )
-from lminf_edge.config import KV_TYPE_DEFAULT, LMInfConfig, check_memory, kv_bytes
+from lminf_edge.config import KV_TYPE_DEFAULT, LMInfConfig, check_memory
 
 HELP = "full attention and the Λ cache past the training length, side by side"
 
@@ -129,13 +131,23 @@ def run(args: argparse.Namespace) -> int:
     name, text = (args.file, read_text(args.file)) if args.file else ("Python's documentation", python_documentation())
     settings: dict[str, Any] = {"n_batch": BATCH, "n_ubatch": BATCH}
     config = LMInfConfig(n_global=args.n_global, n_local=args.n_local)
-    with contextlib.closing(load(path, lminf=config, **settings)) as lminf:
+    with contextlib.ExitStack() as stack:
+        lminf = stack.enter_context(contextlib.closing(load(path, lminf=config, **settings)))
+        if lminf.scheduler.model.note:
+            raise CommandError(f"There is nothing to compare. {lminf.scheduler.model.note}")
         tokens = tokenize(lminf, text)[: args.tokens + 1]
         if len(tokens) < 2:
             raise CommandError(f"{name} is too short: it has {len(tokens)} token, and at least 2 are needed.")
         n_stock = min(args.stock_tokens, len(tokens) - 1)
-        check_memory(kv_bytes(header, KV_TYPE_DEFAULT, n_stock))
-        with contextlib.closing(load(path, n_ctx=n_stock + 1, **settings)) as stock:
+        outline = stack.enter_context(weightless(path))
+
+        @functools.cache
+        def kv_bytes(n_tokens: int) -> int:
+            """What n_tokens take with full attention."""
+            return outline.stock_bytes(n_tokens, KV_TYPE_DEFAULT, BATCH)
+
+        check_memory(kv_bytes(n_stock + 1))
+        with contextlib.closing(load(path, n_ctx=n_stock + 1, swa_full=False, **settings)) as stock:
             stock_reader = Side(nll_blocks(stock, tokens[: n_stock + 1]), n_stock)
             lminf_reader = Side(nll_blocks(lminf, tokens), len(tokens) - 1)
             screen = Screen(quiet=args.json)
@@ -150,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
                         stock_reader.step()
                     lminf_reader.step()
                     kv_lminf = lminf.stream_info().kv_bytes
-                    kv_stock = kv_bytes(header, KV_TYPE_DEFAULT, stock_reader.position)
+                    kv_stock = kv_bytes(stock_reader.position)
                     screen.show(stock_reader, lminf_reader, kv_stock, kv_lminf)
             except KeyboardInterrupt:
                 if lminf_reader.position == 0:
@@ -158,20 +170,18 @@ def run(args: argparse.Namespace) -> int:
             screen.leave()
             # read before the contexts are closed; constant from the first token on
             window = lminf.stream_info()
-    buckets = [
-        Row(
-            start,
-            end,
-            Tally(
-                stock_reader.mean_nll(start, end), stock_reader.rate(start, end), kv_bytes(header, KV_TYPE_DEFAULT, end)
+        buckets = [
+            Row(
+                start,
+                end,
+                Tally(stock_reader.mean_nll(start, end), stock_reader.rate(start, end), kv_bytes(end))
+                if end <= stock_reader.position
+                else None,
+                Tally(lminf_reader.mean_nll(start, end), lminf_reader.rate(start, end), window.kv_bytes),
             )
-            if end <= stock_reader.position
-            else None,
-            Tally(lminf_reader.mean_nll(start, end), lminf_reader.rate(start, end), window.kv_bytes),
-        )
-        for start, end in bucket_edges(header.n_ctx_train, stock_reader.position, lminf_reader.position)
-    ]
-    summary = summarize(buckets, header.n_ctx_train)
+            for start, end in bucket_edges(header.n_ctx_train, stock_reader.position, lminf_reader.position)
+        ]
+    summary = summarize(buckets, header.n_ctx_train, window.parts.n_layer_recurrent > 0)
     if args.json:
         print_json(
             {
@@ -202,8 +212,8 @@ def bucket_edges(n_ctx_train: int, n_stock: int, n_tokens: int) -> Iterator[tupl
 # --- what was seen ----------------------------------------------------------------------------------------------------
 
 
-def summarize(buckets: Sequence[Row], n_ctx_train: int) -> list[str]:
-    """The numbers in sentences, and nothing beyond them."""
+def summarize(buckets: Sequence[Row], n_ctx_train: int, is_hybrid: bool = False) -> list[str]:
+    """The numbers in sentences, and nothing beyond them. is_hybrid: some layers are recurrent."""
     sentences = []
     shared = [(bucket, bucket.stock) for bucket in buckets if bucket.stock is not None]
     last = buckets[-1]
@@ -246,7 +256,9 @@ def summarize(buckets: Sequence[Row], n_ctx_train: int) -> list[str]:
         )
     if last.end > n_ctx_train:
         sentences.append(
-            "It does not remember the middle: what has left the window is gone, except for the first tokens."
+            "It keeps no keys of the middle: what has left the window is only in the states of the recurrent layers."
+            if is_hybrid
+            else "It does not remember the middle: what has left the window is gone, except for the first tokens."
         )
     return sentences
 

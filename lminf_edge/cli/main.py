@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lminf_edge
-from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, serve
+from lminf_edge import native
+from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, rpc_server, serve
 from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
 
-COMMANDS = (chat, serve, generate, ppl, passkey, bench, info, doctor, demo)
+COMMANDS = (chat, serve, generate, ppl, passkey, bench, info, doctor, demo, rpc_server)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -33,7 +34,7 @@ def build_parser() -> Parser:
     add_debug(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        name = command.__name__.rsplit(".", 1)[1]
+        name = command.__name__.rsplit(".", 1)[1].replace("_", "-")
         subparser = commands.add_parser(
             name,
             help=command.HELP,
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if getattr(args, "debug", False):
         os.environ[DEBUG_VARIABLE] = "1"  # for the server, and for processes that we start
+    native.exits_on_abort = not wants_debug()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

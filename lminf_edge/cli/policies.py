@@ -9,14 +9,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.cli.common import CommandError, load, model_header, model_settings, resolved_window
-from lminf_edge.cli.probe import probe, stock_refusal
-from lminf_edge.config import Window, kv_bytes, physical_memory
+from lminf_edge.cli.common import (
+    CommandError,
+    load,
+    model_header,
+    model_settings,
+    options_named,
+    resolved_window,
+    show_note,
+    weightless,
+)
+from lminf_edge.config import DEFAULT_WINDOW, Window, physical_memory, warn_of_window
 from lminf_edge.evaluate.policies import POLICIES, Policy, describe, parse_policies
 from lminf_edge.gguf_header import Header
 
 if TYPE_CHECKING:
     from lminf_edge.evaluate.reader import Reader
+    from lminf_edge.weightless import Weightless
 
 EPILOG = "policies, all but full with n_global + n_local tokens in view:\n" + describe(list(POLICIES.values()))
 
@@ -53,18 +62,21 @@ class Setup:
 
     def check(self, policies: Sequence[Policy], n_full: int) -> None:
         """Raises CommandError if one of them cannot run, full attention over n_full tokens."""
-        for policy in policies:
-            if policy.name == "full":
-                refusal = self._memory_refusal(n_full) or stock_refusal(self.path, self.kv_type, n_full)
-            elif policy.name == "shift":
-                refusal = stock_refusal(self.path, self.kv_type, self.window.size, shift=True)
-            else:
-                refusal, _ = probe(self.path, self.kv_type, self.window.attention)
-            if refusal:
-                raise CommandError(f"The policy {policy.name} cannot run: {refusal}")
+        with weightless(self.path) as model:
+            for policy in policies:
+                if policy.name == "full":
+                    refusal = self._memory_refusal(model, n_full) or model.stock_refusal(self.kv_type, n_full)
+                elif policy.name == "shift":
+                    refusal = model.stock_refusal(self.kv_type, self.window.size, shift=True)
+                elif model.is_constant and policy.name != "lminf":
+                    refusal = "the model is purely recurrent and has no attention to limit."
+                else:
+                    refusal = model.refusal(self.kv_type, self.window.attention)
+                if refusal:
+                    raise CommandError(f"The policy {policy.name} cannot run: {refusal}")
 
-    def _memory_refusal(self, n_tokens: int) -> str | None:
-        need, memory = kv_bytes(self.header, self.kv_type, n_tokens), physical_memory()
+    def _memory_refusal(self, model: Weightless, n_tokens: int) -> str | None:
+        need, memory = model.stock_bytes(n_tokens, self.kv_type), physical_memory()
         if self.settings["n_gpu_layers"] or memory is None or need <= memory:
             return None
         return (
@@ -78,4 +90,12 @@ def set_up(args: argparse.Namespace) -> Setup:
     path, header = model_header(args.model)
     settings = model_settings(args)
     window = resolved_window(args, header)
+    with weightless(path) as model:
+        if model.is_constant:
+            from lminf_edge.model import constant_note
+
+            show_note(constant_note(header.architecture))
+        else:
+            with options_named():
+                warn_of_window(window, header.n_ctx_train or DEFAULT_WINDOW, model.n_swa)
     return Setup(path, header, window, settings["type_k"], settings)

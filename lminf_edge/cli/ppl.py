@@ -41,10 +41,10 @@ from lminf_edge.cli.common import (
     print_json,
     read_text,
     tokenize,
+    weightless,
     whole_number,
 )
 from lminf_edge.cli.policies import EPILOG, Setup, policies, set_up
-from lminf_edge.cli.probe import probe, stock_refusal
 from lminf_edge.cli.progress import Progress
 from lminf_edge.evaluate.buckets import Bucket, BucketMeans, even_edges, log_edges
 from lminf_edge.evaluate.policies import POLICIES
@@ -203,10 +203,11 @@ def _check(args: argparse.Namespace) -> None:
 def _check_alone(args: argparse.Namespace, path: str, n_tokens: int) -> None:
     """Raises CommandError if the model cannot run without --policies."""
     kv_type = KV_TYPE_NUMBERS[args.kv_type]
-    if not args.stock and (refusal := probe(path, kv_type, args.attention)[0]):
-        raise CommandError(refusal)
-    if args.stock and (refusal := stock_refusal(path, kv_type, n_tokens)):
-        raise CommandError(f"Full attention cannot run: {refusal}")
+    with weightless(path) as model:
+        if not args.stock and (refusal := model.refusal(kv_type, args.attention)):
+            raise CommandError(refusal)
+        if args.stock and (refusal := model.stock_refusal(kv_type, n_tokens)):
+            raise CommandError(f"Full attention cannot run: {refusal}")
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ are kept in memory, then in files, and survive a restart. The sampling options a
 without a token limit ends with finish_reason "length" once the model repeats itself exactly, over and over.
 
 --json prints, once the server is ready,
-  url, model, pid, sink, window, parallel, kv_bytes, folder (null if nothing is kept on disk)
+  url, model, pid, sink, window (null without one), parallel, kv_bytes, folder (null if nothing is kept on disk)
+  parts: n_layer_full, n_layer_sliding, n_layer_recurrent, n_layer_fused, window_bytes, sink_bytes, sliding_bytes,
+  recurrent_bytes
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from lminf_edge.cli.common import (
     add_prefill,
     add_sampling,
     add_window,
+    describe_layers,
     file_path,
     human_bytes,
     model_header,
@@ -36,6 +39,7 @@ from lminf_edge.cli.common import (
     print_json,
     require_vocabulary,
     sampling_params,
+    show_note,
     size,
     whole_number,
     window_config,
@@ -181,6 +185,7 @@ def open_service(args: argparse.Namespace) -> TextService:
         engine.close()
         engine.model.close()
         raise
+    show_note(engine.model.note)
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it reports llama.cpp's warnings as errors
     return service
 
@@ -328,17 +333,22 @@ def announce(args: argparse.Namespace, engine: Engine, name: str, url: str) -> N
                 "model": name,
                 "pid": os.getpid(),
                 "sink": engine.n_sinks,
-                "window": engine.window.n_local,
+                "window": engine.n_local,
                 "parallel": len(engine.slots),
-                "kv_bytes": engine.model.kv_bytes,
+                "kv_bytes": engine.parts.kv_bytes,
+                "parts": asdict(engine.parts),
                 "folder": None if folder is None else str(folder),
             }
         )
     else:
         print(f"{name} at {url}, API at {url}/v1")
+        is_constant = engine.model.is_constant
+        window = "" if is_constant else f"window {engine.n_sinks} + {engine.n_local} tokens; "
         print(
-            f"window {engine.n_sinks} + {engine.window.n_local} tokens; {len(engine.slots)} conversations at a time in "
-            f"{human_bytes(engine.model.kv_bytes)} of KV cache; others in {human_bytes(args.memory)} of memory"
+            f"{window}{len(engine.slots)} conversations at a time in {human_bytes(engine.parts.kv_bytes)} of "
+            f"{'states' if is_constant else 'KV cache'}; others in {human_bytes(args.memory)} of memory"
             + (f" and {human_bytes(args.disk)} in {folder}" if folder else "")
         )
+        if engine.parts.n_kinds > 1:
+            print(f"layers: {describe_layers(engine.parts)}")
     print(end="", flush=True)

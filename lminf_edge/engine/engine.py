@@ -33,6 +33,10 @@ class Engine:
         self.model, self.store = scheduler.model, scheduler.store
         self.slots, self.counters = scheduler.slots, scheduler.counters
         self.window = scheduler.window
+        self.parts = scheduler.model.parts
+        # None: no window, the model is purely recurrent
+        self.n_local = None if scheduler.model.is_constant else scheduler.window.n_local
+        self.max_distance = None if scheduler.model.is_constant else scheduler.window.max_distance
         self.n_sinks = scheduler.n_sinks  # of a conversation whose request does not say
         self.max_sinks = scheduler.window.n_global  # that a conversation can have
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -68,10 +72,14 @@ class Engine:
     def _outputs(self, request: Request, kind: type[T]) -> Generator[T, None, None]:
         n_taken = 0
         try:
-            while (output := request.outputs.get()) is not End.END:
+            while True:
+                request.n_asked += 1
+                self._notify()  # there is room in the queue
+                output = request.outputs.get()
+                if output is End.END:
+                    return
                 if isinstance(output, BaseException):
                     raise output
-                self._notify()  # there is room in the queue
                 assert isinstance(output, kind)
                 n_taken += 1
                 yield output

@@ -105,6 +105,7 @@ class Request:
     finish_reason: Literal["stop", "length"] | None = None  # "stop": the end-of-generation token; "length": max_tokens
     sampler: Sampler | None = None
     stats: RequestStats = field(default_factory=RequestStats)
+    n_asked: int = 0  # outputs that the consumer has asked for
     outputs: queue.SimpleQueue[Output | PromptPart | End | BaseException] = field(default_factory=queue.SimpleQueue)
 
     @property

@@ -111,7 +111,8 @@ class Scheduler:
         n_recent         tokens that logs keep as they are, at least; None: all
         prefill          for requests that do not say, see Request
         n_tail           windows that prefill "tail" processes
-        n_ahead          tokens generated before they are taken, at most half of the slack
+        n_ahead          tokens generated before they are taken, at most half of the slack; without slack a token is
+                         generated once it has been asked for
         keeps_displaced  make a checkpoint of a stream before another takes its slot, and when it is idle
         on_logits        called after each batch with the log's length and the logits of all tokens (n_tokens, n_vocab),
                          which are then computed; for schedulers of one slot
@@ -120,9 +121,9 @@ class Scheduler:
         self.slots = [Slot(sequence, model.identity, n_recent) for sequence in model.sequences]
         self.counters = Counters()
         self.window = model.window
-        self.n_sinks = model.window.n_global if n_sinks is None else n_sinks
+        self.n_sinks = model.window.n_global if n_sinks is None else min(n_sinks, model.window.n_global)
         self.prefill, self.n_tail = prefill, n_tail
-        self.n_ahead = min(n_ahead, model.window.n_slack // 2)
+        self.n_ahead = min(n_ahead, model.n_slack // 2)
         self.notify: Callable[[], None] = lambda: None  # called from other threads when there is work
         self._context = model.llama._ctx
         self._keeps_displaced, self._on_logits = keeps_displaced, on_logits
@@ -335,7 +336,8 @@ class Scheduler:
             self._begin(work)
 
     def _may_skip(self, request: Request) -> bool:
-        return (request.prefill or self.prefill) == "tail" and not request.wants_prompt_logits
+        wanted = (request.prefill or self.prefill) == "tail" and not request.wants_prompt_logits
+        return wanted and not self.model.is_constant
 
     @staticmethod
     def _new_conversation(request: Request, log: TokenLog | None = None) -> Conversation:
@@ -360,7 +362,7 @@ class Scheduler:
             slot.trim(request.prompt[: match.n_cached])
             self.counters.trimmed += 1
         elif request.continues or _is_same(conversation, request, match.n_cached):
-            if len(slot) - match.n_cached > self.window.n_slack and self._keeps_displaced:
+            if len(slot) - match.n_cached > self.model.n_slack and self._keeps_displaced:
                 self._keep(slot, tip=True)  # more than a correction: the client may come back to this branch
             self._truncate(slot, match.n_cached)
         else:  # another conversation that begins alike: what is here is kept
@@ -447,6 +449,8 @@ class Scheduler:
         phase = work.request.phase
         if phase is Phase.PREFILL and work.request.wants_prompt_logits:
             return work.request.outputs.qsize() <= 1
+        if phase is Phase.DECODE and self.model.n_slack == 0:  # what nobody takes could not be taken back
+            return work.request.n_asked > work.request.stats.n_generated
         return phase is Phase.PREFILL or (phase is Phase.DECODE and work.request.outputs.qsize() <= self.n_ahead)
 
     def _ready(self) -> list[_Work]:
@@ -500,7 +504,7 @@ class Scheduler:
     def _drafts(self, work: _Work) -> Tokens:
         """The draft model's tokens: no more than can be rolled back, fit the batch, and are still wanted."""
         request = work.request
-        room = min(self.window.n_slack, self._share - len(work.pending))
+        room = min(self.model.n_slack, self._share - len(work.pending))
         if request.max_tokens is not None:
             room = min(room, request.max_tokens - request.stats.n_generated - 1)
         if request.draft_model is None or room <= 0:

@@ -160,9 +160,8 @@ class Slot:
         """Tokens that can be processed before the first mark gets out of reach; 0: make a checkpoint first."""
         if not self.marks:
             return NO_LIMIT
-        window = self.sequence.window
-        whole = window.n_local + window.n_slack - (len(self) + self.n_dropped - self.start)  # while all cells are kept
-        return max(0, whole, window.n_slack - (len(self) - self.marks[0]))
+        whole = self.sequence.n_whole - (len(self) + self.n_dropped - self.start)  # while all cells are kept
+        return max(0, whole, self.sequence.n_slack - (len(self) - self.marks[0]))
 
     def checkpoint(self) -> tuple[Checkpoint, dict[bytes, int]] | None:
         """A checkpoint that reaches the marks passed, and their keys; removes these marks. None if there are none."""

@@ -32,7 +32,9 @@ class Policy:
         """
         n_ubatch = min(n_batch, default_ubatch(window.size, on_gpu))
         if self.sink_mode is None:
-            return {"n_ctx": n_tokens if self.name == "full" else window.size, "n_ubatch": n_ubatch}
+            if self.name == "shift":  # llama.cpp can only shift if sliding layers have as many cells as the others
+                return {"n_ctx": window.size, "n_ubatch": n_ubatch}
+            return {"n_ctx": n_tokens, "n_ubatch": n_ubatch, "swa_full": False}
         n_global = 0 if self.name == "window" else window.n_global
         config = LMInfConfig(
             n_global=n_global,

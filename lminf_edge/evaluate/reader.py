@@ -59,7 +59,7 @@ class Reader(abc.ABC):
 
 
 class LambdaReader(Reader):
-    """A model with a Λ cache, whatever its sink_mode."""
+    """A model with a Λ cache, whatever its sink_mode, or a purely recurrent one."""
 
     llm: Llama
     _skipped = range(0)  # positions that were not read
@@ -86,6 +86,8 @@ class LambdaReader(Reader):
         window = self.llm.scheduler.window
         if position in self._skipped:
             return False
+        if self.llm.scheduler.model.is_constant:  # all that was read is in its state
+            return position < self.position
         return position < window.n_global or position > self.position - window.n_local
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -64,9 +64,10 @@ def stream_settings(state: ServerState) -> dict[str, Any]:
     return {
         "sink": engine.n_sinks,
         "max_sink": engine.max_sinks,
-        "window": engine.window.n_local,
-        "max_distance": engine.window.max_distance,
-        "kv_bytes": engine.model.kv_bytes,
+        "window": engine.n_local,
+        "max_distance": engine.max_distance,
+        "kv_bytes": engine.parts.kv_bytes,
+        "parts": asdict(engine.parts),
         "parallel": len(engine.slots),
         "memory_budget": engine.store.memory_budget,
         "disk_budget": engine.store.disk_budget,

@@ -53,7 +53,7 @@ class EngineCollector(Collector):
             ("slots_busy", "Slots at work.", engine.n_busy),
             ("waiting", "Requests that have no slot yet.", engine.n_waiting),
             ("conversations", "Conversations known, in the context or not.", len(store.conversations)),
-            ("kv_bytes", "KV cache; never changes.", engine.model.kv_bytes),
+            ("kv_bytes", "KV cache; never changes.", engine.parts.kv_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
             ("memory_budget_bytes", "What these may take.", store.memory_budget),
             ("text_bytes", "Texts of messages with their tokens.", self._service.tokenizer.n_bytes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
 from typing_extensions import Required, TypedDict
 
 from lminf_edge.engine.params import MAX_BREAKERS
@@ -59,6 +59,9 @@ class LambdaOptions(_Lenient):
     )
 
 
+# how other servers are given pictures or embeddings beside a prompt
+_NOT_TEXT = ("image_data", "multimodal_data", "multi_modal_data", "prompt_embeds")
+
 TokenLimit = Annotated[int, Field(ge=1, le=1 << 40)] | Literal[-1] | None
 
 
@@ -96,6 +99,14 @@ class Sampling(_Lenient):
         description="names the conversation: it may continue after its oldest messages were dropped",
     )
     return_progress: bool | None = Field(False, description="report prefill progress, in a stream")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, body: Any) -> Any:
+        for name in _NOT_TEXT:
+            if isinstance(body, dict) and body.get(name):
+                raise ValueError(f"{name}: only text can be read")
+        return body
 
     @field_validator("stop")
     @classmethod

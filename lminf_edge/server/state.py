@@ -120,7 +120,7 @@ class ServerState:
 
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
-        window = self.engine.window
+        engine = self.engine
         return {
             "id": self.settings.model_name,
             "object": "model",
@@ -134,7 +134,7 @@ class ServerState:
                 "n_embd": self.llm.n_embd(),
                 "n_ctx_train": self.llm._model.n_ctx_train(),
             },
-            "lminf": {"sink": self.engine.n_sinks, "window": window.n_local, "max_distance": window.max_distance},
+            "lminf": {"sink": engine.n_sinks, "window": engine.n_local, "max_distance": engine.max_distance},
         }
 
     def log_messages(self, messages: Any) -> None:

@@ -191,8 +191,8 @@ class Exchange:
             "position": self.usage.position,
             "skipped": self.usage.n_skipped,
             "sink": self.usage.n_sinks or engine.n_sinks,
-            "window": engine.window.n_local,
-            "kv_bytes": engine.model.kv_bytes,
+            "window": engine.n_local,
+            "kv_bytes": engine.parts.kv_bytes,
             **({"warning": self.warning} if self.warning else {}),
         }
 
@@ -206,7 +206,7 @@ class Exchange:
 
     def _n_sinks(self, prompt: ChatPrompt) -> int:
         engine = self.service.engine
-        if not self._pins_system or not prompt.n_pinned:
+        if not self._pins_system or not prompt.n_pinned or engine.model.is_constant:
             return engine.n_sinks
         limit = engine.max_sinks
         if prompt.n_pinned > limit:

@@ -36,7 +36,7 @@ enum lminf_sink_mode {
 
 // what computes the attention; the results are the same but for rounding
 enum lminf_attention {
-    LMINF_ATTENTION_AUTO  = 0, // the fused operation if every device that holds layers has it for this model, else stock
+    LMINF_ATTENTION_AUTO  = 0, // for each layer the fused operation if the device that holds it has that, else stock
     LMINF_ATTENTION_FUSED = 1, // one operation for sinks and window
     LMINF_ATTENTION_STOCK = 2, // operations that every ggml backend has
 };
@@ -59,15 +59,36 @@ struct lminf_info {
     int32_t n_global;       // sinks kept of this sequence
     int32_t n_window;       // window cells in use (window and slack)
     int32_t n_cells;        // window cells allocated, per sequence
-    int32_t n_rollback;     // tokens that seq_rm can take back right now
+    int32_t n_rollback;     // tokens that seq_rm can take back right now; 0 with recurrent layers, but for their snapshots
     int32_t n_rebase;       // times the graph positions were moved back
     int32_t max_graph_pos;  // largest graph position ever used by this context
     int32_t pos_bound;      // what max_graph_pos stays below
-    uint64_t kv_bytes;      // bytes of all KV buffers, window and sinks, all sequences
+    uint64_t kv_bytes;      // bytes of all buffers of the memory, all sequences
+};
+
+// what a context's memory is made of; bytes are those of all sequences
+struct lminf_parts {
+    int32_t  n_layer_full;      // layers with full attention, which have the rule
+    int32_t  n_layer_sliding;   // layers with a sliding window of their own, which stay as trained
+    int32_t  n_layer_recurrent; // layers with a state of constant size
+    int32_t  n_layer_fused;     // of the first two: computed by the fused operation
+    uint64_t window_bytes;
+    uint64_t sink_bytes;
+    uint64_t sliding_bytes;
+    uint64_t recurrent_bytes;
+};
+
+// what a model needs
+enum lminf_support_type {
+    LMINF_SUPPORT_REFUSED  = 0, // it cannot have a Λ cache: lminf_refusal says why
+    LMINF_SUPPORT_RUNS     = 1,
+    LMINF_SUPPORT_CONSTANT = 2, // it is recurrent throughout: without a Λ cache its memory and speed are constant already
 };
 
 // n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO, n_seq_max 0
 LLAMA_API struct lminf_params lminf_default_params(void);
+
+LLAMA_API int32_t lminf_support(const struct llama_model * model);
 
 // why a model cannot run with these parameters, in one sentence that names its architecture; NULL if nothing speaks
 // against it. A few models are only found out when their graph is built: then the context is refused the same way.
@@ -90,10 +111,14 @@ LLAMA_API const char * lminf_last_error(void);
 // false for a context without a Λ cache; every function below then returns false, -1 or 0 as well
 LLAMA_API bool lminf_enabled(const struct llama_context * ctx);
 
-// the parameters with every default filled in; attention is FUSED or STOCK, for the whole life of the context
+// the parameters with every default filled in; attention is FUSED if any layer has it, else STOCK, for the whole life of the
+// context
 LLAMA_API bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params);
 
 LLAMA_API bool lminf_get_info(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_info * info);
+
+// right as well for a context of a model that was loaded with llama_model_params.no_alloc, where nothing is allocated
+LLAMA_API bool lminf_get_parts(const struct llama_context * ctx, struct lminf_parts * parts);
 
 // Makes room for n_tokens more (at most n_batch), rebasing if needed, and returns the graph position of the first of
 // them. Call it before llama_decode if you fill llama_batch.pos yourself; with llama_batch.pos == NULL it is done for you.
@@ -115,6 +140,10 @@ LLAMA_API bool lminf_seq_set_sinks(struct llama_context * ctx, llama_seq_id seq_
 
 // lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
 LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
+
+// bytes of a context's memory (KV cache, recurrent states), with a Λ cache or without; of a model loaded with no_alloc, what
+// they would be
+LLAMA_API uint64_t lminf_memory_bytes(const struct llama_context * ctx);
 
 // Whether this thread's last call into a grammar (llama_sampler_init_grammar, or a grammar's turn in
 // llama_sampler_apply, _accept and _sample) was given up because it took too much work. Such a grammar is not made,

@@ -33,7 +33,7 @@ lminf_memory * lminf_get_memory(const llama_context * lctx) {
     if (!lctx || !lctx->get_cparams().lminf.enabled) {
         return nullptr;
     }
-    return static_cast<lminf_memory *>(lctx->get_memory());
+    return dynamic_cast<lminf_memory *>(lctx->get_memory()); // a model that is constant already keeps its own memory
 }
 
 void lminf_before_decode(llama_context & lctx, const llama_batch & batch) {
@@ -50,6 +50,12 @@ void lminf_before_decode(llama_context & lctx, const llama_batch & batch) {
         if (mem->is_valid(seq_id)) {
             mem->make_room(lctx, seq_id, n);
         }
+    }
+}
+
+void lminf_check_graph(const llama_context & lctx) {
+    if (const auto * mem = lminf_get_memory(&lctx)) {
+        mem->check_layers();
     }
 }
 
@@ -192,6 +198,17 @@ bool lminf_get_info(const llama_context * ctx, llama_seq_id seq_id, lminf_info *
     return true;
 }
 
+bool lminf_get_parts(const llama_context * ctx, lminf_parts * parts) {
+    const auto * mem = lminf_get_memory(ctx);
+    if (!mem) {
+        return false;
+    }
+
+    *parts = mem->get_parts();
+
+    return true;
+}
+
 llama_pos lminf_next_pos(llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens) {
     auto * mem = get_memory(ctx, seq_id);
 
@@ -211,7 +228,8 @@ bool lminf_rollback(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos
 
     const llama_pos pos = mem->graph_pos(seq_id, stream_pos);
     if (pos <= 0 || !mem->seq_rm(seq_id, pos, -1)) {
-        lminf_set_error(format("the cells before stream position %lld that the next query needs are gone", (long long) stream_pos));
+        lminf_set_error(format("the sequence cannot go back to stream position %lld: what the next query needs of the tokens before it is gone",
+                (long long) stream_pos));
         return false;
     }
 

@@ -5,10 +5,12 @@
 #include "llama-grammar.h"
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <exception>
 #include <stdexcept>
+#include <unordered_map>
 
 // An enumeration of 3000 words takes most of them, a schema of 200 fields or a grammar of C a tenth; classes of many
 // ranges take up to fifty for each candidate. All of them are spent in a few tens of milliseconds.
@@ -109,4 +111,47 @@ void lminf_grammar_accept(llama_grammar & grammar, llama_token token) {
 
 bool lminf_grammar_overran(void) {
     return work.overran;
+}
+
+llama_grammar_candidates lminf_grammar_reject_by_char(
+        const llama_grammar_rules & rules, const llama_grammar_stacks & stacks, const llama_grammar_candidates & candidates) {
+    std::unordered_map<uint32_t, std::vector<const llama_grammar_stack *>> taking_one; // by the one character
+    std::vector<const llama_grammar_stack *> others;
+    for (const auto & stack : stacks) {
+        const auto * pos = stack.empty() ? nullptr : stack.back();
+        if (pos && pos->type == LLAMA_GRETYPE_CHAR && pos->value != 0 &&
+                pos[1].type != LLAMA_GRETYPE_CHAR_RNG_UPPER && pos[1].type != LLAMA_GRETYPE_CHAR_ALT) {
+            taking_one[pos->value].push_back(&stack);
+        } else {
+            others.push_back(&stack);
+        }
+    }
+
+    std::unordered_map<uint32_t, llama_grammar_candidates> groups;
+    for (const auto & tok : candidates) {
+        groups[*tok.code_points].push_back(tok);
+    }
+    lminf_grammar_charge(16 * stacks.size() + 8 * candidates.size());
+
+    llama_grammar_candidates rejects;
+    for (auto & [chr, group] : groups) {
+        auto show = [&, chr = chr](const llama_grammar_stack * stack) {
+            if (!group.empty()) {
+                group = llama_grammar_reject_candidates_for_stack(rules, *stack, group);
+            }
+        };
+        const auto found = taking_one.find(chr);
+        if (chr == 0) { // at the end of a token, which may have the beginning of a character left
+            for (const auto & stack : stacks) {
+                show(&stack);
+            }
+        } else {
+            if (found != taking_one.end()) {
+                std::for_each(found->second.begin(), found->second.end(), show);
+            }
+            std::for_each(others.begin(), others.end(), show);
+        }
+        rejects.insert(rejects.end(), group.begin(), group.end());
+    }
+    return rejects;
 }

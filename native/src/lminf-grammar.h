@@ -8,11 +8,9 @@
 
 #pragma once
 
-#include "llama.h"
+#include "llama-grammar.h"
 
 #include <cstddef>
-
-struct llama_grammar;
 
 // Takes units from what the present call has left. Throws std::runtime_error when there are none.
 void lminf_grammar_charge(size_t n_units);
@@ -44,3 +42,8 @@ llama_grammar * lminf_grammar_init(
 
 void lminf_grammar_apply(const llama_grammar & grammar, llama_token_data_array * candidates);
 void lminf_grammar_accept(llama_grammar & grammar, llama_token token);
+
+// What llama_grammar_reject_candidates does, for many stacks: shows each candidate only to those that may take its first
+// character.
+llama_grammar_candidates lminf_grammar_reject_by_char(
+        const llama_grammar_rules & rules, const llama_grammar_stacks & stacks, const llama_grammar_candidates & candidates);

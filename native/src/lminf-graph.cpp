@@ -1,149 +1,14 @@
 #include "lminf-graph.h"
 
-#include "llama-arch.h"
 #include "llama-context.h"
-#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include "lminf-attn.h"
 
-#include <cmath>
-#include <cstring>
 #include <limits>
-#include <stdexcept>
-
-// ggml_rope's op_params: n_dims is [1], mode [2], attn_factor [8]; see ggml_rope_impl
-enum rope_op_param {
-    ROPE_N_DIMS      = 1,
-    ROPE_MODE        = 2,
-    ROPE_FREQ_SCALE  = 6,
-    ROPE_EXT_FACTOR  = 7,
-    ROPE_ATTN_FACTOR = 8,
-};
-
-static float get_f32(const int32_t * op_params, rope_op_param i) {
-    float res;
-    memcpy(&res, op_params + i, sizeof(res));
-    return res;
-}
-
-//
-// reading the rotation off the graph
-//
-
-[[noreturn]] static void refuse(llm_arch arch, int il, const char * why) {
-    throw std::runtime_error(lminf_set_error(format(
-        "models of architecture '%s' cannot run with a Λ cache: layer %d %s", llm_arch_name(arch), il, why)));
-}
-
-// an input of the graph, seen through reshapes: depends on the position, not on the token
-static bool is_graph_input(const ggml_tensor * t) {
-    while (t && !(t->flags & GGML_TENSOR_FLAG_INPUT)) {
-        const bool same_data = t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE;
-        t = same_data ? t->src[0] : nullptr;
-    }
-    return t != nullptr;
-}
-
-static bool has_rope_below(const ggml_tensor * t) {
-    while (t && t->op != GGML_OP_MUL_MAT && t->op != GGML_OP_ROPE) {
-        t = t->src[0];
-    }
-    return t && t->op == GGML_OP_ROPE;
-}
-
-// the RoPE node that made q or k, or NULL if it was not rotated. A further rotation by other positions is the same as
-// rotating by their sum only if everything between that node and the attention commutes with a rotation.
-static const ggml_tensor * find_rope(const ggml_tensor * t, llm_arch arch, int il) {
-    bool commutes = true;
-
-    while (t) {
-        switch (t->op) {
-            case GGML_OP_ROPE:
-                if (!commutes) {
-                    refuse(arch, il, "changes its queries or keys between RoPE and attention");
-                }
-                if (t->op_params[ROPE_MODE] & GGML_ROPE_TYPE_MROPE) {
-                    refuse(arch, il, "uses M-RoPE, which has several positions per token");
-                }
-                return t;
-
-            case GGML_OP_MUL_MAT:
-            case GGML_OP_GET_ROWS:
-                return nullptr; // the projection: nothing was rotated
-
-            case GGML_OP_CONCAT:
-                if (has_rope_below(t->src[0]) || has_rope_below(t->src[1])) {
-                    refuse(arch, il, "joins a rotated and an unrotated part into one head (MLA)");
-                }
-                commutes = false;
-                break;
-
-            // these move data, scale whole heads, or depend on the norm of a head alone
-            case GGML_OP_NONE:
-            case GGML_OP_VIEW:
-            case GGML_OP_RESHAPE:
-            case GGML_OP_PERMUTE:
-            case GGML_OP_CONT:
-            case GGML_OP_CPY:
-            case GGML_OP_SCALE:
-            case GGML_OP_RMS_NORM:
-            case GGML_OP_L2_NORM:
-                break;
-
-            case GGML_OP_MUL:
-                if (is_graph_input(t->src[1])) {
-                    refuse(arch, il, "scales its queries by their absolute position, which a stream without end has no training for");
-                }
-                commutes = commutes && t->src[1]->ne[0] == 1;
-                break;
-
-            default:
-                commutes = false;
-                break;
-        }
-        t = t->src[0];
-    }
-
-    return nullptr;
-}
-
-static lminf_rope read_rope(const ggml_tensor * q, const ggml_tensor * k, llm_arch arch, int il) {
-    const ggml_tensor * q_rope = find_rope(q, arch, il);
-    const ggml_tensor * k_rope = find_rope(k, arch, il);
-
-    lminf_rope rope;
-    rope.known = true;
-
-    if (!q_rope && !k_rope) {
-        return rope;
-    }
-    if (!q_rope || !k_rope || q_rope->src[2] != k_rope->src[2] ||
-            memcmp(q_rope->op_params, k_rope->op_params, sizeof(q_rope->op_params)) != 0) {
-        refuse(arch, il, "rotates its queries and its keys differently");
-    }
-
-    rope.factors = q_rope->src[2];
-    rope.n_dims  = q_rope->op_params[ROPE_N_DIMS];
-    memcpy(rope.op_params, q_rope->op_params, sizeof(rope.op_params));
-
-    return rope;
-}
-
-// rotates t further, by shift positions, keeping its magnitude: YaRN's factor is in t already
-static ggml_tensor * rotate(ggml_context * ctx, const lminf_rope & rope, ggml_tensor * t, ggml_tensor * shift, bool inplace = false) {
-    ggml_tensor * res = (inplace ? ggml_rope_ext_inplace : ggml_rope_ext)(ctx, t, shift, rope.factors, rope.n_dims, rope.op_params[ROPE_MODE],
-            0, 1.0f, 1.0f, 0.0f, 1.0f, 0.0f, 0.0f);
-
-    memcpy(res->op_params, rope.op_params, sizeof(rope.op_params));
-
-    // ggml multiplies by attn_factor, and with YaRN by this factor as well (rope_yarn in ggml-cpu/ops.cpp)
-    const bool  yarn        = get_f32(rope.op_params, ROPE_EXT_FACTOR) != 0.0f;
-    const float attn_factor = yarn ? 1.0f/(1.0f + 0.1f*logf(1.0f/get_f32(rope.op_params, ROPE_FREQ_SCALE))) : 1.0f;
-    memcpy(res->op_params + ROPE_ATTN_FACTOR, &attn_factor, sizeof(attn_factor));
-
-    return res;
-}
 
 ggml_tensor * lminf_build_shift(
         ggml_context * ctx, const llama_context & lctx, ggml_tensor * k, ggml_tensor * shift, ggml_tensor * rot, int il) {
@@ -162,19 +27,54 @@ ggml_tensor * lminf_build_shift(
 
     // without a copy of the window, which can be larger than all that an evaluation needs
     if (k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16) {
-        return rotate(ctx, rope, cur, shift, true);
+        return lminf_rotate(ctx, rope, cur, shift, true);
     }
 
     ggml_tensor * tmp = ggml_cast(ctx, cur, GGML_TYPE_F32);
-    if (rot) {
+    if (rope.hadamard) {
         tmp = llama_mul_mat_hadamard(ctx, tmp, rot);
     }
-    tmp = rotate(ctx, rope, tmp, shift);
-    if (rot) {
+    tmp = lminf_rotate(ctx, rope, tmp, shift);
+    if (rope.hadamard) {
         tmp = llama_mul_mat_hadamard(ctx, tmp, rot);
     }
 
     return ggml_cpy(ctx, tmp, cur);
+}
+
+//
+// the memory's contexts, inside of whatever class the model's graph expects
+//
+
+namespace {
+
+struct contexts {
+    const lminf_memory_context   * window;
+    const llama_kv_cache_context * sliding = nullptr; // NULL if no layer slides
+};
+
+}
+
+static contexts find_contexts(const llama_memory_context_i * mctx) {
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
+        mctx = hybrid->get_attn();
+    } else if (const auto * hybrid_iswa = dynamic_cast<const llama_memory_hybrid_iswa_context *>(mctx)) {
+        mctx = hybrid_iswa->get_attn();
+    }
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
+        return { static_cast<const lminf_memory_context *>(iswa->get_base()), iswa->get_swa() };
+    }
+    return { static_cast<const lminf_memory_context *>(mctx) };
+}
+
+const lminf_memory * lminf_find_memory(const llm_graph_context & graph) {
+    return graph.cparams.lminf.enabled ? &find_contexts(graph.mctx).window->get_memory() : nullptr;
+}
+
+float lminf_n_in_view(const lminf_memory & mem, llama_seq_id seq_id, llama_pos pos) {
+    const auto & stream = mem.get_stream(seq_id);
+
+    return std::min<int64_t>(stream.index(pos), (int64_t) stream.n_global + mem.get_params().n_local - 1);
 }
 
 //
@@ -187,12 +87,15 @@ static ggml_tensor * as_input(const char * name, ggml_tensor * t) {
     return t;
 }
 
-lminf_graph_input::lminf_graph_input(const llm_graph_context & graph, const lminf_memory_context * mctx) :
-    mctx(mctx), stores_sinks(mctx->get_stores_sinks()), use_alibi(graph.hparams.use_alibi) {
+lminf_graph_input::lminf_graph_input(const llm_graph_context & graph) :
+    mctx(find_contexts(graph.mctx).window), stores_sinks(mctx->get_stores_sinks()), use_alibi(graph.hparams.use_alibi),
+    n_swa(graph.hparams.n_swa), swa_type(graph.hparams.swa_type) {
     ggml_context * ctx = graph.ctx0;
 
+    const auto * sliding = find_contexts(graph.mctx).sliding;
+
     const int64_t n_tokens    = graph.ubatch.n_tokens;
-    const int64_t n_stream    = graph.ubatch.n_seqs_unq;
+    const int64_t n_stream    = mctx->get_ns();
     const int64_t n_sink_rows = mctx->get_n_sink_rows();
 
     q_shift   = as_input("lminf_q_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
@@ -200,20 +103,26 @@ lminf_graph_input::lminf_graph_input(const llm_graph_context & graph, const lmin
     sink_rows = as_input("lminf_sink_rows", ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens));
 
     // f32 even with flash attention on: an f16 ALiBi distance is only exact to 2048
-    mask = as_input("lminf_mask", ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
-            n_sink_rows + mctx->get_n_kv(), n_tokens/n_stream, 1, n_stream));
+    const auto new_mask = [&](const char * name, int64_t n_rows) {
+        return as_input(name, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_rows, n_tokens/n_stream, 1, n_stream));
+    };
+    mask = new_mask("lminf_mask", n_sink_rows + mctx->get_n_kv());
+    if (sliding) {
+        mask_sliding = new_mask("lminf_mask_sliding", sliding->get_n_kv());
+    }
 }
 
 bool lminf_graph_input::can_reuse(const llm_graph_params & params) {
-    mctx = static_cast<const lminf_memory_context *>(params.mctx);
+    const auto ctxs = find_contexts(params.mctx);
 
-    const int64_t n_sink_rows = mctx->get_n_sink_rows();
+    mctx = ctxs.window;
 
     return
         stores_sinks   == mctx->get_stores_sinks() &&
         q_shift->ne[0] == params.ubatch.n_tokens &&
-        mask->ne[0]    == n_sink_rows + mctx->get_n_kv() &&
-        mask->ne[3]    == params.ubatch.n_seqs_unq;
+        mask->ne[0]    == mctx->get_n_sink_rows() + mctx->get_n_kv() &&
+        mask->ne[3]    == mctx->get_ns() &&
+        (!mask_sliding || mask_sliding->ne[0] == ctxs.sliding->get_n_kv());
 }
 
 void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
@@ -224,7 +133,7 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     const int64_t n_sink_rows = mctx->get_n_sink_rows();
     const int64_t n_kv        = mask->ne[0] - n_sink_rows;
 
-    // a graph without sinks or without RoPE leaves some inputs unallocated
+    // a graph without sinks, without RoPE or without one kind of layers leaves some inputs unallocated
     const auto host_data = [](ggml_tensor * t) {
         GGML_ASSERT(!t->buffer || ggml_backend_buffer_is_host(t->buffer));
         return t->buffer ? t->data : nullptr;
@@ -234,6 +143,7 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     int32_t * data_k_shift   = (int32_t *) host_data(k_shift);
     int64_t * data_sink_rows = (int64_t *) host_data(sink_rows);
     float   * data_mask      = (float   *) host_data(mask);
+    float   * data_sliding   = mask_sliding ? (float *) host_data(mask_sliding) : nullptr;
 
     for (int64_t i = 0; i < n_tokens; ++i) {
         const llama_seq_id seq_id = ubatch->seq_id[i][0];
@@ -267,6 +177,19 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
         if (data_sink_rows) {
             data_sink_rows[i] = seq_id*mem.get_n_store_rows() + (is_sink ? index : mem.get_n_sink_rows());
         }
+        if (data_sliding) {
+            const auto & cells = mem.get_sliding_cells(seq_id);
+
+            float * row = data_sliding + i*mask_sliding->ne[0];
+
+            for (int64_t c = 0; c < mask_sliding->ne[0]; ++c) {
+                const bool open = !cells.is_empty(c) && cells.pos_get(c) <= pos &&
+                    !llama_hparams::is_masked_swa(n_swa, swa_type, cells.pos_get(c), pos);
+
+                row[c] = !open ? -INFINITY : use_alibi ? -(float) (pos - cells.pos_get(c)) : 0.0f;
+            }
+        }
+
         if (!data_mask) {
             continue;
         }
@@ -291,71 +214,92 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     }
 }
 
-lminf_graph_input * lminf_build_input(const llm_graph_context & graph) {
-    const auto * mctx = static_cast<const lminf_memory_context *>(graph.mctx);
-
-    return static_cast<lminf_graph_input *>(graph.res->add_input(std::make_unique<lminf_graph_input>(graph, mctx)));
+// the input of this graph, made for its first layer
+static lminf_graph_input * find_input(const llm_graph_context & graph) {
+    for (const auto & input : graph.res->inputs) {
+        if (auto * found = dynamic_cast<lminf_graph_input *>(input.get())) {
+            return found;
+        }
+    }
+    return static_cast<lminf_graph_input *>(graph.res->add_input(std::make_unique<lminf_graph_input>(graph)));
 }
 
 //
 // lminf_attn
 //
 
-// all of it contiguous, [n_embd_head*n_head, n_tokens]
-static ggml_tensor * merge_heads(ggml_context * ctx, ggml_tensor * t) {
-    const int64_t n_embd   = t->ne[0]*t->ne[1];
-    const int64_t n_tokens = t->ne[2];
+// contiguous rows of one token each
+static ggml_tensor * as_rows(ggml_context * ctx, ggml_tensor * t, int64_t n_tokens) {
+    const int64_t n_embd = ggml_nelements(t)/n_tokens;
 
     return ggml_is_contiguous(t) ? ggml_reshape_2d(ctx, t, n_embd, n_tokens) : ggml_cont_2d(ctx, t, n_embd, n_tokens);
 }
 
-lminf_attn::lminf_attn(const llm_graph_context & graph, lminf_graph_input * inp) : graph(graph), inp(inp) {}
-
-void lminf_attn::begin(ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * kq_b, int il) {
+lminf_attn::lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor *& v_cur, ggml_tensor * kq_b,
+        ggml_tensor * k_rot, int il) :
+    graph(graph), inp(graph.cparams.lminf.enabled ? find_input(graph) : nullptr), il(il) {
+    if (!inp) {
+        return;
+    }
     if (kq_b) {
-        refuse(graph.arch, il, "adds a bias of its own to the attention scores");
+        lminf_refuse_layer(graph.arch, il, "adds a bias of its own to the attention scores");
     }
 
-    this->il = il;
+    const int64_t n_tokens = q_cur->ne[2];
+    if (v_cur && v_cur->ne[2] != n_tokens) {
+        const int64_t n_head_kv = graph.hparams.n_head_kv(il);
+
+        v_cur = ggml_reshape_3d(graph.ctx0, as_rows(graph.ctx0, v_cur, n_tokens), ggml_nelements(v_cur)/n_tokens/n_head_kv, n_head_kv, n_tokens);
+    }
 
     auto & mem  = inp->mctx->get_memory();
     auto & rope = mem.get_rope(il);
 
-    rope = read_rope(q_cur, k_cur, graph.arch, il);
+    rope = lminf_read_rope(q_cur, k_cur, mem.get_text_factors(), graph.arch, il);
+    rope.hadamard = k_rot != nullptr;
 
-    if (inp->mctx->get_n_sink_rows() == 0) {
+    if (is_sliding() || inp->mctx->get_n_sink_rows() == 0) {
         return;
     }
 
-    q = rope.n_dims > 0 ? rotate(graph.ctx0, rope, q_cur, inp->q_shift) : q_cur;
+    q = rope.n_dims > 0 ? lminf_rotate(graph.ctx0, rope, q_cur, inp->q_shift) : q_cur;
     graph.cb(q, "lminf_q_sink", il);
 
-    if (inp->mctx->get_stores_sinks()) {
-        k = rope.n_dims > 0 ? rotate(graph.ctx0, rope, k_cur, inp->k_shift) : k_cur;
+    if (inp->mctx->get_stores_sinks() && k_cur) {
+        k = rope.n_dims > 0 ? lminf_rotate(graph.ctx0, rope, k_cur, inp->k_shift) : k_cur;
         graph.cb(k, "lminf_k_sink", il);
     }
 }
 
-void lminf_attn::store(ggml_tensor * v_cur) {
-    if (!k) {
-        return;
+const lminf_attn * lminf_attn::finish(ggml_tensor * v_cur, ggml_tensor *& v, ggml_tensor *& kq_mask) const {
+    if (!inp) {
+        return nullptr;
     }
 
-    ggml_context * ctx = graph.ctx0;
+    if (k) {
+        const auto & sinks = inp->mctx->get_memory().get_sinks();
 
-    const auto & mem = inp->mctx->get_memory();
+        const auto store_rows = [&](ggml_tensor * dst, ggml_tensor * cur) {
+            dst = ggml_reshape_2d(graph.ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
+            ggml_build_forward_expand(graph.gf, ggml_set_rows(graph.ctx0, dst, as_rows(graph.ctx0, cur, inp->sink_rows->ne[0]), inp->sink_rows));
+        };
 
-    const auto store_rows = [&](ggml_tensor * dst, ggml_tensor * cur) {
-        dst = ggml_reshape_2d(ctx, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
-        ggml_build_forward_expand(graph.gf, ggml_set_rows(ctx, dst, merge_heads(ctx, cur), inp->sink_rows));
-    };
+        store_rows(sinks.get_k(il), k);
+        if (v_cur) {
+            store_rows(sinks.get_v(il), v_cur);
+        }
+    }
 
-    store_rows(mem.get_sink_k(il), k);
-    store_rows(mem.get_sink_v(il), v_cur);
+    if (ggml_is_quantized(v->type) && !is_fused()) {
+        v = ggml_cast(graph.ctx0, v, GGML_TYPE_F32); // stock operations cannot transpose it as it is
+    }
+    kq_mask = is_sliding() ? inp->mask_sliding : inp->mask;
+
+    return this;
 }
 
-ggml_tensor * lminf_attn::readable_v(ggml_tensor * v) const {
-    return ggml_is_quantized(v->type) && !is_fused() ? ggml_cast(graph.ctx0, v, GGML_TYPE_F32) : v;
+bool lminf_attn::is_sliding() const {
+    return graph.hparams.is_swa(il);
 }
 
 // the store's rows of the sequences at hand, [n_embd_head, n_sink_rows, n_head_kv, n_stream]
@@ -375,36 +319,44 @@ ggml_tensor * lminf_attn::view_q_sink(int64_t n_stream) const {
 }
 
 bool lminf_attn::is_fused() const {
-    return inp->mctx->get_memory().is_fused();
+    return inp->mctx->get_memory().is_fused(il);
 }
 
-ggml_tensor * lminf_attn::build_fused(ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * head_sinks, float kq_scale) const {
+ggml_tensor * lminf_attn::build_fused(
+        ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const {
     ggml_context * ctx = graph.ctx0;
 
     const auto & hparams = graph.hparams;
-    const auto & mem     = inp->mctx->get_memory();
+    const auto & sinks   = inp->mctx->get_memory().get_sinks();
 
     ggml_tensor * q_sink = nullptr;
     ggml_tensor * k_sink = nullptr;
     ggml_tensor * v_sink = nullptr;
     if (q) {
         q_sink = view_q_sink(q_cur->ne[3]);
-        k_sink = view_sinks(ctx, mem.get_sink_k(il), inp->mctx, hparams.n_embd_head_k(il), hparams.n_head_kv(il));
-        v_sink = view_sinks(ctx, mem.get_sink_v(il), inp->mctx, hparams.n_embd_head_v(il), hparams.n_head_kv(il));
+        k_sink = view_sinks(ctx, sinks.get_k(il), inp->mctx, hparams.n_embd_head_k(il), hparams.n_head_kv(il));
+        v_sink = view_sinks(ctx, sinks.get_v(il), inp->mctx, hparams.n_embd_head_v(il), hparams.n_head_kv(il));
     }
 
     // Grok caps its scores always, and scales them for it
     const bool  grok = graph.arch == LLM_ARCH_GROK;
     const float cap  = grok || hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
 
-    ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, inp->mask, head_sinks, q_sink, k_sink, v_sink,
+    ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, is_sliding() ? inp->mask_sliding : inp->mask, head_sinks, q_sink, k_sink, v_sink,
             grok ? kq_scale*hparams.f_attn_out_scale : kq_scale, hparams.f_max_alibi_bias, cap);
 
-    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
-
     if (!graph.cparams.offload_kqv) {
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur->src[0], graph.backend_cpu); // where its K and V are
+        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu); // where its K and V are
     }
+
+    const int64_t n_tokens = cur->ne[2]*cur->ne[3];
+
+    if (v_mla) {
+        cur = ggml_reshape_3d(ctx, cur, cur->ne[0], cur->ne[1], n_tokens);
+        cur = ggml_mul_mat(ctx, v_mla, ggml_permute(ctx, cur, 0, 2, 1, 3)); // [n_embd_head_v_mla, n_tokens, n_head]
+        cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
+    }
+    cur = ggml_reshape_2d(ctx, cur, ggml_nelements(cur)/n_tokens, n_tokens);
 
     return cur;
 }
@@ -416,7 +368,7 @@ ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq) const {
 
     ggml_context * ctx = graph.ctx0;
 
-    ggml_tensor * k_sink = view_sinks(ctx, inp->mctx->get_memory().get_sink_k(il), inp->mctx,
+    ggml_tensor * k_sink = view_sinks(ctx, inp->mctx->get_memory().get_sinks().get_k(il), inp->mctx,
             graph.hparams.n_embd_head_k(il), graph.hparams.n_head_kv(il));
 
     ggml_tensor * kq_sink = ggml_mul_mat(ctx, k_sink, view_q_sink(kq->ne[3]));
@@ -439,7 +391,7 @@ ggml_tensor * lminf_attn::build_kqv(ggml_tensor * v, ggml_tensor * kq) const {
         return ggml_view_4d(ctx, kq, n, kq->ne[1], kq->ne[2], kq->ne[3], kq->nb[1], kq->nb[2], kq->nb[3], i0*kq->nb[0]);
     };
 
-    ggml_tensor * v_sink = view_sinks(ctx, inp->mctx->get_memory().get_sink_v(il), inp->mctx,
+    ggml_tensor * v_sink = view_sinks(ctx, inp->mctx->get_memory().get_sinks().get_v(il), inp->mctx,
             graph.hparams.n_embd_head_v(il), graph.hparams.n_head_kv(il));
     v_sink = ggml_cont(ctx, ggml_transpose(ctx, v_sink));
 

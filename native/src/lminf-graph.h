@@ -17,7 +17,7 @@
 // inputs of one graph, filled for every micro-batch
 class lminf_graph_input : public llm_graph_input_i {
 public:
-    lminf_graph_input(const llm_graph_context & graph, const lminf_memory_context * mctx);
+    explicit lminf_graph_input(const llm_graph_context & graph);
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
@@ -27,34 +27,44 @@ public:
     ggml_tensor * sink_rows = nullptr; // I64 [n_tokens]  where a key goes in the store
     ggml_tensor * mask      = nullptr; // F32 [n_sink_rows + n_kv, n_tokens/n_stream, 1, n_stream]
 
+    // F32 [n_kv of the sliding layers, n_tokens/n_stream, 1, n_stream], NULL if no layer slides
+    ggml_tensor * mask_sliding = nullptr;
+
     const lminf_memory_context * mctx;
 
 private:
     bool stores_sinks;
     bool use_alibi;
+
+    uint32_t       n_swa;
+    llama_swa_type swa_type;
 };
 
-// the sinks' half of one layer's attention; does nothing without sinks
+// one layer's attention with a Λ cache; without one it does nothing. Layers that slide by training have a mask like the
+// window's, and no sinks.
 class lminf_attn {
 public:
-    lminf_attn(const llm_graph_context & graph, lminf_graph_input * inp);
-
-    // before anything is done to the model's q and k: remember the rotation, make the second query, store new sinks.
+    // before anything is done to the model's q and k: reads the rotation, makes the second query and the keys to store
     //   q_cur [n_embd_head_k, n_head,    n_tokens]
-    //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
-    //   v_cur [n_embd_head_v, n_head_kv, n_tokens], in the basis of the V cache
-    void begin(ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * kq_b, int il);
-    void store(ggml_tensor * v_cur);
+    //   k_cur [n_embd_head_k, n_head_kv, n_tokens], NULL if the layer attends to another one's keys
+    //   v_cur [n_embd_head_v, n_head_kv, n_tokens], given this shape if the model merged its heads (PLM); NULL as k_cur
+    //   k_rot the Hadamard matrix that keys are stored under, or NULL
+    lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor *& v_cur, ggml_tensor * kq_b,
+            ggml_tensor * k_rot, int il);
+
+    // before build_attn_mha: stores new sinks, puts in the mask, and V of the window in a type that stock operations can
+    // transpose. NULL without a Λ cache
+    //   v_cur [n_embd_head_v, n_head_kv, n_tokens], in the basis of the V cache; NULL if values are a part of the keys
+    const lminf_attn * finish(ggml_tensor * v_cur, ggml_tensor *& v, ggml_tensor *& kq_mask) const;
 
     // the whole attention in one operation; the rest of this class is for stock operations
     bool is_fused() const;
 
     // q [n_embd_head_k, n_tokens/n_stream, n_head, n_stream], k and v alike, as flash attention takes them; head_sinks
-    // [n_head] or NULL -> [n_embd_head_v*n_head, n_tokens]
-    ggml_tensor * build_fused(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * head_sinks, float kq_scale) const;
-
-    // V of the window in a type that stock operations can transpose
-    ggml_tensor * readable_v(ggml_tensor * v) const;
+    // [n_head] or NULL; v_mla [n_embd_head_v, n_embd_head_v_mla, n_head], which values are decompressed by, or NULL
+    // -> [n_embd_head_v*n_head, n_tokens], or with n_embd_head_v_mla
+    ggml_tensor * build_fused(
+            ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const;
 
     // kq [n_kv, n_tokens, n_head, n_stream] -> [n_sink_rows + n_kv, n_tokens, n_head, n_stream]
     ggml_tensor * build_kq(ggml_tensor * kq) const;
@@ -62,23 +72,28 @@ public:
     // v [n_kv, n_embd_head_v, n_head_kv, n_stream], kq the softmax over both -> [n_embd_head_v, n_tokens, n_head, n_stream]
     ggml_tensor * build_kqv(ggml_tensor * v, ggml_tensor * kq) const;
 
-    ggml_tensor * mask() const { return inp->mask; }
-
 private:
+    bool is_sliding() const;
+
     // the second query, as build_attn_mha permutes the first: [n_embd_head_k, n_tokens/n_stream, n_head, n_stream]
     ggml_tensor * view_q_sink(int64_t n_stream) const;
 
     const llm_graph_context & graph;
 
-    lminf_graph_input * inp;
+    lminf_graph_input * inp; // NULL without a Λ cache
 
     ggml_tensor * q = nullptr; // the second query, [n_embd_head_k, n_head, n_tokens]
     ggml_tensor * k = nullptr; // keys as the store wants them, [n_embd_head_k, n_head_kv, n_tokens]
 
-    int il = -1;
+    int il;
 };
 
-lminf_graph_input * lminf_build_input(const llm_graph_context & graph);
+// the Λ memory that this graph works on, NULL without one
+const lminf_memory * lminf_find_memory(const llm_graph_context & graph);
+
+// how many tokens before it a query at this position can see, once more than sinks and window have gone by: what stands for
+// its position where a model scales queries by that
+float lminf_n_in_view(const lminf_memory & mem, llama_seq_id seq_id, llama_pos pos);
 
 // rotates a layer's whole K cache by shift, one entry per cell; NULL if the layer has no RoPE
 //   rot: the Hadamard matrix that quantized keys are stored under, or NULL

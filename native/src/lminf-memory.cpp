@@ -1,22 +1,19 @@
 #include "lminf-memory.h"
-#include "lminf-pages.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include "lminf-attn.h"
 
 #include <algorithm>
 #include <limits>
-#include <set>
+#include <numeric>
 #include <stdexcept>
-
-// keys and values of sinks are few: they are kept at the cache's own precision, and at f16 where that is quantized
-static ggml_type sink_type(ggml_type type) {
-    return ggml_is_quantized(type) ? GGML_TYPE_F16 : type;
-}
 
 // llama.cpp checks this with flash attention only, and reads broken rows without
 static void check_blocks(ggml_type type, const char * name, uint32_t n_embd_head) {
@@ -35,16 +32,17 @@ static ggml_backend_dev_t kv_device(const llama_model & model, bool offload, int
     return offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
-// stops a window that cannot fit from being zeroed page by page until the system gives up
-static void check_memory(const llama_model & model, const llama_memory_params & params, uint64_t n_rows, bool offload,
-        const std::vector<int32_t> & layers) {
-    std::map<ggml_backend_dev_t, uint64_t> need;
-
+// bytes of n_rows keys and values, by the device that they lie on
+static void add_rows(std::map<ggml_backend_dev_t, uint64_t> & res, const llama_model & model, const llama_memory_params & params,
+        uint64_t n_rows, bool offload, const std::vector<int32_t> & layers) {
     for (const int32_t il : layers) {
-        need[kv_device(model, offload, il)] += n_rows*(ggml_row_size(params.type_k, model.hparams.n_embd_k_gqa(il)) +
-                             ggml_row_size(params.type_v, model.hparams.n_embd_v_gqa(il)));
+        res[kv_device(model, offload, il)] += n_rows*(ggml_row_size(params.type_k, model.hparams.n_embd_k_gqa(il)) +
+            (model.hparams.is_mla() ? 0 : ggml_row_size(params.type_v, model.hparams.n_embd_v_gqa(il))));
     }
+}
 
+// stops a window that cannot fit from being zeroed page by page until the system gives up
+static void check_memory(const std::map<ggml_backend_dev_t, uint64_t> & need) {
     for (const auto & [dev, size] : need) {
         size_t free  = 0;
         size_t total = 0;
@@ -62,6 +60,9 @@ static void check_memory(const llama_model & model, const llama_memory_params & 
 static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int32_t il, ggml_type type_k, ggml_type type_v, int64_t n_sink_rows) {
     if (hparams.n_head_kv(il) == 0) {
         return true; // a layer without attention
+    }
+    if (hparams.is_mla()) {
+        type_v = type_k;
     }
     // a device that spreads tensors over others knows how to split its own operations only
     if (!lminf_attn_is_kv_type(type_k) || !lminf_attn_is_kv_type(type_v) || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_META) {
@@ -87,29 +88,23 @@ static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int
     const int64_t n_kv      = 256;
     const bool    has_sinks = n_sink_rows > 0;
 
+    // with MLA values are the first elements of the keys
+    const auto values = [&](ggml_tensor * k, ggml_type type) {
+        return hparams.is_mla() ? ggml_view_4d(ctx.get(), k, n_embd_v, k->ne[1], k->ne[2], k->ne[3], k->nb[1], k->nb[2], k->nb[3], 0)
+                                : rows(type, n_embd_v, k->ne[1], n_head_kv);
+    };
+
+    ggml_tensor * k      = rows(type_k, n_embd_k, n_kv, n_head_kv);
+    ggml_tensor * k_sink = has_sinks ? rows(lminf_sinks::store_type(type_k), n_embd_k, n_sink_rows, n_head_kv) : nullptr;
+
     const ggml_tensor * op = ggml_lminf_attn(ctx.get(),
-            rows(GGML_TYPE_F32, n_embd_k, 1,    n_head),
-            rows(type_k,        n_embd_k, n_kv, n_head_kv),
-            rows(type_v,        n_embd_v, n_kv, n_head_kv),
+            rows(GGML_TYPE_F32, n_embd_k, 1, n_head), k, values(k, type_v),
             ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_sink_rows + n_kv, 1), nullptr,
-            has_sinks ? rows(GGML_TYPE_F32,     n_embd_k, 1,           n_head)    : nullptr,
-            has_sinks ? rows(sink_type(type_k), n_embd_k, n_sink_rows, n_head_kv) : nullptr,
-            has_sinks ? rows(sink_type(type_v), n_embd_v, n_sink_rows, n_head_kv) : nullptr,
+            has_sinks ? rows(GGML_TYPE_F32, n_embd_k, 1, n_head) : nullptr, k_sink,
+            has_sinks ? values(k_sink, lminf_sinks::store_type(type_v)) : nullptr,
             1.0f, 0.0f, 0.0f);
 
     return ggml_backend_dev_supports_op(dev, op);
-}
-
-// llama_kv_cache hands out its values as views only
-static ggml_tensor * find_v_storage(const llama_kv_cache & window, int32_t il) {
-    const ggml_init_params params_ctx = {
-        /*.mem_size   =*/ ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
-    const ggml_context_ptr ctx(ggml_init(params_ctx));
-
-    return window.get_v(ctx.get(), il, 1, { 0, 0, { 0 }, { { 0 } } })->view_src;
 }
 
 //
@@ -120,170 +115,198 @@ lminf_memory::lminf_memory(
         const llama_model         & model,
         const llama_memory_params & params_mem,
         const llama_cparams       & cparams,
-        const layer_filter_cb     & filter) :
-    hparams(model.hparams), params(cparams.lminf), n_seq_max(cparams.n_seq_max) {
+              lminf_layers          layers_model) :
+    model(model), hparams(model.hparams), params(cparams.lminf), layers(std::move(layers_model)), n_seq_max(cparams.n_seq_max),
+    // a window that is cut into chunks of positions is cut at the same tokens after a rebase
+    block(hparams.swa_type == LLAMA_SWA_TYPE_CHUNKED ? std::lcm<int64_t>(lminf_stream::min_block, hparams.n_swa) : lminf_stream::min_block) {
 
     // padded as llama.cpp pads its own caches; what the padding adds is more slack
+    const auto pad_cells = [](int64_t n) { return (uint32_t) GGML_PAD(n, 256); };
+
     const int64_t n_cells_min = (int64_t) params.n_local + params.n_slack + cparams.n_ubatch;
     if (n_cells_min > std::numeric_limits<int32_t>::max()/2) {
         throw std::runtime_error(lminf_set_error(format("n_local = %d is more cells than a KV cache can index", params.n_local)));
     }
-    n_cells = GGML_PAD(n_cells_min, 256);
-
-    n_sink_rows = pad_sinks(params.n_global);
-
-    std::vector<int32_t> layers;
-    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        if (hparams.has_kv(il) && (!filter || filter(il))) {
-            layers.push_back(il);
-        }
-    }
-
-    for (const int32_t il : layers) {
-        check_blocks(params_mem.type_k, "key",   hparams.n_embd_head_k(il));
-        check_blocks(params_mem.type_v, "value", hparams.n_embd_head_v(il));
-    }
-    check_memory(model, params_mem, (uint64_t) (n_cells + n_sink_rows)*n_seq_max, cparams.offload_kqv, layers);
+    const uint32_t n_cells = pad_cells(n_cells_min);
 
     params.n_slack = n_cells - cparams.n_ubatch - params.n_local;
+    n_sink_rows    = pad_sinks(params.n_global);
 
-    if (params.attention != LMINF_ATTENTION_STOCK) {
-        const auto it = std::find_if(layers.begin(), layers.end(), [&](int32_t il) {
-            return !has_fused(kv_device(model, cparams.offload_kqv, il), hparams, il, params_mem.type_k, params_mem.type_v, n_sink_rows);
-        });
-        if (it != layers.end() && params.attention == LMINF_ATTENTION_FUSED) {
-            throw std::runtime_error(lminf_set_error(format(
-                "there is no fused attention for layer %d of this model on %s with a KV cache of types %s and %s", *it,
-                ggml_backend_dev_name(kv_device(model, cparams.offload_kqv, *it)), ggml_type_name(params_mem.type_k), ggml_type_name(params_mem.type_v))));
+    const uint32_t n_cells_sliding = layers.sliding.empty() ? 0 : pad_cells((int64_t) hparams.n_swa + params.n_slack + cparams.n_ubatch);
+
+    for (const auto * kind : { &layers.full, &layers.sliding }) {
+        for (const int32_t il : *kind) {
+            check_blocks(params_mem.type_k, "key",   hparams.n_embd_head_k(il));
+            check_blocks(params_mem.type_v, "value", hparams.n_embd_head_v(il));
         }
-        params.attention = it == layers.end() ? LMINF_ATTENTION_FUSED : LMINF_ATTENTION_STOCK;
     }
 
+    std::map<ggml_backend_dev_t, uint64_t> need;
+    add_rows(need, model, params_mem, (uint64_t) (n_cells + n_sink_rows)*n_seq_max, cparams.offload_kqv, layers.full);
+    add_rows(need, model, params_mem, (uint64_t) n_cells_sliding*n_seq_max, cparams.offload_kqv, layers.sliding);
+    check_memory(need);
+
+    choose_attention(cparams, params_mem.type_k, params_mem.type_v);
+
     // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
-    // once more, so it is n_local tokens away at least: no key is rotated twice while a query can see it.
-    const int64_t bound_min = (int64_t) n_cells + cparams.n_batch + lminf_stream::block;
+    // once more, so it is a window away at least: no key is rotated twice while a query can see it.
+    const int64_t bound_min = (int64_t) std::max(n_cells, n_cells_sliding) + cparams.n_batch + block;
     if (params.pos_bound == 0) {
-        params.pos_bound = bound_min + params.n_local;
+        params.pos_bound = bound_min + std::max<int64_t>(params.n_local, layers.sliding.empty() ? 0 : hparams.n_swa);
     } else if (params.pos_bound < bound_min) {
         throw std::runtime_error(lminf_set_error(format(
             "pos_bound = %d is too small: this window and batch need %d", params.pos_bound, (int) bound_min)));
     }
 
-    v_trans = !is_fused() && !cparams.flash_attn;
-
-    // the cache's own sliding window is wider than the rule's by the slack: it decides what is recycled, the mask what is seen
-    window = std::make_unique<llama_kv_cache>(
-            model, hparams, params_mem.type_k, params_mem.type_v, v_trans, cparams.offload_kqv,
-            /*unified =*/ false, n_cells, n_seq_max, /*n_pad =*/ 1,
-            params.n_local + params.n_slack, LLAMA_SWA_TYPE_STANDARD,
-            /*mem_other =*/ nullptr, filter, /*reuse =*/ nullptr, /*share =*/ nullptr);
-
-    std::set<ggml_backend_buffer_t> buffers; // llama_kv_cache allocates one for each device, K and V of all of its layers
-    for (const int32_t il : layers) {
-        buffers.insert(window->get_k_storage(il)->buffer);
+    llama_memory_i::layer_reuse_cb reuse;
+    if (!layers.reuse.empty()) {
+        reuse = [this](int32_t il) {
+            const auto it = layers.reuse.find(il);
+            return it == layers.reuse.end() ? -1 : it->second;
+        };
     }
-    for (ggml_backend_buffer_t buffer : buffers) {
-        lminf_use_huge_pages(buffer);
+
+    lminf_kv::params kv = {
+        /*.type_k    =*/ params_mem.type_k,
+        /*.type_v    =*/ params_mem.type_v,
+        /*.v_trans   =*/ fused.empty() && !cparams.flash_attn && !hparams.is_mla(),
+        /*.offload   =*/ cparams.offload_kqv,
+        /*.n_cells   =*/ n_cells,
+        /*.n_seen    =*/ (uint32_t) params.n_local,
+        /*.n_slack   =*/ (uint32_t) params.n_slack,
+        /*.n_seq_max =*/ n_seq_max,
+    };
+    window = std::make_unique<lminf_kv>(model, kv, layers.full, reuse);
+
+    if (!layers.sliding.empty()) {
+        kv.n_cells = n_cells_sliding;
+        kv.n_seen  = hparams.n_swa;
+        kv.n_slack = n_cells_sliding - cparams.n_ubatch - hparams.n_swa;
+
+        sliding = std::make_unique<lminf_kv>(model, kv, layers.sliding, reuse);
+    }
+
+    sinks = std::make_unique<lminf_sinks>(model, params_mem.type_k, params_mem.type_v, cparams.offload_kqv, get_n_store_rows(), n_seq_max, layers.full);
+    for (const auto & [il, il_keys] : layers.reuse) {
+        if (std::count(layers.full.begin(), layers.full.end(), il_keys) > 0) {
+            sinks->reuse(il, il_keys);
+        }
+    }
+
+    if (!layers.recurrent.empty()) {
+        recurrent = std::make_unique<lminf_recurrent>(model, cparams.offload_kqv, n_seq_max, cparams.n_rs_seq, layers.recurrent);
     }
 
     streams.assign(n_seq_max, new_stream());
-    dirty.assign(n_seq_max, 0);
-
-    std::map<ggml_backend_buffer_type_t, ggml_context *> ctx_map;
-
-    for (const int32_t il : layers) {
-        ggml_backend_buffer_type_t buft = cparams.offload_kqv
-            ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
-
-        if (ctx_map.find(buft) == ctx_map.end()) {
-            const ggml_init_params params_ctx = {
-                /*.mem_size   =*/ 2*(1 + n_seq_max)*layers.size()*ggml_tensor_overhead(),
-                /*.mem_buffer =*/ nullptr,
-                /*.no_alloc   =*/ true,
-            };
-            ctx_map[buft] = ggml_init(params_ctx);
-            ctxs_bufs.emplace_back(ggml_context_ptr(ctx_map[buft]), nullptr);
-        }
-
-        sink_layer layer = {};
-
-        layer.il       = il;
-        layer.window_k = window->get_k_storage(il);
-        layer.window_v = find_v_storage(*window, il);
-
-        const auto new_store = [&](const char * name, ggml_type type, uint32_t n_embd_gqa, std::vector<ggml_tensor *> & seqs) {
-            ggml_tensor * t = ggml_new_tensor_3d(ctx_map[buft], sink_type(type), n_embd_gqa, get_n_store_rows(), n_seq_max);
-            ggml_format_name(t, "sink_%s_l%d", name, il);
-            for (uint32_t s = 0; s < n_seq_max; ++s) {
-                seqs.push_back(ggml_view_2d(ctx_map[buft], t, t->ne[0], t->ne[1], t->nb[1], s*t->nb[2]));
-            }
-            return t;
-        };
-
-        layer.k = new_store("k", params_mem.type_k, hparams.n_embd_k_gqa(il), layer.k_seq);
-        layer.v = new_store("v", params_mem.type_v, hparams.n_embd_v_gqa(il), layer.v_seq);
-
-        map_layer_ids[il] = sinks.size();
-        sinks.push_back(std::move(layer));
-    }
-
-    for (const auto & [buft, ctx] : ctx_map) {
-        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft));
-        if (!buf) {
-            throw std::runtime_error(lminf_set_error("failed to allocate the sink store"));
-        }
-        // masked rows are multiplied by zero, so they must not hold NaN
-        ggml_backend_buffer_clear(buf.get(), 0);
-
-        for (auto & ctx_buf : ctxs_bufs) {
-            if (ctx_buf.first.get() == ctx) {
-                ctx_buf.second = std::move(buf);
-                break;
-            }
-        }
-    }
 
     LLAMA_LOG_INFO("%s: n_global = %d, n_local = %d, max_distance = %d, n_slack = %d, n_cells = %u, pos_bound = %d\n",
             __func__, params.n_global, params.n_local, params.max_distance, params.n_slack, n_cells, params.pos_bound);
+    LLAMA_LOG_INFO("%s: layers: %zu full, %zu sliding over %u tokens, %zu recurrent, %zu reuse keys, %zu fused\n", __func__,
+            layers.full.size(), layers.sliding.size(), hparams.n_swa, layers.recurrent.size(), layers.reuse.size(), fused.size());
+}
+
+void lminf_memory::choose_attention(const llama_cparams & cparams, ggml_type type_k, ggml_type type_v) {
+    if (params.attention == LMINF_ATTENTION_STOCK) {
+        return;
+    }
+
+    const auto choose = [&](int32_t il, int32_t il_keys, int64_t n_rows) {
+        ggml_backend_dev_t dev = kv_device(model, cparams.offload_kqv, il_keys);
+
+        if (has_fused(dev, hparams, il, type_k, type_v, n_rows)) {
+            fused.insert(il);
+        } else if (params.attention == LMINF_ATTENTION_FUSED) {
+            throw std::runtime_error(lminf_set_error(format(
+                "there is no fused attention for layer %d of this model on %s with a KV cache of types %s and %s: choose another attention", il,
+                ggml_backend_dev_name(dev), ggml_type_name(type_k), ggml_type_name(type_v))));
+        }
+    };
+
+    for (const int32_t il : layers.full) {
+        choose(il, il, n_sink_rows);
+    }
+    for (const int32_t il : layers.sliding) {
+        choose(il, il, 0);
+    }
+    for (const auto & [il, il_keys] : layers.reuse) {
+        choose(il, il_keys, hparams.is_swa(il) ? 0 : n_sink_rows);
+    }
+
+    params.attention = fused.empty() ? LMINF_ATTENTION_STOCK : LMINF_ATTENTION_FUSED;
+}
+
+std::vector<lminf_kv *> lminf_memory::caches() const {
+    std::vector<lminf_kv *> res = { window.get() };
+    if (sliding) {
+        res.push_back(sliding.get());
+    }
+    return res;
+}
+
+void lminf_memory::check_layers() const {
+    for (const auto * kind : { &layers.full, &layers.sliding }) {
+        for (const int32_t il : *kind) {
+            const auto it = ropes.find(il);
+            if (hparams.n_head_kv(il) > 0 && (it == ropes.end() || !it->second.known)) {
+                lminf_refuse_layer(model.arch, il, "attends in a way of its own, which the rule does not reach");
+            }
+        }
+    }
 }
 
 //
 // batches
 //
 
-llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
-    GGML_UNUSED(embd_all);
+static std::unique_ptr<lminf_memory_context> failed(std::string why) {
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, lminf_set_error(std::move(why)).c_str());
 
-    const auto failed = [] { return std::make_unique<lminf_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
+    return std::make_unique<lminf_memory_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
+llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    if (lctx && !lctx->get_cparams().causal_attn) {
+        return failed("a stream has no end to be read back from: with a Λ cache the attention is causal");
+    }
 
     balloc.split_reset();
 
     std::map<llama_seq_id, llama_pos> next; // position that a sequence's next token must have
 
+    // recurrent layers take the same number of tokens of each sequence, and keep snapshots within one micro-batch
+    const auto split = [&] {
+        if (recurrent) {
+            const uint32_t n_rs_seq = recurrent->get_memory().n_rs_seq;
+
+            return embd_all ? balloc.split_seq(n_ubatch) : balloc.split_equal(n_ubatch, true, n_rs_seq > 0 ? n_rs_seq + 1 : 0);
+        }
+        return n_seq_max == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+    };
+
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        auto ubatch = n_seq_max == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
+        auto ubatch = split();
         if (ubatch.n_tokens == 0) {
             break;
+        }
+        if (!ubatch.token && hparams.n_pos_per_embd() > 1) {
+            return failed("a model with several positions per token (M-RoPE) reads text only with a Λ cache: give it tokens, not embeddings");
         }
 
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             if (ubatch.n_seq_id[i] != 1) {
-                LLAMA_LOG_ERROR("%s: a token belongs to %d sequences, but each has a stream of its own\n", __func__, ubatch.n_seq_id[i]);
-                return failed();
+                return failed(format("a token belongs to %d sequences, but each has a stream of its own", ubatch.n_seq_id[i]));
             }
             if (ubatch.pos[i] < 0 || ubatch.pos[i] >= params.pos_bound) {
-                LLAMA_LOG_ERROR("%s: position %d is outside of [0, %d): ask lminf_next_pos for each batch's first position\n",
-                        __func__, ubatch.pos[i], params.pos_bound);
-                return failed();
+                return failed(format("position %d is outside of [0, %d): ask lminf_next_pos for each batch's first position",
+                        ubatch.pos[i], params.pos_bound));
             }
 
             const llama_seq_id seq_id = ubatch.seq_id[i][0];
             const llama_pos    pos    = next.try_emplace(seq_id, next_pos(seq_id)).first->second++;
             if (ubatch.pos[i] != pos) {
-                LLAMA_LOG_ERROR("%s: a token of sequence %d has position %d where %d comes next: ask lminf_next_pos for each batch's first position\n",
-                        __func__, seq_id, ubatch.pos[i], pos);
-                return failed();
+                return failed(format("a token of sequence %d has position %d where %d comes next: ask lminf_next_pos for each batch's first position",
+                        seq_id, ubatch.pos[i], pos));
             }
         }
 
@@ -291,19 +314,50 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
     }
 
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return failed();
+        return failed("the batch could not be split into micro-batches");
     }
 
-    auto sinfos = window->prepare(ubatches);
+    // recurrent layers first, as llama.cpp does
+    if (recurrent && !recurrent->get_memory().prepare(ubatches)) {
+        return failed("there is no state left for a sequence of the batch");
+    }
+
+    auto sinfos = window->get_cache().prepare(ubatches);
     if (sinfos.empty()) {
-        return failed();
+        return failed("there are no cells left for the batch");
     }
 
-    return std::make_unique<lminf_memory_context>(this, std::move(sinfos), std::move(ubatches));
+    llama_memory_context_ptr ctx_sliding;
+    if (sliding) {
+        auto sinfos_sliding = sliding->get_cache().prepare(ubatches);
+        if (sinfos_sliding.empty()) {
+            return failed("there are no cells left for the batch in layers with a sliding window");
+        }
+        ctx_sliding = std::make_unique<llama_kv_cache_context>(&sliding->get_cache(), std::move(sinfos_sliding), ubatches);
+    }
+
+    return wrap(std::make_unique<lminf_memory_context>(this, std::move(sinfos), ubatches), std::move(ctx_sliding),
+            recurrent ? recurrent->new_context(ubatches) : nullptr, ubatches);
 }
 
 llama_memory_context_ptr lminf_memory::init_full() {
-    return std::make_unique<lminf_memory_context>(this);
+    return wrap(std::make_unique<lminf_memory_context>(this), sliding ? sliding->get_cache().init_full() : nullptr,
+            recurrent ? recurrent->get_memory().init_full() : nullptr, {});
+}
+
+llama_memory_context_ptr lminf_memory::wrap(llama_memory_context_ptr ctx_window, llama_memory_context_ptr ctx_sliding,
+        llama_memory_context_ptr ctx_recurrent, const std::vector<llama_ubatch> & ubatches) const {
+    llama_memory_context_ptr attn = std::move(ctx_window);
+    if (ctx_sliding) {
+        attn = std::make_unique<llama_kv_cache_iswa_context>(std::move(attn), std::move(ctx_sliding), ubatches);
+    }
+    if (!ctx_recurrent) {
+        return attn;
+    }
+    if (sliding) {
+        return std::make_unique<llama_memory_hybrid_iswa_context>(std::move(attn), std::move(ctx_recurrent), ubatches);
+    }
+    return std::make_unique<llama_memory_hybrid_context>(std::move(attn), std::move(ctx_recurrent), ubatches);
 }
 
 void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
@@ -314,38 +368,50 @@ void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
     }
 }
 
-// the window's own pending work, and the sinks' share of sequence copies
+// the caches' own pending work, and the sinks' share of sequence copies
 class lminf_memory_update : public llama_memory_context_i {
 public:
     lminf_memory_update(lminf_memory * mem, llama_context * lctx, bool optimize) :
-        mem(mem), lctx(lctx), inner(mem->window->init_update(lctx, optimize)), copies(std::move(mem->pending_copies)) {
+        mem(mem), lctx(lctx), copies(std::move(mem->pending_copies)) {
+        for (lminf_kv * kv : mem->caches()) {
+            inner.push_back(kv->get_cache().init_update(lctx, optimize));
+        }
         mem->pending_copies.clear();
     }
 
     bool next() override { return false; }
 
     bool apply() override {
-        const bool res = inner->get_status() != LLAMA_MEMORY_STATUS_SUCCESS || inner->apply();
+        bool res = true;
+        for (const auto & ctx : inner) {
+            res &= ctx->get_status() != LLAMA_MEMORY_STATUS_SUCCESS || ctx->apply();
+        }
 
         if (!copies.empty()) {
             llama_synchronize(lctx);
-            mem->copy_sinks(copies);
+            for (const auto & copy : copies) {
+                mem->sinks->copy(copy.src, copy.dst);
+            }
         }
 
         return res;
     }
 
-    const llama_ubatch & get_ubatch() const override { return inner->get_ubatch(); }
+    const llama_ubatch & get_ubatch() const override { return inner[0]->get_ubatch(); }
 
     llama_memory_status get_status() const override {
-        return copies.empty() ? inner->get_status() : LLAMA_MEMORY_STATUS_SUCCESS;
+        llama_memory_status res = copies.empty() ? LLAMA_MEMORY_STATUS_NO_UPDATE : LLAMA_MEMORY_STATUS_SUCCESS;
+        for (const auto & ctx : inner) {
+            res = llama_memory_status_combine(res, ctx->get_status());
+        }
+        return res;
     }
 
 private:
     lminf_memory  * mem;
     llama_context * lctx;
 
-    llama_memory_context_ptr inner;
+    std::vector<llama_memory_context_ptr> inner;
 
     std::vector<lminf_memory::seq_copy> copies;
 };
@@ -354,15 +420,6 @@ llama_memory_context_ptr lminf_memory::init_update(llama_context * lctx, bool op
     this->lctx = lctx;
 
     return std::make_unique<lminf_memory_update>(this, lctx, optimize);
-}
-
-void lminf_memory::copy_sinks(const std::vector<seq_copy> & copies) {
-    for (const auto & copy : copies) {
-        for (const auto & layer : sinks) {
-            ggml_backend_tensor_copy(layer.k_seq[copy.src], layer.k_seq[copy.dst]);
-            ggml_backend_tensor_copy(layer.v_seq[copy.src], layer.v_seq[copy.dst]);
-        }
-    }
 }
 
 //
@@ -382,10 +439,15 @@ llama_pos lminf_memory::make_room(llama_context & lctx, llama_seq_id seq_id, int
         return next;
     }
 
-    const llama_pos shift = lminf_stream::rebase_shift(window->seq_pos_min(seq_id));
+    const llama_pos shift = lminf_stream::rebase_shift(seq_pos_min(seq_id), block);
     GGML_ASSERT(next + n_tokens - shift <= params.pos_bound);
 
-    window->seq_add(seq_id, 0, -1, -shift);
+    for (lminf_kv * kv : caches()) {
+        kv->shift(seq_id, shift);
+    }
+    if (recurrent) {
+        recurrent->set_pos(seq_id, next - shift - 1);
+    }
     stream.origin += shift;
     n_rebase++;
 
@@ -419,7 +481,7 @@ bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
     }
 
     // graph positions begin anywhere within a block, as they would after a rebase
-    streams[seq_id].begin_at(stream_pos);
+    streams[seq_id].begin_at(stream_pos, block);
 
     return true;
 }
@@ -429,6 +491,10 @@ bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
 
     if (n_tokens < params.n_local) {
         lminf_set_error(format("a skip must be n_local = %d tokens or more, so that no query sees across it", params.n_local));
+        return false;
+    }
+    if (sliding && n_tokens < hparams.n_swa) {
+        lminf_set_error(format("a skip must be %u tokens or more, as the model's own sliding window, so that no query sees across it", hparams.n_swa));
         return false;
     }
     if (stream.n_sink < stream.n_global) {
@@ -442,14 +508,20 @@ bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
         return false;
     }
 
-    free_cells(seq_id, -1);
-    stream.skip_to(stream_pos + n_tokens);
+    const bool zero = begin_zero();
+    for (lminf_kv * kv : caches()) {
+        kv->free_cells(seq_id, -1, zero);
+    }
+    stream.skip_to(stream_pos + n_tokens, block);
+    if (recurrent) {
+        recurrent->skip_to(seq_id, next_pos(seq_id));
+    }
 
     return true;
 }
 
 llama_pos lminf_memory::next_pos(llama_seq_id seq_id) const {
-    const llama_pos pos_max = window->seq_pos_max(seq_id);
+    const llama_pos pos_max = window->get_cache().seq_pos_max(seq_id);
 
     return pos_max >= 0 ? pos_max + 1 : (llama_pos) streams[seq_id].pos_resume();
 }
@@ -460,16 +532,18 @@ llama_pos lminf_memory::graph_pos(llama_seq_id seq_id, int64_t stream_pos) const
     return (llama_pos) std::clamp<int64_t>(pos, -1, std::numeric_limits<llama_pos>::max());
 }
 
-llama_pos lminf_memory::rollback_min(llama_seq_id seq_id) const {
-    const int64_t pos_min    = window->seq_pos_min(seq_id);
-    const int64_t pos_resume = streams[seq_id].pos_resume();
-
-    // nothing has been recycled yet: any token can be the last one
-    if (pos_min <= pos_resume) {
-        return (llama_pos) pos_resume;
+llama_pos lminf_memory::truncate_min(llama_seq_id seq_id) const {
+    llama_pos res = 0;
+    for (const lminf_kv * kv : caches()) {
+        res = std::max(res, kv->rollback_min(seq_id, streams[seq_id].pos_resume()));
     }
+    return res;
+}
 
-    return (llama_pos) (pos_min + params.n_local - 1);
+llama_pos lminf_memory::rollback_min(llama_seq_id seq_id) const {
+    const llama_pos res = truncate_min(seq_id);
+
+    return recurrent ? std::max(res, next_pos(seq_id) - recurrent->n_rollback(seq_id)) : res;
 }
 
 bool lminf_memory::can_truncate(llama_seq_id seq_id, llama_pos p0) const {
@@ -493,7 +567,7 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
     info.n_global      = stream.n_global;
     info.n_window      = window->get_cells(seq_id).get_used();
     info.n_rollback    = std::max(0, next - rollback_min(seq_id));
-    info.n_cells       = n_cells;
+    info.n_cells       = window->get_params().n_cells;
     info.n_rebase      = n_rebase;
     info.max_graph_pos = max_graph_pos;
     info.pos_bound     = params.pos_bound;
@@ -505,18 +579,43 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
     return info;
 }
 
+static uint64_t sum(const std::map<ggml_backend_buffer_type_t, size_t> & sizes) {
+    return std::accumulate(sizes.begin(), sizes.end(), (uint64_t) 0, [](uint64_t n, const auto & each) { return n + each.second; });
+}
+
+lminf_parts lminf_memory::get_parts() const {
+    lminf_parts res = {};
+
+    res.n_layer_full      = layers.full.size();
+    res.n_layer_sliding   = layers.sliding.size();
+    res.n_layer_recurrent = layers.recurrent.size();
+    for (const auto & [il, _] : layers.reuse) {
+        (hparams.is_swa(il) ? res.n_layer_sliding : res.n_layer_full)++;
+    }
+    res.n_layer_fused = fused.size();
+
+    res.window_bytes    = sum(window->get_cache().memory_breakdown());
+    res.sink_bytes      = sum(sinks->memory_breakdown());
+    res.sliding_bytes   = sliding   ? sum(sliding->get_cache().memory_breakdown())    : 0;
+    res.recurrent_bytes = recurrent ? sum(recurrent->get_memory().memory_breakdown()) : 0;
+
+    return res;
+}
+
 //
 // sequences
 //
 
 void lminf_memory::clear(bool data) {
     seq_rm(-1, -1, -1);
-    window->clear(data); // as new: the next stream begins in the first cell
-
+    for (lminf_kv * kv : caches()) {
+        kv->get_cache().clear(data); // as new: the next stream begins in the first cell
+    }
+    if (recurrent) {
+        recurrent->get_memory().clear(data);
+    }
     if (data) {
-        for (auto & [_, buf] : ctxs_bufs) {
-            ggml_backend_buffer_clear(buf.get(), 0);
-        }
+        sinks->clear();
     }
 }
 
@@ -545,42 +644,48 @@ bool lminf_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             continue;
         }
         if (p0 <= std::max<int64_t>(0, streams[s].pos_start())) {
-            free_cells(s, -1);
-            zero_sinks(s, 0, streams[s].n_sink);
-            streams[s] = new_stream();
+            remove(s);
         } else {
-            const int32_t n_sink = streams[s].n_sink;
-
-            free_cells(s, p0);
-            streams[s].truncate(p0);
-            zero_sinks(s, streams[s].n_sink, n_sink);
+            if (recurrent) {
+                recurrent->rollback(s, next_pos(s) - p0);
+                recurrent->set_pos(s, p0 - 1);
+            }
+            truncate(s, p0);
         }
     }
 
     return true;
 }
 
-void lminf_memory::free_cells(llama_seq_id seq_id, llama_pos p0) {
-    if (p0 < 0) {
-        zero_cells(seq_id, 0, dirty[seq_id]);
-        if (pending_copies.empty()) {
-            dirty[seq_id] = 0;
-        }
-    } else {
-        const auto & cells = window->get_cells(seq_id);
+void lminf_memory::truncate(llama_seq_id seq_id, llama_pos p0) {
+    const int32_t n_sink = streams[seq_id].n_sink;
+    const bool    zero   = begin_zero();
 
-        for (uint32_t i = 0, n = 0; i < n_cells; i += n + 1, n = 0) {
-            while (i + n < n_cells && cells.pos_in(i + n, p0, std::numeric_limits<llama_pos>::max())) {
-                n++;
-            }
-            zero_cells(seq_id, i, n);
-        }
+    for (lminf_kv * kv : caches()) {
+        kv->free_cells(seq_id, p0, zero);
     }
-
-    window->seq_rm(seq_id, p0, -1);
+    streams[seq_id].truncate(p0);
+    if (zero) {
+        sinks->zero(seq_id, streams[seq_id].n_sink, n_sink);
+    }
 }
 
-bool lminf_memory::begin_zero() {
+void lminf_memory::remove(llama_seq_id seq_id) {
+    const bool zero = begin_zero();
+
+    for (lminf_kv * kv : caches()) {
+        kv->free_cells(seq_id, -1, zero);
+    }
+    if (recurrent) {
+        recurrent->remove(seq_id, zero);
+    }
+    if (zero) {
+        sinks->zero(seq_id, 0, streams[seq_id].n_sink);
+    }
+    streams[seq_id] = new_stream();
+}
+
+bool lminf_memory::begin_zero() const {
     if (!pending_copies.empty()) {
         return false;
     }
@@ -588,44 +693,6 @@ bool lminf_memory::begin_zero() {
         llama_synchronize(lctx);
     }
     return true;
-}
-
-void lminf_memory::mark_dirty(llama_seq_id seq_id) {
-    dirty[seq_id] = std::max(dirty[seq_id], window->get_cells(seq_id).used_max_p1());
-}
-
-void lminf_memory::zero_cells(llama_seq_id seq_id, uint32_t i0, uint32_t n) {
-    if (n == 0 || !begin_zero()) {
-        return;
-    }
-
-    for (const auto & layer : sinks) {
-        for (ggml_tensor * t : { layer.window_k, layer.window_v }) {
-            const size_t at = window->get_stream(seq_id)*t->nb[2];
-
-            if (t == layer.window_k || !v_trans) {
-                ggml_backend_tensor_memset(t, 0, at + i0*t->nb[1], n*t->nb[1]);
-            } else if (n == n_cells) {
-                ggml_backend_tensor_memset(t, 0, at, t->nb[2]);
-            } else {
-                for (int64_t row = 0; row < t->ne[0]; ++row) {
-                    ggml_backend_tensor_memset(t, 0, at + (row*n_cells + i0)*t->nb[0], n*t->nb[0]);
-                }
-            }
-        }
-    }
-}
-
-void lminf_memory::zero_sinks(llama_seq_id seq_id, int32_t i0, int32_t i1) {
-    if (i0 == i1 || !begin_zero()) {
-        return;
-    }
-
-    for (const auto & layer : sinks) {
-        for (ggml_tensor * t : { layer.k_seq[seq_id], layer.v_seq[seq_id] }) {
-            ggml_backend_tensor_memset(t, 0, i0*t->nb[1], (i1 - i0)*t->nb[1]);
-        }
-    }
 }
 
 void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -638,17 +705,21 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     const bool from_start = p0 <= std::max<int64_t>(0, streams[seq_id_src].pos_start());
     const bool to_end     = p1 < 0 || p1 >= next_pos(seq_id_src);
 
-    if (!from_start || (!to_end && !can_truncate(seq_id_src, p1))) {
+    // a copied state has no snapshots to go back to
+    if (!from_start || (!to_end && (recurrent || !can_truncate(seq_id_src, p1)))) {
         LLAMA_LOG_ERROR("%s: [%d, %d) of sequence %d cannot be copied: its tokens attend to others that would not be\n",
                 __func__, p0, p1, seq_id_src);
         return;
     }
 
-    window->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+    for (lminf_kv * kv : caches()) {
+        kv->copy(seq_id_src, seq_id_dst);
+    }
+    if (recurrent) {
+        recurrent->copy(seq_id_src, seq_id_dst);
+    }
     streams[seq_id_dst] = streams[seq_id_src];
     pending_copies.push_back({ seq_id_src, seq_id_dst });
-
-    dirty[seq_id_dst] = dirty[seq_id_src];
 
     // the cells' contents are copied by the next update: do it now, so that a state written next is whole
     if (lctx) {
@@ -679,7 +750,8 @@ void lminf_memory::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int 
 }
 
 llama_pos lminf_memory::seq_pos_min(llama_seq_id seq_id) const {
-    return window->seq_pos_min(seq_id);
+    llama_pos res = window->get_cache().seq_pos_min(seq_id);
+    return sliding ? std::min(res, sliding->get_cache().seq_pos_min(seq_id)) : res;
 }
 
 llama_pos lminf_memory::seq_pos_max(llama_seq_id seq_id) const {
@@ -687,10 +759,20 @@ llama_pos lminf_memory::seq_pos_max(llama_seq_id seq_id) const {
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() const {
-    auto res = window->memory_breakdown();
-    for (const auto & [_, buf] : ctxs_bufs) {
-        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    auto res = sinks->memory_breakdown();
+
+    const auto add = [&](const std::map<ggml_backend_buffer_type_t, size_t> & sizes) {
+        for (const auto & [buft, size] : sizes) {
+            res[buft] += size;
+        }
+    };
+    for (const lminf_kv * kv : caches()) {
+        add(kv->get_cache().memory_breakdown());
     }
+    if (recurrent) {
+        add(recurrent->get_memory().memory_breakdown());
+    }
+
     return res;
 }
 
@@ -701,12 +783,12 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() co
 lminf_memory_context::lminf_memory_context(llama_memory_status status) : llama_kv_cache_context(status) {}
 
 lminf_memory_context::lminf_memory_context(lminf_memory * mem) :
-    llama_kv_cache_context(mem->window.get()), mem(mem), stores_sinks(mem->params.n_global > 0) {
+    llama_kv_cache_context(&mem->window->get_cache()), mem(mem), stores_sinks(mem->params.n_global > 0) {
     spans.push_back({ 0, mem->n_seq_max });
 }
 
 lminf_memory_context::lminf_memory_context(lminf_memory * mem, slot_info_vec_t sinfos, std::vector<llama_ubatch> ubatches) :
-    llama_kv_cache_context(mem->window.get(), sinfos, std::move(ubatches)), mem(mem) {
+    llama_kv_cache_context(&mem->window->get_cache(), sinfos, std::move(ubatches)), mem(mem) {
     for (const auto & sinfo : sinfos) {
         spans.push_back({ sinfo.s0, sinfo.s1 - sinfo.s0 + 1 });
     }
@@ -741,7 +823,9 @@ bool lminf_memory_context::apply() {
     const bool res = llama_kv_cache_context::apply();
 
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-        mem->mark_dirty(ubatch.seq_id_unq[s]);
+        for (lminf_kv * kv : mem->caches()) {
+            kv->mark_dirty(ubatch.seq_id_unq[s]);
+        }
     }
 
     return res;

@@ -1,31 +1,26 @@
-// the Λ memory: the window is llama.cpp's own KV cache with a standard sliding window, the sinks are a small store of
-// the first n_global keys and values of each sequence, written once
-//
-//   cells   n_cells = n_local + slack + n_ubatch per sequence, recycled by llama_kv_cache::find_slot. A cell is free
-//           for reuse only n_local + slack positions behind, so that the last `slack` tokens can be taken back.
-//   sinks   K as finished by the model but un-rotated (position 0), V as the cache stores it; one row per sink
+// the Λ memory of a context, made of parts: the window of the layers with full attention (lminf-kv.h) and their sinks
+// (lminf-sinks.h), the cells of layers that slide by training (lminf-kv.h again), the states of recurrent layers
+// (lminf-recurrent.h). A model has some of them. Saving and restoring is in lminf-state.cpp.
 
 #pragma once
 
 #include "llama-kv-cache.h"
 
+#include "lminf-kv.h"
+#include "lminf-model.h"
 #include "lminf-params.h"
+#include "lminf-recurrent.h"
+#include "lminf-rope.h"
+#include "lminf-sinks.h"
 #include "lminf-stream.h"
 
 #include <map>
+#include <set>
 #include <vector>
 
 class lminf_memory_context;
 
-// how a layer rotates its queries and keys, read off its own RoPE node when the graph is built
-struct lminf_rope {
-    bool known = false; // the layer's attention has been built once
-
-    ggml_type     type    = GGML_TYPE_F32;
-    ggml_tensor * factors = nullptr; // per-frequency factors, owned by the model
-    int32_t       n_dims  = 0;       // 0: no RoPE on this layer
-    int32_t       op_params[GGML_MAX_OP_PARAMS/sizeof(int32_t)] = { 0 };
-};
+struct lminf_state_header;
 
 class lminf_memory : public llama_memory_i {
 public:
@@ -33,7 +28,7 @@ public:
             const llama_model         & model,
             const llama_memory_params & params,
             const llama_cparams       & cparams,
-            const layer_filter_cb     & filter);
+                  lminf_layers          layers);
 
     //
     // llama_memory_i
@@ -48,7 +43,7 @@ public:
 
     void clear(bool data) override;
 
-    // the whole sequence or its last tokens; anything else, or a rollback past the cells that are left, is refused
+    // the whole sequence or its last tokens; anything else, or a rollback past what is left to go back to, is refused
     bool seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
     // whole sequences only
     void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
@@ -72,8 +67,6 @@ public:
 
     const lminf_cparams & get_params() const { return params; }
 
-    bool is_fused() const { return params.attention == LMINF_ATTENTION_FUSED; }
-
     // graph position for n_tokens more, after rebasing if they would not fit below the bound; -1 if they never do
     llama_pos make_room(llama_context & lctx, llama_seq_id seq_id, int32_t n_tokens);
 
@@ -91,7 +84,11 @@ public:
 
     bool is_valid(llama_seq_id seq_id) const { return seq_id >= 0 && (uint32_t) seq_id < n_seq_max; }
 
-    lminf_info get_info(llama_seq_id seq_id) const;
+    lminf_info  get_info(llama_seq_id seq_id) const;
+    lminf_parts get_parts() const;
+
+    // throws if a layer that keeps keys has an attention that never asked for the rule
+    void check_layers() const;
 
     //
     // graph_build API
@@ -100,42 +97,39 @@ public:
     const lminf_stream   & get_stream(llama_seq_id seq_id) const { return streams[seq_id]; }
     const llama_kv_cells & get_cells (llama_seq_id seq_id) const { return window->get_cells(seq_id); }
 
+    const llama_kv_cells & get_sliding_cells(llama_seq_id seq_id) const { return sliding->get_cells(seq_id); }
+
     // rows of the sink store, n_global padded
     int64_t get_n_sink_rows() const { return n_sink_rows; }
 
     // rows of one sequence in the store: one more, where keys that are no sinks are written to
     int64_t get_n_store_rows() const { return n_sink_rows + 1; }
 
-    // f32, f16 or bf16 [n_embd_gqa, n_store_rows, n_seq_max]
-    ggml_tensor * get_sink_k(int32_t il) const { return sinks[map_layer_ids.at(il)].k; }
-    ggml_tensor * get_sink_v(int32_t il) const { return sinks[map_layer_ids.at(il)].v; }
+    const lminf_sinks & get_sinks() const { return *sinks; }
 
-    lminf_rope & get_rope(int32_t il) { return sinks[map_layer_ids.at(il)].rope; }
+    lminf_rope         & get_rope(int32_t il) { return ropes[il]; }
+    lminf_text_factors & get_text_factors()   { return text_factors; }
+
+    bool is_fused(int32_t il) const { return fused.count(il) > 0; }
 
 private:
     friend class lminf_memory_context;
     friend class lminf_memory_update;
 
-    struct sink_layer {
-        int32_t il;
-
-        ggml_tensor * k;
-        ggml_tensor * v;
-
-        // where the window keeps its keys and values
-        ggml_tensor * window_k;
-        ggml_tensor * window_v;
-
-        std::vector<ggml_tensor *> k_seq; // one sequence's rows
-        std::vector<ggml_tensor *> v_seq;
-
-        lminf_rope rope;
-    };
-
     struct seq_copy {
         llama_seq_id src;
         llama_seq_id dst;
     };
+
+    // which layers the fused operation computes; throws if it must compute all and cannot
+    void choose_attention(const llama_cparams & cparams, ggml_type type_k, ggml_type type_v);
+
+    // window and, where there are any, the cells of sliding layers
+    std::vector<lminf_kv *> caches() const;
+
+    // the parts' contexts, in the class that the model's graph expects
+    llama_memory_context_ptr wrap(llama_memory_context_ptr ctx_window, llama_memory_context_ptr ctx_sliding,
+            llama_memory_context_ptr ctx_recurrent, const std::vector<llama_ubatch> & ubatches) const;
 
     // graph position of the next token
     llama_pos next_pos(llama_seq_id seq_id) const;
@@ -146,55 +140,56 @@ private:
     // true if the tokens from p0 on can be forgotten and the next query still finds every key it needs
     bool can_truncate(llama_seq_id seq_id, llama_pos p0) const;
 
+    // forgets a sequence's tokens from p0 on, which can_truncate allows: cells and sinks, not the recurrent states
+    void truncate(llama_seq_id seq_id, llama_pos p0);
+
+    // forgets all of a sequence
+    void remove(llama_seq_id seq_id);
+
     // what an empty sequence is
     lminf_stream new_stream() const;
 
-    // first graph position that a rollback can go back to
+    // first graph position that cells and sinks can go back to
+    llama_pos truncate_min(llama_seq_id seq_id) const;
+    // the same of the whole sequence
     llama_pos rollback_min(llama_seq_id seq_id) const;
+
+    // what must agree between a state and this memory
+    lminf_state_header new_state_header(int32_t n_seq, llama_state_seq_flags flags) const;
 
     // one sequence of a state; it is empty if that throws after something was changed
     void state_read_seq(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
 
-    // frees the window's cells from a graph position on, or all of them for -1
-    void free_cells(llama_seq_id seq_id, llama_pos p0);
-
-    // Attention multiplies what it masks by zero, so what is free must not hold NaN or infinity: it is zeroed.
-    // The window's cells [i0, i0 + n) of one sequence
-    void zero_cells(llama_seq_id seq_id, uint32_t i0, uint32_t n);
-    // a sequence's sinks [i0, i1)
-    void zero_sinks(llama_seq_id seq_id, int32_t i0, int32_t i1);
     // waits for what is being computed; false while copies have yet to run that read what would be zeroed
-    bool begin_zero();
+    bool begin_zero() const;
 
-    // the window has written its cells
-    void mark_dirty(llama_seq_id seq_id);
-
-    void copy_sinks(const std::vector<seq_copy> & copies);
-
+    const llama_model   & model;
     const llama_hparams & hparams;
 
     lminf_cparams params;
 
-    const uint32_t n_seq_max;
+    const lminf_layers layers;
 
-    uint32_t n_cells;
-    int64_t  n_sink_rows;
-    bool     v_trans; // the window's values are stored transposed
+    const uint32_t  n_seq_max;
+    const llama_pos block; // positions move by multiples of it
+
+    int64_t n_sink_rows;
 
     int32_t   n_rebase      = 0;
     llama_pos max_graph_pos = 0;
 
-    std::unique_ptr<llama_kv_cache> window;
+    std::unique_ptr<lminf_kv>        window;
+    std::unique_ptr<lminf_kv>        sliding;   // NULL if no layer slides
+    std::unique_ptr<lminf_sinks>     sinks;
+    std::unique_ptr<lminf_recurrent> recurrent; // NULL if no layer recurs
 
     std::vector<lminf_stream> streams; // [n_seq_max]
 
-    // [n_seq_max], first cell that no cell in use has reached since the sequence was empty: the rest is zero
-    std::vector<uint32_t> dirty;
+    // of each layer that attends, by its index
+    std::map<int32_t, lminf_rope> ropes;
+    std::set<int32_t>             fused;
 
-    std::vector<sink_layer> sinks;
-    std::map<int32_t, int32_t> map_layer_ids; // il -> index into sinks
-
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+    lminf_text_factors text_factors;
 
     // sink rows to copy before the next graph runs, after llama_kv_cache's own way with cells
     std::vector<seq_copy> pending_copies;

@@ -37,7 +37,7 @@ struct lminf_stream {
     }
 
     // an empty stream begins at this stream position
-    void begin_at(int64_t stream_pos) {
+    void begin_at(int64_t stream_pos, llama_pos block) {
         start  = stream_pos;
         resume = stream_pos;
         origin = stream_pos - stream_pos % block;
@@ -45,7 +45,7 @@ struct lminf_stream {
 
     // the tokens before this stream position will never be in the window: it is empty from now on, and goes on here.
     // Graph positions restart within (0, block]: 0 stays what removes the whole sequence.
-    void skip_to(int64_t stream_pos) {
+    void skip_to(int64_t stream_pos, llama_pos block) {
         begun  = true;
         resume = stream_pos;
         origin = (stream_pos - 1) - (stream_pos - 1) % block;
@@ -62,15 +62,15 @@ struct lminf_stream {
         n_sink = (int32_t) std::min<int64_t>(n_sink, index(p0));
     }
 
-    // whole blocks only, so that a key is re-rotated at most once in its life
-    static constexpr llama_pos block = 256;
+    // positions move by whole blocks only, so that a key is re-rotated at most once in its life
+    static constexpr llama_pos min_block = 256;
 
     // where a stream can be put at most, and where none can get from there: counting on never overflows
     static constexpr int64_t max_start = std::numeric_limits<int64_t>::max()/4*3;
     static constexpr int64_t max_pos   = std::numeric_limits<int64_t>::max()/8*7;
 
     // how far graph positions can move back while pos_min, the oldest in use, stays at 0 or above
-    static llama_pos rebase_shift(llama_pos pos_min) {
+    static llama_pos rebase_shift(llama_pos pos_min, llama_pos block) {
         return pos_min - pos_min % block;
     }
 };

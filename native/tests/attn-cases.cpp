@@ -17,9 +17,9 @@ std::string attn_case::str() const {
 
     char buf[512];
     snprintf(buf, sizeof(buf), "head %d/%d, heads %d/%d, n_q %d, n_stream %d, n_sink %d, n_kv %d, K %s, V %s, sinks %s %s, "
-            "mask %s, max_bias %g, softcap %g, sharpness %g%s", n_embd_head_k, n_embd_head_v, n_head, n_head_kv, n_q, n_stream, n_sink, n_kv,
+            "mask %s, max_bias %g, softcap %g, sharpness %g%s%s", n_embd_head_k, n_embd_head_v, n_head, n_head_kv, n_q, n_stream, n_sink, n_kv,
             ggml_type_name(type_k), ggml_type_name(type_v), ggml_type_name(type_k_sink), ggml_type_name(type_v_sink),
-            masks[mask], max_bias, logit_softcap, sharpness, head_sinks ? ", head sinks" : "");
+            masks[mask], max_bias, logit_softcap, sharpness, head_sinks ? ", head sinks" : "", v_in_k ? ", V in K" : "");
     return buf;
 }
 
@@ -51,6 +51,10 @@ static ggml_tensor * random_rows(
 
     ggml_tensor * res = ggml_view_4d(ctx, all, n_embd_head, n_head, n, n_stream, all->nb[1], all->nb[2], all->nb[3], 0);
     return ggml_permute(ctx, res, 0, 2, 1, 3);
+}
+
+static ggml_tensor * first_elements(ggml_context * ctx, ggml_tensor * rows, int64_t n) {
+    return ggml_view_4d(ctx, rows, n, rows->ne[1], rows->ne[2], rows->ne[3], rows->nb[1], rows->nb[2], rows->nb[3], 0);
 }
 
 static void fill_mask(const attn_case & c, std::mt19937 & rng, ggml_tensor * mask) {
@@ -131,7 +135,8 @@ attn_problem::attn_problem(const attn_case & c, std::mt19937 & rng) : c(c) {
 
     ggml_tensor * q = random_rows(ctx, rng, GGML_TYPE_F32, c.n_embd_head_k, c.n_q,  c.n_head,    c.n_stream, q_scale, 0);
     ggml_tensor * k = random_rows(ctx, rng, c.type_k,      c.n_embd_head_k, c.n_kv, c.n_head_kv, c.n_stream, 1.0f,    rng() % 32);
-    ggml_tensor * v = random_rows(ctx, rng, c.type_v,      c.n_embd_head_v, c.n_kv, c.n_head_kv, c.n_stream, 1.0f,    rng() % 32);
+    ggml_tensor * v = c.v_in_k ? first_elements(ctx, k, c.n_embd_head_v) :
+                      random_rows(ctx, rng, c.type_v,      c.n_embd_head_v, c.n_kv, c.n_head_kv, c.n_stream, 1.0f,    rng() % 32);
 
     ggml_tensor * q_sink = nullptr;
     ggml_tensor * k_sink = nullptr;
@@ -139,7 +144,8 @@ attn_problem::attn_problem(const attn_case & c, std::mt19937 & rng) : c(c) {
     if (c.n_sink > 0) {
         q_sink = random_rows(ctx, rng, GGML_TYPE_F32, c.n_embd_head_k, c.n_q,    c.n_head,    c.n_stream, q_scale, 0);
         k_sink = random_rows(ctx, rng, c.type_k_sink, c.n_embd_head_k, c.n_sink, c.n_head_kv, c.n_stream, 1.0f,    1);
-        v_sink = random_rows(ctx, rng, c.type_v_sink, c.n_embd_head_v, c.n_sink, c.n_head_kv, c.n_stream, 1.0f,    1);
+        v_sink = c.v_in_k ? first_elements(ctx, k_sink, c.n_embd_head_v) :
+                 random_rows(ctx, rng, c.type_v_sink, c.n_embd_head_v, c.n_sink, c.n_head_kv, c.n_stream, 1.0f,    1);
     }
 
     ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, c.n_sink + c.n_kv, c.n_q, 1, c.n_stream);
@@ -312,7 +318,7 @@ static attn_case random_case(std::mt19937 & rng, int32_t n_embd_head_k, int32_t 
 std::vector<attn_case> attn_grid(std::mt19937 & rng) {
     std::vector<attn_case> res;
 
-    for (int32_t n_embd_head : { 8, 40, 48, 64, 80, 96, 112, 128, 192, 256 }) {
+    for (int32_t n_embd_head : { 8, 40, 48, 64, 80, 96, 112, 128, 192, 256, 512 }) {
         for (ggml_type type_k : KV_TYPES) {
             for (ggml_type type_v : KV_TYPES) {
                 if (fits(type_k, n_embd_head) && fits(type_v, n_embd_head)) {
@@ -328,6 +334,8 @@ std::vector<attn_case> attn_grid(std::mt19937 & rng) {
     for (int32_t n_q : { 1, 4, 40 }) {
         res.push_back(random_case(rng, 192, 128, GGML_TYPE_F16, GGML_TYPE_F16, n_q));
         res.push_back(random_case(rng, 64, 96, GGML_TYPE_Q8_0, GGML_TYPE_F32, n_q));
+        res.push_back(random_case(rng, 512, 256, GGML_TYPE_F16, GGML_TYPE_F16, n_q));
+        res.push_back(random_case(rng, 128, 384, GGML_TYPE_F32, GGML_TYPE_Q8_0, n_q));
     }
 
     // every kind of mask, one and many queries, with and without sinks; cells about the sizes of tiles
@@ -357,6 +365,42 @@ std::vector<attn_case> attn_grid(std::mt19937 & rng) {
             c.n_head_kv = 2;
             c.n_head    = 2*n_group;
             res.push_back(c);
+        }
+    }
+
+    // the largest heads again, with the groups, sinks and few cells that GPUs are emulated with
+    for (int32_t n_group : { 1, 2, 4, 8 }) {
+        for (int32_t n_q : { 1, 3, 24 }) {
+            for (int32_t n_sink : { 0, 8 }) {
+                for (bool head_sinks : { false, true }) {
+                    attn_case c = random_case(rng, 512, 512, pick(rng, KV_TYPES), pick(rng, KV_TYPES), n_q);
+                    c.n_head_kv  = 1;
+                    c.n_head     = n_group;
+                    c.n_stream   = pick<int32_t>(rng, { 1, 2 });
+                    c.n_sink     = n_sink;
+                    c.n_kv       = pick<int32_t>(rng, { 33, 64, 100 });
+                    c.head_sinks = head_sinks;
+                    res.push_back(c);
+                }
+            }
+        }
+    }
+
+    // multi-head latent attention
+    for (ggml_type type : KV_TYPES) {
+        for (int32_t n_head : { 8, 16, 20, 128 }) {
+            for (int32_t n_q : { 1, 5, 33 }) {
+                attn_case c = random_case(rng, 576, 512, type, type, n_q);
+                c.n_head_kv   = 1;
+                c.n_head      = n_head;
+                c.n_stream    = n_q == 1 ? 2 : 1;
+                c.n_sink      = pick<int32_t>(rng, { 0, 8, 37 });
+                c.n_kv        = pick<int32_t>(rng, { 33, 64, 100 });
+                c.type_k_sink = pick(rng, KV_TYPES);
+                c.type_v_sink = c.type_k_sink;
+                c.v_in_k      = true;
+                res.push_back(c);
+            }
         }
     }
 

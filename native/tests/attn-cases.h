@@ -39,6 +39,7 @@ struct attn_case {
     float logit_softcap = 0.0f;
     float sharpness     = 1.0f; // scores are about this large
     bool  head_sinks    = false;
+    bool  v_in_k        = false; // V: the first n_embd_head_v elements of K's rows, of sinks too, as in multi-head latent attention
 
     attn_mask_kind mask = ATTN_MASK_WINDOW;
 
@@ -70,7 +71,7 @@ private:
 double attn_nmse(const std::vector<double> & expected, const float * found);
 
 // every head size with every pair of K and V types at 1, a few and many queries, all else drawn at random; then what
-// kernels trip over: single cells, sizes next to those of tiles, the largest groups
+// kernels trip over: single cells, sizes next to those of tiles, the largest groups and heads, V that is a part of K
 std::vector<attn_case> attn_grid(std::mt19937 & rng);
 
 // runs `cases` through `compute`, which fills op->data and returns false to decline; prints failures and a summary.

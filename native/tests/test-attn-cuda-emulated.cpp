@@ -3,7 +3,7 @@
 //   c++ -O2 -std=c++17 -I native/kernels -I native/tests -I $GGML/include -I $GGML/src -Wno-unknown-pragmas
 //       native/tests/{test-attn-cuda-emulated,attn-cases,emulate/lanes}.cpp native/kernels/lminf-attn.cpp -lggml-base
 //
-// A quarter of a minute on one core. With -fsanitize=undefined the alignment of vector loads is tested, too.
+// Half a minute on one core. With -fsanitize=undefined the alignment of vector loads is tested, too.
 
 #include "attn-cases.h"
 
@@ -11,6 +11,7 @@
 
 #include "../kernels/cuda/lminf-attn-launch.cuh"
 
+#include <array>
 #include <cstdio>
 #include <map>
 #include <string>
@@ -20,13 +21,18 @@ static std::mt19937 device_rng; // of the order in which lanes run
 static std::map<std::string, int> n_launches;
 
 static bool compute(ggml_tensor * op) {
-    GGML_ASSERT(lminf_attn_is_valid(op) && lminf_cuda_can(op));
+    const lminf_attn_args args    = lminf_attn_get_args(op);
+    const bool            is_wide = lminf_cuda_is_wide(args.n_embd_head_k, args.n_embd_head_v);
 
-    // devices small and large: different numbers of splits
-    const int n_sm = 2 << device_rng() % 8;
+    // devices small and large: different numbers of splits, and for wide heads different sizes of tiles
+    static int n_wide = 0;
+    const int n_sm       = 2 << device_rng() % 8;
+    const int max_shared = 1024*std::array<int, 3>{ 64, 99, 227 }[is_wide ? n_wide++ % 3 : 0];
 
-    const lminf_cuda_plan plan = lminf_cuda_get_plan(lminf_attn_get_args(op), n_sm);
-    GGML_ASSERT(plan.n_shared <= LMINF_CUDA_MAX_SHARED);
+    GGML_ASSERT(lminf_attn_is_valid(op) && lminf_cuda_can(op, max_shared));
+
+    const lminf_cuda_plan plan = lminf_cuda_get_plan(args, n_sm, max_shared);
+    GGML_ASSERT(plan.n_shared <= (is_wide ? max_shared : LMINF_CUDA_SHARED_ANY));
 
     std::vector<float> scratch(plan.n_scratch, NAN);
 
@@ -39,7 +45,7 @@ static bool compute(ggml_tensor * op) {
         }
     });
 
-    ++n_launches[(plan.tiles ? "tiles of " : "rows ") + std::to_string(plan.n_rows) + (plan.params.n_split > 1 ? ", split" : "")];
+    ++n_launches[std::string(is_wide ? "wide " : "") + (plan.tiles ? "tiles of " : "rows ") + std::to_string(plan.n_rows) + (plan.params.n_split > 1 ? ", split" : "")];
 
     return true;
 }
@@ -61,7 +67,8 @@ static std::vector<attn_case> small_grid(std::mt19937 & rng) {
 
     // the tile kernel: types that it takes, in all four places
     const ggml_type types[]    = { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
-    const int32_t   heads[][2] = { { 8, 8 }, { 40, 40 }, { 64, 64 }, { 80, 80 }, { 96, 96 }, { 112, 112 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 64, 96 } };
+    const int32_t   heads[][2] = { { 8, 8 }, { 40, 40 }, { 64, 64 }, { 80, 80 }, { 96, 96 }, { 112, 112 }, { 128, 128 }, { 192, 128 }, { 256, 256 }, { 64, 96 },
+        { 512, 512 }, { 264, 264 }, { 320, 320 }, { 512, 128 }, { 64, 384 }, { 576, 512 } };
     for (const auto & head : heads) {
         for (int i = 0; i < 6; ++i) {
             attn_case c;
@@ -105,6 +112,12 @@ static std::vector<attn_case> small_grid(std::mt19937 & rng) {
 
             c.n_embd_head_k = c.n_embd_head_v = 256;
             res.push_back(c);
+
+            c.n_embd_head_k = c.n_embd_head_v = 512;
+            res.push_back(c);
+
+            c.n_q = 1;
+            res.push_back(c);
         }
     }
     return res;
@@ -112,14 +125,17 @@ static std::vector<attn_case> small_grid(std::mt19937 & rng) {
 
 // what the kernels cannot do they must decline
 static bool declines(std::mt19937 & rng) {
-    attn_case large;
-    large.n_embd_head_k = 288;
+    const int most = 1 << 20; // bytes of shared memory
 
-    attn_case odd;
-    odd.n_embd_head_v = 60;
+    attn_case large_k, large_v, wide, odd;
+    large_k.n_embd_head_k = 584;
+    large_v.n_embd_head_v = 520;
+    wide.n_embd_head_v    = 264;
+    odd.n_embd_head_v     = 60;
 
-    for (const attn_case & c : { large, odd }) {
-        if (lminf_cuda_can(attn_problem(c, rng).op())) {
+    for (const auto & [c, n_shared] : std::vector<std::pair<attn_case, int>>{
+            { large_k, most }, { large_v, most }, { odd, most }, { wide, LMINF_CUDA_SHARED_ANY } }) {
+        if (lminf_cuda_can(attn_problem(c, rng).op(), n_shared)) {
             printf("not declined: %s\n", c.str().c_str());
             return false;
         }
@@ -129,12 +145,12 @@ static bool declines(std::mt19937 & rng) {
     ggml_tensor  k = *problem.op()->src[LMINF_ATTN_K];
     problem.op()->src[LMINF_ATTN_K] = &k;
     k.nb[1] += 2;
-    const bool strides = lminf_cuda_can(problem.op());
+    const bool strides = lminf_cuda_can(problem.op(), most);
     k.nb[1] -= 2;
     k.view_offs += 2;
-    const bool offset  = lminf_cuda_can(problem.op());
+    const bool offset  = lminf_cuda_can(problem.op(), most);
     k.view_offs -= 2;
-    if (strides || offset || !lminf_cuda_can(problem.op())) {
+    if (strides || offset || !lminf_cuda_can(problem.op(), most)) {
         printf("rows that are not aligned were not declined\n");
         return false;
     }
@@ -148,9 +164,10 @@ int main() {
     int status = attn_run("CUDA kernels on the CPU", small_grid(rng), rng, compute);
 
     for (const auto & [kernel, n] : n_launches) {
-        printf("  %-20s %4d\n", kernel.c_str(), n);
+        printf("  %-23s %4d\n", kernel.c_str(), n);
     }
-    for (const char * kernel : { "rows 1", "rows 2", "rows 4", "rows 8", "rows 16", "tiles of 32", "tiles of 64" }) {
+    for (const char * kernel : { "rows 1", "rows 2", "rows 4", "rows 8", "rows 16", "tiles of 32", "tiles of 64",
+            "wide rows 1", "wide rows 2", "wide rows 4", "wide rows 8", "wide tiles of 16", "wide tiles of 32" }) {
         for (const char * split : { "", ", split" }) {
             if (n_launches.count(std::string(kernel) + split) == 0) {
                 printf("not tested: %s%s\n", kernel, split);

@@ -174,12 +174,14 @@ void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, int tg0,
     }
 
     static const std::map<std::string, decltype(&msl::kernel_lminf_attn_decode_4)> kernels = {
-        { "kernel_lminf_attn_decode_4",    msl::kernel_lminf_attn_decode_4    },
-        { "kernel_lminf_attn_decode_8",    msl::kernel_lminf_attn_decode_8    },
-        { "kernel_lminf_attn_decode_16",   msl::kernel_lminf_attn_decode_16   },
-        { "kernel_lminf_attn_prefill_64",  msl::kernel_lminf_attn_prefill_64  },
-        { "kernel_lminf_attn_prefill_128", msl::kernel_lminf_attn_prefill_128 },
-        { "kernel_lminf_attn_prefill_256", msl::kernel_lminf_attn_prefill_256 },
+        { "kernel_lminf_attn_decode_4",     msl::kernel_lminf_attn_decode_4     },
+        { "kernel_lminf_attn_decode_8",     msl::kernel_lminf_attn_decode_8     },
+        { "kernel_lminf_attn_decode_16",    msl::kernel_lminf_attn_decode_16    },
+        { "kernel_lminf_attn_decode_wide",  msl::kernel_lminf_attn_decode_wide  },
+        { "kernel_lminf_attn_prefill_64",   msl::kernel_lminf_attn_prefill_64   },
+        { "kernel_lminf_attn_prefill_128",  msl::kernel_lminf_attn_prefill_128  },
+        { "kernel_lminf_attn_prefill_256",  msl::kernel_lminf_attn_prefill_256  },
+        { "kernel_lminf_attn_prefill_wide", msl::kernel_lminf_attn_prefill_wide },
     };
     const auto it = kernels.find(name);
     if (it == kernels.end()) {
@@ -255,8 +257,9 @@ static void check_host_code(std::mt19937 & rng) {
     };
 
     const attn_case usual;
-    attn_case long_k  = usual, odd_v = usual;
-    long_k.n_embd_head_k = 264;
+    attn_case long_k  = usual, long_v = usual, odd_v = usual;
+    long_k.n_embd_head_k = 584;
+    long_v.n_embd_head_v = 520;
     odd_v.n_embd_head_v  = 12;
 
     auto no_reduction = get_props(), no_mm = get_props(), little = get_props();
@@ -264,7 +267,7 @@ static void check_host_code(std::mt19937 & rng) {
     no_mm.has_simdgroup_mm               = false;
     little.max_theadgroup_memory_size    = 1024;
 
-    if (!is_taken(usual, get_props()) || is_taken(long_k, get_props()) || is_taken(odd_v, get_props()) ||
+    if (!is_taken(usual, get_props()) || is_taken(long_k, get_props()) || is_taken(long_v, get_props()) || is_taken(odd_v, get_props()) ||
             is_taken(usual, no_reduction) || is_taken(usual, no_mm) || is_taken(usual, little)) {
         fail("operations or devices are not declined as they should be");
     }
@@ -316,7 +319,7 @@ int main(int argc, char ** argv) {
     }
     printf("\n");
 
-    if (n_launched.size() < 7 && percent >= 30) {
+    if (n_launched.size() < 9 && percent >= 30) {
         printf("not every kernel was run\n");
         return 1;
     }

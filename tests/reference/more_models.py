@@ -90,6 +90,22 @@ MAMBA_NORMS: Shapes = {
     "ssm_c_norm.weight": (N_STATE,),
 }
 
+N_RANK = 8
+NO_HEADS: Keys = {"attention.head_count": 0, "attention.head_count_kv": 0}
+RWKV: Shapes = (
+    biased({f"{name}.weight": (N_EMBD,) for name in ("attn_norm", "attn_norm_2", "time_mix_ln")})
+    | {f"time_mix_{name}.weight": (N_EMBD,) for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k")}
+    | {f"time_mix_{name}1.weight": (N_RANK, N_EMBD) for name in "wavg"}
+    | {f"time_mix_{name}2.weight": (N_EMBD, N_RANK) for name in "wavg"}
+    | {f"time_mix_{name}.weight": (N_EMBD, N_EMBD) for name in ("key", "value", "receptance", "output")}
+    | {
+        "time_mix_lerp_fused.weight": (6, 1, 1, N_EMBD),
+        "channel_mix_lerp_k.weight": (1, 1, N_EMBD),
+        "channel_mix_key.weight": (N_FF, N_EMBD),
+        "channel_mix_value.weight": (N_EMBD, N_FF),
+    }
+)
+
 MODELS = {
     # one key/value head, both branches from one norm
     "falcon": Model("falcon", {"attention.head_count_kv": 1}, norms_biased(OUTPUT), (FALCON, FALCON)),
@@ -155,5 +171,16 @@ MODELS = {
 
 # recurrent throughout: their memory is constant without a Λ cache
 CONSTANT = {
-    "mamba": Model("mamba", SSM | {"attention.head_count": 0, "attention.head_count_kv": 0}, OUTPUT, (MAMBA, MAMBA)),
+    "mamba": Model("mamba", SSM | NO_HEADS, OUTPUT, (MAMBA, MAMBA)),
+    "rwkv7": Model(
+        "rwkv7",
+        NO_HEADS
+        | {
+            "wkv.head_size": N_EMBD,  # ggml computes 64 numbers at a time, whatever the size of a head
+            "token_shift_count": 2,
+            **{f"attention.{name}_lora_rank": N_RANK for name in ("decay", "iclr", "value_residual_mix", "gate")},
+        },
+        biased({"token_embd_norm.weight": (N_EMBD,), "output_norm.weight": (N_EMBD,)}) | OUTPUT,
+        (RWKV, RWKV),
+    ),
 }

@@ -18,6 +18,10 @@ constexpr int LMINF_CUDA_STAGE     = 32;     // elements of K a warp of the row 
 constexpr int LMINF_CUDA_STAGE_LD  = 32 + 4; // 16 bytes more: float4 accesses of neighbouring cells fall into different banks
 constexpr int LMINF_CUDA_TILE_LD   = 32 + 4; // of scores and mask in the tile kernel, likewise
 
+// elements of a head of V that a warp of either kernel has sums of; past it a lane of the row kernel has twice as many, and
+// two warps of the tile kernel share their rows
+constexpr int LMINF_CUDA_WARP_V = 256;
+
 // One block computes a tile of rows over a range of cells. A row is a query of a head: the queries' heads of one KV head's
 // group side by side, row = query*n_group + head in the group, so that a tile of rows shares the K and V it reads.
 // Cells are numbered over sinks and window, the sinks rounded up to whole tiles: a tile never holds both.
@@ -239,7 +243,7 @@ static __device__ __forceinline__ int64_t lminf_out_index(const lminf_attn_args 
 }
 
 //
-// row kernel: N_ROWS rows, everything in f32
+// row kernel: N_ROWS rows, everything in f32; N_V times LMINF_CUDA_WARP_V is n_embd_head_v or more
 //
 // grid (tiles of rows, splits, KV heads * streams), 4 warps. The tiles of cells are dealt out to the warps, each of which
 // keeps its own softmax; no barrier until the end. In the first half of a tile's work a lane is a cell, K passing through
@@ -290,15 +294,15 @@ static __device__ __forceinline__ void lminf_stage_k(float * stage, const char *
     }
 }
 
-// acc += prob * V over the open cells; prob [N_ROWS, LMINF_CUDA_TILE]
+// acc += prob * V over the open cells, elements from e0 on; prob [N_ROWS, LMINF_CUDA_TILE]
 template <int TYPE, int N_ROWS>
 static __device__ __forceinline__ void lminf_add_v(
-        float (&acc)[N_ROWS][8], const float * prob, const char * v, int64_t nb1, uint32_t open, int n_embd, int lanes_v, int lane) {
+        float (&acc)[N_ROWS][8], const float * prob, const char * v, int64_t nb1, uint32_t open, int e0, int n_embd, int lanes_v, int lane) {
     constexpr int N = lminf_n_loads(TYPE);
 
     lane = lminf_opaque(lane);
 
-    const int e       = lane % lanes_v*8;
+    const int e       = e0 + lane % lanes_v*8;
     const int n_cells = LMINF_CUDA_WARP/lanes_v; // at a time
 
     const char * row = v + lane/lanes_v*nb1;
@@ -340,13 +344,14 @@ static __host__ __device__ constexpr int lminf_row_kernel_shared(int n_rows, int
         LMINF_CUDA_ROW_WARPS*LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD;
 }
 
-// blocks per multiprocessor that registers must leave room for: the more, the more loads are under way
+// blocks per multiprocessor that registers must leave room for: the more, the more loads are under way; a lane has 8 sums
+// of each of n_rows
 static __host__ __device__ constexpr int lminf_row_kernel_blocks(int n_rows) {
     return n_rows <= 4 ? 4 : n_rows <= 8 ? 3 : 2;
 }
 
-template <int N_ROWS>
-static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, lminf_row_kernel_blocks(N_ROWS)) lminf_row_kernel(const lminf_cuda_params p) {
+template <int N_ROWS, int N_V>
+static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, lminf_row_kernel_blocks(N_ROWS*N_V)) lminf_row_kernel(const lminf_cuda_params p) {
     LMINF_CUDA_SHARED(shared);
 
     const lminf_attn_args & args = p.args;
@@ -371,17 +376,21 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
     float * stage = s_stage + warp*LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD; // [cells, LMINF_CUDA_STAGE_LD], K
     float * prob  = stage;                                              // [N_ROWS, cells] takes K's place
     static_assert(N_ROWS*LMINF_CUDA_TILE <= LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD, "");
+    static_assert(N_ROWS*N_V*LMINF_CUDA_WARP_V <= LMINF_CUDA_ROW_WARPS*LMINF_CUDA_TILE*LMINF_CUDA_STAGE_LD, ""); // the result does, too
 
     if (tid < N_ROWS) {
         s_slope[tid] = lminf_slope(args, h_kv*p.n_group + (row0 + tid) % p.n_group);
     }
 
     int lanes_v = 1; // that hold a row of V, rounded up so that they divide the warp
-    while (8*lanes_v < n_embd_v) {
+    while (8*N_V*lanes_v < n_embd_v) {
         lanes_v *= 2;
     }
+    if (N_V > 1) {
+        lanes_v = LMINF_CUDA_WARP;
+    }
 
-    float acc[N_ROWS][8];
+    float acc[N_V][N_ROWS][8];
     float max_score[N_ROWS];
     float sum[N_ROWS]; // of this lane's cells
 #pragma unroll
@@ -389,8 +398,8 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
         max_score[r] = -INFINITY;
         sum[r]       = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            acc[r][j] = 0.0f;
+        for (int j = 0; j < 8*N_V; ++j) {
+            acc[j/8][r][j%8] = 0.0f;
         }
     }
 
@@ -485,8 +494,8 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
                     const float scale = lminf_exp(max_score[r], max_new);
                     sum[r] *= scale;
 #pragma unroll
-                    for (int j = 0; j < 8; ++j) {
-                        acc[r][j] *= scale;
+                    for (int j = 0; j < 8*N_V; ++j) {
+                        acc[j/8][r][j%8] *= scale;
                     }
                     max_score[r] = max_new;
                 }
@@ -499,7 +508,10 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
             const char * v0 = v + cell0*sec.v.nb1;
 
             lminf_with_type(sec.v.type, [&](auto type) {
-                lminf_add_v<decltype(type)::value>(acc, prob, v0, sec.v.nb1, open, n_embd_v, lanes_v, lane);
+#pragma unroll
+                for (int i = 0; i < N_V; ++i) {
+                    lminf_add_v<decltype(type)::value>(acc[i], prob, v0, sec.v.nb1, open, i*LMINF_CUDA_WARP_V, n_embd_v, lanes_v, lane);
+                }
             });
         }
     }
@@ -515,8 +527,8 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
         }
         for (int i = lanes_v; i < LMINF_CUDA_WARP; i *= 2) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                acc[r][j] += __shfl_xor_sync(0xFFFFFFFFu, acc[r][j], i);
+            for (int j = 0; j < 8*N_V; ++j) {
+                acc[j/8][r][j%8] += __shfl_xor_sync(0xFFFFFFFFu, acc[j/8][r][j%8], i);
             }
         }
     }
@@ -537,9 +549,16 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
                 }
                 const float scale = lminf_exp(max_score[r], max_all);
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    float * to = out + r*n_embd_v + 8*lane + j;
-                    *to = (w == 0 ? 0.0f : *to) + scale*acc[r][j];
+                for (int i = 0; i < N_V; ++i) {
+                    const int e = i*LMINF_CUDA_WARP_V + 8*lane;
+                    if (i > 0 && e >= n_embd_v) {
+                        break;
+                    }
+#pragma unroll
+                    for (int j = 0; j < 8; ++j) {
+                        float * to = out + r*n_embd_v + e + j;
+                        *to = (w == 0 ? 0.0f : *to) + scale*acc[i][r][j];
+                    }
                 }
             }
         }
@@ -575,10 +594,12 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
 }
 
 //
-// tile kernel: 16 rows per warp on tensor cores; K and V must be exact, or as good as, in f16
+// tile kernel: 16 rows per warp, or two, on tensor cores; K and V must be exact, or as good as, in f16
 //
-// grid (tiles of rows, splits, KV heads * streams), 2 or 4 warps. A block walks its cells in tiles of 32, all of its warps
-// together: mask, K to shared memory, scores, softmax, V to where K was, result. N_FRAGS is n_embd_head_v/16 or more.
+// grid (tiles of rows, splits, KV heads * streams), 1 to 4 warps. A block walks its cells in tiles of 32, all of its warps
+// together: mask, K to shared memory, scores, softmax, V to where K was, result. Of N_PARTS warps that share 16 rows each
+// computes the scores of a part of the cells, the softmax of all, and a part of V's elements; N_PARTS*N_FRAGS is
+// n_embd_head_v/16 or more.
 //
 
 // in f16, saturating
@@ -660,15 +681,25 @@ static __host__ __device__ constexpr int lminf_tile_queries(int n_rows, int n_gr
     return (n_rows + n_group - 2)/n_group + 1;
 }
 
+// barrier of the warps that share rows
+template <int N_PARTS>
+static __device__ __forceinline__ void lminf_sync_rows() {
+    if (N_PARTS == 1) {
+        __syncwarp();
+    } else {
+        __syncthreads();
+    }
+}
+
 // shared memory in bytes: q, then K or V, scores, mask
-static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_warps, int n_embd_head_k, int n_embd_head_v, int n_group) {
+static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_rows, int n_embd_head_k, int n_embd_head_v, int n_group) {
     const int ld_k  = lminf_tile_ld(n_embd_head_k);
     const int ld_v  = lminf_tile_ld(n_embd_head_v);
     const int ld_kv = ld_k > ld_v ? ld_k : ld_v;
-    return 2*16*n_warps*ld_k + 2*LMINF_CUDA_TILE*ld_kv + 4*16*n_warps*LMINF_CUDA_TILE_LD + 4*lminf_tile_queries(16*n_warps, n_group)*LMINF_CUDA_TILE_LD;
+    return 2*n_rows*ld_k + 2*LMINF_CUDA_TILE*ld_kv + 4*n_rows*LMINF_CUDA_TILE_LD + 4*lminf_tile_queries(n_rows, n_group)*LMINF_CUDA_TILE_LD;
 }
 
-template <int N_FRAGS>
+template <int N_FRAGS, int N_PARTS>
 static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(const lminf_cuda_params p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
     GGML_UNUSED(p); // upstream builds for older devices too; ggml_cuda_lminf_attn_supported keeps them away
@@ -684,11 +715,13 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
     const int tid       = threadIdx.x;
     const int warp      = tid / LMINF_CUDA_WARP;
     const int lane      = tid % LMINF_CUDA_WARP;
+    const int part      = warp % N_PARTS;
     const int split     = blockIdx.y;
     const int h_kv      = blockIdx.z % args.n_head_kv;
     const int stream    = blockIdx.z / args.n_head_kv;
-    const int row0      = blockIdx.x*16*n_warps;
-    const int n_rows    = min(16*n_warps, args.n_q*p.n_group - row0);
+    const int row0      = blockIdx.x*16*n_warps/N_PARTS;
+    const int max_rows  = 16*n_warps/N_PARTS;
+    const int n_rows    = min(max_rows, args.n_q*p.n_group - row0);
     const int q0        = row0/p.n_group;
     const int n_queries = (row0 + n_rows - 1)/p.n_group - q0 + 1;
     const int n_embd_k  = args.n_embd_head_k;
@@ -697,19 +730,23 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
     const int ld_v      = lminf_tile_ld(n_embd_v);
     const int ld_kv     = max(ld_k, ld_v);
 
-    __half * s_q     = (__half *) shared;                                    // [16*n_warps, ld_k]
-    __half * s_kv    = s_q + 16*n_warps*ld_k;                                // [cells, ld_k or ld_v]
-    float  * s_score = (float *) (s_kv + LMINF_CUDA_TILE*ld_kv);             // [16*n_warps, LMINF_CUDA_TILE_LD]
-    float  * s_mask  = s_score + 16*n_warps*LMINF_CUDA_TILE_LD;              // [n_queries, LMINF_CUDA_TILE_LD]
+    __half * s_q     = (__half *) shared;                                    // [max_rows, ld_k]
+    __half * s_kv    = s_q + max_rows*ld_k;                                  // [cells, ld_k or ld_v]
+    float  * s_score = (float *) (s_kv + LMINF_CUDA_TILE*ld_kv);             // [max_rows, LMINF_CUDA_TILE_LD]
+    float  * s_mask  = s_score + max_rows*LMINF_CUDA_TILE_LD;                // [n_queries, LMINF_CUDA_TILE_LD]
 
-    // what this warp has for itself
+    // what this warp has for itself, or shares
     constexpr int LD_PROB = LMINF_CUDA_TILE + 8;
-    __half * my_q  = s_q + 16*warp*ld_k;
-    float  * score = s_score + 16*warp*LMINF_CUDA_TILE_LD;
+    __half * my_q  = s_q + 16*(warp/N_PARTS)*ld_k;
+    float  * score = s_score + 16*(warp/N_PARTS)*LMINF_CUDA_TILE_LD;
     __half * prob  = (__half *) score; // [16, LD_PROB] takes the scores' place
+    float  * stage = score + 16*part;  // [16, 16] of the scores for itself in any case
+    static_assert(16*N_PARTS <= LMINF_CUDA_TILE, "");
+
+    const int e_part = 16*N_FRAGS*part; // this warp's first element of V
 
     // two lanes to a row in the softmax, 16 cells each
-    const int  my_row    = 16*warp + lane/2;
+    const int  my_row    = 16*(warp/N_PARTS) + lane/2;
     const int  my_cell0  = lane % 2*16;
     const bool my_exists = my_row < n_rows;
     const int  my_h      = h_kv*p.n_group + (row0 + my_row) % p.n_group;
@@ -730,12 +767,12 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
     int frag_row[8];
     {
         for (int i = lane; i < 16*16; i += LMINF_CUDA_WARP) {
-            score[i/16*LMINF_CUDA_TILE_LD + i % 16] = i/16;
+            stage[i/16*LMINF_CUDA_TILE_LD + i % 16] = i/16;
         }
         __syncwarp();
         wmma::fragment<wmma::accumulator, 16, 16, 16, float> rows;
         static_assert(sizeof(rows.x)/sizeof(rows.x[0]) == 8, "");
-        wmma::load_matrix_sync(rows, score, LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+        wmma::load_matrix_sync(rows, stage, LMINF_CUDA_TILE_LD, wmma::mem_row_major);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             frag_row[i] = (int) rows.x[i];
@@ -752,7 +789,7 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
         }
 
         // no barrier before: since any warp read q last there were two
-        for (int i = tid; i < 16*n_warps*(ld_k - 8); i += n_threads) {
+        for (int i = tid; i < max_rows*(ld_k - 8); i += n_threads) {
             const int r = i / (ld_k - 8);
             const int e = i % (ld_k - 8);
             const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
@@ -781,26 +818,32 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
             lminf_load_tile(s_kv, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, n_embd_k, n_warps, tid);
             __syncthreads();
 
-            // scores [16, 32]
+            // scores [16, 32], or this warp's part of them
 
             {
-                wmma::fragment<wmma::accumulator, 16, 16, 16, float> s[2];
-                wmma::fill_fragment(s[0], 0.0f);
-                wmma::fill_fragment(s[1], 0.0f);
+                constexpr int N = LMINF_CUDA_TILE/16/N_PARTS;
+
+                wmma::fragment<wmma::accumulator, 16, 16, 16, float> s[N];
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    wmma::fill_fragment(s[i], 0.0f);
+                }
                 for (int e = 0; e < n_embd_k; e += 16) {
                     wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major> a;
                     wmma::load_matrix_sync(a, my_q + e, ld_k);
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) {
+                    for (int i = 0; i < N; ++i) {
                         wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major> b;
-                        wmma::load_matrix_sync(b, s_kv + 16*i*ld_k + e, ld_k);
+                        wmma::load_matrix_sync(b, s_kv + 16*(part*N + i)*ld_k + e, ld_k);
                         wmma::mma_sync(s[i], a, b, s[i]);
                     }
                 }
-                wmma::store_matrix_sync(score,      s[0], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
-                wmma::store_matrix_sync(score + 16, s[1], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    wmma::store_matrix_sync(score + 16*(part*N + i), s[i], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+                }
             }
-            __syncwarp();
+            lminf_sync_rows<N_PARTS>();
 
             // softmax
 
@@ -830,13 +873,15 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
                 e[i] = __float2half_rn(lminf_exp(s[i], max_new));
                 sum += __half2float(e[i]); // as rounded, so that the weights add up to 1
             }
-            __syncwarp(); // before prob takes the place of score
+            lminf_sync_rows<N_PARTS>(); // before prob takes the place of score
 
-            uint4 * to = (uint4 *) (prob + lane/2*LD_PROB + my_cell0);
-            to[0] = lminf_pack_halves(e);
-            to[1] = lminf_pack_halves(e + 8);
+            if (part == 0) {
+                uint4 * to = (uint4 *) (prob + lane/2*LD_PROB + my_cell0);
+                to[0] = lminf_pack_halves(e);
+                to[1] = lminf_pack_halves(e + 8);
+            }
 
-            // V, where K was; the warp's lanes see each other's prob behind the same barriers
+            // V, where K was; lanes see each other's prob behind the same barriers
 
             __syncthreads();
             lminf_load_tile(s_kv, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, n_embd_v, n_warps, tid);
@@ -860,9 +905,9 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
                 wmma::load_matrix_sync(a, prob + c, LD_PROB);
 #pragma unroll
                 for (int f = 0; f < N_FRAGS; ++f) {
-                    if (16*f < n_embd_v) {
+                    if (e_part + 16*f < n_embd_v) {
                         wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::row_major> b;
-                        wmma::load_matrix_sync(b, s_kv + c*ld_v + 16*f, ld_v);
+                        wmma::load_matrix_sync(b, s_kv + c*ld_v + e_part + 16*f, ld_v);
                         wmma::mma_sync(acc[f], a, b, acc[f]);
                     }
                 }
@@ -875,23 +920,27 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
     const int64_t i_out = lminf_out_index(args, my_h, q0 + my_query, stream);
     const float   norm  = p.n_split == 1 ? lminf_norm(args, my_h, max_score, sum) : 1.0f;
 
-    if (p.n_split > 1 && my_exists && lane % 2 == 0) {
+    if (p.n_split > 1 && my_exists && lane % 2 == 0 && part == 0) {
         p.max_sum[(i_out*p.n_split + split)*2]     = max_score;
         p.max_sum[(i_out*p.n_split + split)*2 + 1] = sum;
     }
 
     float * to = p.n_split == 1 ? args.dst + i_out*n_embd_v : p.acc + (i_out*p.n_split + split)*n_embd_v;
 
+    if (N_PARTS > 1) {
+        __syncthreads(); // the others may still read prob
+    }
+
     // 16 elements of every row at a time through shared memory, whose layout is known
 #pragma unroll
     for (int f = 0; f < N_FRAGS; ++f) {
-        if (16*f < n_embd_v) {
+        if (e_part + 16*f < n_embd_v) {
             __syncwarp();
-            wmma::store_matrix_sync(score, acc[f], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+            wmma::store_matrix_sync(stage, acc[f], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
             __syncwarp();
-            const int e = 16*f + lane % 2*8;
+            const int e = e_part + 16*f + lane % 2*8;
             if (my_exists && e < n_embd_v) {
-                const float * from = score + lane/2*LMINF_CUDA_TILE_LD + lane % 2*8;
+                const float * from = stage + lane/2*LMINF_CUDA_TILE_LD + lane % 2*8;
 #pragma unroll
                 for (int j = 0; j < 8; j += 4) {
                     const float4 x = *(const float4 *) (from + j);

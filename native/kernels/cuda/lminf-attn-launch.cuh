@@ -17,10 +17,13 @@ struct lminf_cuda_plan {
     lminf_cuda_params params; // acc and max_sum still NULL
 };
 
-// at most this much shared memory is there on every device without asking for it
-constexpr int LMINF_CUDA_MAX_SHARED = 48*1024;
+// bytes of shared memory that a block may have: everywhere, and when asked for from compute capability 7.5 on
+constexpr int LMINF_CUDA_SHARED_ANY   = 48*1024;
+constexpr int LMINF_CUDA_SHARED_ASKED = 64*1024;
 
-constexpr int LMINF_CUDA_MAX_N_EMBD = 256; // of a head
+// elements of a head; K has 64 more than V where V is a part of it (multi-head latent attention)
+constexpr int LMINF_CUDA_MAX_K      = 576;
+constexpr int LMINF_CUDA_MAX_V      = 512;
 constexpr int LMINF_CUDA_MAX_SPLIT  = 128; // the combine kernel walks them one after the other
 constexpr int LMINF_CUDA_MAX_GRID_Z = 65535;
 
@@ -28,7 +31,13 @@ static inline bool lminf_cuda_fits_f16(const lminf_attn_operand & x) {
     return !x.data || x.type == GGML_TYPE_F16 || x.type == GGML_TYPE_Q8_0 || x.type == GGML_TYPE_Q4_0;
 }
 
-static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, int n_sm) {
+// heads that take half as many rows in the row kernel, and shared memory that must be asked for in the tile kernel
+static inline bool lminf_cuda_is_wide(int64_t n_embd_head_k, int64_t n_embd_head_v) {
+    return std::max(n_embd_head_k, n_embd_head_v) > LMINF_CUDA_WARP_V;
+}
+
+// n_shared: bytes of shared memory that a block may ask for
+static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, int n_sm, int n_shared) {
     const auto div_up = [](int64_t a, int64_t b) { return (a + b - 1)/b; };
 
     lminf_cuda_plan res = {};
@@ -40,23 +49,32 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
 
     const int64_t n_rows_all = (int64_t) args.n_q*p.n_group;
 
+    const bool is_wide  = lminf_cuda_is_wide(args.n_embd_head_k, args.n_embd_head_v);
+    const int  max_rows = is_wide ? 8 : 16; // of the row kernel
+
     // up to two tiles of the row kernel read K and V about as fast as the other computes; and f32 and bf16 do not fit into f16
-    res.tiles = n_rows_all > 32 && lminf_cuda_fits_f16(args.k) && lminf_cuda_fits_f16(args.v) &&
+    res.tiles = n_rows_all > 2*max_rows && lminf_cuda_fits_f16(args.k) && lminf_cuda_fits_f16(args.v) &&
         lminf_cuda_fits_f16(args.k_sink) && lminf_cuda_fits_f16(args.v_sink);
 
     int cells_per_step, blocks_per_sm;
     if (res.tiles) {
-        int n_warps = 4;
-        while (n_warps > 2 && lminf_tile_kernel_shared(n_warps, args.n_embd_head_k, args.n_embd_head_v, p.n_group) > LMINF_CUDA_MAX_SHARED) {
+        const int n_parts = args.n_embd_head_v > LMINF_CUDA_WARP_V ? 2 : 1;
+        const int limit   = is_wide ? n_shared : LMINF_CUDA_SHARED_ANY;
+
+        static_assert(lminf_tile_kernel_shared(32, LMINF_CUDA_WARP_V, LMINF_CUDA_WARP_V, 1) <= LMINF_CUDA_SHARED_ANY, "");
+        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_MAX_K,  LMINF_CUDA_MAX_V,  1) <= LMINF_CUDA_SHARED_ASKED, "");
+
+        int n_warps = is_wide ? 2*n_parts : 4;
+        while (n_warps > n_parts && lminf_tile_kernel_shared(16*n_warps/n_parts, args.n_embd_head_k, args.n_embd_head_v, p.n_group) > limit) {
             n_warps /= 2;
         }
-        res.n_rows     = 16*n_warps;
+        res.n_rows     = 16*n_warps/n_parts;
         res.n_threads  = n_warps*LMINF_CUDA_WARP;
-        res.n_shared   = lminf_tile_kernel_shared(n_warps, args.n_embd_head_k, args.n_embd_head_v, p.n_group);
+        res.n_shared   = lminf_tile_kernel_shared(res.n_rows, args.n_embd_head_k, args.n_embd_head_v, p.n_group);
         cells_per_step = LMINF_CUDA_TILE;
         blocks_per_sm  = 2;
     } else {
-        res.n_rows = 16;
+        res.n_rows = max_rows;
         while (res.n_rows > 1 && res.n_rows/2 >= n_rows_all) {
             res.n_rows /= 2;
         }
@@ -86,6 +104,25 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
     return res;
 }
 
+typedef void (*lminf_cuda_kernel)(const lminf_cuda_params);
+
+template <int N_V>
+static lminf_cuda_kernel lminf_cuda_get_row_kernel(int n_rows) {
+    switch (n_rows) {
+        case 1:  return lminf_row_kernel<1, N_V>;
+        case 2:  return lminf_row_kernel<2, N_V>;
+        case 4:  return lminf_row_kernel<4, N_V>;
+        case 8:  return lminf_row_kernel<8, N_V>;
+        default: return lminf_row_kernel<16/N_V, N_V>; // 16 where V is not wide
+    }
+}
+
+static inline lminf_cuda_kernel lminf_cuda_get_tile_kernel(int n_embd_head_v) {
+    return n_embd_head_v <= 64                ? lminf_tile_kernel<4,  1> :
+           n_embd_head_v <= 128               ? lminf_tile_kernel<8,  1> :
+           n_embd_head_v <= LMINF_CUDA_WARP_V ? lminf_tile_kernel<16, 1> : lminf_tile_kernel<16, 2>;
+}
+
 // launch(kernel, grid, number of threads, bytes of shared memory, params); scratch holds plan.n_scratch floats
 template <typename F>
 static void lminf_cuda_launch(const lminf_cuda_plan & plan, float * scratch, const F & launch) {
@@ -99,25 +136,11 @@ static void lminf_cuda_launch(const lminf_cuda_plan & plan, float * scratch, con
         p.max_sum = scratch + n_out*p.n_split*args.n_embd_head_v;
     }
 
-    const auto run = [&](void (*kernel)(const lminf_cuda_params)) { launch(kernel, plan.grid, plan.n_threads, plan.n_shared, p); };
+    const lminf_cuda_kernel kernel =
+        plan.tiles                              ? lminf_cuda_get_tile_kernel(args.n_embd_head_v) :
+        args.n_embd_head_v <= LMINF_CUDA_WARP_V ? lminf_cuda_get_row_kernel<1>(plan.n_rows) : lminf_cuda_get_row_kernel<2>(plan.n_rows);
 
-    if (plan.tiles) {
-        if (args.n_embd_head_v <= 64) {
-            run(lminf_tile_kernel<4>);
-        } else if (args.n_embd_head_v <= 128) {
-            run(lminf_tile_kernel<8>);
-        } else {
-            run(lminf_tile_kernel<16>);
-        }
-    } else {
-        switch (plan.n_rows) {
-            case 1:  run(lminf_row_kernel<1>);  break;
-            case 2:  run(lminf_row_kernel<2>);  break;
-            case 4:  run(lminf_row_kernel<4>);  break;
-            case 8:  run(lminf_row_kernel<8>);  break;
-            default: run(lminf_row_kernel<16>); break;
-        }
-    }
+    launch(kernel, plan.grid, plan.n_threads, plan.n_shared, p);
 
     if (p.n_split > 1) {
         const uint32_t grid[3] = { (uint32_t) n_out, 1, 1 };
@@ -126,7 +149,7 @@ static void lminf_cuda_launch(const lminf_cuda_plan & plan, float * scratch, con
 }
 
 // what the kernels cannot do of what lminf_attn_is_valid lets through; offsets of views count, addresses are not known yet
-static inline bool lminf_cuda_can(const ggml_tensor * op) {
+static inline bool lminf_cuda_can(const ggml_tensor * op, int64_t n_shared) {
     const ggml_tensor * q = op->src[LMINF_ATTN_Q];
     const ggml_tensor * k = op->src[LMINF_ATTN_K];
     const ggml_tensor * v = op->src[LMINF_ATTN_V];
@@ -139,7 +162,8 @@ static inline bool lminf_cuda_can(const ggml_tensor * op) {
 
     const int64_t limit = INT32_MAX/2;
 
-    return q->ne[0] % 8 == 0 && q->ne[0] <= LMINF_CUDA_MAX_N_EMBD && v->ne[0] % 8 == 0 && v->ne[0] <= LMINF_CUDA_MAX_N_EMBD &&
+    return q->ne[0] % 8 == 0 && q->ne[0] <= LMINF_CUDA_MAX_K && v->ne[0] % 8 == 0 && v->ne[0] <= LMINF_CUDA_MAX_V &&
+        (n_shared >= LMINF_CUDA_SHARED_ASKED || !lminf_cuda_is_wide(q->ne[0], v->ne[0])) &&
         is_aligned(k) && is_aligned(v) && is_aligned(op->src[LMINF_ATTN_K_SINK]) && is_aligned(op->src[LMINF_ATTN_V_SINK]) &&
         k->ne[2]*q->ne[3] <= LMINF_CUDA_MAX_GRID_Z &&
         op->src[LMINF_ATTN_MASK]->ne[0] < limit && q->ne[1]*q->ne[2]*q->ne[3] < limit;

@@ -10,13 +10,16 @@
 // memory. 4 warps work on their own tiles of 32 cells, without barriers. K goes through shared memory 32 elements at a time,
 // 4.5 KiB per warp whatever the head size, so that a lane can be a cell and a score needs no exchange between lanes;
 // V is read once, each lane 8 elements, and multiplied from registers. 16 rows are the most for which the sums fit into
-// registers. Cells that no row sees are not read at all.
+// registers, 8 where a head of V has more than 256 elements and a lane 16 of them. Cells that no row sees are not read at all.
 //
 // Tile kernel, more than 32 rows (prefill): 16 rows per warp on tensor cores by way of nvcuda::wmma, 4 warps, or 2 where
 // large heads need the shared memory (48 KiB are there on every device). Tiles are 32 cells, and K and V share a buffer in
 // f16, one after the other: with heads of 128 a block takes 36 to 44 KiB, so that two fit on a multiprocessor (one on
 // Turing, which has 64). Softmax and sums are f32; q, quantized K and V, and the weights are rounded to f16. Tiles that no
 // query of the block sees are skipped. f32 and bf16 do not fit into f16 and go to the row kernel, 16 rows at a time.
+// Wide heads, of more than 256 elements, from 17 rows on: the sums of 16 rows fill a warp's registers at 256 elements of V, so
+// two warps share 16 rows, each with half of the scores and half of V. K or V of a tile takes up to 37 KiB, and so does q of
+// 32 rows: a block asks for 70 to 82 KiB, and where the device has not that much, on Turing, for 51 to 60 KiB with 16 rows.
 //
 // Per token and layer, decoding reads (n_sink + n_kv)*n_head_kv rows of K and V once, up to 16 heads per KV head: with 4096
 // f16 cells, 8 KV heads of 64 elements, 8.4 MB. The mask is 4 bytes per cell for each KV head, from L2.
@@ -29,12 +32,15 @@
 #include "lminf-attn-launch.cuh"
 
 bool ggml_cuda_lminf_attn_supported(int device, const ggml_tensor * op) {
-    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_TURING &&
-        lminf_attn_is_valid(op) && lminf_cuda_can(op);
+    const auto & info = ggml_cuda_info().devices[device];
+
+    return ggml_cuda_highest_compiled_arch(info.cc) >= GGML_CUDA_CC_TURING && lminf_attn_is_valid(op) && lminf_cuda_can(op, info.smpbo);
 }
 
 void ggml_cuda_lminf_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const lminf_cuda_plan plan = lminf_cuda_get_plan(lminf_attn_get_args(dst), ggml_cuda_info().devices[ctx.device].nsm);
+    const auto & info = ggml_cuda_info().devices[ctx.device];
+
+    const lminf_cuda_plan plan = lminf_cuda_get_plan(lminf_attn_get_args(dst), info.nsm, info.smpbo);
 
     ggml_cuda_pool_alloc<float> scratch(ctx.pool());
     if (plan.n_scratch > 0) {
@@ -44,6 +50,9 @@ void ggml_cuda_lminf_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const cudaStream_t stream = ctx.stream();
 
     lminf_cuda_launch(plan, scratch.get(), [&](auto * kernel, const uint32_t * grid, int n_threads, int n_shared, const lminf_cuda_params & params) {
+        if (n_shared > LMINF_CUDA_SHARED_ANY) {
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_shared));
+        }
         kernel<<<dim3(grid[0], grid[1], grid[2]), n_threads, n_shared, stream>>>(params);
         CUDA_CHECK(cudaGetLastError());
     });

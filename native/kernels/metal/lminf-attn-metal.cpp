@@ -30,6 +30,15 @@ static const int32_t N_Q_PREFILL = 20;
 static const int64_t N_THREADGROUP = 256;
 static const int64_t N_SPLIT_MAX   = 32;
 
+// elements of a head; K has 64 more than V where V is a part of it (multi-head latent attention)
+static const int64_t N_EMBD_K_MAX = 576;
+static const int64_t N_EMBD_V_MAX = 512;
+
+// heads that kernels of their own are for
+static bool is_wide(const lminf_attn_args & args) {
+    return std::max(args.n_embd_head_k, args.n_embd_head_v) > 256;
+}
+
 static int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1)/b;
 }
@@ -42,14 +51,14 @@ static launch_plan get_plan(const lminf_attn_args & args, int32_t n_q) {
     size_t n_float;
     if (n_q >= N_Q_PREFILL) {
         res.is_prefill = true;
-        res.n_sg       = args.n_embd_head_k <= 128 ? 4 : 2;
-        res.n_rows     = 8*res.n_sg;
+        res.n_sg       = args.n_embd_head_k <= 128 || is_wide(args) ? 4 : 2;
+        res.n_rows     = is_wide(args) ? 8 : 8*res.n_sg;
         res.n_tile     = ceil_div(n_rows_all, res.n_rows);
         res.n_split    = 1;
-        n_float        = LMINF_ATTN_METAL_PREFILL_SHARED(args.n_embd_head_k, res.n_sg);
+        n_float        = LMINF_ATTN_METAL_PREFILL_SHARED(args.n_embd_head_k, res.n_rows, res.n_sg);
     } else {
         res.n_sg       = 4;
-        res.n_rows     = n_rows_all <= 4 ? 4 : n_rows_all <= 8 || args.n_embd_head_v > 128 ? 8 : 16;
+        res.n_rows     = n_rows_all <= 4 || is_wide(args) ? 4 : n_rows_all <= 8 || args.n_embd_head_v > 128 ? 8 : 16;
         res.n_tile     = ceil_div(n_rows_all, res.n_rows);
 
         const int64_t n_block = ceil_div(args.n_sink, LMINF_ATTN_METAL_BLOCK) + ceil_div(args.n_kv, LMINF_ATTN_METAL_BLOCK);
@@ -82,14 +91,10 @@ bool lminf_attn_metal_supports(const ggml_metal_device_props * props, const ggml
         }
     }
 
-    for (const int64_t n_embd_head : { op->src[LMINF_ATTN_Q]->ne[0], op->src[LMINF_ATTN_V]->ne[0] }) {
-        if (n_embd_head % 8 != 0 || n_embd_head > 256) {
-            return false;
-        }
-    }
-
     const lminf_attn_args args = lminf_attn_get_args(op);
-    return get_plan(args, args.n_q).n_shared <= props->max_theadgroup_memory_size;
+    return args.n_embd_head_k % 8 == 0 && args.n_embd_head_k <= N_EMBD_K_MAX &&
+        args.n_embd_head_v % 8 == 0 && args.n_embd_head_v <= N_EMBD_V_MAX &&
+        get_plan(args, args.n_q).n_shared <= props->max_theadgroup_memory_size;
 }
 
 // what the largest batch gets must do for every smaller one, or graphs would be allocated anew when batches alternate
@@ -108,8 +113,8 @@ static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, co
     const int32_t n_v = args.n_embd_head_v;
 
     const std::string base = plan.is_prefill ?
-        std::string("kernel_lminf_attn_prefill_") + (n_v <= 64 ? "64" : n_v <= 128 ? "128" : "256") :
-        "kernel_lminf_attn_decode_" + std::to_string(plan.n_rows);
+        std::string("kernel_lminf_attn_prefill_") + (is_wide(args) ? "wide" : n_v <= 64 ? "64" : n_v <= 128 ? "128" : "256") :
+        "kernel_lminf_attn_decode_" + (is_wide(args) ? "wide" : std::to_string(plan.n_rows));
 
     const struct { int32_t index, value; } constants[] = {
         { LMINF_ATTN_METAL_FC_N_EMBD_K,    args.n_embd_head_k },

@@ -9,12 +9,15 @@
 //   A simdgroup takes whole blocks and waits for no other until the end. Scores: 8 lanes per cell, 4 cells at a time: a
 //   sum over 8 lanes costs 3 shuffles for 4 cells, over 32 lanes 5 for one. Softmax: a lane per cell. Values: as many
 //   lanes per cell as its row has float4s, 4 cells a lane, so that one load of 4 weights serves 16 multiply-adds.
-//   Accumulators: at most 64 floats a lane, hence 8 rows instead of 16 where V heads are longer than 128.
+//   Accumulators: at most 64 floats a lane, hence 8 rows instead of 16 where V heads are longer than 128, and 4 where K or
+//   V heads are longer than 256, which are walked in pieces of 256 elements.
 //   Each split leaves (max, sum, sums of values) in scratch memory, and `combine` merges them.
 //
 // prefill, many queries: threadgroup = 4 simdgroups of 8 rows (2 where K heads are longer than 128), all cell blocks.
 //   8x8 matrices of float, results in registers. K and V pass through threadgroup memory in pieces of 32 cells by 64
 //   elements: 8 KiB, which with 16 KiB of queries and 4 KiB of scores stays below the 32 KiB a threadgroup may have.
+//   K or V heads longer than 256: queries leave room for 8 rows only, and 8 rows of results would be 128 floats a lane. So
+//   all 4 simdgroups share those 8 rows, and each does a quarter: of the cells of S = Q K^T, and of every piece of V.
 //   Float and not half: f32 and bf16 keep their range, a quantized value is not rounded twice, and the multiply-add of
 //   Apple's GPUs is as fast in float as in half. What half would save is threadgroup memory.
 //
@@ -81,8 +84,8 @@ struct lminf_attn_metal_args {
 // threadgroup memory in floats
 #define LMINF_ATTN_METAL_DECODE_SHARED(n_embd_max, n_rows, n_sg) \
     ((n_rows)*(n_embd_max) + (n_sg)*(n_rows)*LMINF_ATTN_METAL_BLOCK + 2*(n_sg)*(n_rows) + (n_rows))
-#define LMINF_ATTN_METAL_PREFILL_SHARED(n_embd_k, n_sg) \
-    (8*(n_sg)*(n_embd_k) + LMINF_ATTN_METAL_BLOCK*LMINF_ATTN_METAL_PIECE + (n_sg)*(8*LMINF_ATTN_METAL_BLOCK + 64) + 2*(n_sg))
+#define LMINF_ATTN_METAL_PREFILL_SHARED(n_embd_k, n_rows, n_sg) \
+    ((n_rows)*(n_embd_k) + LMINF_ATTN_METAL_BLOCK*LMINF_ATTN_METAL_PIECE + (n_sg)*(8*LMINF_ATTN_METAL_BLOCK + 64) + 2*(n_sg))
 
 #ifdef __METAL_VERSION__
 
@@ -170,7 +173,8 @@ static inline float lminf_score(constant lminf_attn_metal_args & args, float qk,
 
 #define LMINF_PASS args, q, k, v, mask, head_sinks, q_sink, k_sink, v_sink, out, shared, group, lane, sg
 
-// R: rows, NV: float4s of a V row that a lane holds per accumulator, 2 where V rows are longer than 32 of them
+// R: rows, NV: float4s of a V row that a lane holds per accumulator, one for each 32 of them. Of K rows, 64 are walked at a
+// time, with NV > 2 as often as it takes, else once
 // grid: n_split, n_head_kv*tiles of R rows, n_stream
 template<int R, int NV>
 static void lminf_decode(
@@ -301,29 +305,32 @@ static void lminf_decode(
                 const int c = c0 + lane/8;
                 device const char * row = data_k + (uint64_t) min(cell + c, n_cells - 1)*nb1_k;
 
-                float4 x[8];
-                LMINF_UNROLL
-                for (int u = 0; u < 8; ++u) {
-                    const int e = lane%8 + 8*u;
-                    x[u] = e < n_k4 ? lminf_load4(row, type_k, e) : float4(0.0f);
-                }
+                for (int e0 = 0; e0 < (NV > 2 ? n_k4 : 1); e0 += 64) {
+                    float4 x[8];
+                    LMINF_UNROLL
+                    for (int u = 0; u < 8; ++u) {
+                        const int e = e0 + lane%8 + 8*u;
+                        x[u] = e < n_k4 ? lminf_load4(row, type_k, e) : float4(0.0f);
+                    }
 
-                LMINF_UNROLL
-                for (int r = 0; r < R; ++r) {
-                    if (r < n_rows) {
-                        float sum = 0.0f;
-                        LMINF_UNROLL
-                        for (int u = 0; u < 8; ++u) {
-                            const int e = lane%8 + 8*u;
-                            if (e < n_k4) {
-                                sum += dot(x[u], sh_q4[r*n_k4 + e]);
+                    LMINF_UNROLL
+                    for (int r = 0; r < R; ++r) {
+                        if (r < n_rows) {
+                            float sum = 0.0f;
+                            LMINF_UNROLL
+                            for (int u = 0; u < 8; ++u) {
+                                const int e = e0 + lane%8 + 8*u;
+                                if (e < n_k4) {
+                                    sum += dot(x[u], sh_q4[r*n_k4 + e]);
+                                }
                             }
-                        }
-                        sum += simd_shuffle_xor(sum, 1);
-                        sum += simd_shuffle_xor(sum, 2);
-                        sum += simd_shuffle_xor(sum, 4);
-                        if (lane%8 == 0) {
-                            s[r*LMINF_ATTN_METAL_BLOCK + c] = sum;
+                            sum += simd_shuffle_xor(sum, 1);
+                            sum += simd_shuffle_xor(sum, 2);
+                            sum += simd_shuffle_xor(sum, 4);
+                            if (lane%8 == 0) {
+                                threadgroup float & to = s[r*LMINF_ATTN_METAL_BLOCK + c];
+                                to = e0 == 0 ? sum : to + sum;
+                            }
                         }
                     }
                 }
@@ -363,23 +370,27 @@ static void lminf_decode(
                 if (((open >> c) & 15) == 0) {
                     continue;
                 }
-                float4 x[4][NV];
+                const int NY = NV < 2 ? NV : 2; // at a time
                 LMINF_UNROLL
-                for (int u = 0; u < 4; ++u) {
-                    device const char * row = data_v + (uint64_t) min(cell + c + u, n_cells - 1)*nb1_v;
+                for (int y0 = 0; y0 < NV; y0 += NY) {
+                    float4 x[4][NY];
                     LMINF_UNROLL
-                    for (int y = 0; y < NV; ++y) {
-                        const int e = lane%n_lane_v + 32*y;
-                        x[u][y] = e < n_v4 ? lminf_load4(row, type_v, e) : float4(0.0f);
-                    }
-                }
-                LMINF_UNROLL
-                for (int r = 0; r < R; ++r) {
-                    if (r < n_rows) {
-                        const float4 p = *(threadgroup const float4 *) (s + r*LMINF_ATTN_METAL_BLOCK + c);
+                    for (int u = 0; u < 4; ++u) {
+                        device const char * row = data_v + (uint64_t) min(cell + c + u, n_cells - 1)*nb1_v;
                         LMINF_UNROLL
-                        for (int y = 0; y < NV; ++y) {
-                            acc[r][y] += p.x*x[0][y] + p.y*x[1][y] + p.z*x[2][y] + p.w*x[3][y];
+                        for (int y = 0; y < NY; ++y) {
+                            const int e = lane%n_lane_v + 32*(y0 + y);
+                            x[u][y] = e < n_v4 ? lminf_load4(row, type_v, e) : float4(0.0f);
+                        }
+                    }
+                    LMINF_UNROLL
+                    for (int r = 0; r < R; ++r) {
+                        if (r < n_rows) {
+                            const float4 p = *(threadgroup const float4 *) (s + r*LMINF_ATTN_METAL_BLOCK + c);
+                            LMINF_UNROLL
+                            for (int y = 0; y < NY; ++y) {
+                                acc[r][y0 + y] += p.x*x[0][y] + p.y*x[1][y] + p.z*x[2][y] + p.w*x[3][y];
+                            }
                         }
                     }
                 }
@@ -458,9 +469,10 @@ static void lminf_decode(
     }
 }
 
-kernel void kernel_lminf_attn_decode_4 (LMINF_BUFFERS) { lminf_decode< 4, 2>(LMINF_PASS); }
-kernel void kernel_lminf_attn_decode_8 (LMINF_BUFFERS) { lminf_decode< 8, 2>(LMINF_PASS); }
-kernel void kernel_lminf_attn_decode_16(LMINF_BUFFERS) { lminf_decode<16, 1>(LMINF_PASS); }
+kernel void kernel_lminf_attn_decode_4   (LMINF_BUFFERS) { lminf_decode< 4, 2>(LMINF_PASS); }
+kernel void kernel_lminf_attn_decode_8   (LMINF_BUFFERS) { lminf_decode< 8, 2>(LMINF_PASS); }
+kernel void kernel_lminf_attn_decode_16  (LMINF_BUFFERS) { lminf_decode<16, 1>(LMINF_PASS); }
+kernel void kernel_lminf_attn_decode_wide(LMINF_BUFFERS) { lminf_decode< 4, 4>(LMINF_PASS); }
 
 // grid: rows of dst, one simdgroup each; lane = split, of which there are at most 32
 kernel void kernel_lminf_attn_combine(
@@ -520,9 +532,25 @@ static inline void lminf_load_piece(
     }
 }
 
-// NO: 8x8 matrices that a V row spans at most
-// grid: tiles of 8*n_sg rows, n_head_kv, n_stream
-template<int NO>
+// barrier of the simdgroups that share rows
+template<int NS>
+static inline void lminf_rows_barrier() {
+    if (NS == 1) {
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+}
+
+// the first element of V in matrix j of a simdgroup that has the `share`-th NP of the 8 of every piece
+template<int NP>
+static inline int lminf_v_element(int share, int j) {
+    return NP == 8 ? 8*j : j/NP*LMINF_ATTN_METAL_PIECE + 8*(share*NP + j%NP);
+}
+
+// NS: simdgroups that share 8 rows, NO: 8x8 matrices of a V row that each of them has at most
+// grid: tiles of 8*n_sg/NS rows, n_head_kv, n_stream
+template<int NO, int NS>
 static void lminf_prefill(
         constant lminf_attn_metal_args & args,
         device const char  * q,
@@ -546,27 +574,35 @@ static void lminf_prefill(
 
     const int n_group  = args.n_head/args.n_head_kv;
     const int h_kv     = group.y;
-    const int row0     = group.x*8*n_sg;
-    const int n_rows   = min(8*n_sg, args.n_q*n_group - row0);
+    const int row0     = group.x*8*n_sg/NS;
+    const int max_rows = 8*n_sg/NS;
+    const int n_rows   = min(max_rows, args.n_q*n_group - row0);
     const int i_first  = row0/n_group;                // queries of this tile
     const int n_i      = (row0 + n_rows - 1)/n_group - i_first + 1;
 
-    threadgroup float * sh_q  = shared;                                                    // [8*n_sg][n_embd_k]
-    threadgroup float * sh_kv = sh_q  + 8*n_sg*lminf_n_embd_k;                             // [32][64]
-    threadgroup float * sh_s  = sh_kv + LMINF_ATTN_METAL_BLOCK*LMINF_ATTN_METAL_PIECE;     // [n_sg][8][32] scores, then weights
+    threadgroup float * sh_q  = shared;                                                    // [max_rows][n_embd_k]
+    threadgroup float * sh_kv = sh_q  + max_rows*lminf_n_embd_k;                           // [32][64]
+    threadgroup float * sh_s  = sh_kv + LMINF_ATTN_METAL_BLOCK*LMINF_ATTN_METAL_PIECE;     // [n_sg][8][32] scores, weights, results
     threadgroup float * sh_d  = sh_s  + n_sg*8*LMINF_ATTN_METAL_BLOCK;                     // [n_sg][8][8] diagonal matrices
     threadgroup uint  * sh_open = (threadgroup uint *) (sh_d + n_sg*64);                   // [2][n_sg]
 
-    // this simdgroup's
-    threadgroup float * q8 = sh_q + sg*8*lminf_n_embd_k;
-    threadgroup float * s  = sh_s + sg*8*LMINF_ATTN_METAL_BLOCK;
-    threadgroup float * d  = sh_d + sg*64;
+    // this simdgroup's, or shared
+    threadgroup float * q8 = sh_q + sg/NS*8*lminf_n_embd_k;
+    threadgroup float * s  = sh_s + sg/NS*8*LMINF_ATTN_METAL_BLOCK;
+
+    // this simdgroup's in any case
+    threadgroup float * d     = sh_d + sg*64;
+    threadgroup float * stage = sh_s + sg*8*LMINF_ATTN_METAL_BLOCK; // where results pass at the end
+
+    const int share = sg%NS;
+    const int NC    = 4/NS; // of S, as many matrices of 8 cells are this simdgroup's,
+    const int NP    = 8/NS; // and of a piece of V, as many of 8 elements
 
     // four lanes share a row in everything that is not a matrix: a quarter of the block's cells each
     const int  r       = lane/4;
     const int  part    = lane%4;
-    const int  row     = row0 + 8*sg + r;
-    const bool is_row  = 8*sg + r < n_rows;
+    const int  row     = row0 + 8*(sg/NS) + r;
+    const bool is_row  = 8*(sg/NS) + r < n_rows;
     const int  i_row   = is_row ? row/n_group : i_first;
     const int  h_row   = is_row ? row%n_group + h_kv*n_group : 0;
     const float slope  = lminf_slope(args, h_row);
@@ -577,7 +613,7 @@ static void lminf_prefill(
     float m = LMINF_NOTHING;
     float l = 0.0f; // this lane's cells
 
-    simdgroup_float8x8 o[NO]; // [8][n_embd_v]
+    simdgroup_float8x8 o[NO]; // [8][n_embd_v], or a share of it
     LMINF_UNROLL
     for (int j = 0; j < NO; ++j) {
         o[j] = make_filled_simdgroup_matrix<float, 8>(0.0f);
@@ -605,7 +641,7 @@ static void lminf_prefill(
             v_sink + (uint64_t) h_kv*args.v_sink.nb2 + (uint64_t) group.z*args.v_sink.nb3;
 
         // nobody needs q_sink any more: the last block with scores of sinks had barriers for its values after that
-        for (int e = thread_i; e < 8*n_sg*n_k4; e += n_thread) {
+        for (int e = thread_i; e < max_rows*n_k4; e += n_thread) {
             const int i = (row0 + e/n_k4)/n_group;
             const int h = (row0 + e/n_k4)%n_group + h_kv*n_group;
             device const char * row_q = is_window ?
@@ -638,9 +674,9 @@ static void lminf_prefill(
             }
 
             // S = Q K^T, [8][32]
-            simdgroup_float8x8 ms[4];
+            simdgroup_float8x8 ms[NC];
             LMINF_UNROLL
-            for (int c = 0; c < 4; ++c) {
+            for (int c = 0; c < NC; ++c) {
                 ms[c] = make_filled_simdgroup_matrix<float, 8>(0.0f);
             }
             for (int e0 = 0; e0 < lminf_n_embd_k; e0 += LMINF_ATTN_METAL_PIECE) {
@@ -653,18 +689,18 @@ static void lminf_prefill(
                     simdgroup_float8x8 mq;
                     simdgroup_load(mq, q8 + e0 + 8*x, lminf_n_embd_k, 0, false);
                     LMINF_UNROLL
-                    for (int c = 0; c < 4; ++c) {
+                    for (int c = 0; c < NC; ++c) {
                         simdgroup_float8x8 mk;
-                        simdgroup_load(mk, sh_kv + 8*c*LMINF_ATTN_METAL_PIECE + 8*x, LMINF_ATTN_METAL_PIECE, 0, true);
+                        simdgroup_load(mk, sh_kv + 8*(share*NC + c)*LMINF_ATTN_METAL_PIECE + 8*x, LMINF_ATTN_METAL_PIECE, 0, true);
                         simdgroup_multiply_accumulate(ms[c], mq, mk, ms[c]);
                     }
                 }
             }
             LMINF_UNROLL
-            for (int c = 0; c < 4; ++c) {
-                simdgroup_store(ms[c], s + 8*c, LMINF_ATTN_METAL_BLOCK, 0, false);
+            for (int c = 0; c < NC; ++c) {
+                simdgroup_store(ms[c], s + 8*(share*NC + c), LMINF_ATTN_METAL_BLOCK, 0, false);
             }
-            simdgroup_barrier(mem_flags::mem_threadgroup);
+            lminf_rows_barrier<NS>();
 
             // softmax: this lane has cells 8*part to 8*part + 7 of row r
             threadgroup float * s_row = s + r*LMINF_ATTN_METAL_BLOCK + 8*part;
@@ -681,12 +717,18 @@ static void lminf_prefill(
             m_new = max(m_new, simd_shuffle_xor(m_new, 1));
             m_new = max(m_new, simd_shuffle_xor(m_new, 2));
 
+            if (NS > 1) {
+                lminf_rows_barrier<NS>(); // all have read the scores
+            }
+
             const float alpha = exp(m - m_new);
             l *= alpha;
             LMINF_UNROLL
             for (int x = 0; x < 8; ++x) {
                 const float p = score[x] > LMINF_NOTHING ? exp(score[x] - m_new) : 0.0f;
-                s_row[x] = p;
+                if (share == 0) {
+                    s_row[x] = p;
+                }
                 l += p;
             }
             const bool is_rescaled = simd_or(m_new > m ? 1u : 0u) != 0;
@@ -694,7 +736,7 @@ static void lminf_prefill(
             if (part == 0) {
                 d[8*r + r] = alpha;
             }
-            simdgroup_barrier(mem_flags::mem_threadgroup);
+            lminf_rows_barrier<NS>();
 
             // O = diag(alpha) O + P V
             if (is_rescaled) {
@@ -702,7 +744,7 @@ static void lminf_prefill(
                 simdgroup_load(md, d, 8, 0, false);
                 LMINF_UNROLL
                 for (int j = 0; j < NO; ++j) {
-                    if (8*j < lminf_n_embd_v) {
+                    if (lminf_v_element<NP>(share, j) < lminf_n_embd_v) {
                         simdgroup_multiply(o[j], md, o[j]);
                     }
                 }
@@ -714,7 +756,7 @@ static void lminf_prefill(
                 simdgroup_load(mp[c], s + 8*c, LMINF_ATTN_METAL_BLOCK, 0, false);
             }
             LMINF_UNROLL
-            for (int piece = 0; piece < NO/8; ++piece) {
+            for (int piece = 0; piece < NO/NP; ++piece) {
                 if (piece*LMINF_ATTN_METAL_PIECE < lminf_n_embd_v) {
                     threadgroup_barrier(mem_flags::mem_threadgroup); // the piece before is done with
                     lminf_load_piece((threadgroup float4 *) sh_kv, data_v, nb1_v, type_v, cell, n_cells,
@@ -722,13 +764,14 @@ static void lminf_prefill(
                     threadgroup_barrier(mem_flags::mem_threadgroup);
 
                     LMINF_UNROLL
-                    for (int j = 0; j < 8; ++j) {
-                        if (piece*LMINF_ATTN_METAL_PIECE + 8*j < lminf_n_embd_v) {
+                    for (int j = 0; j < NP; ++j) {
+                        const int e = 8*(share*NP + j); // in the piece
+                        if (piece*LMINF_ATTN_METAL_PIECE + e < lminf_n_embd_v) {
                             LMINF_UNROLL
                             for (int c = 0; c < 4; ++c) {
                                 simdgroup_float8x8 mv;
-                                simdgroup_load(mv, sh_kv + 8*c*LMINF_ATTN_METAL_PIECE + 8*j, LMINF_ATTN_METAL_PIECE, 0, false);
-                                simdgroup_multiply_accumulate(o[8*piece + j], mp[c], mv, o[8*piece + j]);
+                                simdgroup_load(mv, sh_kv + 8*c*LMINF_ATTN_METAL_PIECE + e, LMINF_ATTN_METAL_PIECE, 0, false);
+                                simdgroup_multiply_accumulate(o[NP*piece + j], mp[c], mv, o[NP*piece + j]);
                             }
                         }
                     }
@@ -749,28 +792,31 @@ static void lminf_prefill(
     }
     factor = l > 0.0f ? factor/l : 0.0f;
 
-    // four matrices at a time through this simdgroup's scores: a lane then has 8 elements of its row
+    // four matrices at a time through threadgroup memory: a lane then has 8 elements of its row. Nobody needs weights any more:
+    // behind every block's there were barriers for its values
     device float4 * dst_row = (device float4 *) (out + (((uint64_t) group.z*args.n_q + i_row)*args.n_head + h_row)*lminf_n_embd_v);
     LMINF_UNROLL
     for (int j = 0; j < NO; j += 4) {
         simdgroup_barrier(mem_flags::mem_threadgroup);
         LMINF_UNROLL
         for (int x = 0; x < 4; ++x) {
-            if (8*(j + x) < lminf_n_embd_v) {
-                simdgroup_store(o[j + x], s + 8*x, LMINF_ATTN_METAL_BLOCK, 0, false);
+            if (lminf_v_element<NP>(share, j + x) < lminf_n_embd_v) {
+                simdgroup_store(o[j + x], stage + 8*x, LMINF_ATTN_METAL_BLOCK, 0, false);
             }
         }
         simdgroup_barrier(mem_flags::mem_threadgroup);
-        if (is_row && 8*(j + part) < lminf_n_embd_v) {
-            threadgroup const float4 * from = (threadgroup const float4 *) (s + r*LMINF_ATTN_METAL_BLOCK + 8*part);
-            dst_row[2*(j + part) + 0] = factor*from[0];
-            dst_row[2*(j + part) + 1] = factor*from[1];
+        if (is_row && lminf_v_element<NP>(share, j + part) < lminf_n_embd_v) {
+            threadgroup const float4 * from = (threadgroup const float4 *) (stage + r*LMINF_ATTN_METAL_BLOCK + 8*part);
+            const int e4 = lminf_v_element<NP>(share, j + part)/4;
+            dst_row[e4 + 0] = factor*from[0];
+            dst_row[e4 + 1] = factor*from[1];
         }
     }
 }
 
-kernel void kernel_lminf_attn_prefill_64 (LMINF_BUFFERS) { lminf_prefill< 8>(LMINF_PASS); }
-kernel void kernel_lminf_attn_prefill_128(LMINF_BUFFERS) { lminf_prefill<16>(LMINF_PASS); }
-kernel void kernel_lminf_attn_prefill_256(LMINF_BUFFERS) { lminf_prefill<32>(LMINF_PASS); }
+kernel void kernel_lminf_attn_prefill_64  (LMINF_BUFFERS) { lminf_prefill< 8, 1>(LMINF_PASS); }
+kernel void kernel_lminf_attn_prefill_128 (LMINF_BUFFERS) { lminf_prefill<16, 1>(LMINF_PASS); }
+kernel void kernel_lminf_attn_prefill_256 (LMINF_BUFFERS) { lminf_prefill<32, 1>(LMINF_PASS); }
+kernel void kernel_lminf_attn_prefill_wide(LMINF_BUFFERS) { lminf_prefill<16, 4>(LMINF_PASS); }
 
 #endif // __METAL_VERSION__

@@ -135,7 +135,7 @@ static void run_block(std::mt19937 & rng) {
 
     const size_t n_warps = run.n_lanes/WARP;
 
-    // a warp's lanes run side by side, the warps in any order
+    // a warp's lanes run side by side, the warps in any order, each up to one of its barriers
     std::vector<size_t> warps(n_warps);
     for (size_t i = 0; i < n_warps; ++i) {
         warps[i] = i;
@@ -162,7 +162,7 @@ static void run_block(std::mt19937 & rng) {
                         progress = true;
                     }
                 }
-            } while (release(w*WARP, (w + 1)*WARP, AT_WARP_BARRIER));
+            } while (release(w*WARP, (w + 1)*WARP, AT_WARP_BARRIER) && rng() % 4 != 0);
         }
         if (release(0, run.n_lanes, AT_BLOCK_BARRIER)) {
             continue;

@@ -1,0 +1,21 @@
+// what a model needs of a Λ cache, by llama.cpp's own decision: which of its layers attend to everything, slide, recur, or
+// attend to another layer's keys
+
+#pragma once
+
+#include "llama.h"
+
+#include <map>
+#include <vector>
+
+struct lminf_layers {
+    std::vector<int32_t> full;      // full attention: the Λ rule
+    std::vector<int32_t> sliding;   // a sliding window of their own, as trained
+    std::vector<int32_t> recurrent; // a state of constant size
+
+    // of a layer without keys of its own: whose it attends to
+    std::map<int32_t, int32_t> reuse;
+};
+
+// of a model that lminf_refusal has nothing against
+lminf_layers lminf_find_layers(const llama_model & model);

@@ -1,0 +1,99 @@
+#include "lminf-recurrent.h"
+
+#include "llama-model.h"
+
+#include <algorithm>
+
+// llama.cpp's models see its own context; this one is told when a micro-batch has got its cells
+class lminf_recurrent_context : public llama_memory_recurrent_context {
+public:
+    lminf_recurrent_context(lminf_recurrent * owner, std::vector<llama_ubatch> ubatches) :
+        llama_memory_recurrent_context(&owner->get_memory(), std::move(ubatches)), owner(owner) {}
+
+    bool apply() override {
+        const bool res = llama_memory_recurrent_context::apply();
+
+        owner->applied(get_ubatch());
+
+        return res;
+    }
+
+private:
+    lminf_recurrent * owner;
+};
+
+lminf_recurrent::lminf_recurrent(const llama_model & model, bool offload, uint32_t n_seq_max, uint32_t n_rs_seq, const std::vector<int32_t> & layers) :
+    n_back(n_seq_max, 0), tails(n_seq_max, -1) {
+    mem = std::make_unique<llama_memory_recurrent>(model, GGML_TYPE_F32, GGML_TYPE_F32, offload, n_seq_max, n_seq_max, n_rs_seq,
+            [&](int32_t il) { return std::count(layers.begin(), layers.end(), il) > 0; });
+}
+
+llama_memory_context_ptr lminf_recurrent::new_context(std::vector<llama_ubatch> ubatches) {
+    return std::make_unique<lminf_recurrent_context>(this, std::move(ubatches));
+}
+
+void lminf_recurrent::applied(const llama_ubatch & ubatch) {
+    // a snapshot before the micro-batch's first token is not written
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
+
+        n_back[seq_id] = std::min<int32_t>(mem->n_rs_seq, ubatch.n_seq_tokens - 1);
+        tails [seq_id] = mem->cells[seq_id].tail;
+    }
+
+    // the state of another sequence may have been moved, its snapshots never are
+    for (size_t s = 0; s < n_back.size(); ++s) {
+        if (mem->cells[s].tail != tails[s]) {
+            n_back[s] = 0;
+        }
+    }
+}
+
+void lminf_recurrent::rollback(llama_seq_id seq_id, int32_t n) {
+    if (n == 0) {
+        return;
+    }
+    GGML_ASSERT(n <= n_back[seq_id]);
+
+    mem->set_rs_idx(seq_id, n);
+    n_back[seq_id] = 0;
+}
+
+void lminf_recurrent::remove(llama_seq_id seq_id, bool zero) {
+    const int32_t tail = mem->cells[seq_id].tail;
+
+    if (zero && tail >= 0 && mem->cells[tail].seq_id.size() == 1) {
+        for (const auto * tensors : { &mem->r_l, &mem->s_l, &mem->p_l }) {
+            for (ggml_tensor * t : *tensors) {
+                for (uint32_t group = 0; t && group < 1 + mem->n_rs_seq; ++group) {
+                    ggml_backend_tensor_memset(t, 0, (group*mem->size + tail)*t->nb[1], t->nb[1]);
+                }
+            }
+        }
+    }
+
+    mem->seq_rm(seq_id, -1, -1);
+    n_back[seq_id] = 0;
+}
+
+void lminf_recurrent::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    mem->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+    mem->set_rs_idx(seq_id_dst, mem->rs_idx[seq_id_src]);
+    n_back[seq_id_dst] = 0;
+}
+
+void lminf_recurrent::skip_to(llama_seq_id seq_id, llama_pos pos) {
+    set_pos(seq_id, pos - 1);
+    n_back[seq_id] = 0;
+}
+
+void lminf_recurrent::set_pos(llama_seq_id seq_id, llama_pos pos) {
+    if (!is_empty(seq_id)) {
+        mem->cells[mem->cells[seq_id].tail].pos = pos;
+    }
+}
+
+void lminf_recurrent::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    mem->state_read(io, seq_id, flags);
+    n_back[seq_id] = 0;
+}
