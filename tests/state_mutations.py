@@ -75,7 +75,7 @@ def mutations(state: bytes, n_streams: int) -> Iterator[bytes]:
         for value in (*VALUES, old + 1, old - 1, old + 256, old - 256):
             if -(1 << 31) <= value < 1 << 31 and value != old:
                 yield state[:at] + struct.pack("<i", value) + state[at + 4 :]
-    for at in range(HEADER, HEADER + 24, 8):
+    for at in (*range(HEADER, HEADER + 24, 8), HEADER + SEQUENCE + 8):
         (old,) = struct.unpack_from("<q", state, at)
         for value in (*LARGE_VALUES, old + 1, old - 1, old + 256, old - 256):
             if -(1 << 63) <= value < 1 << 63 and value != old:
