@@ -258,7 +258,8 @@ class Llama(RemoteLlama):
 
     def stream_info(self) -> StreamInfo:
         """The position of the stream and the contents of its cache. Raises ValueError for a model without a Λ cache."""
-        slot = self.slot
+        slot, conversation = self.slot, self.slot.conversation
+        assert conversation is not None
         info = slot.sequence.info()
         return StreamInfo(
             position=info.stream_pos,
@@ -269,7 +270,7 @@ class Llama(RemoteLlama):
             kv_bytes=info.kv_bytes,
             rebases=info.n_rebase,
             max_graph_position=info.max_graph_pos,
-            checkpoint_bytes=self.scheduler.store.state_bytes,
+            checkpoint_bytes=self.scheduler.store.state_bytes + conversation.state_bytes,
             attention=slot.sequence.attention,
             parts=self.scheduler.model.parts,
         )
@@ -318,14 +319,17 @@ class Llama(RemoteLlama):
         n_tokens = whole_number("n_tokens", value, 0, len(slot))
         if n_tokens == 0:
             self.reset()
-        elif not slot.truncate(n_tokens):
-            if slot.log.n_base or slot.n_dropped or slot.n_skipped:
-                raise UserError(f"The stream cannot go back to {value} tokens: give the whole prompt again.")
-            tokens = slot.log.recent()[:n_tokens].copy()
-            self.reset()
-            self.eval(tokens)
         elif n_tokens < len(slot):
+            n_reached = slot.reach(n_tokens)
+            if n_reached == 0 and (slot.log.n_base or slot.n_dropped or slot.n_skipped):
+                raise UserError(f"The stream cannot go back to {value} tokens: give the whole prompt again.")
+            tokens = slot.log.recent()[n_reached - slot.log.n_base : n_tokens - slot.log.n_base].copy()
             self.scheduler.forget_logits(slot)
+            if n_reached == 0:
+                self.reset()
+            elif not slot.truncate(n_reached):
+                raise RuntimeError(f"The stream cannot go back to {n_reached} tokens. {slot.sequence.error()}".strip())
+            self.eval(tokens)
         self._forget_scores(n_tokens)
 
     @property

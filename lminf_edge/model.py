@@ -164,7 +164,8 @@ class Model:
         self.n_batch, self.n_ubatch = n_batch, n_ubatch
         sequence = ConstantSequence if is_constant else CacheSequence
         self.sequences = [sequence(library, llama._ctx, window, seq_id) for seq_id in range(n_seq_max)]
-        self.n_slack = self.sequences[0].n_slack
+        self.n_undo = self.sequences[0].n_undo
+        self.n_seen = self.sequences[0].n_seen
         self.batch = Batch(llama._batch)
         stock = self.sequences[0].attention == "stock"
         self.identity = Identity(

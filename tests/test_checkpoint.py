@@ -26,7 +26,8 @@ BASE = bytes(range(KEY_BYTES))
 
 def small() -> Checkpoint:
     log = TokenLog(range(5), n_base=2 * BLOCK, base=BASE)
-    return Checkpoint(IDENTITY, 2 * BLOCK + 7, 3, 4, log, np.arange(9, dtype=np.uint8))
+    state = np.arange(9, dtype=np.uint8)
+    return Checkpoint(IDENTITY, 2 * BLOCK + 7, 3, 4, log, state, {515: state[:3] + 7, 517: state[:0]})
 
 
 def next_logits(llm: Llama, token: int) -> Any:
@@ -42,7 +43,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (loaded.log.n_base, loaded.log.base) == (512, BASE)
     assert loaded.log.recent().tolist() == [0, 1, 2, 3, 4]
     assert loaded.state.tolist() == list(range(9))
-    assert path.stat().st_size == loaded.nbytes == HEADER_BYTES + 5 * 4 + 9
+    assert {at: state.tolist() for at, state in loaded.earlier.items()} == {515: [7, 8, 9], 517: []}
+    assert path.stat().st_size == loaded.nbytes == HEADER_BYTES + 5 * 4 + 9 + 2 * 16 + 3
     assert path.read_bytes() == small().to_bytes()
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
@@ -293,26 +295,34 @@ def test_the_format(tmp_path: Path) -> None:
     """The layout other programs may rely on, field by field."""
     data = small().to_bytes()
     assert data[:8] == b"LMINFCKP"
-    assert struct.unpack_from("<II", data, 8) == (3, 3)
+    assert struct.unpack_from("<II", data, 8) == (4, 3)
     assert data[16:48] == b"m" * 32
     assert struct.unpack_from("<7i", data, 48) == (4, 64, 64, 0, 1, 1, 0)
     assert struct.unpack_from("<qqQ", data, 76) == (519, 4, 512)
     assert data[100:116] == BASE
-    assert struct.unpack_from("<QQ", data, 116) == (5, 9)
-    assert HEADER_BYTES == 132 + 32
+    assert struct.unpack_from("<QQQ", data, 116) == (5, 9, 2 * 16 + 3)
+    assert HEADER_BYTES == 140 + 32
     assert struct.unpack_from("<5i", data, HEADER_BYTES) == (0, 1, 2, 3, 4)
+    assert data[HEADER_BYTES + 20 : HEADER_BYTES + 29] == bytes(range(9))
+    assert struct.unpack_from("<qQ3sqQ", data, HEADER_BYTES + 29) == (515, 3, b"\x07\x08\x09", 517, 0)
 
 
 @pytest.mark.parametrize(
     ("at", "value", "what"),
     [
-        (8, struct.pack("<I", 2), "has format 2, this version of lminf_edge reads 3"),
+        (8, struct.pack("<I", 3), "has format 3, this version of lminf_edge reads 4"),
         (76, struct.pack("<q", -1), "numbers of tokens make no sense"),
         (84, struct.pack("<q", -1), "numbers of tokens make no sense"),
         (84, struct.pack("<q", 520), "numbers of tokens make no sense"),
         (92, struct.pack("<Q", 511), "numbers of tokens make no sense"),
         (116, struct.pack("<Q", 6), "cut short or damaged"),
         (116, struct.pack("<Q", 1 << 63), "cut short or damaged"),
+        (132, struct.pack("<Q", 34), "cut short or damaged"),
+        (HEADER_BYTES + 29, struct.pack("<q", 519), "earlier states make no sense"),
+        (HEADER_BYTES + 29, struct.pack("<q", 517), "earlier states make no sense"),
+        (HEADER_BYTES + 29, struct.pack("<q", 0), "earlier states make no sense"),
+        (HEADER_BYTES + 37, struct.pack("<Q", 2), "earlier states make no sense"),
+        (HEADER_BYTES + 37, struct.pack("<Q", 1 << 63), "earlier states make no sense"),
     ],
 )
 def test_a_head_that_makes_no_sense_is_refused(tmp_path: Path, at: int, value: bytes, what: str) -> None:

@@ -19,6 +19,7 @@ from conftest import F32
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from reference import kinds, random_model
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cache.token_log import as_tokens, common_prefix
@@ -26,8 +27,8 @@ from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
 
 MARK = 5  # the control token that messages begin with
-SYSTEM = [1, *range(300, 307)]
-CANNED = [[MARK, *range(400 + 20 * i, 410 + 20 * i)] for i in range(3)]  # everybody asks these
+SYSTEM = [1, *range(30, 37)]
+CANNED = [[MARK, *range(40 + 20 * i, 50 + 20 * i)] for i in range(3)]  # everybody asks these
 SEEDS = itertools.count()
 WINDOW = LMInfConfig(n_global=4, n_local=64)
 SETTINGS: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1, **F32}
@@ -48,6 +49,7 @@ class Clients(RuleBasedStateMachine):
 
     alone: Llama
     path: str
+    n_vocab: int
     parallel: int
     folder: Path | None
 
@@ -78,7 +80,7 @@ class Clients(RuleBasedStateMachine):
 
     def say(self, length: int) -> list[int]:
         # never the same twice, in any example
-        return [MARK, *np.random.default_rng(next(SEEDS)).integers(500, 1900, length).tolist()]
+        return [MARK, *np.random.default_rng(next(SEEDS)).integers(100, self.n_vocab, length).tolist()]
 
     def ask(self) -> None:
         """Sends the history, and adds the answer to it."""
@@ -198,9 +200,15 @@ class Clients(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(("parallel", "on_disk"), [(1, True), (2, False)])
-def test_any_history(nano_f32_path: str, tmp_path: Path, parallel: int, on_disk: bool) -> None:
-    alone = Llama(nano_f32_path, lminf=WINDOW, **SETTINGS)
-    names = {"alone": alone, "path": nano_f32_path, "parallel": parallel, "folder": tmp_path if on_disk else None}
+@pytest.mark.parametrize("model", ["plain", "qwen35", "lfm2-sliding", "gpt-oss"])
+def test_any_history(nano_f32_path: str, tmp_path: Path, model: str, parallel: int, on_disk: bool) -> None:
+    """Also of models whose streams cannot take back every token, some of whose layers are recurrent or slide."""
+    path = nano_f32_path
+    if model != "plain":
+        path = str(random_model.write(model, kinds.KINDS[model].model, tmp_path, seed=1))
+    alone = Llama(path, lminf=WINDOW, **SETTINGS)
+    names: dict[str, Any] = {"alone": alone, "path": path, "n_vocab": alone.n_vocab(), "parallel": parallel}
+    names["folder"] = tmp_path if on_disk else None
     try:
         run_state_machine_as_test(
             type("TheseClients", (Clients,), names),

@@ -397,7 +397,8 @@ def test_a_trim_point_is_where_whole_messages_are_missing(data: st.DataObject) -
     prompt += joined(data.draw(st.lists(say, min_size=1, max_size=2)))
     n_rollback = data.draw(st.integers(0, 6))
     log = system + joined(messages)
-    found = trim_point(as_tokens(log), as_tokens(prompt), len(system), n_rollback)
+    reach = {n: n if len(log) - n <= n_rollback else 0 for n in range(len(log) + 1)}
+    found = trim_point(as_tokens(log), as_tokens(prompt), len(system), reach.__getitem__)
     if found is None:
         return
     n_log, n_covered = found
@@ -413,7 +414,7 @@ def test_a_history_made_to_take_long_does_not() -> None:
     log = np.full(n, MARK, dtype=np.int32)
     prompt = np.full(n, MARK, dtype=np.int32)
     prompt[n // 2] = 9
-    trim_point(log, prompt, 10, 64)
+    trim_point(log, prompt, 10, lambda n_tokens: n_tokens if n - n_tokens <= 64 else 0)
 
 
 def test_any_length_of_the_system_block(make_engine: MakeEngine, expected: Any) -> None:

@@ -11,7 +11,7 @@ import os
 import struct
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +23,17 @@ from lminf_edge.config import KV_TYPES, SINK_MODES, physical_memory
 from lminf_edge.errors import UserError
 from lminf_edge.files import open_regular
 
+State = npt.NDArray[np.uint8]  # (n_bytes,)
+
 MAGIC = b"LMINFCKP"
-VERSION = 3
+VERSION = 4
 
 # magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, v_transposed,
-# position, n_skipped, tokens before the recent ones and their hash, number of recent tokens, of bytes of state; all
-# little endian. Then the SHA-256 of this head and of all that follows it: the tokens (int32) and the state.
-_HEAD = struct.Struct(f"<8sII32s7iqqQ{KEY_BYTES}sQQ")
+# position, n_skipped, tokens before the recent ones and their hash, number of recent tokens, of bytes of state, of
+# bytes of earlier states; all little endian. Then the SHA-256 of this head and of all that follows it: the tokens
+# (int32), the state, and of each earlier state its position and size and itself.
+_HEAD = struct.Struct(f"<8sII32s7iqqQ{KEY_BYTES}sQQQ")
+_EARLIER = struct.Struct("<qQ")
 _DIGEST_BYTES = 32
 HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
 
@@ -85,28 +89,39 @@ class Checkpoint:
     n_rollback: int  # tokens that can be rolled back
     n_skipped: int  # tokens of the stream that were not processed
     log: TokenLog  # the tokens; must not be changed
-    state: npt.NDArray[np.uint8]  # (n_bytes,) the used part of the cache, as llama.cpp writes it
+    state: State  # the used part of the cache, as llama.cpp writes it
+    # recurrent states at earlier positions of the stream, to which it can go back only with them
+    earlier: Mapping[int, State] = field(default_factory=dict)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states, in a file."""
+        return self.state.nbytes + sum(_EARLIER.size + each.nbytes for each in self.earlier.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes this takes in a file."""
-        return HEADER_BYTES + self.log.recent().nbytes + self.state.nbytes
+        return HEADER_BYTES + self.log.recent().nbytes + self.state_bytes
 
     def reach(self, prompt: TokenLog) -> int:
         """How many tokens of a prompt (a whole log) a stream restored from this need not process.
 
         The last token is always processed, for its logits.
         """
-        n_tokens = min(self.log.prefix_of(prompt), len(prompt) - 1)
-        return max(n_tokens, 0) if len(self.log) - n_tokens <= self.n_rollback else 0
+        n_tokens = max(min(self.log.prefix_of(prompt), len(prompt) - 1), 0)
+        if len(self.log) - n_tokens <= self.n_rollback:
+            return n_tokens
+        n_dropped = self.position - len(self.log)
+        return max((at - n_dropped for at in self.earlier if at - n_dropped <= n_tokens), default=0)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """The contents of a checkpoint file, in parts: HEADER_BYTES first, then the arrays, not copied."""
         head = self._head()
-        body = [np.ascontiguousarray(self.log.recent(), dtype="<i4"), np.ascontiguousarray(self.state)]
+        body = [np.ascontiguousarray(self.log.recent(), dtype="<i4").data, np.ascontiguousarray(self.state).data]
+        for position, state in self.earlier.items():
+            body += [memoryview(_EARLIER.pack(position, state.nbytes)), np.ascontiguousarray(state).data]
         yield head + _digest(head, body)
-        for part in body:
-            yield part.data
+        yield from body
 
     def to_bytes(self) -> bytes:
         """The contents of a checkpoint file."""
@@ -119,13 +134,16 @@ class Checkpoint:
         if _digest(data[: _HEAD.size], [memoryview(data)[HEADER_BYTES:]]) != data[_HEAD.size : HEADER_BYTES]:
             raise CheckpointError("The checkpoint is damaged: its checksum does not match.")
         recent = np.frombuffer(data, dtype="<i4", count=head.n_recent, offset=HEADER_BYTES)
+        begin = HEADER_BYTES + 4 * head.n_recent
+        end = begin + head.n_state
         return cls(
             identity=head.identity,
             position=head.position,
             n_rollback=head.n_rollback,
             n_skipped=head.n_skipped,
             log=head.log(recent),
-            state=np.frombuffer(data, dtype=np.uint8, offset=HEADER_BYTES + 4 * head.n_recent),
+            state=np.frombuffer(data, dtype=np.uint8, count=head.n_state, offset=begin),
+            earlier=_parse_earlier(data, end, head.position),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -192,7 +210,8 @@ class Checkpoint:
         i = self.identity
         parameters = (i.n_global, i.n_local, i.max_distance, i.sink_mode, i.type_k, i.type_v, i.v_transposed)
         tokens = (self.position, self.n_skipped, self.log.n_base, self.log.base, len(self.log.recent()))
-        return _HEAD.pack(MAGIC, VERSION, self.n_rollback, i.model, *parameters, *tokens, self.state.nbytes)
+        n_earlier = self.state_bytes - self.state.nbytes
+        return _HEAD.pack(MAGIC, VERSION, self.n_rollback, i.model, *parameters, *tokens, self.state.nbytes, n_earlier)
 
 
 @dataclass(frozen=True)
@@ -205,14 +224,16 @@ class _Head:
     base: bytes
     n_recent: int
     n_state: int
+    n_earlier: int
 
     def log(self, recent: Tokens) -> TokenLog:
         return TokenLog(recent, n_base=self.n_base, base=self.base if self.n_base else b"")
 
 
 def state_bytes(head: bytes, n_bytes: int) -> int:
-    """Bytes of state in a checkpoint file of n_bytes that begins so. Raises CheckpointError if it cannot be one."""
-    return _parse(head, n_bytes).n_state
+    """Bytes of states in a checkpoint file of n_bytes that begins so. Raises CheckpointError if it cannot be one."""
+    parsed = _parse(head, n_bytes)
+    return parsed.n_state + parsed.n_earlier
 
 
 def _parse(head: bytes, n_bytes: int) -> _Head:
@@ -222,15 +243,33 @@ def _parse(head: bytes, n_bytes: int) -> _Head:
     if len(head) < HEADER_BYTES:
         raise CheckpointError("The checkpoint is cut short.")
     fields = _HEAD.unpack_from(head)
-    _, version, n_rollback, model, *parameters, position, n_skipped, n_base, base, n_recent, n_state = fields
+    _, version, n_rollback, model, *parameters = fields[:-7]
+    position, n_skipped, n_base, base, n_recent, n_state, n_earlier = fields[-7:]
     if version != VERSION:
         raise CheckpointError(f"The checkpoint has format {version}, this version of lminf_edge reads {VERSION}.")
-    n_expected = HEADER_BYTES + 4 * n_recent + n_state
+    n_expected = HEADER_BYTES + 4 * n_recent + n_state + n_earlier
     if n_bytes != n_expected:
         raise CheckpointError(f"The checkpoint is cut short or damaged: {n_bytes} bytes instead of {n_expected}.")
     if n_base % BLOCK or position < 0 or not 0 <= n_skipped <= position:
         raise CheckpointError("The checkpoint is damaged: its numbers of tokens make no sense.")
-    return _Head(Identity(model, *parameters), position, n_rollback, n_skipped, n_base, base, n_recent, n_state)
+    return _Head(
+        Identity(model, *parameters), position, n_rollback, n_skipped, n_base, base, n_recent, n_state, n_earlier
+    )
+
+
+def _parse_earlier(data: bytes, at: int, position: int) -> dict[int, State]:
+    """Parses the states before a position of the stream, from here to the end."""
+    found: dict[int, State] = {}
+    while at < len(data):
+        if len(data) - at < _EARLIER.size:
+            raise CheckpointError("The checkpoint is damaged: its earlier states make no sense.")
+        earlier, n_bytes = _EARLIER.unpack_from(data, at)
+        at += _EARLIER.size
+        if not 0 < earlier < position or earlier in found or n_bytes > len(data) - at:
+            raise CheckpointError("The checkpoint is damaged: its earlier states make no sense.")
+        found[earlier] = np.frombuffer(data, dtype=np.uint8, count=n_bytes, offset=at)
+        at += n_bytes
+    return found
 
 
 def _digest(head: bytes, body: Iterable[Any]) -> bytes:

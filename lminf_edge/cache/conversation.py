@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import time
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from lminf_edge.cache.checkpoint import Checkpoint
+from lminf_edge.cache.checkpoint import Checkpoint, State
 from lminf_edge.cache.files import Head
 from lminf_edge.cache.token_log import TokenLog, Tokens, as_tokens, common_prefix
 
@@ -32,7 +33,7 @@ class Stored:
     n_skipped: int  # tokens of the stream that were not processed
     n_sinks: int
     keys: dict[bytes, int]  # keys of prefixes of the client's tokens -> their lengths
-    n_bytes: int  # of its state
+    n_bytes: int  # of its states
     checkpoint: Checkpoint | None = None  # in memory
     name: str = field(default_factory=lambda: uuid.uuid4().hex)  # of its file
     in_file: bool = False
@@ -55,6 +56,12 @@ class Stored:
     def disk_bytes(self) -> int:
         n_log = 4 * self.n_tokens if self.conversation.label else 0
         return _HEAD_BYTES + self.n_bytes + n_log if self.in_file or self.saving is not None else 0
+
+    def reach(self, n_tokens: int) -> int:
+        """The longest part of the first n_tokens that a stream restored from it can go back to; 0: none is known."""
+        if 0 <= self.n_tokens - n_tokens <= self.n_rollback:
+            return n_tokens
+        return max((each for each in self.keys.values() if each <= n_tokens), default=0)
 
     def head(self) -> Head:
         return Head(
@@ -82,6 +89,7 @@ class Conversation:
     used: float = field(default_factory=time.time)  # seconds since 1970
     log: TokenLog | None = None  # while a slot holds it or, with a label, as long as memory allows
     is_hot: bool = False  # a slot holds it
+    states: dict[int, State] = field(default_factory=dict)  # of the slot that holds it, see Slot.states
     checkpoints: list[Stored] = field(default_factory=list)
     counted: tuple[int, int] = (0, 0)  # bytes of memory and disk that the store counts for it
 
@@ -102,7 +110,15 @@ class Conversation:
         """Bytes of memory, about."""
         n_log = self.log.nbytes if self.log is not None else 0
         n_text = len(self.owner) + len(self.label)
-        return _CONVERSATION_BYTES + n_text + n_log + sum(each.memory_bytes for each in self.checkpoints)
+        n_checkpoints = sum(each.memory_bytes for each in self.checkpoints)
+        return _CONVERSATION_BYTES + n_text + n_log + n_checkpoints + self.state_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states that no checkpoint in memory shares."""
+        kept = [each.checkpoint.earlier.values() for each in self.checkpoints if each.checkpoint is not None]
+        shared = {id(state) for states in kept for state in states}
+        return sum(state.nbytes for state in self.states.values() if id(state) not in shared)
 
     @property
     def disk_bytes(self) -> int:
@@ -118,11 +134,11 @@ class Conversation:
             self.log.extend(tokens[n_same:])
 
 
-def thinned(lengths: Iterable[int], end: int) -> set[int]:
+def thinned(lengths: Iterable[int], end: int, n_most: int | None = None) -> set[int]:
     """Which positions before `end` to keep: the newest, and older ones ever further apart.
 
     The gap between two kept positions never exceeds the distance from there to the end, unless there was no position in
-    between. So their number grows with the logarithm of the length.
+    between. So their number grows with the logarithm of the length. More than n_most are never kept, see `spared`.
     """
     ordered = sorted(lengths, reverse=True)
     kept = set(ordered[:N_NEWEST])
@@ -131,4 +147,16 @@ def thinned(lengths: Iterable[int], end: int) -> set[int]:
         older = ordered[i + 1] if i + 1 < len(ordered) else 0
         if newer - older > end - newer:
             kept.add(ordered[i])
+    return kept if n_most is None else spared(kept, end, n_most)
+
+
+def spared(lengths: Iterable[int], end: int, n_most: int) -> set[int]:
+    """Which n_most positions, 1 or more, to keep: those go whose loss adds least to what a return costs, by how far
+    back it is; never the last one before the end."""
+    kept = set(lengths)
+    while len(kept) > n_most:
+        pairs = itertools.pairwise([0, *sorted(kept)])
+        costs = {each: (each - before) / (1 + abs(end - each)) for before, each in pairs}
+        costs.pop(max((each for each in kept if each <= end), default=-1), None)
+        kept.remove(min(costs, key=lambda each: costs[each]))
     return kept

@@ -33,7 +33,7 @@ log = logging.getLogger("lminf_edge.engine")
 T = TypeVar("T")
 
 MAGIC = b"LMINFSTO"
-VERSION = 1
+VERSION = 2
 SUFFIX = ".checkpoint"
 
 # magic, version, bytes of the head, hash of the tokens, hash of that, of the head and of the checkpoint's own head
@@ -160,10 +160,10 @@ class CheckpointFiles:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
             with os.fdopen(os.open(part, flags, 0o600), "wb") as file:
-                first, tokens, state = checkpoint.chunks()  # the first has a checksum of all
+                first, tokens, *states = checkpoint.chunks()  # the first has a checksum of all
                 digest = _hash(tokens)
                 file.write(_FRONT.pack(MAGIC, VERSION, len(data), digest, _hash(digest + data + first)) + data)
-                for chunk in (first, tokens, state):
+                for chunk in (first, tokens, *states):
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
-from lminf_edge.cache.checkpoint import Checkpoint
+from lminf_edge.cache.checkpoint import Checkpoint, State
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.config import ATTENTIONS, Attention, Window
 from lminf_edge.errors import UserError
@@ -30,13 +30,16 @@ class CacheSequence:
         self.seq_id = seq_id
         self.window = window
         self._native, self._context = native, context
-        parts, n_kept = native.parts(self.ctx), window.n_local
-        if parts.n_layer_sliding:
-            n_kept = min(n_kept, bindings.llama_model_n_swa(bindings.llama_get_model(self.ctx)))
-        # a recurrent state cannot go back
-        goes_back = parts.n_layer_recurrent == 0
-        self.n_slack = window.n_slack if goes_back else 0  # tokens that can always be rolled back
-        self.n_whole = n_kept + window.n_slack if goes_back else 0  # while a stream is no longer, all of them
+        parts = native.parts(self.ctx)
+        n_swa = int(bindings.llama_model_n_swa(bindings.llama_get_model(self.ctx))) if parts.n_layer_sliding else 0
+        self.n_seen = max(window.n_local, n_swa)  # the last tokens that some layer attends to
+        # Cells can always be truncated by n_slack tokens and, while a stream is no longer than n_whole, anywhere. With
+        # recurrent layers this alone is no rollback: their states cannot be undone, but be restored.
+        self.n_slack = window.n_slack
+        self.n_whole = min(window.n_local, n_swa or window.n_local) + window.n_slack
+        self.has_states = parts.n_layer_recurrent > 0
+        self.state_bytes = parts.recurrent_bytes // int(bindings.llama_n_seq_max(self.ctx))  # of the recurrent layers
+        self.n_undo = 0 if self.has_states else self.n_slack  # tokens that can be rolled back without a state
 
     @property
     def ctx(self) -> Any:
@@ -99,28 +102,59 @@ class CacheSequence:
         if not self._native.skip(self.ctx, n_tokens, self.seq_id):
             raise RuntimeError(f"The stream cannot skip {n_tokens} tokens: {self.error()}.")
 
-    def save(self) -> tuple[int, npt.NDArray[np.uint8]]:
-        """(tokens that can be rolled back, a copy of the state (n_bytes,) as llama.cpp writes it).
+    def save(self) -> tuple[int, State]:
+        """(tokens that can be rolled back once it is restored, a copy of the state as llama.cpp writes it).
 
         Raises RuntimeError if the library fails.
         """
         info = self.info()
-        n_bytes = bindings.llama_state_seq_get_size(self.ctx, self.seq_id)
-        state = _own_pages(n_bytes)
-        n_written = bindings.llama_state_seq_get_data(self.ctx, _pointer(state), n_bytes, self.seq_id)
-        if n_written == 0:
-            raise RuntimeError(f"The state of the stream cannot be read. {self.error()}".strip())
+        state = self._save(0)
         # a state carries every cell while none has been recycled, later those of the window and the slack
         whole = info.n_window <= self.n_whole and info.n_rollback >= info.n_window
-        n_rollback = info.n_rollback if whole else min(info.n_rollback, self.n_slack)
-        return n_rollback, state[:n_written]
+        n_rollback = info.n_rollback if whole else min(info.n_rollback, self.n_undo)
+        return n_rollback, state
+
+    def save_recurrent(self) -> State:
+        """A copy of the recurrent layers' states alone, for `rewind`. Raises RuntimeError if the library fails."""
+        return self._save(bindings.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+
+    def _save(self, flags: int) -> State:
+        n_bytes = bindings.llama_state_seq_get_size_ext(self.ctx, self.seq_id, flags)
+        state = _own_pages(n_bytes)
+        n_written = bindings.llama_state_seq_get_data_ext(self.ctx, _pointer(state), n_bytes, self.seq_id, flags)
+        if n_written == 0:
+            raise RuntimeError(f"The state of the stream cannot be read. {self.error()}".strip())
+        return state[:n_written]
+
+    def rewind(self, position: int, state: State) -> bool:
+        """Goes back to a stream position with the recurrent layers' states of there.
+
+        False if the cells cannot be truncated that far or the state is another's; the sequence may then be empty.
+        """
+        state, flags = np.ascontiguousarray(state), bindings.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        with captured_errors():
+            n_read = bindings.llama_state_seq_set_data_ext(self.ctx, _pointer(state), state.nbytes, self.seq_id, flags)
+        return n_read != 0 and self.position == position
 
     def _has_loaded(self, checkpoint: Checkpoint) -> bool:
         """Whether the state that was read is the one that the checkpoint claims to be."""
         return self.position == checkpoint.position
 
-    def load(self, checkpoint: Checkpoint) -> str | None:
-        """Restores a checkpoint. Returns None, or why it cannot, in a few words; then the sequence is empty."""
+    def load(self, checkpoint: Checkpoint, position: int | None = None) -> str | None:
+        """Restores a checkpoint and goes back to an earlier stream position, if one is given.
+
+        Returns None, or why it cannot, in a few words; then the sequence is empty.
+        """
+        reason = self._load(checkpoint)
+        if reason is None and position is not None and position < checkpoint.position:
+            earlier = checkpoint.earlier.get(position)
+            # perhaps made with more slack than there is here
+            if not (self.rollback(position) if earlier is None else self.rewind(position, earlier)):
+                reason = self.error() or "it cannot go back as far as it must"
+                self.clear()
+        return reason
+
+    def _load(self, checkpoint: Checkpoint) -> str | None:
         self.clear()
         state = np.ascontiguousarray(checkpoint.state)
         with captured_errors() as errors:
@@ -143,6 +177,7 @@ class ConstantSequence(CacheSequence):
 
     def __init__(self, native: Native, context: Any, window: Window, seq_id: int = 0) -> None:
         super().__init__(native, context, window, seq_id)
+        self.has_states, self.n_slack, self.n_whole = False, 0, 0  # all there is is its state
         self._n_before = 0  # stream position of llama.cpp's position 0
         self._n_rebase = 0
         self._kv_bytes = native.memory_bytes(self.ctx)
@@ -198,7 +233,7 @@ class ConstantSequence(CacheSequence):
         return int(bindings.llama_memory_seq_pos_max(bindings.llama_get_memory(self.ctx), self.seq_id)) + 1
 
 
-def _own_pages(n_bytes: int) -> npt.NDArray[np.uint8]:
+def _own_pages(n_bytes: int) -> State:
     """Memory that returns to the system when it is freed: on the heap, states would fragment it."""
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     return np.frombuffer(mmap.mmap(-1, max(n_bytes, 1), **private), dtype=np.uint8)[:n_bytes]
@@ -211,6 +246,10 @@ class Run:
     sequence: CacheSequence
     tokens: Tokens
     n_logits: int = 1  # number of last tokens whose logits are kept
+
+
+class DecodeError(RuntimeError):
+    """llama.cpp has not processed a batch, or only in part."""
 
 
 class Batch:
@@ -231,8 +270,9 @@ class Batch:
     def decode(self, runs: Sequence[Run]) -> list[int]:
         """Processes runs of different sequences, n_batch tokens in all at most.
 
-        Returns the index in the batch of each run's last token, to ask for its logits by. Raises RuntimeError if the
-        library fails; the sequences' positions then tell how much of each run was processed.
+        Returns the index in the batch of each run's last token, to ask for its logits by. Raises DecodeError if the
+        library fails; the sequences' positions then tell how much of each run was processed. A recurrent state whose
+        position has changed is then worth nothing: it may be that of no prefix of the tokens.
         """
         assert len({run.sequence.seq_id for run in runs}) == len(runs)
         ends, start = [], 0
@@ -254,9 +294,9 @@ class Batch:
         self._owner.batch.n_tokens = start
         result = bindings.llama_decode(runs[0].sequence.ctx, self._owner.batch)
         if result != 0:
-            raise RuntimeError(f"llama_decode returned {result}: the batch was not processed, or only in part.")
+            raise DecodeError(f"llama_decode returned {result}: the batch was not processed, or only in part.")
         return ends
 
 
-def _pointer(array: npt.NDArray[np.uint8]) -> Any:
+def _pointer(array: State) -> Any:
     return array.ctypes.data_as(bindings.llama_state_seq_get_data.argtypes[1])

@@ -22,6 +22,8 @@ from lminf_edge.cache.conversation import Conversation, Stored, thinned
 from lminf_edge.cache.files import CheckpointFiles, Failures, Found, Head, Worker
 from lminf_edge.cache.token_log import TokenLog
 
+_N_LEAST = 2  # checkpoints of a conversation, however large
+
 # of memory, for the objects of conversations on disk, whatever the budget: they are found through these
 _LEAST_MEMORY = 16 << 20
 
@@ -37,17 +39,20 @@ class CheckpointStore:
         folder: Path | None = None,
         memory_budget: int = 1 << 62,
         disk_budget: int = 8 << 30,
+        conversation_budget: int = 1 << 62,
         n_checkpoints: int | None = None,
     ) -> None:
         """
-        identity       of the streams, but for their number of sinks
-        folder         of the files; None: nothing is kept on disk
-        memory_budget  bytes, as disk_budget
-        n_checkpoints  in memory; None: as many as the budget allows
+        identity             of the streams, but for their number of sinks
+        folder               of the files; None: nothing is kept on disk
+        memory_budget        bytes, as disk_budget
+        conversation_budget  bytes of one conversation's checkpoints, in memory or in files; the newest are kept anyway
+        n_checkpoints        in memory; None: as many as the budget allows
 
         Raises UserError if the folder cannot be used, perhaps because another process uses it.
         """
         self.memory_budget, self.disk_budget = memory_budget, disk_budget
+        self._conversation_budget = conversation_budget
         self.conversations: dict[str, Conversation] = {}
         self.failures = Failures(folder)
         self._identity, self.folder = identity, folder
@@ -165,9 +170,19 @@ class CheckpointStore:
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     def track(self, conversation: Conversation) -> None:
-        """A conversation with a label is found by it from now on."""
+        """Counts what it takes from now on; with a label, it is found by that."""
         self.conversations[conversation.name] = conversation
         self._count(conversation)
+
+    def room_for_states(self, n_slots: int, n_bytes: int) -> int:
+        """How many recurrent states of n_bytes each of the slots may hold: at most half of the memory is for them."""
+        n_states = max(_N_LEAST, self.memory_budget // 2 // n_slots // n_bytes)
+        return n_states if self._n_checkpoints is None else min(n_states, self._n_checkpoints)
+
+    def hold(self, conversation: Conversation) -> None:
+        """The states that its slot holds have changed."""
+        self.track(conversation)
+        self.trim()
 
     def add(self, conversation: Conversation, checkpoint: Checkpoint, keys: dict[bytes, int]) -> None:
         """Adds a checkpoint of a conversation; `keys` are those of the positions that it reaches."""
@@ -183,14 +198,15 @@ class CheckpointStore:
             n_skipped=checkpoint.n_skipped,
             n_sinks=checkpoint.identity.n_global,
             keys=keys,
-            n_bytes=checkpoint.state.nbytes,
+            n_bytes=checkpoint.state_bytes,
             checkpoint=checkpoint if conversation.label else replace(checkpoint, log=_NO_LOG),
         )
         conversation.used = time.time()
         self.conversations[conversation.name] = conversation
         self._in_memory[stored] = None
         self._link(stored)
-        kept = thinned({each.n_tokens for each in conversation.checkpoints}, conversation.n_tokens)
+        n_most = max(_N_LEAST, self._conversation_budget // max(stored.n_bytes, 1))
+        kept = thinned({each.n_tokens for each in conversation.checkpoints}, conversation.n_tokens, n_most)
         for each in [each for each in conversation.checkpoints if each.n_tokens not in kept]:
             self.forget(each)
         self._count(conversation)

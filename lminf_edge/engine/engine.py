@@ -144,7 +144,9 @@ class Engine:
         try:
             while True:
                 with self._wake:
-                    self._wake.wait_for(self._has_work, timeout=self.scheduler.seconds_until_save())
+                    # what is due changes with what is asked for
+                    while not self._has_work() and (seconds := self.scheduler.seconds_until_due()) != 0:
+                        self._wake.wait(seconds)
                     if self._closing:
                         break
                 self._run_commands()

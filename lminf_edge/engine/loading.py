@@ -16,6 +16,7 @@ from lminf_edge.gguf_header import read_header
 from lminf_edge.model import Model, training_length
 from lminf_edge.models import find_model
 
+N_LEAST = 4  # conversations that the budgets have room for
 N_AHEAD = 8  # tokens generated before anyone has taken them: enough for a consumer that is briefly late
 
 
@@ -36,7 +37,7 @@ def load_engine(
     lminf, n_ctx   the window, as for Llama
     max_sinks      sinks that a conversation can have, if more than n_global
     folder         where conversations are kept on disk, in a folder for each model; None: nowhere
-    memory_budget  bytes for conversations that are not in the context
+    memory_budget  bytes for conversations that are not in the context, and for what the others were before
     disk_budget    bytes for their files
 
     The other arguments are Llama's. Raises UserError, in one sentence, for invalid ones, as Llama does.
@@ -51,7 +52,10 @@ def load_engine(
     loaded = Model.load(model, replace(config, n_global=room), n_ctx, parallel, **kwargs)
     try:
         place = None if folder is None else Path(os.path.expanduser(folder)) / loaded.identity.folder_name
-        store = CheckpointStore(loaded.identity, place, memory_budget, disk_budget)
+        # one conversation must not take the place of all others
+        n_least = 1 if parallel == 1 and folder is None else N_LEAST
+        share = max(memory_budget, 0 if folder is None else disk_budget) // n_least
+        store = CheckpointStore(loaded.identity, place, memory_budget, disk_budget, share)
         scheduler = Scheduler(
             loaded,
             store,

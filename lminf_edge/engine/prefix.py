@@ -7,7 +7,7 @@ dropped whole messages right after the system block.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,8 +59,9 @@ def find_prefix(
         n_same = slot.log.prefix_of(prompt)
         if n_same != len(slot) or slot not in has_logits:
             n_same = min(n_same, n_most)
-        if n_same > best.n_cached and slot.can_truncate(n_same):
-            best = PrefixMatch(n_same, slot=slot)
+        n_reached = slot.reach(n_same) if n_same > best.n_cached else 0
+        if n_reached > best.n_cached:
+            best = PrefixMatch(n_reached, slot=slot)
     labels = ["", request.label] if request.label else [""]
     salts = [salt(n_sinks, request.owner, label, skip) for label in labels for skip in {False, may_skip}]
     found = store.find(prompt, best.n_cached + (_WORTH_RESTORING if best.n_cached else 1), n_most, salts)
@@ -101,14 +102,13 @@ def _find_trimmed(
     if slot is not None:
         if not _may_serve(slot, request, n_sinks, may_skip):
             return best
-        stored, n_log = None, len(slot)
-        n_rollback = min(slot.sequence.info().n_rollback, len(slot) - slot.n_least)
+        stored, n_log, reach = None, len(slot), slot.reach
     else:
         stored = newest_checkpoint(conversation, store, n_sinks, may_skip)
         if stored is None:
             return best
-        n_log, n_rollback = stored.n_tokens, stored.n_rollback
-    found = trim_point(store.log(conversation).recent()[:n_log], request.prompt, n_system, n_rollback)
+        n_log, reach = stored.n_tokens, stored.reach
+    found = trim_point(store.log(conversation).recent()[:n_log], request.prompt, n_system, reach)
     return PrefixMatch(found[1], slot, stored, found[0]) if found and found[1] > best.n_cached else best
 
 
@@ -131,12 +131,13 @@ def newest_checkpoint(
     return None
 
 
-def trim_point(log: Tokens, prompt: Tokens, n_system: int, n_rollback: int) -> tuple[int, int] | None:
+def trim_point(log: Tokens, prompt: Tokens, n_system: int, reach: Callable[[int], int]) -> tuple[int, int] | None:
     """Whether prompt (n_prompt,) goes on from log (n_log,), its oldest messages dropped.
 
-    Returns the length of the log to go back to, n_rollback tokens at most, and how many tokens of the prompt that
-    covers; None if anything but whole messages right after the first n_system tokens is missing. Messages begin with
-    the control token that stands there in both, and one of them at least must have come back as it was.
+    `reach` tells how much of the first n tokens of the log its stream can go back to. Returns the length of the log to
+    go back to, and how many tokens of the prompt that covers; None if anything but whole messages right after the first
+    n_system tokens is missing. Messages begin with the control token that stands there in both, and one of them at
+    least must have come back as it was.
     """
     n_log, n_most = len(log), len(prompt) - 1
     if not n_system < min(n_log, n_most) or common_prefix(log, prompt[: n_system + 1]) <= n_system:
@@ -154,6 +155,7 @@ def trim_point(log: Tokens, prompt: Tokens, n_system: int, n_rollback: int) -> t
         n_same = common_prefix(log[start:], tail)
         others = starts[starts > start]
         is_whole = start + n_same == n_log or (len(others) > 0 and others[0] <= start + n_same)
-        if n_log - (start + n_same) <= n_rollback and is_whole:
-            return start + n_same, n_system + n_same
+        n_reached = reach(start + n_same) if is_whole else 0
+        if n_reached > start:
+            return n_reached, n_system + n_reached - start
     return None

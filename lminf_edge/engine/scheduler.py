@@ -23,8 +23,8 @@ import numpy as np
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError
-from lminf_edge.cache.conversation import Conversation, thinned
-from lminf_edge.cache.sequence import Logits, Run
+from lminf_edge.cache.conversation import Conversation, spared, thinned
+from lminf_edge.cache.sequence import DecodeError, Logits, Run
 from lminf_edge.cache.store import CheckpointStore
 from lminf_edge.cache.token_log import TokenLog, Tokens, as_tokens
 from lminf_edge.config import Prefill
@@ -39,6 +39,7 @@ log = logging.getLogger("lminf_edge.engine")
 
 PENALIZED = 1 << 16  # tokens of the prompt that penalties look back at, at most
 N_TAIL = 2  # windows that prefill "tail" processes, see docs/results.md
+GATHER = 0.002  # seconds that a batch waits for the others of the last one, where tokens are generated on demand
 SAVE_AFTER = 2.0  # seconds; a stream that is idle for this long is written to its file
 
 
@@ -111,25 +112,29 @@ class Scheduler:
         n_recent         tokens that logs keep as they are, at least; None: all
         prefill          for requests that do not say, see Request
         n_tail           windows that prefill "tail" processes
-        n_ahead          tokens generated before they are taken, at most half of the slack; without slack a token is
-                         generated once it has been asked for
+        n_ahead          tokens generated before they are taken, at most half of the slack; where nothing can be rolled
+                         back, a token is generated once it has been asked for
         keeps_displaced  make a checkpoint of a stream before another takes its slot, and when it is idle
         on_logits        called after each batch with the log's length and the logits of all tokens (n_tokens, n_vocab),
                          which are then computed; for schedulers of one slot
         """
         self.model, self.store = model, store
-        self.slots = [Slot(sequence, model.identity, n_recent) for sequence in model.sequences]
+        n_states = 0
+        if model.sequences[0].has_states:
+            n_states = store.room_for_states(len(model.sequences), model.sequences[0].state_bytes)
+        self.slots = [Slot(sequence, model.identity, n_recent, n_states) for sequence in model.sequences]
         self.counters = Counters()
         self.window = model.window
         self.n_sinks = model.window.n_global if n_sinks is None else min(n_sinks, model.window.n_global)
         self.prefill, self.n_tail = prefill, n_tail
-        self.n_ahead = min(n_ahead, model.n_slack // 2)
+        self.n_ahead = min(n_ahead, model.n_undo // 2)
         self.notify: Callable[[], None] = lambda: None  # called from other threads when there is work
         self._context = model.llama._ctx
         self._keeps_displaced, self._on_logits = keeps_displaced, on_logits
         self._waiting: deque[Request] = deque()
         self._work: dict[Request, _Work] = {}
         self._logits_at: dict[Slot, int] = {}  # batch index of a slot's last token, while its logits are available
+        self._decoded = 0.0  # when the last batch ended, in seconds of time.monotonic()
         self._share = 1  # tokens of each prompt in the next batch
 
     # --- requests -----------------------------------------------------------------------------------------------------
@@ -178,11 +183,11 @@ class Scheduler:
                 self.counters.wasted_tokens += len(slot) - n_tokens
                 self._truncate(slot, n_tokens)
         if len(slot) == 0:
-            slot.assign(None)
+            self._leave(slot)
             return
         request.stats.position = len(slot) + slot.n_dropped
         slot.marks = [mark for mark in slot.marks if mark <= len(slot)]
-        if self._keeps_displaced:
+        if self._keeps_displaced or slot.sequence.has_states:
             slot.mark(len(slot))
 
     def cancel(self, request: Request) -> None:
@@ -228,7 +233,7 @@ class Scheduler:
         return (
             bool(self._waiting and self.n_busy < len(self.slots))
             or any(work.arrived is not None and work.arrived.done() for work in self._work.values())
-            or any(self._is_ready(work) for work in self._work.values())
+            or (any(self._is_ready(work) for work in self._work.values()) and self._seconds_to_gather() <= 0)
         )
 
     def step(self) -> None:
@@ -252,10 +257,13 @@ class Scheduler:
         if arriving and not self.has_work():
             concurrent.futures.wait(arriving, return_when=concurrent.futures.FIRST_COMPLETED)
 
-    def seconds_until_save(self) -> float | None:
-        """Seconds until the next idle stream is saved; None if there is none."""
-        idle = [slot.used for slot in self.slots if self._is_unsaved(slot)]
-        return max(0.0, min(idle) + SAVE_AFTER - time.monotonic()) if idle else None
+    def seconds_until_due(self) -> float | None:
+        """Seconds until there is something to do, even if nothing happens; None if there is not."""
+        now = time.monotonic()
+        due = [slot.used + SAVE_AFTER - now for slot in self.slots if self._is_unsaved(slot)]
+        if any(self._is_ready(work) for work in self._work.values()):
+            due.append(self._seconds_to_gather())
+        return max(0.0, min(due)) if due else None
 
     def close(self) -> None:
         """Cancels all requests and saves all streams."""
@@ -277,6 +285,7 @@ class Scheduler:
             slot.clear(Conversation(log=TokenLog(n_recent=slot.n_recent)))
         if slot.n_until_checkpoint() < len(tokens):
             self._keep(slot)
+        self._hold(slot)
         [end] = self._decode([(slot, tokens, n_logits)])
         return end
 
@@ -357,20 +366,23 @@ class Scheduler:
         request, slot, match = work.request, work.slot, work.match
         conversation = slot.conversation
         assert conversation is not None
+        n_tokens = match.n_trimmed or match.n_cached
         if match.n_trimmed:
-            self._truncate(slot, match.n_trimmed)
-            slot.trim(request.prompt[: match.n_cached])
-            self.counters.trimmed += 1
+            pass
         elif request.continues or _is_same(conversation, request, match.n_cached):
-            if len(slot) - match.n_cached > self.model.n_slack and self._keeps_displaced:
+            if len(slot) - match.n_cached > self.window.n_slack and self._keeps_displaced:
                 self._keep(slot, tip=True)  # more than a correction: the client may come back to this branch
-            self._truncate(slot, match.n_cached)
         else:  # another conversation that begins alike: what is here is kept
             if self._keeps_displaced:
                 self._keep(slot, tip=True)
             slot.branch(self._new_conversation(request))
             self.store.release(conversation)
-            self._truncate(slot, match.n_cached)
+        if not self._truncate(slot, n_tokens):
+            self._requeue(work)
+            return
+        if match.n_trimmed:
+            slot.trim(request.prompt[: match.n_cached])
+            self.counters.trimmed += 1
         self._begin(work)
 
     def _restore(self, work: _Work, arrived: Future[Checkpoint]) -> None:
@@ -385,10 +397,7 @@ class Scheduler:
             return
         n_tokens = match.n_trimmed or match.n_cached
         try:
-            reason = slot.sequence.load(arrived.result())
-            if reason is None and n_tokens < stored.n_tokens:
-                # perhaps made with more slack than there is here
-                reason = None if slot.sequence.rollback(n_tokens + stored.n_dropped) else slot.sequence.error()
+            reason = slot.sequence.load(arrived.result(), n_tokens + stored.n_dropped)
             if reason is not None:
                 raise CheckpointError(f"The checkpoint cannot be restored: {reason}")
         except (CheckpointError, OSError) as error:  # damaged or missing: the prompt is processed instead
@@ -426,16 +435,19 @@ class Scheduler:
         conversation = slot.conversation
         assert conversation is not None
         conversation.used = time.time()
-        if conversation.label:
+        if conversation.label or conversation.states:
             self.store.track(conversation)
         n_known = 0 if request.continues else len(slot)
         work.pending = request.prompt[n_known:]
         work.n_base = n_end = len(slot) + len(work.pending)
-        skip_from, skip_to = max(len(slot), slot.n_sinks), n_end - self.n_tail * self.window.n_local
-        if self._may_skip(request) and not request.continues and skip_to - skip_from >= self.window.n_local:
+        skip_from, skip_to = max(len(slot), slot.n_sinks), n_end - self.n_tail * self.model.n_seen
+        if self._may_skip(request) and not request.continues and skip_to - skip_from >= self.model.n_seen:
             work.skip_from, work.skip_to = skip_from, skip_to
         ahead = {each for each in request.boundaries if max(len(slot), work.skip_to) < each < n_end}
-        for mark in sorted(thinned(ahead, n_end) | {n_end - 1}):
+        marks = thinned(ahead, n_end) | {n_end - 1}
+        if slot.sequence.has_states:
+            marks = spared(marks, n_end, max(slot.n_states, 1))
+        for mark in sorted(marks):
             slot.mark(mark)
         request.stats.n_cached = n_known
         self.counters.requests += 1
@@ -443,13 +455,21 @@ class Scheduler:
         self.counters.cached_tokens += n_known
         request.phase = Phase.PREFILL
 
+    def _seconds_to_gather(self) -> float:
+        """How long the next batch waits for consumers that have just got a token and may soon ask for another: without
+        them it takes as long, and they get one of their own."""
+        decoding = [work for work in self._work.values() if work.request.phase is Phase.DECODE]
+        if self.model.n_undo > 0 or all(map(self._is_ready, decoding)):
+            return 0.0
+        return self._decoded + GATHER - time.monotonic()
+
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def _is_ready(self, work: _Work) -> bool:
         phase = work.request.phase
         if phase is Phase.PREFILL and work.request.wants_prompt_logits:
             return work.request.outputs.qsize() <= 1
-        if phase is Phase.DECODE and self.model.n_slack == 0:  # what nobody takes could not be taken back
+        if phase is Phase.DECODE and self.model.n_undo == 0:  # what nobody takes could not be taken back
             return work.request.n_asked > work.request.stats.n_generated
         return phase is Phase.PREFILL or (phase is Phase.DECODE and work.request.outputs.qsize() <= self.n_ahead)
 
@@ -477,6 +497,7 @@ class Scheduler:
                 self._skip(work)
             if slot.n_until_checkpoint() == 0:
                 self._keep(slot)
+            self._hold(slot)
             if request.phase is Phase.DECODE and len(work.pending) <= self._share:
                 drafts = self._drafts(work)
                 tokens = np.concatenate([work.pending, drafts]) if len(drafts) else work.pending
@@ -504,7 +525,7 @@ class Scheduler:
     def _drafts(self, work: _Work) -> Tokens:
         """The draft model's tokens: no more than can be rolled back, fit the batch, and are still wanted."""
         request = work.request
-        room = min(self.model.n_slack, self._share - len(work.pending))
+        room = min(self.model.n_undo, self._share - len(work.pending))
         if request.max_tokens is not None:
             room = min(room, request.max_tokens - request.stats.n_generated - 1)
         if request.draft_model is None or room <= 0:
@@ -529,6 +550,7 @@ class Scheduler:
                     self._fail(part.work.request, error)
             return
         seconds = time.perf_counter() - started
+        self._decoded = time.monotonic()
         self.counters.batches += 1
         if all(part.work.request.phase is Phase.DECODE for part in parts):
             self.counters.decode_seconds += seconds
@@ -542,8 +564,10 @@ class Scheduler:
         """Processes runs of tokens (n_tokens,) with logits of their last ones; returns the batch index of each last.
 
         Logs are extended first and cut back after an error or an interrupt, so they always agree with the sequences.
+        A stream that cannot be rolled back and has got into a batch that failed is emptied.
         """
         self._logits_at.clear()
+        before = [slot.sequence.position for slot, _, _ in runs] if self.model.n_undo == 0 else []
         try:
             for slot, tokens, _ in runs:
                 slot.log.extend(tokens)
@@ -552,9 +576,16 @@ class Scheduler:
             ends = self.model.batch.decode(
                 [Run(slot.sequence, tokens, n) for (slot, tokens, _), n in zip(runs, n_logits, strict=True)]
             )
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, DecodeError):
+                for (slot, _, _), position in zip(runs, before, strict=False):
+                    if slot.sequence.position != position:
+                        slot.sequence.clear(slot.n_sinks)
             for slot, _, _ in runs:
+                conversation = slot.conversation
                 slot.resync()
+                if slot.conversation is None and conversation is not None:
+                    self.store.release(conversation)
             raise
         for (slot, tokens, _), n, end in zip(runs, n_logits, ends, strict=True):
             if n:
@@ -650,8 +681,15 @@ class Scheduler:
             return True
         log.warning("a stream of %d tokens could not go back to %d and starts again", len(slot), n_tokens)
         slot.sequence.clear(slot.n_sinks)
-        slot.assign(None)
+        self._leave(slot)
         return False
+
+    def _leave(self, slot: Slot) -> None:
+        """The slot holds nothing any more, and nothing of it is kept."""
+        conversation = slot.conversation
+        slot.assign(None)
+        if conversation is not None:
+            self.store.release(conversation)
 
     def displace(self, slot: Slot) -> None:
         """Empties a slot, whatever is to come into it; what it held is kept as a checkpoint."""
@@ -662,8 +700,7 @@ class Scheduler:
         if self._keeps_displaced:
             self._keep(slot, tip=True)
             self.store.save(conversation)
-        slot.assign(None)
-        self.store.release(conversation)
+        self._leave(slot)
         self.store.trim()
 
     def _keep(self, slot: Slot, tip: bool = False) -> None:
@@ -685,6 +722,15 @@ class Scheduler:
                 self.counters.checkpoint_failures += 1
             slot.is_saved = tip
         slot.marks = [mark for mark in slot.marks if mark > len(slot)]
+
+    def _hold(self, slot: Slot) -> None:
+        """Keeps the recurrent state where a mark asks for it; optional, as checkpoints are."""
+        try:
+            if slot.hold_state() and slot.conversation is not None:
+                self.store.hold(slot.conversation)
+        except Exception:
+            log.exception("a recurrent state could not be kept")
+            self.counters.checkpoint_failures += 1
 
     def _is_unsaved(self, slot: Slot) -> bool:
         return self._keeps_displaced and slot.request is None and slot.conversation is not None and not slot.is_saved

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
-from lminf_edge.cache.checkpoint import Checkpoint, Identity
-from lminf_edge.cache.conversation import Conversation
+from lminf_edge.cache.checkpoint import Checkpoint, Identity, State
+from lminf_edge.cache.conversation import Conversation, spared
 from lminf_edge.cache.sequence import CacheSequence
 from lminf_edge.cache.token_log import TokenLog, Tokens
 from lminf_edge.engine.request import Request
@@ -34,13 +34,15 @@ class Slot:
     sequence: CacheSequence
     identity: Identity
     n_recent: int | None = None  # see TokenLog
+    n_states: int = 0  # recurrent states that it may hold
     conversation: Conversation | None = None
     request: Request | None = None  # at work
     n_sinks: int = 0
     n_dropped: int = 0
     n_skipped: int = 0
     n_least: int = 0  # least length of the log to roll back to
-    start: int = 0  # stream position since which all cells are kept, until the window is full
+    start: int = 0  # stream position since which all cells are kept, until there are more than n_whole
+    kept: int = -NO_LIMIT  # least stream position that the cells could be truncated to after the last rollback
     marks: list[int] = field(default_factory=list)  # lengths of the log that must stay reachable, in order
     used: float = 0.0  # when the last request ended, in seconds of time.monotonic()
     is_saved: bool = False  # the store has a checkpoint of the present state
@@ -57,6 +59,11 @@ class Slot:
         return 0 if log is None else len(log)
 
     @property
+    def states(self) -> dict[int, State]:
+        """Recurrent states at lengths of the log, without which the stream could not go back there."""
+        return {} if self.conversation is None else self.conversation.states
+
+    @property
     def salt(self) -> bytes:
         assert self.conversation is not None
         label = self.conversation.label if self.n_dropped else ""
@@ -70,19 +77,20 @@ class Slot:
         """Assigns a conversation whose log is what the sequence holds, or None."""
         if self.conversation is not None:
             self.conversation.is_hot = False
+            self.conversation.states = {}
         if conversation is not None:
             conversation.is_hot = True
         self.conversation, self.marks, self.is_saved = conversation, [], False
         self.n_sinks, self.n_dropped, self.n_skipped = n_sinks, n_dropped, n_skipped
         self.n_least = len(self) if n_dropped else 0
-        self.start = -NO_LIMIT if n_skipped else 0
+        self.start, self.kept = -NO_LIMIT if n_skipped else 0, -NO_LIMIT
 
     def branch(self, conversation: Conversation) -> None:
         """From here on it holds another conversation, without a log, that has begun like its own."""
         conversation.log = self.log.copy(self.n_recent)
-        n_least, start = self.n_least, self.start
+        n_least, start, kept, states = self.n_least, self.start, self.kept, self.states
         self.assign(conversation, self.n_sinks, self.n_dropped, self.n_skipped)
-        self.n_least, self.start = n_least, start
+        self.n_least, self.start, self.kept, conversation.states = n_least, start, kept, states
 
     def clear(self, conversation: Conversation | None = None, n_sinks: int | None = None) -> None:
         """Empties the sequence and assigns a conversation with an empty log."""
@@ -93,15 +101,26 @@ class Slot:
         """Whether the cache can roll back to the first n_tokens of the log."""
         if n_tokens >= len(self):
             return n_tokens == len(self)
-        return (
-            n_tokens >= max(self.n_least, self.log.n_base) and len(self) - n_tokens <= self.sequence.info().n_rollback
-        )
+        if n_tokens < max(self.n_least, self.log.n_base):
+            return False
+        if self.sequence.has_states and n_tokens > 0:
+            position = len(self) + self.n_dropped
+            return n_tokens in self.states and n_tokens + self.n_dropped >= self._kept_since(position)
+        return n_tokens == 0 or len(self) - n_tokens <= self.sequence.info().n_rollback
+
+    def reach(self, n_tokens: int) -> int:
+        """The longest part of the log's first n_tokens that the cache can roll back to; 0: nothing but its start."""
+        candidates = [n_tokens, *self.states]
+        return max((each for each in candidates if each <= n_tokens and self.can_truncate(each)), default=0)
 
     def truncate(self, n_tokens: int) -> bool:
-        """Rolls back to the first n_tokens; False, and nothing changed, if the cache cannot."""
+        """Rolls back to the first n_tokens; False if the cache cannot. The sequence may be empty then, see `resync`."""
         if n_tokens >= len(self):
             return n_tokens == len(self)
-        if not self.can_truncate(n_tokens) or not self.sequence.rollback(n_tokens + self.n_dropped):
+        if not self.can_truncate(n_tokens):
+            return False
+        position, state = n_tokens + self.n_dropped, self.states.get(n_tokens)
+        if not (self.sequence.rollback(position) if state is None else self.sequence.rewind(position, state)):
             return False
         self._cut_log(n_tokens)
         self._restore_sinks()
@@ -114,6 +133,7 @@ class Slot:
         self.conversation.set_tokens(tokens, self.n_recent)
         self.n_least = len(tokens)
         self.marks = [len(tokens)]
+        self.states.clear()
         self.is_saved = False
 
     def skip(self, tokens: Tokens) -> None:
@@ -123,6 +143,7 @@ class Slot:
         self.n_skipped += len(tokens)
         self.n_least, self.start = len(self), len(self) + self.n_dropped
         self.marks = [mark for mark in self.marks if mark > len(self)]
+        self.states.clear()
         self.is_saved = False
 
     def resync(self) -> None:
@@ -145,8 +166,11 @@ class Slot:
             self.sequence.clear(self.n_sinks)
 
     def _cut_log(self, n_tokens: int) -> None:
+        # what was out of reach before does not come back into it
+        self.kept = min(self._kept_since(len(self) + self.n_dropped), n_tokens + self.n_dropped)
         self.log.truncate(n_tokens)
         self.marks = [mark for mark in self.marks if mark <= n_tokens]
+        self._drop_states({each for each in self.states if each > n_tokens})
         self.is_saved = False
 
     # --- marks and checkpoints ----------------------------------------------------------------------------------------
@@ -157,11 +181,49 @@ class Slot:
             self.marks.append(n_tokens)
 
     def n_until_checkpoint(self) -> int:
-        """Tokens that can be processed before the first mark gets out of reach; 0: make a checkpoint first."""
+        """Tokens that can be processed before the first mark gets out of reach; 0: make a checkpoint first.
+
+        Nor are more processed than lead to the next mark if the stream can only come back there with its state.
+        """
         if not self.marks:
             return NO_LIMIT
-        whole = self.sequence.n_whole - (len(self) + self.n_dropped - self.start)  # while all cells are kept
-        return max(0, whole, self.sequence.n_slack - (len(self) - self.marks[0]))
+        position, first = len(self) + self.n_dropped, self.marks[0] + self.n_dropped
+        n_tokens = 0
+        if self.kept <= first:
+            n_tokens = max(0, self.sequence.n_slack - (position - first))
+        if self.kept <= self.start:  # while all cells are kept
+            n_tokens = max(n_tokens, self.sequence.n_whole - (position - self.start))
+        if self.sequence.has_states:
+            n_tokens = n_tokens if self.n_states or self.marks[0] > len(self) else 0
+            n_tokens = min(n_tokens, *(mark - len(self) for mark in self.marks if mark > len(self)), NO_LIMIT)
+        return n_tokens
+
+    def _kept_since(self, position: int) -> int:
+        """The least stream position that the cells can be truncated to when the stream is at `position`."""
+        if self.kept <= self.start and position - self.start <= self.sequence.n_whole:
+            return self.start
+        return max(self.kept, position - self.sequence.n_slack)
+
+    def hold_state(self) -> bool:
+        """Where the stream can only come back to a mark with its recurrent state, keeps that; returns whether it has.
+
+        Of more states than it may hold those go that are missed least, with their marks. Raises RuntimeError if the
+        library fails.
+        """
+        n_tokens, states = len(self), self.states
+        if not self.sequence.has_states or n_tokens not in self.marks or n_tokens in states or not self.n_states:
+            return False
+        self._drop_states({each for each in states if not self.can_truncate(each)})
+        states[n_tokens] = self.sequence.save_recurrent()
+        kept = spared(states, n_tokens, self.n_states)
+        dropped = {each for each in states if each not in kept}
+        self.marks = [mark for mark in self.marks if mark not in dropped]
+        self._drop_states(dropped)
+        return True
+
+    def _drop_states(self, lengths: set[int]) -> None:
+        for each in lengths:
+            del self.states[each]
 
     def checkpoint(self) -> tuple[Checkpoint, dict[bytes, int]] | None:
         """A checkpoint that reaches the marks passed, and their keys; removes these marks. None if there are none."""
@@ -171,8 +233,11 @@ class Slot:
         self.marks = self.marks[len(passed) :]
         checkpoint = self.snapshot()
         least = max(len(self) - checkpoint.n_rollback, self.n_least, self.log.n_base)
-        keys = {self.log.key(mark, self.salt): mark for mark in passed if mark >= least}
-        return (checkpoint, keys) if keys else None
+        earlier = {mark: self.states[mark] for mark in passed if mark in self.states and self.can_truncate(mark)}
+        earlier.pop(len(self), None)
+        keys = {self.log.key(mark, self.salt): mark for mark in passed if mark >= least or mark in earlier}
+        states = {mark + self.n_dropped: state for mark, state in earlier.items()}
+        return (replace(checkpoint, earlier=states), keys) if keys else None
 
     def snapshot(self) -> Checkpoint:
         """A checkpoint of the stream as it is. Raises RuntimeError if the library fails."""

@@ -29,7 +29,7 @@ class ChatPrompt:
     """
     text         the rendered template
     tokens       int32 (n_tokens,)
-    boundaries   where messages begin, in tokens
+    boundaries   where messages begin, the answer's among them, in tokens
     n_system     tokens before the first message after the system block; None if that is not known
     n_pinned     tokens of the system block, 0 if there is none
     stops        strings that end the completion
@@ -72,7 +72,7 @@ class ChatTemplate:
         return ChatPrompt(
             text=text,
             tokens=tokens,
-            boundaries=_spaced(starts[:-1]),
+            boundaries=_spaced(starts),
             n_system=n_system,
             n_pinned=n_pinned,
             stops=[stop] if isinstance(stop, str) else list(stop),
