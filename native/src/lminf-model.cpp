@@ -97,7 +97,7 @@ static reason find_reason(const llama_model & model) {
     if (hparams.swa_type != LLAMA_SWA_TYPE_NONE && !hparams.is_swa_any()) {
         return { "its file names a sliding window and no layer that has one", convert };
     }
-    if (hparams.is_swa_any() && (hparams.n_swa == 0 || hparams.n_swa > INT32_MAX/4)) {
+    if (hparams.is_swa_any() && (hparams.n_swa == 0 || hparams.n_swa > INT32_MAX/4/lminf_stream::min_block)) {
         return { "its file names a sliding window of a length that makes no sense", convert };
     }
     if (hparams.n_pos_per_embd() > 1 && std::accumulate(hparams.rope_sections.begin(), hparams.rope_sections.end(), 0) <= 0) {

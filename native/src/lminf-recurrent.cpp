@@ -59,10 +59,10 @@ void lminf_recurrent::rollback(llama_seq_id seq_id, int32_t n) {
     n_back[seq_id] = 0;
 }
 
-void lminf_recurrent::remove(llama_seq_id seq_id, bool zero) {
+void lminf_recurrent::remove(llama_seq_id seq_id) {
     const int32_t tail = mem->cells[seq_id].tail;
 
-    if (zero && tail >= 0 && mem->cells[tail].seq_id.size() == 1) {
+    if (tail >= 0 && mem->cells[tail].seq_id.size() == 1) {
         for (const auto * tensors : { &mem->r_l, &mem->s_l, &mem->p_l }) {
             for (ggml_tensor * t : *tensors) {
                 for (uint32_t group = 0; t && group < 1 + mem->n_rs_seq; ++group) {
@@ -77,9 +77,9 @@ void lminf_recurrent::remove(llama_seq_id seq_id, bool zero) {
 }
 
 void lminf_recurrent::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    remove(seq_id_dst);
     mem->seq_cp(seq_id_src, seq_id_dst, -1, -1);
     mem->set_rs_idx(seq_id_dst, mem->rs_idx[seq_id_src]);
-    n_back[seq_id_dst] = 0;
 }
 
 void lminf_recurrent::skip_to(llama_seq_id seq_id, llama_pos pos) {

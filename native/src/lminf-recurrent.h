@@ -22,8 +22,8 @@ public:
     // takes back n tokens, n_rollback() at most; possible once until the next token
     void rollback(llama_seq_id seq_id, int32_t n);
 
-    // forgets the sequence. zero: the graph clears a state by multiplying with zero, which NaN would survive
-    void remove(llama_seq_id seq_id, bool zero);
+    // forgets the sequence, and zeroes its state: the graph clears one by multiplying with zero, which NaN would survive
+    void remove(llama_seq_id seq_id);
 
     void copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
