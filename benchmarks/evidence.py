@@ -153,7 +153,7 @@ class Subject:
         return resolve(LMInfConfig(n_global=n_global, n_local=n_local, max_distance=max_distance), None, 1 << 30)
 
     def setup(self, window: Window, kv_type: str, path: str | None = None) -> Setup:
-        options = argparse.Namespace(kv_type=kv_type, batch=N_BATCH, threads=self.n_threads, gpu_layers=0)
+        options = argparse.Namespace(kv_type=kv_type, batch=N_BATCH, threads=self.n_threads, gpu_layers=0, rpc=None)
         return Setup(path or self.path, self.header, window, KV_TYPE_NUMBERS[kv_type], model_settings(options))
 
 

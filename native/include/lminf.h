@@ -122,6 +122,8 @@ LLAMA_API bool lminf_get_parts(const struct llama_context * ctx, struct lminf_pa
 
 // Makes room for n_tokens more (at most n_batch), rebasing if needed, and returns the graph position of the first of
 // them. Call it before llama_decode if you fill llama_batch.pos yourself; with llama_batch.pos == NULL it is done for you.
+// If llama_decode fails, what it did of the micro-batch that failed is taken back; a sequence with recurrent layers that the
+// micro-batch touched is empty then, as its states cannot be.
 LLAMA_API llama_pos lminf_next_pos(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_tokens);
 
 // Forgets all tokens from this stream position on. False, and nothing changed, if the older cells that the next query

@@ -60,6 +60,12 @@ void lminf_check_graph(llama_context & lctx) {
     }
 }
 
+void lminf_batch_failed(llama_context & lctx) {
+    if (auto * mem = lminf_get_memory(&lctx)) {
+        mem->batch_failed();
+    }
+}
+
 // NULL if the parameters make sense
 static const char * check_params(const lminf_params & params) {
     if (params.n_global < 0) {

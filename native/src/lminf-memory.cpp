@@ -372,6 +372,16 @@ void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
     }
 }
 
+void lminf_memory::batch_failed() {
+    if (!recurrent) {
+        return;
+    }
+    for (const llama_seq_id seq_id : recurrent->get_touched()) {
+        LLAMA_LOG_WARN("%s: sequence %d is empty now: its recurrent states were left half written\n", __func__, seq_id);
+        remove(seq_id);
+    }
+}
+
 // the caches' own pending work, and the sinks' share of sequence copies
 class lminf_memory_update : public llama_memory_context_i {
 public:

@@ -87,6 +87,9 @@ public:
     lminf_info  get_info(llama_seq_id seq_id) const;
     lminf_parts get_parts() const;
 
+    // the last micro-batch was not computed: what it touched of recurrent states cannot be taken back
+    void batch_failed();
+
     // throws if a layer that keeps keys has an attention that never asked for the rule
     void check_layers() const;
 

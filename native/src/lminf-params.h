@@ -33,6 +33,9 @@ void lminf_before_decode(llama_context & lctx, const llama_batch & batch);
 // the context size that picks long or short RoPE factors: the largest distance a query can meet, as the stream has none
 uint32_t lminf_n_ctx_rope(const llama_cparams & cparams);
 
+// a micro-batch failed or was aborted: sequences whose recurrent states it may have left half written are emptied
+void lminf_batch_failed(llama_context & lctx);
+
 // after a context has built a graph: throws if a layer with keys went without the rule. The first time is in the making of the
 // context, which its memory knows from then on
 void lminf_check_graph(llama_context & lctx);

@@ -4,16 +4,18 @@
 
 #include <algorithm>
 
-// llama.cpp's models see its own context; this one is told when a micro-batch has got its cells
+// llama.cpp's models see its own context; with this one we know when a micro-batch gets its cells
 class lminf_recurrent_context : public llama_memory_recurrent_context {
 public:
     lminf_recurrent_context(lminf_recurrent * owner, std::vector<llama_ubatch> ubatches) :
         llama_memory_recurrent_context(&owner->get_memory(), std::move(ubatches)), owner(owner) {}
 
     bool apply() override {
+        const auto before = owner->get_tails();
+
         const bool res = llama_memory_recurrent_context::apply();
 
-        owner->applied(get_ubatch());
+        owner->applied(get_ubatch(), before);
 
         return res;
     }
@@ -23,7 +25,7 @@ private:
 };
 
 lminf_recurrent::lminf_recurrent(const llama_model & model, bool offload, uint32_t n_seq_max, uint32_t n_rs_seq, const std::vector<int32_t> & layers) :
-    n_back(n_seq_max, 0), tails(n_seq_max, -1) {
+    n_back(n_seq_max, 0) {
     mem = std::make_unique<llama_memory_recurrent>(model, GGML_TYPE_F32, GGML_TYPE_F32, offload, n_seq_max, n_seq_max, n_rs_seq,
             [&](int32_t il) { return std::count(layers.begin(), layers.end(), il) > 0; });
 }
@@ -32,20 +34,28 @@ llama_memory_context_ptr lminf_recurrent::new_context(std::vector<llama_ubatch> 
     return std::make_unique<lminf_recurrent_context>(this, std::move(ubatches));
 }
 
-void lminf_recurrent::applied(const llama_ubatch & ubatch) {
-    // a snapshot before the micro-batch's first token is not written
-    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
-        const llama_seq_id seq_id = ubatch.seq_id_unq[s];
-
-        n_back[seq_id] = std::min<int32_t>(mem->n_rs_seq, ubatch.n_seq_tokens - 1);
-        tails [seq_id] = mem->cells[seq_id].tail;
+std::vector<int32_t> lminf_recurrent::get_tails() const {
+    std::vector<int32_t> res;
+    for (size_t s = 0; s < n_back.size(); ++s) {
+        res.push_back(mem->cells[s].tail);
     }
+    return res;
+}
+
+void lminf_recurrent::applied(const llama_ubatch & ubatch, const std::vector<int32_t> & tails_before) {
+    touched.assign(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq);
 
     // the state of another sequence may have been moved, its snapshots never are
-    for (size_t s = 0; s < n_back.size(); ++s) {
-        if (mem->cells[s].tail != tails[s]) {
+    for (llama_seq_id s = 0; s < (llama_seq_id) n_back.size(); ++s) {
+        if (mem->cells[s].tail != tails_before[s] && std::count(touched.begin(), touched.end(), s) == 0) {
             n_back[s] = 0;
+            touched.push_back(s);
         }
+    }
+
+    // a snapshot before the micro-batch's first token is not written
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        n_back[ubatch.seq_id_unq[s]] = std::min<int32_t>(mem->n_rs_seq, ubatch.n_seq_tokens - 1);
     }
 }
 

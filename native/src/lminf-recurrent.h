@@ -19,6 +19,9 @@ public:
 
     bool is_empty(llama_seq_id seq_id) const { return mem->cells[seq_id].tail < 0; }
 
+    // sequences whose states the last micro-batch wrote or moved: if it failed, they are lost
+    const std::vector<llama_seq_id> & get_touched() const { return touched; }
+
     // takes back n tokens, n_rollback() at most; possible once until the next token
     void rollback(llama_seq_id seq_id, int32_t n);
 
@@ -38,11 +41,15 @@ public:
 private:
     friend class lminf_recurrent_context;
 
+    // of each sequence the cell with its state, -1 without
+    std::vector<int32_t> get_tails() const;
+
     // a micro-batch has its cells
-    void applied(const llama_ubatch & ubatch);
+    void applied(const llama_ubatch & ubatch, const std::vector<int32_t> & tails_before);
 
     std::unique_ptr<llama_memory_recurrent> mem;
 
     std::vector<int32_t> n_back; // [n_seq_max]
-    std::vector<int32_t> tails;  // [n_seq_max], the cell that the snapshots of n_back belong to
+
+    std::vector<llama_seq_id> touched;
 };
