@@ -545,6 +545,28 @@ def test_sequences_that_do_not_exist_change_nothing(tmp_path: Path, name: str, s
         assert context.save() == state
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "lfm2"])
+def test_after_an_aborted_batch_every_sequence_holds_what_it_says(tmp_path: Path, name: str) -> None:
+    path = models.write(name, tmp_path)
+    always = llama_cpp.ggml_abort_callback(lambda data: True)
+    never = llama_cpp.ggml_abort_callback(lambda data: False)
+    with NativeContext(path, L, G, n_ubatch=64, n_seq_max=4, n_rs_seq=4) as context:
+        for s in (0, 2, 3, 1):  # so that recurrent states lie in another order than a batch of 0 and 1 wants
+            context.feed(TOKENS[:60], s)
+        assert context.rollback(58, 3)  # of states a snapshot, which is taken over by the next batch that touches them
+        llama_cpp.llama_set_abort_callback(context.context, always, ctypes.c_void_p(0))
+        with pytest.raises(RuntimeError):
+            context.decode((0, TOKENS[60:66]), (1, TOKENS[60:66]))
+        llama_cpp.llama_set_abort_callback(context.context, never, ctypes.c_void_p(0))
+        ends = [context.info(s).stream_pos for s in range(4)]
+        if context.info(2).n_rollback > 0:  # no recurrent layers: only the batch is taken back
+            assert ends == [60, 60, 60, 58]
+        for s, end in enumerate(ends):
+            expected = fresh(path, TOKENS[: end + 1], n_ubatch=64)
+            # ggml's GELU looks up f16
+            assert np.abs(context.feed(TOKENS[end : end + 1], s)[-1] - expected).max() < 1e-2
+
+
 def test_a_copy_may_stop_short(llama: Path) -> None:
     expected = fresh(llama, TOKENS[:211], n_ubatch=16)
     with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2, n_slack=32) as context:

@@ -380,6 +380,7 @@ void lminf_memory::batch_failed() {
         LLAMA_LOG_WARN("%s: sequence %d is empty now: its recurrent states were left half written\n", __func__, seq_id);
         remove(seq_id);
     }
+    recurrent->zero_free_cells();
 }
 
 // the caches' own pending work, and the sinks' share of sequence copies
