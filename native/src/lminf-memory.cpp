@@ -24,7 +24,7 @@ static void check_blocks(ggml_type type, const char * name, uint32_t n_embd_head
     }
 }
 
-static int64_t pad_sinks(int32_t n_global) {
+static int64_t pad_sinks(int64_t n_global) {
     return GGML_PAD(n_global, 8);
 }
 
