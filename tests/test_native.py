@@ -70,6 +70,21 @@ def test_window_of_one_token(llama: Path) -> None:
         assert np.abs(context.token_nll(TOKENS) - expected).max() < 1e-3
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_window_of_one_token_goes_back_as_far_as_it_says(tmp_path: Path, name: str) -> None:
+    path = models.write(name, tmp_path)
+    with NativeContext(path, 1, G, n_ubatch=16) as context:
+        context.feed(TOKENS[:600])
+        end = 600 - context.info().n_rollback
+        assert end < 600
+        assert context.rollback(end)
+        assert context.info().stream_pos == end
+        logits = context.feed(TOKENS[end : end + 20])
+    with NativeContext(path, 1, G, n_ubatch=16) as context:
+        # ggml's GELU looks up f16
+        assert np.abs(context.feed(TOKENS[: end + 20])[end:] - logits).max() < 1e-2
+
+
 @pytest.mark.parametrize("n_ubatch", [1, 7, 64, 512])
 def test_every_batch_size_gives_the_same(llama: Path, n_ubatch: int) -> None:
     expected = Transformer(llama).token_nll(TOKENS, Rule(L, G))
@@ -495,6 +510,63 @@ def test_copying_and_keeping_a_sequence(llama: Path) -> None:
         assert np.abs(context.feed(TOKENS[210:211], 1)[-1] - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2"])
+def test_a_restored_sequence_can_be_copied_before_anything_is_decoded(tmp_path: Path, name: str) -> None:
+    path = models.write(name, tmp_path)
+    settings: dict[str, Any] = {"n_ubatch": 16, "n_seq_max": 2}
+    with NativeContext(path, L, G, **settings) as context:
+        context.feed(TOKENS[:100], 0)
+        context.feed(TOKENS[100:190], 1)
+        states = [context.save(s) for s in range(2)]
+        expected = [context.feed(TOKENS[200:210], s) for s in range(2)]
+    with NativeContext(path, L, G, **settings) as context:
+        assert context.load(states[0], 0)
+        llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
+        assert context.load(states[1], 0)
+        assert np.abs(context.feed(TOKENS[200:210], 1) - expected[0]).max() < 1e-5
+        assert np.abs(context.feed(TOKENS[200:210], 0) - expected[1]).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen35"])
+@pytest.mark.parametrize("seq_id", [2, 300, 1 << 30])
+def test_sequences_that_do_not_exist_change_nothing(tmp_path: Path, name: str, seq_id: int) -> None:
+    with NativeContext(models.write(name, tmp_path), L, G, n_ubatch=16, n_seq_max=2) as context:
+        context.feed(TOKENS[:100])
+        memory, state = context.memory, context.save()
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        llama_cpp.llama_memory_seq_cp(memory, 0, seq_id, -1, -1)
+        llama_cpp.llama_memory_seq_cp(memory, seq_id, 0, -1, -1)
+        llama_cpp.llama_memory_seq_keep(memory, seq_id)
+        assert not llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
+        assert llama_cpp.llama_memory_seq_pos_min(memory, seq_id) == -1
+        assert llama_cpp.llama_memory_seq_pos_max(memory, seq_id) == -1
+        assert llama_cpp.llama_state_seq_get_size(context.context, seq_id) == 0
+        assert llama_cpp.llama_state_seq_set_data(context.context, buffer, len(state), seq_id) == 0
+        assert context.save() == state
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "lfm2"])
+def test_after_an_aborted_batch_every_sequence_holds_what_it_says(tmp_path: Path, name: str) -> None:
+    path = models.write(name, tmp_path)
+    always = llama_cpp.ggml_abort_callback(lambda data: True)
+    never = llama_cpp.ggml_abort_callback(lambda data: False)
+    with NativeContext(path, L, G, n_ubatch=64, n_seq_max=4, n_rs_seq=4) as context:
+        for s in (0, 2, 3, 1):  # so that recurrent states lie in another order than a batch of 0 and 1 wants
+            context.feed(TOKENS[:60], s)
+        assert context.rollback(58, 3)  # of states a snapshot, which is taken over by the next batch that touches them
+        llama_cpp.llama_set_abort_callback(context.context, always, ctypes.c_void_p(0))
+        with pytest.raises(RuntimeError):
+            context.decode((0, TOKENS[60:66]), (1, TOKENS[60:66]))
+        llama_cpp.llama_set_abort_callback(context.context, never, ctypes.c_void_p(0))
+        ends = [context.info(s).stream_pos for s in range(4)]
+        if context.info(2).n_rollback > 0:  # no recurrent layers: only the batch is taken back
+            assert ends == [60, 60, 60, 58]
+        for s, end in enumerate(ends):
+            expected = fresh(path, TOKENS[: end + 1], n_ubatch=64)
+            # ggml's GELU looks up f16
+            assert np.abs(context.feed(TOKENS[end : end + 1], s)[-1] - expected).max() < 1e-2
+
+
 def test_a_copy_may_stop_short(llama: Path) -> None:
     expected = fresh(llama, TOKENS[:211], n_ubatch=16)
     with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=2, n_slack=32) as context:
@@ -565,6 +637,45 @@ def test_the_whole_context_is_saved_and_restored(llama: Path) -> None:
         assert llama_cpp.llama_state_set_data(context.context, state, size) == size
         for s in range(2):
             assert np.abs(context.feed(TOKENS[:9], s) - expected[s]).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen35"])
+def test_a_whole_state_that_breaks_off_leaves_no_half_of_it(tmp_path: Path, name: str) -> None:
+    path = models.write(name, tmp_path)
+    with NativeContext(path, L, G, n_ubatch=16, n_seq_max=2) as context:
+        for s in range(2):
+            context.feed(TOKENS[:100], s)
+        size = llama_cpp.llama_state_get_size(context.context)
+        state = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_get_data(context.context, state, size) == size
+        assert llama_cpp.llama_state_set_data(context.context, state, size - 100) == 0
+        assert [context.info(s).stream_pos for s in range(2)] == [0, 0]
+        expected = fresh(path, TOKENS[:50], n_ubatch=16)
+        assert np.abs(context.feed(TOKENS[:50])[-1] - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2"])
+def test_a_state_may_stay_on_the_device(tmp_path: Path, name: str) -> None:
+    on_device = 2  # LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
+    with NativeContext(models.write(name, tmp_path), L, G, n_ubatch=16) as context:
+        context.feed(TOKENS[:100])
+        size = llama_cpp.llama_state_seq_get_size_ext(context.context, 0, on_device)
+        state = (ctypes.c_uint8 * size)()
+        assert llama_cpp.llama_state_seq_get_data_ext(context.context, state, size, 0, on_device) == size
+        expected = context.feed(TOKENS[100:130])
+        assert llama_cpp.llama_state_seq_set_data_ext(context.context, state, size, 0, on_device) == size
+        assert np.array_equal(context.feed(TOKENS[100:130]), expected)
+
+
+@pytest.mark.parametrize("n_before", [0, 10])
+def test_a_hybrid_model_s_state_after_a_skip_without_sinks(tmp_path: Path, n_before: int) -> None:
+    path = models.write("qwen35", tmp_path)
+    with NativeContext(path, L, 0, n_ubatch=16) as context, NativeContext(path, L, 0, n_ubatch=16) as other:
+        if n_before > 0:
+            context.feed(TOKENS[:n_before])
+        assert context.skip(100)
+        assert other.load(context.save())
+        assert np.array_equal(context.feed(TOKENS[100:130]), other.feed(TOKENS[100:130]))
 
 
 @pytest.mark.parametrize(
@@ -676,6 +787,21 @@ def test_what_is_not_finite_is_gone_with_its_tokens(
         assert context.load(poisoned(context.save(1), value, 7, is_transposed), 1)
         assert context.skip(293, 1)
         assert np.abs(context.feed(TOKENS[50:80], 1) - skipped).max() < 1e-4
+
+
+def test_a_copy_leaves_nothing_of_a_recurrent_state_that_is_not_finite(tmp_path: Path) -> None:
+    path = models.write("qwen35", tmp_path)
+    with NativeContext(path, L, G, n_ubatch=16, n_seq_max=3) as context:
+        context.feed(TOKENS[:50], 1)
+        state = context.save(1, partial=True)
+        rows = np.frombuffer(state[-4096:], np.float32).copy()  # the end of the last layer's state
+        rows[:] = np.nan
+        context.feed(TOKENS[:50], 0)
+        assert context.load(state[:-4096] + rows.tobytes(), 0, partial=True)
+        assert not np.isfinite(context.feed(TOKENS[50:52], 0)).all()
+        llama_cpp.llama_memory_seq_cp(context.memory, 1, 0, -1, -1)
+        expected = fresh(path, TOKENS[:50], n_ubatch=16)
+        assert np.abs(context.feed(TOKENS[:50], 2)[-1] - expected).max() < 1e-4
 
 
 def test_a_state_is_as_large_as_what_is_used(llama: Path) -> None:

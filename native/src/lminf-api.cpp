@@ -53,9 +53,10 @@ void lminf_before_decode(llama_context & lctx, const llama_batch & batch) {
     }
 }
 
-void lminf_check_graph(const llama_context & lctx) {
-    if (const auto * mem = lminf_get_memory(&lctx)) {
+void lminf_check_graph(llama_context & lctx) {
+    if (auto * mem = lminf_get_memory(&lctx)) {
         mem->check_layers();
+        mem->set_context(lctx);
     }
 }
 

@@ -71,7 +71,7 @@ const lminf_memory * lminf_find_memory(const llm_graph_context & graph) {
     return graph.cparams.lminf.enabled ? &find_contexts(graph.mctx).window->get_memory() : nullptr;
 }
 
-float lminf_n_in_view(const lminf_memory & mem, llama_seq_id seq_id, llama_pos pos) {
+int64_t lminf_n_in_view(const lminf_memory & mem, llama_seq_id seq_id, llama_pos pos) {
     const auto & stream = mem.get_stream(seq_id);
 
     return std::min<int64_t>(stream.index(pos), (int64_t) stream.n_global + mem.get_params().n_local - 1);
@@ -158,7 +158,7 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
         const int64_t index    = stream.index(pos);
         const bool    is_sink  = index < stream.n_global;
         // where StreamingLLM has the query: its place in the cache, which grows until sinks and window are full
-        const int64_t in_cache = std::min<int64_t>(index, (int64_t) stream.n_global + params.n_local - 1);
+        const int64_t in_cache = lminf_n_in_view(mem, seq_id, pos);
 
         int64_t q_pos = 0; // where the second query goes
         int64_t k_pos = 0; // where a sink's key goes
@@ -178,15 +178,15 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
             data_sink_rows[i] = seq_id*mem.get_n_store_rows() + (is_sink ? index : mem.get_n_sink_rows());
         }
         if (data_sliding) {
-            const auto & cells = mem.get_sliding_cells(seq_id);
+            const auto & cells_sliding = mem.get_sliding_cells(seq_id);
 
             float * row = data_sliding + i*mask_sliding->ne[0];
 
             for (int64_t c = 0; c < mask_sliding->ne[0]; ++c) {
-                const bool open = !cells.is_empty(c) && cells.pos_get(c) <= pos &&
-                    !llama_hparams::is_masked_swa(n_swa, swa_type, cells.pos_get(c), pos);
+                const bool open = !cells_sliding.is_empty(c) && cells_sliding.pos_get(c) <= pos &&
+                    !llama_hparams::is_masked_swa(n_swa, swa_type, cells_sliding.pos_get(c), pos);
 
-                row[c] = !open ? -INFINITY : use_alibi ? -(float) (pos - cells.pos_get(c)) : 0.0f;
+                row[c] = !open ? -INFINITY : use_alibi ? -(float) (pos - cells_sliding.pos_get(c)) : 0.0f;
             }
         }
 

@@ -47,17 +47,17 @@ lminf_kv::lminf_kv(const llama_model & model, const params & p, const std::vecto
 llama_pos lminf_kv::rollback_min(llama_seq_id seq_id, int64_t pos_resume) const {
     const int64_t pos_min = cache->seq_pos_min(seq_id);
 
-    // nothing has been recycled yet: any token can be the last one
-    return (llama_pos) (pos_min <= pos_resume ? pos_resume : pos_min + p.n_seen - 1);
+    // nothing has been recycled yet: any token can be the last one. Else one is left at least, to count on from
+    return (llama_pos) (pos_min <= pos_resume ? pos_resume : pos_min + std::max<int64_t>(p.n_seen - 1, 1));
 }
 
-void lminf_kv::free_cells(llama_seq_id seq_id, llama_pos p0, bool zero) {
+void lminf_kv::free_cells(llama_seq_id seq_id, llama_pos p0) {
     mark_dirty(seq_id);
 
-    if (zero && p0 < 0) {
+    if (p0 < 0) {
         zero_cells(seq_id, 0, dirty[seq_id]);
         dirty[seq_id] = 0;
-    } else if (zero) {
+    } else {
         const auto & cells = get_cells(seq_id);
 
         for (uint32_t i = 0, n = 0; i < p.n_cells; i += n + 1, n = 0) {

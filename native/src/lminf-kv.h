@@ -39,8 +39,8 @@ public:
     llama_pos rollback_min(llama_seq_id seq_id, int64_t pos_resume) const;
 
     // frees a sequence's cells from a graph position on, or all of them for -1. Attention multiplies what it masks by zero,
-    // so what is free must not hold NaN or infinity: it is zeroed, unless copies have yet to run that read it
-    void free_cells(llama_seq_id seq_id, llama_pos p0, bool zero);
+    // so what is free must not hold NaN or infinity: it is zeroed
+    void free_cells(llama_seq_id seq_id, llama_pos p0);
 
     // moves all positions of a sequence back; its keys are rotated by the next update
     void shift(llama_seq_id seq_id, llama_pos by);

@@ -24,7 +24,7 @@ static void check_blocks(ggml_type type, const char * name, uint32_t n_embd_head
     }
 }
 
-static int64_t pad_sinks(int32_t n_global) {
+static int64_t pad_sinks(int64_t n_global) {
     return GGML_PAD(n_global, 8);
 }
 
@@ -151,8 +151,12 @@ lminf_memory::lminf_memory(
     // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
     // once more, so it is a window away at least: no key is rotated twice while a query can see it.
     const int64_t bound_min = (int64_t) std::max(n_cells, n_cells_sliding) + cparams.n_batch + block;
+    const int64_t bound     = bound_min + std::max<int64_t>(params.n_local, layers.sliding.empty() ? 0 : hparams.n_swa);
+    if (params.pos_bound == 0 && bound > std::numeric_limits<llama_pos>::max()) {
+        throw std::runtime_error(lminf_set_error(format("n_local = %d leaves no room for positions: choose a smaller n_local", params.n_local)));
+    }
     if (params.pos_bound == 0) {
-        params.pos_bound = bound_min + std::max<int64_t>(params.n_local, layers.sliding.empty() ? 0 : hparams.n_swa);
+        params.pos_bound = (int32_t) bound;
     } else if (params.pos_bound < bound_min) {
         throw std::runtime_error(lminf_set_error(format(
             "pos_bound = %d is too small: this window and batch need %d", params.pos_bound, (int) bound_min)));
@@ -265,7 +269,7 @@ static std::unique_ptr<lminf_memory_context> failed(std::string why) {
 }
 
 llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
-    if (lctx && !lctx->get_cparams().causal_attn) {
+    if (!lctx->get_cparams().causal_attn) {
         return failed("a stream has no end to be read back from: with a Λ cache the attention is causal");
     }
 
@@ -376,6 +380,7 @@ void lminf_memory::batch_failed() {
         LLAMA_LOG_WARN("%s: sequence %d is empty now: its recurrent states were left half written\n", __func__, seq_id);
         remove(seq_id);
     }
+    recurrent->zero_free_cells();
 }
 
 // the caches' own pending work, and the sinks' share of sequence copies
@@ -427,8 +432,6 @@ private:
 };
 
 llama_memory_context_ptr lminf_memory::init_update(llama_context * lctx, bool optimize) {
-    this->lctx = lctx;
-
     return std::make_unique<lminf_memory_update>(this, lctx, optimize);
 }
 
@@ -518,9 +521,9 @@ bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
         return false;
     }
 
-    const bool zero = begin_zero();
+    wait();
     for (lminf_kv * kv : caches()) {
-        kv->free_cells(seq_id, -1, zero);
+        kv->free_cells(seq_id, -1);
     }
     stream.skip_to(stream_pos + n_tokens, block);
     if (recurrent) {
@@ -630,7 +633,9 @@ void lminf_memory::clear(bool data) {
 }
 
 bool lminf_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    GGML_ASSERT(seq_id < (llama_seq_id) n_seq_max);
+    if (seq_id >= (llama_seq_id) n_seq_max) {
+        return false;
+    }
 
     const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
@@ -669,45 +674,36 @@ bool lminf_memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
 void lminf_memory::truncate(llama_seq_id seq_id, llama_pos p0) {
     const int32_t n_sink = streams[seq_id].n_sink;
-    const bool    zero   = begin_zero();
 
+    wait();
     for (lminf_kv * kv : caches()) {
-        kv->free_cells(seq_id, p0, zero);
+        kv->free_cells(seq_id, p0);
     }
     streams[seq_id].truncate(p0);
-    if (zero) {
-        sinks->zero(seq_id, streams[seq_id].n_sink, n_sink);
-    }
+    sinks->zero(seq_id, streams[seq_id].n_sink, n_sink);
 }
 
 void lminf_memory::remove(llama_seq_id seq_id) {
-    const bool zero = begin_zero();
-
+    wait();
     for (lminf_kv * kv : caches()) {
-        kv->free_cells(seq_id, -1, zero);
+        kv->free_cells(seq_id, -1);
     }
     if (recurrent) {
-        recurrent->remove(seq_id, zero);
+        recurrent->remove(seq_id);
     }
-    if (zero) {
-        sinks->zero(seq_id, 0, streams[seq_id].n_sink);
-    }
+    sinks->zero(seq_id, 0, streams[seq_id].n_sink);
     streams[seq_id] = new_stream();
 }
 
-bool lminf_memory::begin_zero() const {
-    if (!pending_copies.empty()) {
-        return false;
-    }
-    if (lctx) {
-        llama_synchronize(lctx);
-    }
-    return true;
+void lminf_memory::wait() const {
+    llama_synchronize(lctx);
 }
 
 void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    GGML_ASSERT(is_valid(seq_id_src) && is_valid(seq_id_dst));
-
+    if (!is_valid(seq_id_src) || !is_valid(seq_id_dst)) {
+        LLAMA_LOG_ERROR("%s: sequence %d cannot be copied to %d: there are %u\n", __func__, seq_id_src, seq_id_dst, n_seq_max);
+        return;
+    }
     if (seq_id_src == seq_id_dst) {
         return;
     }
@@ -722,6 +718,7 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
         return;
     }
 
+    wait();
     for (lminf_kv * kv : caches()) {
         kv->copy(seq_id_src, seq_id_dst);
     }
@@ -731,10 +728,8 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     streams[seq_id_dst] = streams[seq_id_src];
     pending_copies.push_back({ seq_id_src, seq_id_dst });
 
-    // the cells' contents are copied by the next update: do it now, so that a state written next is whole
-    if (lctx) {
-        lctx->memory_update(false);
-    }
+    // the cells' contents are copied by the next update: do it now, so that whatever is done next finds them
+    lctx->memory_update(false);
 
     if (!to_end) {
         seq_rm(seq_id_dst, p1, -1);
@@ -742,7 +737,10 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
 }
 
 void lminf_memory::seq_keep(llama_seq_id seq_id) {
-    GGML_ASSERT(is_valid(seq_id));
+    if (!is_valid(seq_id)) {
+        LLAMA_LOG_ERROR("%s: sequence %d cannot be kept: there are %u\n", __func__, seq_id, n_seq_max);
+        return;
+    }
 
     for (llama_seq_id s = 0; s < (llama_seq_id) n_seq_max; ++s) {
         if (s != seq_id) {
@@ -760,12 +758,17 @@ void lminf_memory::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int 
 }
 
 llama_pos lminf_memory::seq_pos_min(llama_seq_id seq_id) const {
-    llama_pos res = window->get_cache().seq_pos_min(seq_id);
+    if (!is_valid(seq_id)) {
+        return -1;
+    }
+
+    const llama_pos res = window->get_cache().seq_pos_min(seq_id);
+
     return sliding ? std::min(res, sliding->get_cache().seq_pos_min(seq_id)) : res;
 }
 
 llama_pos lminf_memory::seq_pos_max(llama_seq_id seq_id) const {
-    return next_pos(seq_id) - 1;
+    return is_valid(seq_id) ? next_pos(seq_id) - 1 : -1;
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() const {

@@ -93,6 +93,9 @@ public:
     // throws if a layer that keeps keys has an attention that never asked for the rule
     void check_layers() const;
 
+    // called before anything can be stored
+    void set_context(llama_context & lctx) { this->lctx = &lctx; }
+
     //
     // graph_build API
     //
@@ -163,8 +166,8 @@ private:
     // one sequence of a state; it is empty if that throws after something was changed
     void state_read_seq(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
 
-    // waits for what is being computed; false while copies have yet to run that read what would be zeroed
-    bool begin_zero() const;
+    // waits for what is being computed, before anything is zeroed
+    void wait() const;
 
     const llama_model   & model;
     const llama_hparams & hparams;
@@ -197,7 +200,7 @@ private:
     // sink rows to copy before the next graph runs, after llama_kv_cache's own way with cells
     std::vector<seq_copy> pending_copies;
 
-    // the context that owns this memory, known from its first decode on
+    // the context that owns this memory
     llama_context * lctx = nullptr;
 };
 

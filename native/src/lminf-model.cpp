@@ -97,7 +97,7 @@ static reason find_reason(const llama_model & model) {
     if (hparams.swa_type != LLAMA_SWA_TYPE_NONE && !hparams.is_swa_any()) {
         return { "its file names a sliding window and no layer that has one", convert };
     }
-    if (hparams.is_swa_any() && (hparams.n_swa == 0 || hparams.n_swa > INT32_MAX/4)) {
+    if (hparams.is_swa_any() && (hparams.n_swa == 0 || hparams.n_swa > INT32_MAX/4/lminf_stream::min_block)) {
         return { "its file names a sliding window of a length that makes no sense", convert };
     }
     if (hparams.n_pos_per_embd() > 1 && std::accumulate(hparams.rope_sections.begin(), hparams.rope_sections.end(), 0) <= 0) {
@@ -121,8 +121,13 @@ static reason find_reason(const llama_model & model) {
     return { nullptr };
 }
 
+// recurrent throughout
+static bool is_constant(const llama_model & model) {
+    return llama_model_is_recurrent(&model) && !model.hparams.vocab_only;
+}
+
 int32_t lminf_support(const llama_model * model) {
-    if (llama_model_is_recurrent(model) && !model->hparams.vocab_only) {
+    if (is_constant(*model)) {
         return LMINF_SUPPORT_CONSTANT;
     }
     return find_reason(*model).why ? LMINF_SUPPORT_REFUSED : LMINF_SUPPORT_RUNS;
@@ -131,9 +136,7 @@ int32_t lminf_support(const llama_model * model) {
 const char * lminf_refusal(const llama_model * model) {
     static thread_local std::string res;
 
-    const char * arch = llm_arch_name(model->arch);
-
-    if (lminf_support(model) == LMINF_SUPPORT_CONSTANT) {
+    if (is_constant(*model)) {
         return nullptr;
     }
 
@@ -142,7 +145,7 @@ const char * lminf_refusal(const llama_model * model) {
         return nullptr;
     }
 
-    res = format("models of architecture '%s' cannot run with a Λ cache: %s: %s", arch, r.why, r.remedy);
+    res = format("models of architecture '%s' cannot run with a Λ cache: %s: %s", llm_arch_name(model->arch), r.why, r.remedy);
     return res.c_str();
 }
 
@@ -193,7 +196,7 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
     if (const char * refusal = lminf_refusal(&model)) {
         throw std::runtime_error(lminf_set_error(refusal));
     }
-    if (lminf_support(&model) == LMINF_SUPPORT_CONSTANT) {
+    if (is_constant(model)) {
         llama_cparams own = cparams;
         own.lminf.enabled = false;
         return model.create_memory(params, own);

@@ -36,8 +36,9 @@ uint32_t lminf_n_ctx_rope(const llama_cparams & cparams);
 // a micro-batch failed or was aborted: sequences whose recurrent states it may have left half written are emptied
 void lminf_batch_failed(llama_context & lctx);
 
-// after a context has built a graph: throws if a layer with keys went without the rule
-void lminf_check_graph(const llama_context & lctx);
+// after a context has built a graph: throws if a layer with keys went without the rule. The first time is in the making of the
+// context, which its memory knows from then on
+void lminf_check_graph(llama_context & lctx);
 
 // one sentence for lminf_last_error, also logged; returns it for a throw
 std::string lminf_set_error(std::string msg);

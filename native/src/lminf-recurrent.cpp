@@ -45,10 +45,19 @@ std::vector<int32_t> lminf_recurrent::get_tails() const {
 void lminf_recurrent::applied(const llama_ubatch & ubatch, const std::vector<int32_t> & tails_before) {
     touched.assign(ubatch.seq_id_unq, ubatch.seq_id_unq + ubatch.n_seqs_unq);
 
-    // the state of another sequence may have been moved, its snapshots never are
+    // the state of another sequence may be moved, its snapshots never are; or it goes back to one of them now
     for (llama_seq_id s = 0; s < (llama_seq_id) n_back.size(); ++s) {
-        if (mem->cells[s].tail != tails_before[s] && std::count(touched.begin(), touched.end(), s) == 0) {
+        if (std::count(touched.begin(), touched.end(), s) > 0) {
+            continue;
+        }
+        const int32_t tail = mem->cells[s].tail;
+
+        const bool is_moved  = tail != tails_before[s];
+        const bool goes_back = mem->rs_idx[s] != 0 && tail >= (int32_t) mem->head && tail < (int32_t) (mem->head + mem->n);
+        if (is_moved) {
             n_back[s] = 0;
+        }
+        if (is_moved || goes_back) {
             touched.push_back(s);
         }
     }
@@ -69,27 +78,39 @@ void lminf_recurrent::rollback(llama_seq_id seq_id, int32_t n) {
     n_back[seq_id] = 0;
 }
 
-void lminf_recurrent::remove(llama_seq_id seq_id, bool zero) {
+void lminf_recurrent::remove(llama_seq_id seq_id) {
     const int32_t tail = mem->cells[seq_id].tail;
 
-    if (zero && tail >= 0 && mem->cells[tail].seq_id.size() == 1) {
-        for (const auto * tensors : { &mem->r_l, &mem->s_l, &mem->p_l }) {
-            for (ggml_tensor * t : *tensors) {
-                for (uint32_t group = 0; t && group < 1 + mem->n_rs_seq; ++group) {
-                    ggml_backend_tensor_memset(t, 0, (group*mem->size + tail)*t->nb[1], t->nb[1]);
-                }
-            }
-        }
+    if (tail >= 0 && mem->cells[tail].seq_id.size() == 1) {
+        zero_cell(tail);
     }
 
     mem->seq_rm(seq_id, -1, -1);
     n_back[seq_id] = 0;
 }
 
+void lminf_recurrent::zero_free_cells() {
+    for (uint32_t i = 0; i < mem->size; ++i) {
+        if (mem->cells[i].is_empty()) {
+            zero_cell(i);
+        }
+    }
+}
+
+void lminf_recurrent::zero_cell(uint32_t i) {
+    for (const auto * tensors : { &mem->r_l, &mem->s_l, &mem->p_l }) {
+        for (ggml_tensor * t : *tensors) {
+            for (uint32_t group = 0; t && group < 1 + mem->n_rs_seq; ++group) {
+                ggml_backend_tensor_memset(t, 0, (group*mem->size + i)*t->nb[1], t->nb[1]);
+            }
+        }
+    }
+}
+
 void lminf_recurrent::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    remove(seq_id_dst);
     mem->seq_cp(seq_id_src, seq_id_dst, -1, -1);
     mem->set_rs_idx(seq_id_dst, mem->rs_idx[seq_id_src]);
-    n_back[seq_id_dst] = 0;
 }
 
 void lminf_recurrent::skip_to(llama_seq_id seq_id, llama_pos pos) {

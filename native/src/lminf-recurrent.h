@@ -25,8 +25,11 @@ public:
     // takes back n tokens, n_rollback() at most; possible once until the next token
     void rollback(llama_seq_id seq_id, int32_t n);
 
-    // forgets the sequence. zero: the graph clears a state by multiplying with zero, which NaN would survive
-    void remove(llama_seq_id seq_id, bool zero);
+    // forgets the sequence, and zeroes its state: the graph clears one by multiplying with zero, which NaN would survive
+    void remove(llama_seq_id seq_id);
+
+    // after a micro-batch that failed: what it would have moved may still lie where it was
+    void zero_free_cells();
 
     void copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
@@ -46,6 +49,8 @@ private:
 
     // a micro-batch has its cells
     void applied(const llama_ubatch & ubatch, const std::vector<int32_t> & tails_before);
+
+    void zero_cell(uint32_t i);
 
     std::unique_ptr<llama_memory_recurrent> mem;
 

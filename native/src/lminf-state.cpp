@@ -78,15 +78,19 @@ void check(bool ok) {
     }
 }
 
-// how large a part will be
+// how large a part will be; with LLAMA_STATE_SEQ_FLAGS_ON_DEVICE the contents of tensors are not in it
 class size_writer : public llama_io_write_i {
 public:
+    explicit size_writer(bool has_tensors) : has_tensors(has_tensors) {}
+
     void write(const void *, size_t size) override { n += size; }
-    void write_tensor(ggml_tensor *, size_t, size_t size) override { n += size; }
+    void write_tensor(ggml_tensor *, size_t, size_t size) override { n += has_tensors ? size : 0; }
 
     size_t n_bytes() override { return n; }
 
 private:
+    const bool has_tensors;
+
     size_t n = 0;
 };
 
@@ -195,7 +199,9 @@ class recurrent_reader : public shown_reader {
 public:
     recurrent_reader(llama_io_read_i & io, const state_seq & seq) : shown_reader(io) {
         const uint32_t n_cells = show_u32();
-        if (n_cells != (seq.pos_max >= 0 || seq.n_sink > 0)) {
+        // a sequence without sinks may have read something before a skip, or nothing
+        const bool is_any = seq.resume > seq.start && seq.n_global == 0 && seq.pos_max < 0;
+        if (n_cells > 1 || (!is_any && n_cells != (seq.pos_max >= 0 || seq.n_sink > 0))) {
             refuse("it holds another number of recurrent states than it must");
         }
         if (n_cells == 1) {
@@ -264,6 +270,12 @@ lminf_state_header lminf_memory::new_state_header(int32_t n_seq, llama_state_seq
     };
 }
 
+static void check_seq(llama_seq_id seq_id, uint32_t n_seq_max) {
+    if (seq_id >= (llama_seq_id) n_seq_max) {
+        throw std::runtime_error(lminf_set_error(format("sequence %d does not exist in this context", seq_id)));
+    }
+}
+
 //
 // writing
 //
@@ -279,9 +291,7 @@ static void write_cells(llama_io_write_i & io, const lminf_kv & kv, llama_seq_id
 }
 
 void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    if (!pending_copies.empty()) {
-        throw std::runtime_error(lminf_set_error("a sequence was copied before anything was decoded: decode first, then save"));
-    }
+    check_seq(seq_id, n_seq_max);
 
     const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
@@ -319,7 +329,7 @@ void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama
         io.write(&seq, sizeof(seq));
 
         for (const auto & [kind, write] : parts) {
-            size_writer size;
+            size_writer size(!(flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE));
             write(size);
 
             const state_part head = { kind, 0, size.n_bytes() };
@@ -390,11 +400,14 @@ static void read_part(llama_io_read_i & io, part_kind kind, const std::function<
 }
 
 void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    check_seq(seq_id, n_seq_max);
+
     const llama_seq_id s0 = seq_id < 0 ? 0         : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? n_seq_max : seq_id + 1;
 
     const lminf_state_header expected = new_state_header(s1 - s0, flags);
 
+    llama_seq_id s = s0;
     try {
         lminf_state_header header;
         io.read(&header, sizeof(header));
@@ -415,10 +428,14 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
             refuse("it was made with another number of layers or another sliding window");
         }
 
-        for (llama_seq_id s = s0; s < s1; ++s) {
+        for (; s < s1; ++s) {
             state_read_seq(io, s, flags);
         }
     } catch (const std::exception & error) {
+        // llama.cpp does not fill in the tensors of the sequences that went well
+        while (s > s0) {
+            remove(--s);
+        }
         throw std::runtime_error(lminf_set_error(std::string("the saved state does not fit: ") + error.what()));
     }
 }
