@@ -46,6 +46,7 @@ from lminf_edge.cli.passkey import policy_report
 from lminf_edge.cli.policies import Setup
 from lminf_edge.cli.ppl import Text, stretches_of
 from lminf_edge.config import StreamInfo, Window, resolve
+from lminf_edge.errors import UserError
 from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
 from lminf_edge.evaluate.nll import nll_from_logits
@@ -717,7 +718,7 @@ def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out
 
     try:
         results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
-    except CommandError as error:  # such a thing as a cache of this type cannot be had for this model
+    except (CommandError, UserError) as error:  # such a thing as a cache of this type cannot be had for this model
         results = {"refused": str(error)}
         say(f"not measured: {error}")
     record(results, complete=True)
