@@ -23,7 +23,6 @@ from lminf_edge.cache.files import CheckpointFiles, Failures, Found, Head, Worke
 from lminf_edge.cache.token_log import TokenLog
 
 _N_LEAST = 2  # checkpoints of a conversation, however large
-
 # of memory, for the objects of conversations on disk, whatever the budget: they are found through these
 _LEAST_MEMORY = 16 << 20
 
