@@ -383,15 +383,13 @@ void lminf_memory::batch_failed() {
     recurrent->zero_free_cells();
 }
 
-// the caches' own pending work, and the sinks' share of sequence copies
+// the caches' own pending work
 class lminf_memory_update : public llama_memory_context_i {
 public:
-    lminf_memory_update(lminf_memory * mem, llama_context * lctx, bool optimize) :
-        mem(mem), lctx(lctx), copies(std::move(mem->pending_copies)) {
+    lminf_memory_update(lminf_memory * mem, llama_context * lctx, bool optimize) {
         for (lminf_kv * kv : mem->caches()) {
             inner.push_back(kv->get_cache().init_update(lctx, optimize));
         }
-        mem->pending_copies.clear();
     }
 
     bool next() override { return false; }
@@ -401,21 +399,13 @@ public:
         for (const auto & ctx : inner) {
             res &= ctx->get_status() != LLAMA_MEMORY_STATUS_SUCCESS || ctx->apply();
         }
-
-        if (!copies.empty()) {
-            llama_synchronize(lctx);
-            for (const auto & copy : copies) {
-                mem->sinks->copy(copy.src, copy.dst);
-            }
-        }
-
         return res;
     }
 
     const llama_ubatch & get_ubatch() const override { return inner[0]->get_ubatch(); }
 
     llama_memory_status get_status() const override {
-        llama_memory_status res = copies.empty() ? LLAMA_MEMORY_STATUS_NO_UPDATE : LLAMA_MEMORY_STATUS_SUCCESS;
+        llama_memory_status res = LLAMA_MEMORY_STATUS_NO_UPDATE;
         for (const auto & ctx : inner) {
             res = llama_memory_status_combine(res, ctx->get_status());
         }
@@ -423,12 +413,7 @@ public:
     }
 
 private:
-    lminf_memory  * mem;
-    llama_context * lctx;
-
     std::vector<llama_memory_context_ptr> inner;
-
-    std::vector<lminf_memory::seq_copy> copies;
 };
 
 llama_memory_context_ptr lminf_memory::init_update(llama_context * lctx, bool optimize) {
@@ -725,8 +710,8 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     if (recurrent) {
         recurrent->copy(seq_id_src, seq_id_dst);
     }
+    sinks->copy(seq_id_src, seq_id_dst);
     streams[seq_id_dst] = streams[seq_id_src];
-    pending_copies.push_back({ seq_id_src, seq_id_dst });
 
     // the cells' contents are copied by the next update: do it now, so that whatever is done next finds them
     lctx->memory_update(false);

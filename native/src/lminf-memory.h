@@ -122,11 +122,6 @@ private:
     friend class lminf_memory_context;
     friend class lminf_memory_update;
 
-    struct seq_copy {
-        llama_seq_id src;
-        llama_seq_id dst;
-    };
-
     // which layers the fused operation computes; throws if it must compute all and cannot
     void choose_attention(const llama_cparams & cparams, ggml_type type_k, ggml_type type_v);
 
@@ -196,9 +191,6 @@ private:
     std::set<int32_t>             fused;
 
     lminf_text_factors text_factors;
-
-    // sink rows to copy before the next graph runs, after llama_kv_cache's own way with cells
-    std::vector<seq_copy> pending_copies;
 
     // the context that owns this memory
     llama_context * lctx = nullptr;
