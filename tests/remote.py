@@ -80,6 +80,7 @@ class Relay:
 
     def __init__(self, port: int, change: Callable[[bytes], bytes] = bytes, declines: bool = False) -> None:
         self.to_server = self.to_client = self.n_asked = 0
+        self._lock = threading.Lock()
         self._to, self._change, self._declines = port, change, declines
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.name = f"127.0.0.1:{self._socket.getsockname()[1]}"
@@ -102,9 +103,10 @@ class Relay:
         while header := _receive_all(client, 9):
             command, size = struct.unpack("<BQ", header)
             body = _receive_all(client, size)
-            self.to_server += len(header) + len(body)
             asks = command == GET_ALLOC_SIZE and struct.unpack_from("<I", body, OP_OFFSET)[0] == fused_attention()
-            self.n_asked += asks
+            with self._lock:
+                self.to_server += len(header) + len(body)
+                self.n_asked += asks
             if asks and self._declines:
                 client.sendall(struct.pack("<QQ", 8, 0))
             else:
@@ -115,7 +117,8 @@ class Relay:
         hello = _receive_all(server, HELLO_ANSWER)
         data = hello[:8] + self._change(hello[8:])
         while data:
-            self.to_client += len(data)
+            with self._lock:
+                self.to_client += len(data)
             client.sendall(data)
             data = _receive(server)
         _hang_up(client)

@@ -142,11 +142,15 @@ def test_what_crosses_the_network(make_llama: MakeLlama, relays: list[Relay], to
     llm = make_llama(rpc_servers=[relay.name for relay in relays])
     assert sum(relay.to_server for relay in relays) > 4 * 4_000_000
     llm.eval(tokens[:300])
-    for token in tokens[300:310]:  # the graph of single tokens is known now
-        llm.eval([token])
-    before = [(relay.to_server, relay.to_client) for relay in relays]
-    for token in tokens[310:350]:
-        llm.eval([token])
+
+    def decode(several: Tokens) -> list[tuple[int, int]]:
+        for token in several:
+            llm.eval([token])
+        assert len(llm.scores)  # waits for the last logits: eval only asks for them
+        return [(relay.to_server, relay.to_client) for relay in relays]
+
+    before = decode(tokens[300:310])  # the graph of single tokens is known now
+    decode(tokens[310:350])
     first, second = (
         ((relay.to_server - up) / 40, (relay.to_client - down) / 40)
         for relay, (up, down) in zip(relays, before, strict=True)
