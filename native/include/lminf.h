@@ -8,6 +8,10 @@
 // and to nothing else (LM-Infinite, Han et al., NAACL 2024, doi 10.18653/v1/2024.naacl-long.222).
 // Memory and time per token are bounded by n_global + n_local, the stream has no end.
 //
+// With n_recall > 0 each layer attends to n_recall further keys: those of the tokens that have left the window which its
+// queries look for most, all at distance recall_distance. They come from an archive of the last n_archive tokens of each
+// sequence, in the host's memory. docs/design.md, "Recall", has the rule.
+//
 // Two kinds of position appear below:
 //
 //   stream position   int64_t    counts from the first token of the sequence, never wraps
@@ -41,6 +45,18 @@ enum lminf_attention {
     LMINF_ATTENTION_STOCK = 2, // operations that every ggml backend has
 };
 
+// what chooses the tokens that are recalled
+enum lminf_recall_rule {
+    LMINF_RECALL_LAYER = 0, // for all queries of a micro-batch and all heads of a layer together
+    LMINF_RECALL_PAPER = 1, // LM-Infinite's code: n_recall for each query head, for the newest query of a batch alone
+};
+
+// how the archive is searched
+enum lminf_recall_index {
+    LMINF_RECALL_SKETCH = 0, // a short list by a sketch of each key, then its keys; all keys while there are few
+    LMINF_RECALL_EXACT  = 1, // all keys
+};
+
 struct lminf_params {
     int32_t n_global;     // sinks kept, 0 or more: of every sequence, and the most that one can ask for
     int32_t n_local;      // window, 1 or more
@@ -50,6 +66,16 @@ struct lminf_params {
     int32_t pos_bound;    // graph positions stay below this; 0: chosen
     int32_t attention;    // enum lminf_attention
     int32_t n_seq_max;    // sequences, a stream each; 0: as llama_context_params says
+
+    int32_t n_recall;        // tokens recalled in each layer, 0: none; with the paper's rule in each query head
+    int32_t recall_distance; // where they stand, 1 or more; 0: max_distance
+    int32_t recall_from;     // the first layer that recalls, 0 or more
+    int32_t recall_every;    // a choice serves so many decoded tokens, 1 or more
+    int32_t recall_rule;     // enum lminf_recall_rule
+    int32_t recall_index;    // enum lminf_recall_index
+    int32_t n_archive;       // tokens of each sequence that can be recalled, the newest, 1 or more
+    int32_t archive_type_k;  // enum ggml_type: F32, F16, Q8_0 or Q4_0
+    int32_t archive_type_v;
 };
 
 struct lminf_info {
@@ -63,7 +89,11 @@ struct lminf_info {
     int32_t n_rebase;       // times the graph positions were moved back
     int32_t max_graph_pos;  // largest graph position ever used by this context
     int32_t pos_bound;      // what max_graph_pos stays below
-    uint64_t kv_bytes;      // bytes of all buffers of the memory, all sequences
+    uint64_t kv_bytes;      // bytes of all buffers of the memory, all sequences; the archives come on top
+
+    int64_t  n_archived;    // tokens in the archive, those that the window still holds among them
+    int64_t  n_forgotten;   // tokens processed that are not: dropped when it was full, or lost with a state that had none
+    uint64_t archive_bytes; // of this sequence
 };
 
 // what a context's memory is made of; bytes are those of all sequences
@@ -85,7 +115,8 @@ enum lminf_support_type {
     LMINF_SUPPORT_CONSTANT = 2, // it is recurrent throughout: without a Λ cache its memory and speed are constant already
 };
 
-// n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO, n_seq_max 0
+// n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO, n_seq_max 0; n_recall 0,
+// recall_distance 0, recall_from 0, recall_every 1, recall_rule LAYER, recall_index SKETCH, n_archive 131072, archive types Q8_0
 LLAMA_API struct lminf_params lminf_default_params(void);
 
 LLAMA_API int32_t lminf_support(const struct llama_model * model);
@@ -139,6 +170,10 @@ LLAMA_API bool lminf_skip(struct llama_context * ctx, llama_seq_id seq_id, int64
 // Keeps this many sinks of an empty sequence, 0 to the context's n_global, from its first token on; in force until it is
 // empty again. A system prompt can be kept whole that way, whatever its length. A state brings its own number with it.
 LLAMA_API bool lminf_seq_set_sinks(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_global);
+
+// From the next batch on this many tokens are recalled for the sequence, 0 to the context's n_recall. A choice of the caller,
+// not a part of the stream: it is in force until it is changed.
+LLAMA_API bool lminf_seq_set_recall(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_recall);
 
 // lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
 LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
