@@ -50,8 +50,9 @@ from lminf_edge.errors import UserError
 from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
 from lminf_edge.evaluate.nll import nll_from_logits
-from lminf_edge.evaluate.passkey import MAX_ANSWER, Passkey, measure
+from lminf_edge.evaluate.passkey import MAX_ANSWER, measure
 from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.prompts import Prompts
 from lminf_edge.evaluate.reader import LambdaReader
 from lminf_edge.gguf_header import Header
 from lminf_edge.models import embedded_models
@@ -516,7 +517,7 @@ def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Res
     setup = subject.setup(window, "f16")
     policies = {}
     with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
-        task = Passkey(lambda text: tokenize(vocabulary, text), "prose", subject.prose)
+        task = Prompts(vocabulary, "prose", subject.prose)
         for name in settings["policies"]:
             cells = []
             with setup.reader(POLICIES[name], max(settings["lengths"]) + MAX_ANSWER) as reader:
@@ -531,7 +532,7 @@ def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Res
         "depths": [f"{100 * depth:g}" for depth in settings["depths"]],
     }
     command = (
-        f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt --template prose "
+        f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt --task prose "
         + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
         + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
     )

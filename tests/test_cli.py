@@ -287,8 +287,8 @@ def test_ppl_that_is_interrupted_prints_what_it_has(
 def test_passkey_reports_every_cell(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--n-global", "40", "--n-local", "80", "--lengths", "300,100", "--depths", "0,100", "--trials", "2"]
     report = run_json(capfd, "passkey", "-m", "nano", *options, "--policies", "all")
-    assert list(report) == ["template", "lengths", "depths", "trials", "window", "policies"]
-    assert (report["template"], report["lengths"], report["depths"]) == ("prose", [100, 300], [0.0, 1.0])
+    assert list(report) == ["task", "blind", "lengths", "depths", "trials", "window", "policies"]
+    assert (report["task"], report["lengths"], report["depths"]) == ("prose", [100, 300], [0.0, 1.0])
     assert report["window"] == {"n_global": 40, "n_local": 80, "max_distance": 80}
     assert list(report["policies"]) == POLICY_NAMES
     for policy in report["policies"].values():
@@ -320,14 +320,22 @@ def test_passkey_prints_and_draws(capfd: pytest.CaptureFixture[str], tmp_path: P
     assert main(["passkey", "-m", "nano", "-f", text_file, *options, "--plot", str(plot)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("right answers; in brackets")
-    assert [line.split()[0] for line in lines if "key told at" in line] == ["full", "lminf"]
+    assert [line.split()[0] for line in lines if "fact told at" in line] == ["full", "lminf"]
     assert re.fullmatch(r" +200 +\(\d+%\) +\d+% ", lines[-3])  # the first key is out of reach
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_passkey_with_the_published_prompt(capfd: pytest.CaptureFixture[str]) -> None:
-    options = ["--template", "paper", "--lengths", "200", "--depths", "50", "--trials", "1", "--policies", "lminf"]
-    assert run_json(capfd, "passkey", "-m", "nano", *options)["template"] == "paper"
+    options = ["--lengths", "200", "--depths", "50", "--trials", "1", "--policies", "lminf"]
+    for name in ("--task", "--template"):  # the old name
+        assert run_json(capfd, "passkey", "-m", "nano", name, "paper", *options)["task"] == "paper"
+
+
+def test_passkey_in_the_dark(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--lengths", "300", "--depths", "50", "--trials", "3", "--policies", "full", "--task", "prose"]
+    seen, blind = (run_json(capfd, "passkey", "-m", "nano", *options, *more) for more in ([], ["--blind"]))
+    assert (seen["blind"], seen["policies"]["full"]["correct"]) == (False, 3)
+    assert (blind["blind"], blind["policies"]["full"]["correct"]) == (True, 0)
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -591,7 +599,7 @@ USAGE = {
     "no such policy": ([*PPL, "--policies", "full,streaming"], "there is no policy 'streaming'"),
     "no policy": ([*PPL, "--policies", ""], "there is no policy ''"),
     "buckets in words": ([*PPL, "--bucket", "some"], "must be a whole number, not 'some'"),
-    "no such template": (["passkey", "-m", "nano", "--template", "mine"], "invalid choice: 'mine'"),
+    "no such task": (["passkey", "-m", "nano", "--task", "mine"], "invalid choice: 'mine'"),
     "too deep": (["passkey", "-m", "nano", "--depths", "0,101"], "must be 100 or less"),
     "no trial": (["passkey", "-m", "nano", "--trials", "0"], "must be 1 or more"),
     "doctor takes no model": (["doctor", "-m", "nano"], "unrecognized arguments"),
@@ -725,7 +733,7 @@ def test_an_unsupported_model_is_refused(
     for options in ([], ["--policies", "lminf"], ["--policies", "full,window"]):
         assert main(["ppl", "-m", model, "-f", "missing.txt", *options]) == 1
         _assert_one_sentence(capfd, reason)
-    assert main(["passkey", "-m", model, "-f", "missing.txt", "--template", "prose"]) == 1
+    assert main(["passkey", "-m", model, "-f", "missing.txt", "--task", "prose"]) == 1
     _assert_one_sentence(capfd, reason)
 
 

@@ -1,23 +1,33 @@
-"""Passkey retrieval: the prompts are what they should be, and what is remembered is what can be attended to."""
+"""Retrieval: the prompts are what they should be, and what is remembered is what can be attended to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from conftest import TEXT
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli.demo import python_documentation
 from lminf_edge.config import resolve
-from lminf_edge.evaluate.passkey import ASK, FILLER, TASK, TELL, Cell, Passkey, is_right, measure
+from lminf_edge.evaluate.passkey import Cell, measure, right_answers
 from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.prompts import Filler, Prompt, Prompts, Wanted
+from lminf_edge.evaluate.stories import STORIES
+from lminf_edge.evaluate.tasks import ASK, CUE, FILLER, TASK, TASKS, TELL
 
 N_GLOBAL, N_LOCAL = 40, 140  # a key told at the start is among the first 40 tokens
 LENGTH = 500
 
 # What the embedded model gets right, at least: 5 of 5 were measured for each key in reach, 0 of 5 for each other.
 KEPT, LOST = 4, 0
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,60 +37,177 @@ def vocabulary(nano_path: str) -> Iterator[Llama]:
     llm.close()
 
 
-def task(vocabulary: Llama, template: str = "prose", **kwargs: int) -> Passkey:
-    return Passkey(lambda text: vocabulary.tokenize(text.encode()), template, python_documentation(), **kwargs)
+@pytest.fixture
+def chatting(vocabulary: Llama, monkeypatch: pytest.MonkeyPatch) -> Llama:
+    """The same with a chat template."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    handler = Jinja2ChatFormatter(CHATML, "</s>", "<s>").to_chat_handler()
+    monkeypatch.setitem(vocabulary.metadata, "tokenizer.chat_template", CHATML)
+    monkeypatch.setattr(vocabulary, "chat_format", "ours")
+    monkeypatch.setitem(vocabulary._chat_handlers, "ours", handler)
+    return vocabulary
+
+
+def prompts(vocabulary: Llama, task: str = "prose", prose: str | None = None, **kwargs: int) -> Prompts:
+    return Prompts(vocabulary, task, python_documentation() if prose is None else prose, **kwargs)
+
+
+def text_of(vocabulary: Llama, tokens: object) -> str:
+    return vocabulary.detokenize(np.asarray(tokens).tolist()).decode().strip()
+
+
+def told(vocabulary: Llama, prompt: Prompt) -> list[str]:
+    """All that is told of what is asked for."""
+    spans = [span for wanted in prompt.wanted for fact in wanted.tellings for span in fact]
+    return [text_of(vocabulary, prompt.tokens[begin:end]) for begin, end in spans]
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_published_prompt(vocabulary: Llama) -> None:
-    prompt = task(vocabulary, "paper").prompt(400, 0.5, 0)
-    text = vocabulary.detokenize(prompt.tokens.tolist()).decode().strip()
+    prompt = prompts(vocabulary, "paper").prompt(400, 0.5, 0)
+    text = text_of(vocabulary, prompt.tokens)
     n = text.count(FILLER)
     before = round(n * 0.5)
+    key = prompt.wanted[0].accepted[0]
     assert n >= 5
-    assert text == " ".join([TASK, *[FILLER] * before, TELL.format(key=prompt.key), *[FILLER] * (n - before), ASK])
+    told = TELL.format(key=key)
+    assert text == " ".join([TASK, *[FILLER] * before, told, *[FILLER] * (n - before), ASK, CUE])
 
 
-@pytest.mark.parametrize("template", ["paper", "prose"])
+@pytest.mark.parametrize("task", ["paper", "prose"])
+def test_tokens_are_those_of_the_text(vocabulary: Llama, task: str) -> None:
+    prompt = prompts(vocabulary, task).prompt(400, 0.3, 0)
+    assert prompt.tokens.tolist() == vocabulary.tokenize(text_of(vocabulary, prompt.tokens).encode())
+
+
+@pytest.mark.parametrize("task", ["paper", "prose"])
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
-def test_a_prompt_fits_and_tells_the_key_where_it_says(vocabulary: Llama, template: str, depth: float) -> None:
+def test_a_prompt_fits_and_tells_the_key_where_it_says(vocabulary: Llama, task: str, depth: float) -> None:
     for trial in range(3):
-        prompt = task(vocabulary, template).prompt(300, depth, trial)
-        unit = len(vocabulary.tokenize(f" {FILLER}".encode())) if template == "paper" else 12
+        prompt = prompts(vocabulary, task).prompt(300, depth, trial)
+        unit = len(vocabulary.tokenize(f" {FILLER}".encode())) if task == "paper" else 12
         assert 300 - unit < len(prompt.tokens) <= 300
         assert prompt.tokens[0] == vocabulary.token_bos()
-        assert len(prompt.key) == 5
-        assert len(prompt.tellings) == 2
-        for begin, end in prompt.tellings:
-            assert vocabulary.detokenize(prompt.tokens[begin:end].tolist()).decode().strip() == prompt.key
+        key = prompt.wanted[0].accepted[0]
+        assert len(key) == 5
+        assert told(vocabulary, prompt) == [key, key]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_tells_what_it_asks_for(vocabulary: Llama, task: str) -> None:
+    maker = prompts(vocabulary, task)
+    for trial in range(12):
+        prompt = maker.prompt(900, 0.4, trial)
+        assert 600 < len(prompt.tokens) <= 900
+        for wanted in prompt.wanted:
+            tellings = [
+                text_of(vocabulary, prompt.tokens[begin:end]) for fact in wanted.tellings for begin, end in fact
+            ]
+            assert any(answer in telling for answer in wanted.accepted for telling in tellings)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_blind_prompt_tells_nothing(vocabulary: Llama, task: str) -> None:
+    for trial in range(3):
+        seen, blind = (prompts(vocabulary, task, blind=blind).prompt(900, 0.4, trial) for blind in (False, True))
+        assert [wanted.accepted for wanted in blind.wanted] == [wanted.accepted for wanted in seen.wanted]
+        for telling in told(vocabulary, seen):
+            assert telling not in text_of(vocabulary, blind.tokens) or not telling.isdecimal()
+        assert told(vocabulary, blind) == []
+        assert blind.tokens[-8:].tolist() == seen.tokens[-8:].tolist()
+
+
+def test_several_values_are_told_in_different_places(vocabulary: Llama) -> None:
+    prompt = prompts(vocabulary, "multi-value").prompt(900, 0.1, 0)
+    assert told(vocabulary, prompt) == [wanted.accepted[0] for wanted in prompt.wanted]
+    begins = [begin for wanted in prompt.wanted for fact in wanted.tellings for begin, _ in fact]
+    assert min(b - a for a, b in pairwise(begins)) > 200
+
+
+def test_a_variable_follows_from_facts_in_their_order(vocabulary: Llama) -> None:
+    prompt = prompts(vocabulary, "variables").prompt(900, 0.1, 0)
+    ((first,), (second,)) = prompt.wanted[0].tellings
+    assert first[1] < second[0] - 200
+    assert prompt.wanted[0].accepted[0] in told(vocabulary, prompt)[0]
+    assert prompt.wanted[0].accepted[0] not in told(vocabulary, prompt)[1]
+
+
+def test_a_chat_template_is_used(chatting: Llama) -> None:
+    text = text_of(chatting, prompts(chatting, "paper").prompt(400, 0.5, 0).tokens)
+    assert text.startswith(f"<|im_start|>user\n{TASK} {FILLER}")
+    assert text.endswith(f"{FILLER}\n\n{ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
+    text = text_of(chatting, prompts(chatting, "chat").prompt(2000, 0.0, 0).tokens)
+    turns = text.split("<|im_start|>")[1:]
+    assert [turn.split("\n")[0] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+    assert len(turns) > 10
+    assert "By the way" in turns[4]  # told in the third turn, however long the chat
+
+
+def test_a_template_that_only_joins_texts_is_none(vocabulary: Llama) -> None:
+    assert text_of(vocabulary, prompts(vocabulary).prompt(100, 0.5, 0).tokens).endswith(f" {ASK} {CUE}")
+    turns = text_of(vocabulary, prompts(vocabulary, "chat").prompt(400, 0.5, 0).tokens).splitlines()
+    assert [turn.split(" ")[0] for turn in turns] == ["User:", "Assistant:"] * (len(turns) // 2)
 
 
 def test_prompts_depend_on_their_arguments_alone(vocabulary: Llama) -> None:
-    maker = task(vocabulary)
+    maker = prompts(vocabulary)
     first = maker.prompt(200, 0.5, 0)
-    assert task(vocabulary).prompt(200, 0.5, 0).tokens.tolist() == first.tokens.tolist()
-    others = [maker.prompt(200, 0.5, 1), maker.prompt(200, 0.25, 0), task(vocabulary, seed=1).prompt(200, 0.5, 0)]
-    assert len({first.key, *(other.key for other in others)}) == 4
+    assert prompts(vocabulary).prompt(200, 0.5, 0).tokens.tolist() == first.tokens.tolist()
+    others = [maker.prompt(200, 0.5, 1), maker.prompt(200, 0.25, 0), prompts(vocabulary, seed=1).prompt(200, 0.5, 0)]
+    assert len({prompt.wanted[0].accepted for prompt in (first, *others)}) == 4
 
 
 def test_too_short_a_prompt(vocabulary: Llama) -> None:
     with pytest.raises(ValueError, match="A prompt of 20 tokens is too short: without filler it has"):
-        task(vocabulary).prompt(20, 0.5, 0)
+        prompts(vocabulary).prompt(20, 0.5, 0)
 
 
 def test_a_text_shorter_than_the_prompt_comes_round(vocabulary: Llama) -> None:
-    maker = Passkey(lambda text: vocabulary.tokenize(text.encode()), "prose", TEXT)
+    maker = prompts(vocabulary, prose=TEXT)
     assert 480 < len(maker.prompt(500, 0.5, 0).tokens) <= 500
+    assert text_of(vocabulary, maker.prompt(2000, 0.5, 0).tokens).count("before the sun came over the hills") > 5
+
+
+def test_filler_by_units() -> None:
+    units = [np.arange(n, dtype=np.int32) + 10 * n for n in (3, 1, 2)]
+    filler = Filler(units)
+    endless = np.concatenate(units * 9)
+    starts = np.cumsum([0, *[3, 1, 2] * 9])
+    for first in range(3):
+        for n in range(20):
+            taken = filler.take(first, n)
+            assert taken.tolist() == endless[starts[first] : starts[first + n]].tolist()
+            assert filler.most(first, len(taken)) == n
+        assert filler.most(first, 2) == {0: 0, 1: 1, 2: 1}[first]
+
+
+def test_stories_hold_their_answers() -> None:
+    for story in STORIES:
+        for question in story.questions:
+            assert right_answers(story.text, (Wanted(question.accepted, ()),)) == [True]
+            assert right_answers(f"{question.ask} {question.cue}", (Wanted(question.accepted, ()),)) == [False]
 
 
 @pytest.mark.parametrize(
     ("answer", "right"),
-    [(" 12345.", True), ("12345", True), (" 123456.", False), (" 1234.", False), ("", False), (" no 12345", True)],
-)
+    [(" 12345.", True), ("12345", True), (" 123456.", False), (" 1234.", False), ("", False), (" no 12345", True),
+     (" 54321, no, 12345", False)],
+)  # fmt: skip
 def test_an_answer_is_its_first_number(answer: str, right: bool) -> None:
-    assert is_right(answer, "12345") is right
+    assert right_answers(answer, [Wanted(("12345",), ())]) == [right]
+
+
+def test_of_several_numbers_each_counts() -> None:
+    wanted = [Wanted((key,), ()) for key in ("12345", "54321", "11111")]
+    assert right_answers("54321, 99999 and 12345", wanted) == [True, True, False]
+
+
+@pytest.mark.parametrize(("answer", "right"), [("a Goat.", True), ("goats", False), ("four days", True), ("", False)])
+def test_a_word_is_a_whole_one(answer: str, right: bool) -> None:
+    assert right_answers(answer, [Wanted(("goat", "four days"), ())]) == [right]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -90,11 +217,11 @@ def cells(nano_path: str, vocabulary: Llama, policy: str, depths: list[float], l
     window = resolve(LMInfConfig(n_global=N_GLOBAL, n_local=N_LOCAL), None, 512)
     llm = Llama(nano_path, verbose=False, **POLICIES[policy].arguments(window, length + 16, 512, False))
     reader = POLICIES[policy].reader(llm, window)
-    maker = task(vocabulary)
+    maker = prompts(vocabulary)
     result = []
     for depth in depths:
-        prompts = [maker.prompt(length, depth, trial) for trial in range(5)]
-        result.append(measure(reader, prompts, vocabulary.detokenize, length, depth))
+        asked = [maker.prompt(length, depth, trial) for trial in range(5)]
+        result.append(measure(reader, asked, vocabulary.detokenize, length, depth))
     llm.close()
     return result
 

@@ -1,17 +1,18 @@
-"""Hides a five-digit number in a long text and asks for it at the end: by length of the text and place of the number.
+"""Hides a fact in a long text and asks for it at the end: by length of the text and place of the fact.
 
-An answer is right if the first number in it is the key; decoding is greedy. A key "in reach"
-is one that can still be attended to until the answer ends: in the window, or among the first n_global tokens. Nothing
-else is remembered: a key that has left the window is lost.
+The fact is a five-digit number, or what --task says. Models with a chat template are asked by it. Decoding is greedy;
+the first number of an answer has to be the right one, and a word has to occur in it. A fact "in reach" is one that can
+still be attended to until the answer ends: in the window, or among the first n_global tokens. With --blind nothing is
+told: what is right then was guessed.
 
 Ctrl-C ends the measurement and prints the results so far.
 
 --json prints
-  template, lengths, depths, trials (per cell)
+  task, blind, lengths, depths, trials (prompts per cell)
   window     {"n_global", "n_local", "max_distance"}
   policies   {"lminf": {"trials", "correct", "accuracy", "cells"}, ...}, where cells are
-             [{"length", "depth" (0..1), "trials", "correct", "accuracy", "in_reach" (share of the trials),
-             "correct_in_reach" (how many of those were right)}, ...]
+             [{"length", "depth" (0..1), "trials" (answers: a prompt may ask for several), "correct", "accuracy",
+             "in_reach" (share of the trials), "correct_in_reach" (how many of those were right)}, ...]
 """
 
 from __future__ import annotations
@@ -35,20 +36,26 @@ from lminf_edge.cli.common import (
     number,
     print_json,
     read_text,
-    tokenize,
+    require_vocabulary,
     whole_number,
 )
 from lminf_edge.cli.demo import python_documentation
-from lminf_edge.cli.policies import EPILOG, policies, set_up
+from lminf_edge.cli.policies import EPILOG as POLICIES_EPILOG
+from lminf_edge.cli.policies import policies, set_up
 from lminf_edge.cli.ppl import INTERRUPTED
 from lminf_edge.cli.progress import Progress
 from lminf_edge.config import Window
-from lminf_edge.evaluate.passkey import MAX_ANSWER, TEMPLATES, Cell, Passkey, measure
+from lminf_edge.evaluate.passkey import MAX_ANSWER, Cell, measure
 from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.prompts import Prompts
+from lminf_edge.evaluate.tasks import TASKS
 from lminf_edge.models import embedded_models
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
+EPILOG = (
+    "tasks:\n" + "\n".join(f"  {name:<15} {task.summary}" for name, task in TASKS.items()) + f"\n\n{POLICIES_EPILOG}"
+)
 HELP = "what the model can retrieve from a long text"
 
 
@@ -72,23 +79,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P,...",
         type=_depths,
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="where the key is told, in percent of the text before it; default 0,25,50,75,100",
+        help="where the fact is told, in percent of the text before it; default 0,25,50,75,100",
     )
     parser.add_argument("--trials", metavar="N", type=whole_number(1), default=5, help="for each of them; default 5")
     parser.add_argument(
+        "--task",
         "--template",
-        choices=TEMPLATES,
-        help="; ".join(f"{name}: {summary}" for name, summary in TEMPLATES.items())
-        + "; default: prose for an embedded model, else paper",
+        choices=TASKS,
+        metavar="T",
+        help="what is hidden, of the tasks below; default: prose for an embedded model, else paper",
     )
+    parser.add_argument("--blind", action="store_true", help="do not tell the fact, to see how much is guessed")
     parser.add_argument(
         "-f",
         "--file",
         metavar="FILE",
         type=expand_home,
-        help="UTF-8 text for prose, - for stdin; default: Python's documentation",
+        help="UTF-8 text around the fact, - for stdin; default: Python's documentation; not with the task paper",
     )
-    parser.add_argument("--seed", metavar="N", type=whole_number(0), default=0, help="of keys and places; default 0")
+    parser.add_argument("--seed", metavar="N", type=whole_number(0), default=0, help="of facts and places; default 0")
     parser.add_argument("--plot", metavar="FILE", type=file_path, help="draw heat maps: .png, .svg or .pdf")
     add_window(parser)
     add_compute(parser, stock=False)
@@ -114,17 +123,18 @@ def run(args: argparse.Namespace) -> int:
     setup = set_up(args)
     lengths = args.lengths or [setup.window.size * factor // 2 for factor in (1, 2, 4, 8)]
     setup.check(args.policies, max(lengths) + MAX_ANSWER)
-    template = args.template or ("prose" if args.model in embedded_models() else "paper")
-    prose = "" if template == "paper" else read_text(args.file) if args.file else python_documentation()
-    if template == "prose" and not prose.split():
+    task = args.task or ("prose" if args.model in embedded_models() else "paper")
+    prose = "" if task == "paper" else read_text(args.file) if args.file else python_documentation()
+    if task != "paper" and not prose.split():
         raise CommandError(f"{args.file} has no words in it.")
 
     cells: dict[str, list[Cell]] = {}
     status = 0
     with contextlib.closing(load(path, vocab_only=True)) as vocabulary:
-        task = Passkey(lambda text: tokenize(vocabulary, text), template, prose, args.seed)
+        require_vocabulary(vocabulary)
+        made = Prompts(vocabulary, task, prose, args.seed, args.blind)
         for length in lengths:
-            task.prompt(length, 0.0, 0)  # says whether it is too short
+            made.prompt(length, 0.0, 0)  # says whether it is too short
         try:
             with Progress("cells") as progress:
                 progress.expect(len(args.policies) * len(lengths) * len(args.depths))
@@ -134,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
                     with setup.reader(policy, max(lengths) + MAX_ANSWER) as reader:
                         for length in lengths:
                             for depth in args.depths:
-                                prompts = [task.prompt(length, depth, trial) for trial in range(args.trials)]
+                                prompts = [made.prompt(length, depth, trial) for trial in range(args.trials)]
                                 cells[policy.name].append(
                                     measure(reader, prompts, vocabulary.detokenize, length, depth)
                                 )
@@ -148,7 +158,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(
             {
-                "template": template,
+                "task": task,
+                "blind": args.blind,
                 "lengths": lengths,
                 "depths": args.depths,
                 "trials": args.trials,
@@ -162,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         from lminf_edge.evaluate.plots import plot_passkey
 
         window = f"window {setup.window.n_global} + {setup.window.n_local}"
-        plot_passkey(args.plot, cells, f"Passkey retrieval, {Path(args.model).stem}, {window}")
+        plot_passkey(args.plot, cells, f"{task.capitalize()}, {Path(args.model).stem}, {window}")
     return status
 
 
@@ -195,11 +206,9 @@ def policy_report(cells: Sequence[Cell]) -> dict[str, Any]:
 def _print_tables(
     cells: dict[str, list[Cell]], lengths: Sequence[int], depths: Sequence[float], window: Window
 ) -> None:
-    print(
-        f"right answers; in brackets where most keys were out of reach of {window.n_global} + {window.n_local} tokens\n"
-    )
+    print(f"right answers; in brackets where most were out of reach of {window.n_global} + {window.n_local} tokens\n")
     for name, measured in cells.items():
-        print(f"{name:<15} {'key told at'}")
+        print(f"{name:<15} {'fact told at'}")
         print(f"{'tokens':>15} " + " ".join(f"{depth:>7.0%}" for depth in depths))
         for length in lengths:
             row = [cell for cell in measured if cell.length == length]
@@ -207,7 +216,7 @@ def _print_tables(
         reachable, found = sum(cell.reachable for cell in measured), sum(cell.found for cell in measured)
         n_lost = sum(cell.trials for cell in measured) - reachable
         n_luck = sum(cell.correct for cell in measured) - found
-        shares = [("keys in reach", found, reachable), ("out of reach", n_luck, n_lost)]
+        shares = [("facts in reach", found, reachable), ("out of reach", n_luck, n_lost)]
         print(f"{'':15} {', '.join(f'{label}: {right} of {all_}' for label, right, all_ in shares if all_)}\n")
 
 

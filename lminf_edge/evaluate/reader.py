@@ -40,6 +40,10 @@ class Reader(abc.ABC):
     def sees(self, position: int) -> bool:
         """Whether the next token to be read can attend to the one at this position."""
 
+    def is_end(self, token: int) -> bool:
+        """Whether this token ends a text."""
+        return bool(bindings.llama_vocab_is_eog(self.llm._model.vocab, token))
+
     def clear(self) -> None:
         """Starts a new stream."""
         self._clear()
