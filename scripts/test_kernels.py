@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds and runs the tests of the fused attention and of recall's scans, on everything that is here or can be imitated.
+"""Builds and runs the tests of the fused attention and of recall's scans, on everything that is here or has a stand-in.
 
     test_kernels.py [--require] [NAME]...
 
