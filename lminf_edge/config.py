@@ -14,6 +14,11 @@ SinkMode = Literal["ceiling", "order", "true"]
 SINK_MODES: tuple[SinkMode, ...] = ("ceiling", "order", "true")  # their index is enum lminf_sink_mode
 Attention = Literal["auto", "fused", "stock"]
 ATTENTIONS: tuple[Attention, ...] = ("auto", "fused", "stock")  # their index is enum lminf_attention
+RecallRule = Literal["layer", "paper"]
+RECALL_RULES: tuple[RecallRule, ...] = ("layer", "paper")  # their index is enum lminf_recall_rule
+RecallIndex = Literal["sketch", "exact"]
+RECALL_INDEXES: tuple[RecallIndex, ...] = ("sketch", "exact")  # their index is enum lminf_recall_index
+ArchiveType = Literal["f32", "f16", "q8_0", "q4_0"]
 
 Prefill = Literal["full", "tail"]
 PREFILLS: tuple[Prefill, ...] = ("full", "tail")
@@ -36,6 +41,10 @@ KV_TYPES: dict[int, tuple[str, int, int]] = {
 }
 KV_TYPE_DEFAULT = 1
 
+ARCHIVE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
+DEFAULT_ARCHIVE = 131072
+MAX_RECALL = 4096
+
 
 @dataclass(frozen=True)
 class LMInfConfig:
@@ -56,6 +65,17 @@ class LMInfConfig:
     prefill        "full": all of a prompt that is not cached is processed; "tail": if that exceeds n_tail windows by
                    a window or more, only its sinks and its last n_tail windows are
     n_tail         windows that prefill "tail" processes, 1 or more
+    n_recall       tokens that have left the window and are attended to again, in each layer those its queries look for
+                   most; 0: none. See docs/design.md, "Recall"
+    recall_distance  where they stand for a query, in tokens; None: max_distance
+    recall_from    the first layer that recalls
+    recall_every   decoded tokens that a choice serves, 1 or more
+    recall_rule    "layer": one choice for all queries of a micro-batch and all heads; "paper": LM-Infinite's code, n_recall
+                   tokens for each query head, for the newest query of a batch alone (for comparison)
+    recall_index   "sketch": 16 numbers of 4 bits for each key make a short list, whose keys are then looked at; "exact": all
+                   keys are
+    n_archive      tokens of a stream that can be recalled, the newest
+    archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
     attention      "fused": one operation for sinks and window, on CPU, CUDA and Metal; "stock": operations that every
                    ggml backend has, slower; "auto": fused if possible. The results differ only in rounding.
 
@@ -72,6 +92,15 @@ class LMInfConfig:
     attention: Attention = "auto"
     prefill: Prefill = "full"
     n_tail: int = 2
+    n_recall: int = 0
+    recall_distance: int | None = None
+    recall_from: int = 0
+    recall_every: int = 1
+    recall_rule: RecallRule = "layer"
+    recall_index: RecallIndex = "sketch"
+    n_archive: int = DEFAULT_ARCHIVE
+    archive_type_k: ArchiveType = "q8_0"
+    archive_type_v: ArchiveType = "q8_0"
 
     def __post_init__(self) -> None:
         _check("n_global", self.n_global, 0)
@@ -87,6 +116,23 @@ class LMInfConfig:
             raise UserError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
         if self.attention not in ATTENTIONS:
             raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}.")
+        _check("n_recall", self.n_recall, 0)
+        if self.n_recall > MAX_RECALL:
+            raise UserError(f"n_recall must be at most {MAX_RECALL}, not {self.n_recall}.")
+        _check("recall_distance", self.recall_distance, 1)
+        _check("recall_from", self.recall_from, 0)
+        _check("recall_every", self.recall_every, 1)
+        _check("n_archive", self.n_archive, 1)
+        for name, values in (
+            ("recall_rule", RECALL_RULES),
+            ("recall_index", RECALL_INDEXES),
+            ("archive_type_k", tuple(ARCHIVE_TYPES)),
+            ("archive_type_v", tuple(ARCHIVE_TYPES)),
+        ):
+            if getattr(self, name) not in values:
+                raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
+        if self.n_recall and self.sink_mode != "ceiling":
+            raise UserError(f"Recall needs sink_mode='ceiling', not {self.sink_mode!r}.")
 
 
 @dataclass(frozen=True)
@@ -100,6 +146,15 @@ class Window:
     sink_mode: SinkMode
     pos_bound: int
     attention: Attention
+    n_recall: int = 0
+    recall_distance: int = 0
+    recall_from: int = 0
+    recall_every: int = 1
+    recall_rule: RecallRule = "layer"
+    recall_index: RecallIndex = "sketch"
+    n_archive: int = DEFAULT_ARCHIVE
+    archive_type_k: ArchiveType = "q8_0"
+    archive_type_v: ArchiveType = "q8_0"
 
     @property
     def size(self) -> int:
@@ -163,6 +218,9 @@ class StreamInfo:
     checkpoint_bytes: int  # bytes of the automatic checkpoints
     attention: Attention | None  # "fused" or "stock"; None: there is none, the model is purely recurrent
     parts: Parts
+    archived: int = 0  # tokens that can be recalled once they have left the window
+    forgotten: int = 0  # tokens processed that cannot: dropped from a full archive, or lost with a state without one
+    archive_bytes: int = 0
 
 
 def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
@@ -196,6 +254,15 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         sink_mode=config.sink_mode,
         pos_bound=config.pos_bound,
         attention=config.attention,
+        n_recall=config.n_recall,
+        recall_distance=config.recall_distance or 0,
+        recall_from=config.recall_from,
+        recall_every=config.recall_every,
+        recall_rule=config.recall_rule,
+        recall_index=config.recall_index,
+        n_archive=config.n_archive,
+        archive_type_k=config.archive_type_k,
+        archive_type_v=config.archive_type_v,
     )
     return window
 

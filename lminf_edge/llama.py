@@ -273,6 +273,9 @@ class Llama(RemoteLlama):
             checkpoint_bytes=self.scheduler.store.state_bytes + conversation.state_bytes,
             attention=slot.sequence.attention,
             parts=self.scheduler.model.parts,
+            archived=info.n_archived,
+            forgotten=info.n_forgotten,
+            archive_bytes=info.archive_bytes,
         )
 
     def checkpoint(self) -> Checkpoint:

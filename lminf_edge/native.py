@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_edge import startup
-from lminf_edge.config import ATTENTIONS, SINK_MODES, Parts, Window
+from lminf_edge.config import ARCHIVE_TYPES, ATTENTIONS, RECALL_INDEXES, RECALL_RULES, SINK_MODES, Parts, Window
 from lminf_edge.errors import UserError
 from lminf_edge.startup import LIBRARY_NAMES as LIBRARY_NAMES
 
@@ -34,6 +34,15 @@ class Params(ctypes.Structure):
         ("pos_bound", ctypes.c_int32),
         ("attention", ctypes.c_int32),
         ("n_seq_max", ctypes.c_int32),
+        ("n_recall", ctypes.c_int32),
+        ("recall_distance", ctypes.c_int32),
+        ("recall_from", ctypes.c_int32),
+        ("recall_every", ctypes.c_int32),
+        ("recall_rule", ctypes.c_int32),
+        ("recall_index", ctypes.c_int32),
+        ("n_archive", ctypes.c_int32),
+        ("archive_type_k", ctypes.c_int32),
+        ("archive_type_v", ctypes.c_int32),
     )
     n_global: int
     n_local: int
@@ -43,6 +52,15 @@ class Params(ctypes.Structure):
     pos_bound: int
     attention: int
     n_seq_max: int
+    n_recall: int
+    recall_distance: int
+    recall_from: int
+    recall_every: int
+    recall_rule: int
+    recall_index: int
+    n_archive: int
+    archive_type_k: int
+    archive_type_v: int
 
     @classmethod
     def of(cls, window: Window, n_seq_max: int) -> Params:
@@ -55,6 +73,15 @@ class Params(ctypes.Structure):
             pos_bound=window.pos_bound,
             attention=ATTENTIONS.index(window.attention),
             n_seq_max=n_seq_max,
+            n_recall=window.n_recall,
+            recall_distance=window.recall_distance,
+            recall_from=window.recall_from,
+            recall_every=window.recall_every,
+            recall_rule=RECALL_RULES.index(window.recall_rule),
+            recall_index=RECALL_INDEXES.index(window.recall_index),
+            n_archive=window.n_archive,
+            archive_type_k=ARCHIVE_TYPES[window.archive_type_k],
+            archive_type_v=ARCHIVE_TYPES[window.archive_type_v],
         )
 
 
@@ -73,6 +100,9 @@ class Info(ctypes.Structure):
         ("max_graph_pos", ctypes.c_int32),
         ("pos_bound", ctypes.c_int32),
         ("kv_bytes", ctypes.c_uint64),
+        ("n_archived", ctypes.c_int64),
+        ("n_forgotten", ctypes.c_int64),
+        ("archive_bytes", ctypes.c_uint64),
     )
     stream_pos: int
     n_evicted: int
@@ -85,6 +115,9 @@ class Info(ctypes.Structure):
     max_graph_pos: int
     pos_bound: int
     kv_bytes: int
+    n_archived: int
+    n_forgotten: int
+    archive_bytes: int
 
 
 class NativeParts(ctypes.Structure):
@@ -154,6 +187,7 @@ class Native:
         self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
         self._skip = declare("lminf_skip", boolean, pointer, int32, int64)
         self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
+        self._seq_set_recall = declare("lminf_seq_set_recall", boolean, pointer, int32, int32)
         self._grammar_overran = declare("lminf_grammar_overran", boolean)
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
 
@@ -234,6 +268,10 @@ class Native:
     def set_sinks(self, ctx: Any, n_global: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence keep this many sinks; False if that is more than the context has room for."""
         return bool(self._seq_set_sinks(ctx, seq_id, n_global))
+
+    def set_recall(self, ctx: Any, n_recall: int, seq_id: int = 0) -> bool:
+        """Recalls this many tokens for a sequence from now on; False if that is more than the context's n_recall."""
+        return bool(self._seq_set_recall(ctx, seq_id, n_recall))
 
     def grammar_overran(self) -> bool:
         """Whether this thread's last call into a grammar was aborted because it took too much work."""

@@ -15,7 +15,7 @@ from reference.transformer import nll_from_logits
 from lminf_edge import native
 from lminf_edge.config import ATTENTIONS as ATTENTIONS
 from lminf_edge.config import SINK_MODES
-from lminf_edge.native import Info, Params
+from lminf_edge.native import Info
 
 SILENT = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
 
@@ -31,7 +31,10 @@ def last_error() -> str:
 
 
 class NativeContext:
-    """n_local None: llama.cpp's own cache of n_ctx cells, as a model that is recurrent throughout has it anyway."""
+    """n_local None: llama.cpp's own cache of n_ctx cells, as a model that is recurrent throughout has it anyway.
+
+    recall: fields of struct lminf_params that are not those above.
+    """
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class NativeContext:
         flash_attn: bool = False,
         n_threads: int = 1,
         n_rs_seq: int = 0,
+        **recall: int,
     ) -> None:
         llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
         self.context = self.model = None
@@ -72,7 +76,11 @@ class NativeContext:
         params.flash_attn_type = int(flash_attn)  # enum llama_flash_attn_type
         if n_local is not None:
             sink_mode, kind = SINK_MODES.index(mode), ATTENTIONS.index(attention)
-            lminf = Params(n_global, n_local, max_distance, n_slack, sink_mode, pos_bound, kind)
+            lminf = native.load().default_params()
+            lminf.n_global, lminf.n_local, lminf.max_distance, lminf.n_slack = n_global, n_local, max_distance, n_slack
+            lminf.sink_mode, lminf.pos_bound, lminf.attention = sink_mode, pos_bound, kind
+            for name, value in recall.items():
+                setattr(lminf, name, value)
             if not _lib.lminf_set_next(ctypes.byref(lminf)):
                 raise ValueError(last_error())
         self.context = llama_cpp.llama_init_from_model(self.model, params)
@@ -147,6 +155,9 @@ class NativeContext:
 
     def seq_start(self, stream_pos: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_start(self.context, seq_id, stream_pos))
+
+    def set_recall(self, n_recall: int, seq_id: int = 0) -> bool:
+        return bool(_lib.lminf_seq_set_recall(self.context, seq_id, n_recall))
 
     def set_sinks(self, n_global: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_set_sinks(self.context, seq_id, n_global))

@@ -7,7 +7,7 @@
 // the client's half
 static bool lminf_rpc_supports_op(ggml_backend_dev_t dev, const ggml_tensor * op) {
     if (op->op != GGML_OP_LMINF_ATTN) {
-        return true;
+        return op->op != GGML_OP_CUSTOM; // a function of this process: recall
     }
     const auto * ctx = (const ggml_backend_rpc_device_context *) dev->context;
 

@@ -26,7 +26,7 @@ lminf_cparams lminf_take_next() {
 uint32_t lminf_n_ctx_rope(const llama_cparams & cparams) {
     const auto & lminf = cparams.lminf;
 
-    return lminf.enabled ? std::max(lminf.n_local, lminf.max_distance) : cparams.n_ctx_seq;
+    return lminf.enabled ? std::max({ lminf.n_local, lminf.max_distance, lminf.recall_distance }) : cparams.n_ctx_seq;
 }
 
 lminf_memory * lminf_get_memory(const llama_context * lctx) {
@@ -66,6 +66,43 @@ void lminf_batch_failed(llama_context & lctx) {
     }
 }
 
+constexpr int32_t max_recall = 4096;
+
+static bool is_archive_type(int32_t type) {
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+}
+
+static const char * check_recall(const lminf_params & params) {
+    if (params.sink_mode != LMINF_SINK_CEILING) {
+        return "n_recall needs the sink_mode CEILING: what is recalled stands at a distance of its own";
+    }
+    if (params.recall_distance < 0) {
+        return "recall_distance must be 1 or more, or 0 for max_distance";
+    }
+    if (params.recall_from < 0) {
+        return "recall_from must be 0 or more";
+    }
+    if (params.recall_every < 1) {
+        return "recall_every must be 1 or more";
+    }
+    if (params.recall_rule < LMINF_RECALL_LAYER || params.recall_rule > LMINF_RECALL_PAPER) {
+        return "recall_rule must be one of enum lminf_recall_rule";
+    }
+    if (params.recall_index < LMINF_RECALL_SKETCH || params.recall_index > LMINF_RECALL_EXACT) {
+        return "recall_index must be one of enum lminf_recall_index";
+    }
+    if (params.recall_rule == LMINF_RECALL_PAPER && params.attention == LMINF_ATTENTION_FUSED) {
+        return "the paper's recall needs the stock attention: its heads attend to different tokens";
+    }
+    if (params.n_archive < 1) {
+        return "n_archive must be 1 or more";
+    }
+    if (!is_archive_type(params.archive_type_k) || !is_archive_type(params.archive_type_v)) {
+        return "an archive's types are f32, f16, q8_0 or q4_0";
+    }
+    return nullptr;
+}
+
 // NULL if the parameters make sense
 static const char * check_params(const lminf_params & params) {
     if (params.n_global < 0) {
@@ -92,6 +129,12 @@ static const char * check_params(const lminf_params & params) {
     if (params.n_seq_max < 0 || (size_t) params.n_seq_max > llama_max_parallel_sequences()) {
         return "n_seq_max must be 0 or more, and no more than llama_max_parallel_sequences()";
     }
+    if (params.n_recall < 0 || params.n_recall > max_recall) {
+        return "n_recall must be 0 to 4096";
+    }
+    if (params.n_recall > 0) {
+        return check_recall(params);
+    }
     return nullptr;
 }
 
@@ -109,6 +152,16 @@ lminf_params lminf_default_params() {
         /*.pos_bound    =*/ 0,
         /*.attention    =*/ LMINF_ATTENTION_AUTO,
         /*.n_seq_max    =*/ 0,
+
+        /*.n_recall        =*/ 0,
+        /*.recall_distance =*/ 0,
+        /*.recall_from     =*/ 0,
+        /*.recall_every    =*/ 1,
+        /*.recall_rule     =*/ LMINF_RECALL_LAYER,
+        /*.recall_index    =*/ LMINF_RECALL_SKETCH,
+        /*.n_archive       =*/ 131072,
+        /*.archive_type_k  =*/ GGML_TYPE_Q8_0,
+        /*.archive_type_v  =*/ GGML_TYPE_Q8_0,
     };
 }
 
@@ -133,6 +186,20 @@ bool lminf_set_next(const lminf_params * params) {
     next_params.sink_mode    = (lminf_sink_mode) params->sink_mode;
     next_params.attention    = (lminf_attention) params->attention;
     next_params.n_seq_max    = params->n_seq_max;
+
+    next_params.recall_distance = next_params.max_distance;
+    if (params->n_recall == 0) {
+        return true;
+    }
+    next_params.n_recall        = params->n_recall;
+    next_params.recall_distance = params->recall_distance > 0 ? params->recall_distance : next_params.max_distance;
+    next_params.recall_from     = params->recall_from;
+    next_params.recall_every    = params->recall_every;
+    next_params.recall_rule     = (lminf_recall_rule)  params->recall_rule;
+    next_params.recall_index    = (lminf_recall_index) params->recall_index;
+    next_params.n_archive       = params->n_archive;
+    next_params.archive_type_k  = (ggml_type) params->archive_type_k;
+    next_params.archive_type_v  = (ggml_type) params->archive_type_v;
 
     return true;
 }
@@ -175,6 +242,7 @@ bool lminf_get_params(const llama_context * ctx, lminf_params * params) {
     *params = {
         p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound, p.attention,
         (int32_t) llama_n_seq_max(ctx),
+        p.n_recall, p.recall_distance, p.recall_from, p.recall_every, p.recall_rule, p.recall_index, p.n_archive, p.archive_type_k, p.archive_type_v,
     };
 
     return true;
@@ -253,6 +321,12 @@ bool lminf_seq_set_sinks(llama_context * ctx, llama_seq_id seq_id, int32_t n_glo
     auto * mem = get_memory(ctx, seq_id);
 
     return mem && mem->seq_set_sinks(seq_id, n_global);
+}
+
+bool lminf_seq_set_recall(llama_context * ctx, llama_seq_id seq_id, int32_t n_recall) {
+    auto * mem = get_memory(ctx, seq_id);
+
+    return mem && mem->seq_set_recall(seq_id, n_recall);
 }
 
 bool lminf_seq_start(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos) {

@@ -100,16 +100,33 @@ lminf_graph_input::lminf_graph_input(const llm_graph_context & graph) :
 
     q_shift   = as_input("lminf_q_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
     k_shift   = as_input("lminf_k_shift",   ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
+    if (mctx->get_memory().get_recall()) {
+        k_plain_shift = as_input("lminf_k_plain_shift", ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
+    }
     sink_rows = as_input("lminf_sink_rows", ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens));
 
     // f32 even with flash attention on: an f16 ALiBi distance is only exact to 2048
     const auto new_mask = [&](const char * name, int64_t n_rows) {
         return as_input(name, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_rows, n_tokens/n_stream, 1, n_stream));
     };
-    mask = new_mask("lminf_mask", n_sink_rows + mctx->get_n_kv());
+    mask = new_mask("lminf_mask", mctx->get_memory().get_n_recall_rows() + n_sink_rows + mctx->get_n_kv());
     if (sliding) {
         mask_sliding = new_mask("lminf_mask_sliding", sliding->get_n_kv());
     }
+    if (auto * mem_recall = mctx->get_memory().get_recall()) {
+        recall = std::make_unique<lminf_recall_batch>(*mem_recall, n_stream);
+    }
+}
+
+ggml_tensor * lminf_graph_input::get_head_mask(const llm_graph_context & graph, int64_t n_head, int64_t n_head_kv) {
+    ggml_tensor *& res = head_masks[{ n_head, n_head_kv }];
+    if (!res) {
+        const int64_t n_stream = mctx->get_ns();
+        const int64_t n_rows   = mctx->get_memory().get_n_recall_rows();
+
+        res = as_input("lminf_head_mask", ggml_new_tensor_4d(graph.ctx0, GGML_TYPE_F32, n_rows + mctx->get_n_sink_rows(), graph.ubatch.n_tokens/n_stream, n_head, n_stream));
+    }
+    return res;
 }
 
 bool lminf_graph_input::can_reuse(const llm_graph_params & params) {
@@ -120,7 +137,7 @@ bool lminf_graph_input::can_reuse(const llm_graph_params & params) {
     return
         stores_sinks   == mctx->get_stores_sinks() &&
         q_shift->ne[0] == params.ubatch.n_tokens &&
-        mask->ne[0]    == mctx->get_n_sink_rows() + mctx->get_n_kv() &&
+        mask->ne[0]    == mctx->get_memory().get_n_recall_rows() + mctx->get_n_sink_rows() + mctx->get_n_kv() &&
         mask->ne[3]    == mctx->get_ns() &&
         (!mask_sliding || mask_sliding->ne[0] == ctxs.sliding->get_n_kv());
 }
@@ -129,9 +146,23 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     const auto & mem    = mctx->get_memory();
     const auto & params = mem.get_params();
 
-    const int64_t n_tokens    = ubatch->n_tokens;
-    const int64_t n_sink_rows = mctx->get_n_sink_rows();
-    const int64_t n_kv        = mask->ne[0] - n_sink_rows;
+    const int64_t n_tokens      = ubatch->n_tokens;
+    const int64_t n_stream      = mask->ne[3];
+    const int64_t n_sink_rows   = mctx->get_n_sink_rows();
+    const int64_t n_recall_rows = mem.get_n_recall_rows();
+    const int64_t n_kv          = mask->ne[0] - n_sink_rows - n_recall_rows;
+
+    if (recall) {
+        mem.wait(); // for the graph before, which works on the same
+
+        for (int64_t s = 0; s < n_stream; ++s) {
+            const int64_t      i0     = s*n_tokens/n_stream;
+            const llama_seq_id seq_id = ubatch->seq_id[i0][0];
+            const auto       & stream = mem.get_stream(seq_id);
+
+            recall->set_seq(s, seq_id, stream.index(ubatch->pos[i0]), n_tokens/n_stream, stream.n_global, mctx->is_last());
+        }
+    }
 
     // a graph without sinks, without RoPE or without one kind of layers leaves some inputs unallocated
     const auto host_data = [](ggml_tensor * t) {
@@ -144,6 +175,24 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     int64_t * data_sink_rows = (int64_t *) host_data(sink_rows);
     float   * data_mask      = (float   *) host_data(mask);
     float   * data_sliding   = mask_sliding ? (float *) host_data(mask_sliding) : nullptr;
+    int32_t * data_k_plain   = k_plain_shift ? (int32_t *) host_data(k_plain_shift) : nullptr;
+
+    const bool is_paper = recall && params.recall_rule == LMINF_RECALL_PAPER;
+
+    for (const auto & [heads, t] : head_masks) {
+        auto * data = (float *) host_data(t);
+
+        const int64_t n_group = heads.first/heads.second;
+        for (int64_t i = 0; data && i < ggml_nelements(t); ++i) {
+            const int64_t r = i % t->ne[0];
+            const int64_t q = i/t->ne[0] % t->ne[1];
+            const int64_t h = i/t->ne[0]/t->ne[1] % t->ne[2];
+
+            const bool is_newest = q == t->ne[1] - 1;
+
+            data[i] = r >= n_recall_rows || (is_newest && r/params.n_recall == h % n_group) ? 0.0f : -INFINITY;
+        }
+    }
 
     for (int64_t i = 0; i < n_tokens; ++i) {
         const llama_seq_id seq_id = ubatch->seq_id[i][0];
@@ -163,9 +212,9 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
         int64_t q_pos = 0; // where the second query goes
         int64_t k_pos = 0; // where a sink's key goes
         switch (params.sink_mode) {
-            case LMINF_SINK_CEILING: q_pos = params.max_distance; k_pos = 0;     break;
-            case LMINF_SINK_ORDER:   q_pos = in_cache;            k_pos = index; break;
-            case LMINF_SINK_TRUE:    q_pos = index;               k_pos = index; break;
+            case LMINF_SINK_CEILING: q_pos = params.recall_distance; k_pos = is_sink ? params.sink_pos() : 0; break;
+            case LMINF_SINK_ORDER:   q_pos = in_cache;               k_pos = index; break;
+            case LMINF_SINK_TRUE:    q_pos = index;                  k_pos = index; break;
         }
 
         if (data_q_shift) {
@@ -173,6 +222,9 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
         }
         if (data_k_shift) {
             data_k_shift[i] = is_sink ? (int32_t) (k_pos - pos) : 0;
+        }
+        if (data_k_plain) {
+            data_k_plain[i] = -pos;
         }
         if (data_sink_rows) {
             data_sink_rows[i] = seq_id*mem.get_n_store_rows() + (is_sink ? index : mem.get_n_sink_rows());
@@ -194,7 +246,17 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
             continue;
         }
 
-        float * row = data_mask + i*(n_sink_rows + n_kv);
+        float * row = data_mask + i*(n_recall_rows + n_sink_rows + n_kv);
+
+        // every query of a micro-batch sees what it recalled
+        const int64_t n_chosen = recall ? recall->get_seq(i*n_stream/n_tokens).n_chosen : 0;
+        for (int64_t r = 0; r < n_recall_rows; ++r) {
+            const bool open = is_paper ? n_chosen > 0 : r < n_chosen;
+
+            row[r] = !open ? -INFINITY : use_alibi ? -(float) params.recall_distance : 0.0f;
+        }
+
+        row += n_recall_rows;
 
         for (int64_t j = 0; j < n_sink_rows; ++j) {
             const bool    open     = j < stream.n_sink && index - j >= params.n_local;
@@ -258,13 +320,20 @@ lminf_attn::lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggm
     rope = lminf_read_rope(q_cur, k_cur, mem.get_text_factors(), graph.arch, il);
     rope.hadamard = k_rot != nullptr;
 
-    if (is_sliding() || inp->mctx->get_n_sink_rows() == 0) {
+    if (n_rows() == 0 && !mem.get_recall()) {
+        return;
+    }
+    if (is_sliding()) {
         return;
     }
 
     q = rope.n_dims > 0 ? lminf_rotate(graph.ctx0, rope, q_cur, inp->q_shift) : q_cur;
     graph.cb(q, "lminf_q_sink", il);
 
+    if (k_cur && mem.get_recall()) {
+        k_plain = rope.n_dims > 0 ? lminf_rotate(graph.ctx0, rope, k_cur, inp->k_plain_shift) : k_cur;
+        graph.cb(k_plain, "lminf_k_plain", il);
+    }
     if (inp->mctx->get_stores_sinks() && k_cur) {
         k = rope.n_dims > 0 ? lminf_rotate(graph.ctx0, rope, k_cur, inp->k_shift) : k_cur;
         graph.cb(k, "lminf_k_sink", il);
@@ -290,24 +359,106 @@ const lminf_attn * lminf_attn::finish(ggml_tensor * v_cur, ggml_tensor *& v, ggm
         }
     }
 
+    if (k_plain) {
+        stored = inp->recall->build_store(graph.ctx0, k_plain, v_cur, il);
+        on_cpu(stored);
+        ggml_build_forward_expand(graph.gf, stored);
+    }
+
     if (ggml_is_quantized(v->type) && !is_fused()) {
         v = ggml_cast(graph.ctx0, v, GGML_TYPE_F32); // stock operations cannot transpose it as it is
     }
-    kq_mask = is_sliding() ? inp->mask_sliding : inp->mask;
+    kq_mask = layer_mask();
 
     return this;
+}
+
+// the archive and its search are the host's
+void lminf_attn::on_cpu(ggml_tensor * t) const {
+    ggml_backend_sched_set_tensor_backend(graph.sched, t, graph.backend_cpu);
+}
+
+void lminf_attn::build_rows(float kq_scale) const {
+    const auto & mem   = inp->mctx->get_memory();
+    const auto & sinks = mem.get_sinks();
+
+    if (!inp->recall || !mem.recalls(il)) {
+        return;
+    }
+
+    const auto sequences = [&](ggml_tensor * t) {
+        return ggml_view_3d(graph.ctx0, t, t->ne[0], inp->mctx->get_n_sink_rows(), inp->mctx->get_ns(), t->nb[1], t->nb[2], t->nb[2]*inp->mctx->get_s0());
+    };
+    const bool has_sinks = inp->mctx->get_n_sink_rows() > 0;
+
+    rows = inp->recall->build_rows(graph.ctx0, q, has_sinks ? sequences(sinks.get_k(il)) : nullptr,
+            has_sinks && !graph.hparams.is_mla() ? sequences(sinks.get_v(il)) : nullptr, stored, mem.get_n_recall_rows(),
+            score_scale(kq_scale), logit_softcap(), il, [&](ggml_tensor * t) { on_cpu(t); });
+    graph.cb(rows, "lminf_rows", il);
+}
+
+// Grok caps its scores always, and scales them for it
+float lminf_attn::score_scale(float kq_scale) const {
+    return graph.arch == LLM_ARCH_GROK ? kq_scale*graph.hparams.f_attn_out_scale : kq_scale;
+}
+
+float lminf_attn::logit_softcap() const {
+    return graph.arch == LLM_ARCH_GROK || graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+}
+
+int64_t lminf_attn::n_rows() const {
+    if (is_sliding()) {
+        return 0;
+    }
+    const auto & mem = inp->mctx->get_memory();
+
+    return inp->mctx->get_n_sink_rows() + (mem.recalls(il) ? mem.get_n_recall_rows() : 0);
+}
+
+ggml_tensor * lminf_attn::layer_mask() const {
+    if (is_sliding()) {
+        return inp->mask_sliding;
+    }
+    const int64_t n_recall_rows = inp->mctx->get_memory().get_n_recall_rows();
+
+    ggml_tensor * mask = inp->mask;
+    if (n_recall_rows == 0 || inp->mctx->get_memory().recalls(il)) {
+        return mask;
+    }
+    mask = ggml_view_4d(graph.ctx0, mask, mask->ne[0] - n_recall_rows, mask->ne[1], mask->ne[2], mask->ne[3], mask->nb[1], mask->nb[2], mask->nb[3],
+            n_recall_rows*mask->nb[0]);
+
+    return is_fused() ? mask : ggml_cont(graph.ctx0, mask);
 }
 
 bool lminf_attn::is_sliding() const {
     return graph.hparams.is_swa(il);
 }
 
-// the store's rows of the sequences at hand, [n_embd_head, n_sink_rows, n_head_kv, n_stream]
-static ggml_tensor * view_sinks(ggml_context * ctx, ggml_tensor * t, const lminf_memory_context * mctx, int64_t n_embd_head, int64_t n_head_kv) {
-    ggml_tensor * res = ggml_view_4d(ctx, t, n_embd_head, n_head_kv, mctx->get_n_sink_rows(), mctx->get_ns(),
-            ggml_row_size(t->type, n_embd_head), t->nb[1], t->nb[2], t->nb[2]*mctx->get_s0());
+// rows of n_embd_head*n_head_kv elements and what may come behind them, [n_embd_head, n_rows, n_head_kv, n_stream]
+static ggml_tensor * view_rows(ggml_context * ctx, ggml_tensor * t, int64_t n_embd_head, int64_t n_head_kv, int64_t n_rows, int64_t n_stream, size_t offset) {
+    ggml_tensor * res = ggml_view_4d(ctx, t, n_embd_head, n_head_kv, n_rows, n_stream, ggml_row_size(t->type, n_embd_head), t->nb[1], t->nb[2], offset);
 
     return ggml_permute(ctx, res, 0, 2, 1, 3);
+}
+
+ggml_tensor * lminf_attn::view_k_rows() const {
+    const auto  & mctx = *inp->mctx;
+    ggml_tensor * k_sink = mctx.get_memory().get_sinks().get_k(il);
+
+    return view_rows(graph.ctx0, rows ? rows : k_sink, graph.hparams.n_embd_head_k(il), graph.hparams.n_head_kv(il), n_rows(), mctx.get_ns(),
+            rows ? 0 : mctx.get_s0()*k_sink->nb[2]);
+}
+
+ggml_tensor * lminf_attn::view_v_rows() const {
+    const auto  & mctx    = *inp->mctx;
+    const auto  & hparams = graph.hparams;
+    ggml_tensor * v_sink  = mctx.get_memory().get_sinks().get_v(il);
+
+    const size_t behind_k = hparams.is_mla() || !rows ? 0 : ggml_row_size(rows->type, hparams.n_embd_k_gqa(il));
+
+    return view_rows(graph.ctx0, rows ? rows : v_sink, hparams.n_embd_head_v(il), hparams.n_head_kv(il), n_rows(), mctx.get_ns(),
+            rows ? behind_k : mctx.get_s0()*v_sink->nb[2]);
 }
 
 ggml_tensor * lminf_attn::view_q_sink(int64_t n_stream) const {
@@ -326,27 +477,21 @@ ggml_tensor * lminf_attn::build_fused(
         ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const {
     ggml_context * ctx = graph.ctx0;
 
-    const auto & hparams = graph.hparams;
-    const auto & sinks   = inp->mctx->get_memory().get_sinks();
-
     ggml_tensor * q_sink = nullptr;
     ggml_tensor * k_sink = nullptr;
     ggml_tensor * v_sink = nullptr;
-    if (q) {
+    if (n_rows() > 0) {
+        build_rows(kq_scale);
         q_sink = view_q_sink(q_cur->ne[3]);
-        k_sink = view_sinks(ctx, sinks.get_k(il), inp->mctx, hparams.n_embd_head_k(il), hparams.n_head_kv(il));
-        v_sink = view_sinks(ctx, sinks.get_v(il), inp->mctx, hparams.n_embd_head_v(il), hparams.n_head_kv(il));
+        k_sink = view_k_rows();
+        v_sink = view_v_rows();
     }
 
-    // Grok caps its scores always, and scales them for it
-    const bool  grok = graph.arch == LLM_ARCH_GROK;
-    const float cap  = grok || hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
-
-    ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, is_sliding() ? inp->mask_sliding : inp->mask, head_sinks, q_sink, k_sink, v_sink,
-            grok ? kq_scale*hparams.f_attn_out_scale : kq_scale, hparams.f_max_alibi_bias, cap);
+    ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, layer_mask(), head_sinks, q_sink, k_sink, v_sink,
+            score_scale(kq_scale), graph.hparams.f_max_alibi_bias, logit_softcap());
 
     if (!graph.cparams.offload_kqv) {
-        ggml_backend_sched_set_tensor_backend(graph.sched, cur, graph.backend_cpu); // where its K and V are
+        on_cpu(cur); // where its K and V are
     }
 
     const int64_t n_tokens = cur->ne[2]*cur->ne[3];
@@ -361,42 +506,40 @@ ggml_tensor * lminf_attn::build_fused(
     return cur;
 }
 
-ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq) const {
-    if (!q) {
+ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq, float kq_scale) const {
+    if (n_rows() == 0) {
         return kq;
     }
 
     ggml_context * ctx = graph.ctx0;
 
-    ggml_tensor * k_sink = view_sinks(ctx, inp->mctx->get_memory().get_sinks().get_k(il), inp->mctx,
-            graph.hparams.n_embd_head_k(il), graph.hparams.n_head_kv(il));
+    build_rows(kq_scale);
 
-    ggml_tensor * kq_sink = ggml_mul_mat(ctx, k_sink, view_q_sink(kq->ne[3]));
-    ggml_prec_set_acc(kq_sink, GGML_PREC_F32);
-    graph.cb(kq_sink, "lminf_kq_sink", il);
+    ggml_tensor * kq_rows = ggml_mul_mat(ctx, view_k_rows(), view_q_sink(kq->ne[3]));
+    ggml_prec_set_acc(kq_rows, GGML_PREC_F32);
+    if (rows && inp->mctx->get_memory().get_params().recall_rule == LMINF_RECALL_PAPER) {
+        kq_rows = ggml_add(ctx, kq_rows, inp->get_head_mask(graph, graph.hparams.n_head(il), graph.hparams.n_head_kv(il)));
+    }
+    graph.cb(kq_rows, "lminf_kq_rows", il);
 
-    return ggml_concat(ctx, kq_sink, kq, 0);
+    return ggml_concat(ctx, kq_rows, kq, 0);
 }
 
 ggml_tensor * lminf_attn::build_kqv(ggml_tensor * v, ggml_tensor * kq) const {
     ggml_context * ctx = graph.ctx0;
 
-    if (!q) {
+    if (n_rows() == 0) {
         return ggml_mul_mat(ctx, v, kq);
     }
-
-    const int64_t n_sink_rows = inp->mctx->get_n_sink_rows();
 
     const auto columns = [&](int64_t i0, int64_t n) {
         return ggml_view_4d(ctx, kq, n, kq->ne[1], kq->ne[2], kq->ne[3], kq->nb[1], kq->nb[2], kq->nb[3], i0*kq->nb[0]);
     };
 
-    ggml_tensor * v_sink = view_sinks(ctx, inp->mctx->get_memory().get_sinks().get_v(il), inp->mctx,
-            graph.hparams.n_embd_head_v(il), graph.hparams.n_head_kv(il));
-    v_sink = ggml_cont(ctx, ggml_transpose(ctx, v_sink));
+    ggml_tensor * v_rows = ggml_cont(ctx, ggml_transpose(ctx, view_v_rows()));
 
-    ggml_tensor * kqv      = ggml_mul_mat(ctx, v, columns(n_sink_rows, kq->ne[0] - n_sink_rows));
-    ggml_tensor * kqv_sink = ggml_mul_mat(ctx, v_sink, ggml_cont(ctx, columns(0, n_sink_rows)));
+    ggml_tensor * kqv      = ggml_mul_mat(ctx, v, columns(n_rows(), kq->ne[0] - n_rows()));
+    ggml_tensor * kqv_rows = ggml_mul_mat(ctx, v_rows, ggml_cont(ctx, columns(0, n_rows())));
 
-    return ggml_add(ctx, kqv, kqv_sink);
+    return ggml_add(ctx, kqv, kqv_rows);
 }

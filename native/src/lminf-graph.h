@@ -6,6 +6,8 @@
 //   q_sink  = q rotated on from its position i to where the rule wants it, e.g. to max_distance: by (D - i)
 //   K_sink  = keys rotated back by their own position: as if at 0
 //
+// With recall, tokens of the archive are further rows in front of the sinks (lminf-recall.h), and q_sink stands at recall_distance.
+//
 // The rotation is read off the model's own RoPE node, so no architecture needs to be known here.
 
 #pragma once
@@ -25,14 +27,23 @@ public:
     ggml_tensor * q_shift   = nullptr; // I32 [n_tokens]  rotation of the second query
     ggml_tensor * k_shift   = nullptr; // I32 [n_tokens]  rotation of a key on its way into the store
     ggml_tensor * sink_rows = nullptr; // I64 [n_tokens]  where a key goes in the store
-    ggml_tensor * mask      = nullptr; // F32 [n_sink_rows + n_kv, n_tokens/n_stream, 1, n_stream]
+    ggml_tensor * mask      = nullptr; // F32 [n_recall_rows + n_sink_rows + n_kv, n_tokens/n_stream, 1, n_stream]
 
     // F32 [n_kv of the sliding layers, n_tokens/n_stream, 1, n_stream], NULL if no layer slides
     ggml_tensor * mask_sliding = nullptr;
 
+    ggml_tensor * k_plain_shift = nullptr; // I32 [n_tokens]  rotation of a key on its way into the archive; NULL without recall
+
+    // with the paper's rule, which of a group's rows are a head's: F32 [n_recall_rows + n_sink_rows, n_tokens/n_stream, n_head, n_stream]
+    ggml_tensor * get_head_mask(const llm_graph_context & graph, int64_t n_head, int64_t n_head_kv);
+
     const lminf_memory_context * mctx;
 
+    std::unique_ptr<lminf_recall_batch> recall; // NULL if nothing is recalled
+
 private:
+    std::map<std::pair<int64_t, int64_t>, ggml_tensor *> head_masks;
+
     bool stores_sinks;
     bool use_alibi;
 
@@ -66,14 +77,33 @@ public:
     ggml_tensor * build_fused(
             ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const;
 
-    // kq [n_kv, n_tokens, n_head, n_stream] -> [n_sink_rows + n_kv, n_tokens, n_head, n_stream]
-    ggml_tensor * build_kq(ggml_tensor * kq) const;
+    // kq [n_kv, n_tokens, n_head, n_stream] -> [n_rows + n_kv, n_tokens, n_head, n_stream]
+    ggml_tensor * build_kq(ggml_tensor * kq, float kq_scale) const;
 
-    // v [n_kv, n_embd_head_v, n_head_kv, n_stream], kq the softmax over both -> [n_embd_head_v, n_tokens, n_head, n_stream]
+    // v [n_kv, n_embd_head_v, n_head_kv, n_stream], kq the softmax over all -> [n_embd_head_v, n_tokens, n_head, n_stream]
     ggml_tensor * build_kqv(ggml_tensor * v, ggml_tensor * kq) const;
 
 private:
     bool is_sliding() const;
+
+    // of the layer in front of its window: tokens recalled, and sinks
+    int64_t n_rows() const;
+
+    // makes `rows` if the layer recalls
+    void build_rows(float kq_scale) const;
+
+    void on_cpu(ggml_tensor * t) const;
+
+    // as the model does it
+    float score_scale(float kq_scale) const;
+    float logit_softcap() const;
+
+    // the layer's mask, without the rows that it does not have
+    ggml_tensor * layer_mask() const;
+
+    // keys or values of these rows, [n_embd_head, n_rows, n_head_kv, n_stream]
+    ggml_tensor * view_k_rows() const;
+    ggml_tensor * view_v_rows() const;
 
     // the second query, as build_attn_mha permutes the first: [n_embd_head_k, n_tokens/n_stream, n_head, n_stream]
     ggml_tensor * view_q_sink(int64_t n_stream) const;
@@ -84,6 +114,11 @@ private:
 
     ggml_tensor * q = nullptr; // the second query, [n_embd_head_k, n_head, n_tokens]
     ggml_tensor * k = nullptr; // keys as the store wants them, [n_embd_head_k, n_head_kv, n_tokens]
+
+    ggml_tensor * k_plain = nullptr; // keys as the archive wants them, of the same shape
+
+    mutable ggml_tensor * stored = nullptr; // once k_plain is in the archive, NULL without
+    mutable ggml_tensor * rows   = nullptr; // recalled tokens and sinks, as lminf_recall_batch::build_rows makes them; NULL: the sinks alone
 
     int il;
 };

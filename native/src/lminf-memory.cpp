@@ -56,6 +56,20 @@ static void check_memory(const std::map<ggml_backend_dev_t, uint64_t> & need) {
     }
 }
 
+// an archive grows as a stream does: it is told in time that it never can be full
+static void check_archive(const lminf_archive_layout & layout, int64_t n_tokens) {
+    size_t free  = 0;
+    size_t total = 0;
+    ggml_backend_dev_memory(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), &free, &total);
+
+    const double size = (double) layout.get_segment_size()*n_tokens/lminf_archive_layout::n_segment;
+    if (total > 0 && size > total) {
+        throw std::runtime_error(lminf_set_error(format(
+            "an archive of %lld tokens needs %.1f GiB of memory, and there are %.1f GiB in all: choose a smaller n_archive or smaller archive types",
+            (long long) n_tokens, size/1024.0/1024.0/1024.0, total/1024.0/1024.0/1024.0)));
+    }
+}
+
 // one layer's attention as a device would be asked to compute it
 static bool has_fused(ggml_backend_dev_t dev, const llama_hparams & hparams, int32_t il, ggml_type type_k, ggml_type type_v, int64_t n_sink_rows) {
     if (hparams.n_head_kv(il) == 0) {
@@ -146,6 +160,9 @@ lminf_memory::lminf_memory(
     add_rows(need, model, params_mem, (uint64_t) n_cells_sliding*n_seq_max, cparams.offload_kqv, layers.sliding);
     check_memory(need);
 
+    if (params.n_recall > 0 && params.recall_rule == LMINF_RECALL_PAPER && (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK)) {
+        throw std::runtime_error(lminf_set_error("the paper's recall has no soft cap, which this model has: choose the recall_rule LAYER"));
+    }
     choose_attention(cparams, params_mem.type_k, params_mem.type_v);
 
     // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
@@ -201,6 +218,12 @@ lminf_memory::lminf_memory(
         recurrent = std::make_unique<lminf_recurrent>(model, cparams.offload_kqv, n_seq_max, cparams.n_rs_seq, layers.recurrent);
     }
 
+    if (params.n_recall > 0) {
+        auto layout = std::make_shared<lminf_archive_layout>(model, params.archive_type_k, params.archive_type_v, layers.full, layers.reuse);
+        check_archive(*layout, params.n_archive);
+        recall = std::make_unique<lminf_recall>(params, std::move(layout), n_seq_max);
+    }
+
     streams.assign(n_seq_max, new_stream());
 
     LLAMA_LOG_INFO("%s: n_global = %d, n_local = %d, max_distance = %d, n_slack = %d, n_cells = %u, pos_bound = %d\n",
@@ -226,14 +249,24 @@ void lminf_memory::choose_attention(const llama_cparams & cparams, ggml_type typ
         }
     };
 
-    for (const int32_t il : layers.full) {
-        choose(il, il, n_sink_rows);
+    // with the paper's rule heads attend to different rows, which the fused operation does not
+    const bool    is_paper = params.n_recall > 0 && params.recall_rule == LMINF_RECALL_PAPER;
+    const int64_t n_rows   = n_sink_rows + params.n_recall;
+
+    if (!is_paper) {
+        for (const int32_t il : layers.full) {
+            choose(il, il, n_rows);
+        }
     }
     for (const int32_t il : layers.sliding) {
         choose(il, il, 0);
     }
     for (const auto & [il, il_keys] : layers.reuse) {
-        choose(il, il_keys, hparams.is_swa(il) ? 0 : n_sink_rows);
+        if (hparams.is_swa(il)) {
+            choose(il, il_keys, 0);
+        } else if (!is_paper) {
+            choose(il, il_keys, n_rows);
+        }
     }
 
     params.attention = fused.empty() ? LMINF_ATTENTION_STOCK : LMINF_ATTENTION_FUSED;
@@ -364,7 +397,32 @@ llama_memory_context_ptr lminf_memory::wrap(llama_memory_context_ptr ctx_window,
     return std::make_unique<llama_memory_hybrid_context>(std::move(attn), std::move(ctx_recurrent), ubatches);
 }
 
+bool lminf_memory::recalls(int32_t il) const {
+    return recall && il >= params.recall_from && !hparams.is_swa(il) && recall->get_layout().find(il);
+}
+
+int64_t lminf_memory::get_n_recall_rows() const {
+    if (!recall) {
+        return 0;
+    }
+    int64_t n_group = 1;
+    if (params.recall_rule == LMINF_RECALL_PAPER) {
+        for (const int32_t il : layers.full) {
+            n_group = std::max<int64_t>(n_group, hparams.n_head(il)/std::max(1u, hparams.n_head_kv(il)));
+        }
+    }
+    return params.n_recall*n_group;
+}
+
 void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
+    if (recall) {
+        const uint32_t n_tokens = ubatch.n_tokens/ubatch.n_seqs_unq; // of each sequence
+        for (uint32_t i = 0; i < ubatch.n_tokens; i += n_tokens) {
+            const llama_seq_id seq_id = ubatch.seq_id[i][0];
+
+            recall->get_archive(seq_id).append(streams[seq_id].index(ubatch.pos[i]), n_tokens);
+        }
+    }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         streams[ubatch.seq_id[i][0]].append(ubatch.pos[i]);
 
@@ -472,6 +530,17 @@ bool lminf_memory::seq_set_sinks(llama_seq_id seq_id, int32_t n_global) {
     return true;
 }
 
+bool lminf_memory::seq_set_recall(llama_seq_id seq_id, int32_t n_recall) {
+    if (n_recall < 0 || n_recall > params.n_recall) {
+        lminf_set_error(format("a sequence can recall 0 to %d tokens here", params.n_recall));
+        return false;
+    }
+    if (recall) {
+        recall->set_n_recall(seq_id, n_recall);
+    }
+    return true;
+}
+
 bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
     if (stream_pos < 0 || stream_pos > lminf_stream::max_start || streams[seq_id].begun) {
         lminf_set_error(format("a stream position can only be set on an empty sequence, to 0 to %lld", (long long) lminf_stream::max_start));
@@ -574,6 +643,14 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
         info.kv_bytes += size;
     }
 
+    if (recall) {
+        const auto & archive = recall->get_archive(seq_id);
+
+        info.n_archived    = archive.n_tokens();
+        info.n_forgotten   = stream.index(next) - info.n_archived;
+        info.archive_bytes = archive.n_bytes();
+    }
+
     return info;
 }
 
@@ -665,6 +742,9 @@ void lminf_memory::truncate(llama_seq_id seq_id, llama_pos p0) {
         kv->free_cells(seq_id, p0);
     }
     streams[seq_id].truncate(p0);
+    if (recall) {
+        recall->get_archive(seq_id).truncate(streams[seq_id].index(p0));
+    }
     sinks->zero(seq_id, streams[seq_id].n_sink, n_sink);
 }
 
@@ -675,6 +755,9 @@ void lminf_memory::remove(llama_seq_id seq_id) {
     }
     if (recurrent) {
         recurrent->remove(seq_id);
+    }
+    if (recall) {
+        recall->get_archive(seq_id).clear();
     }
     sinks->zero(seq_id, 0, streams[seq_id].n_sink);
     streams[seq_id] = new_stream();
@@ -709,6 +792,9 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     }
     if (recurrent) {
         recurrent->copy(seq_id_src, seq_id_dst);
+    }
+    if (recall) {
+        recall->copy(seq_id_src, seq_id_dst);
     }
     sinks->copy(seq_id_src, seq_id_dst);
     streams[seq_id_dst] = streams[seq_id_src];

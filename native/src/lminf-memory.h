@@ -9,6 +9,7 @@
 #include "lminf-kv.h"
 #include "lminf-model.h"
 #include "lminf-params.h"
+#include "lminf-recall.h"
 #include "lminf-recurrent.h"
 #include "lminf-rope.h"
 #include "lminf-sinks.h"
@@ -73,6 +74,9 @@ public:
     // an empty sequence keeps this many sinks
     bool seq_set_sinks(llama_seq_id seq_id, int32_t n_global);
 
+    // what is recalled for a sequence from now on
+    bool seq_set_recall(llama_seq_id seq_id, int32_t n_recall);
+
     // an empty sequence begins at this stream position
     bool seq_start(llama_seq_id seq_id, int64_t stream_pos);
 
@@ -96,6 +100,9 @@ public:
     // called before anything can be stored
     void set_context(llama_context & lctx) { this->lctx = &lctx; }
 
+    // waits for what is being computed, before anything that it works on is changed
+    void wait() const;
+
     //
     // graph_build API
     //
@@ -112,6 +119,13 @@ public:
     int64_t get_n_store_rows() const { return n_sink_rows + 1; }
 
     const lminf_sinks & get_sinks() const { return *sinks; }
+
+    // NULL if nothing is recalled
+    lminf_recall * get_recall() const { return recall.get(); }
+
+    // a layer with full attention that recalls; and the most rows that it needs for that
+    bool    recalls(int32_t il) const;
+    int64_t get_n_recall_rows() const;
 
     lminf_rope         & get_rope(int32_t il) { return ropes[il]; }
     lminf_text_factors & get_text_factors()   { return text_factors; }
@@ -161,9 +175,6 @@ private:
     // one sequence of a state; it is empty if that throws after something was changed
     void state_read_seq(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
 
-    // waits for what is being computed, before anything is zeroed
-    void wait() const;
-
     const llama_model   & model;
     const llama_hparams & hparams;
 
@@ -183,6 +194,7 @@ private:
     std::unique_ptr<lminf_kv>        sliding;   // NULL if no layer slides
     std::unique_ptr<lminf_sinks>     sinks;
     std::unique_ptr<lminf_recurrent> recurrent; // NULL if no layer recurs
+    std::unique_ptr<lminf_recall>    recall;    // NULL if nothing is recalled
 
     std::vector<lminf_stream> streams; // [n_seq_max]
 
@@ -218,6 +230,9 @@ public:
     // rows of the sink store that attention reads: the most that one of the micro-batch's sequences keeps, padded;
     // rows past a sequence's n_sink are masked
     int64_t get_n_sink_rows() const;
+
+    // the micro-batch is the last of its batch
+    bool is_last() const { return i_ubatch + 1 == spans.size(); }
 
     // sequences [s0, s0 + ns) take part in the micro-batch
     uint32_t get_s0() const { return spans[i_ubatch].s0; }

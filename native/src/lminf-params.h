@@ -22,6 +22,21 @@ struct lminf_cparams {
 
     lminf_sink_mode sink_mode = LMINF_SINK_CEILING;
     lminf_attention attention = LMINF_ATTENTION_AUTO;
+
+    int32_t n_recall        = 0; // R
+    int32_t recall_distance = 0; // d; D without recall
+    int32_t recall_from     = 0;
+    int32_t recall_every    = 1;
+    int32_t n_archive       = 0;
+
+    lminf_recall_rule  recall_rule  = LMINF_RECALL_LAYER;
+    lminf_recall_index recall_index = LMINF_RECALL_SKETCH;
+
+    ggml_type archive_type_k = GGML_TYPE_Q8_0;
+    ggml_type archive_type_v = GGML_TYPE_Q8_0;
+
+    // where the sinks' keys stand, so that the query at recall_distance has them at max_distance
+    int32_t sink_pos() const { return recall_distance - max_distance; }
 };
 
 // what lminf_set_next left for this thread's next context, taken once

@@ -21,6 +21,7 @@ struct lminf_state_header {
     int32_t  n_local;
     int32_t  max_distance;
     int32_t  sink_mode;
+    int32_t  sink_pos;
     int32_t  type_k;
     int32_t  type_v;
     int32_t  v_trans;
@@ -35,7 +36,7 @@ struct lminf_state_header {
 namespace {
 
 constexpr uint32_t state_magic   = 0x464e4d4c; // "LMNF"
-constexpr uint32_t state_version = 4;
+constexpr uint32_t state_version = 5;
 
 struct state_seq {
     int64_t origin;
@@ -263,7 +264,7 @@ lminf_state_header lminf_memory::new_state_header(int32_t n_seq, llama_state_seq
 
     return {
         state_magic, state_version,
-        params.n_local, params.max_distance, params.sink_mode,
+        params.n_local, params.max_distance, params.sink_mode, params.sink_pos(),
         kv.type_k, kv.type_v, kv.v_trans,
         (int32_t) layers.full.size(), (int32_t) layers.sliding.size(), (int32_t) layers.recurrent.size(),
         sliding ? (int32_t) hparams.n_swa : 0, n_seq, (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) != 0,
@@ -415,8 +416,9 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
         if (header.magic != expected.magic || header.version != expected.version) {
             refuse("it was not made by this version of the Λ cache");
         }
-        if (header.n_local != expected.n_local || header.max_distance != expected.max_distance || header.sink_mode != expected.sink_mode) {
-            refuse("it was made with another n_local, max_distance or sink_mode");
+        if (header.n_local != expected.n_local || header.max_distance != expected.max_distance || header.sink_mode != expected.sink_mode ||
+                header.sink_pos != expected.sink_pos) {
+            refuse("it was made with another n_local, max_distance, sink_mode or recall_distance");
         }
         if (header.type_k != expected.type_k || header.type_v != expected.type_v || header.v_trans != expected.v_trans) {
             refuse("it was made with another KV type or another kind of attention");

@@ -5,6 +5,8 @@ LM-Infinite (Han et al., NAACL 2024, doi 10.18653/v1/2024.naacl-long.222), secti
     i - j <  n_local                   at its true distance i - j
     i - j >= n_local and j < n_global  at one fixed distance, the ceiling
     otherwise                          not at all
+
+and, with recall, to some of the others at one more distance: see Recall.
 """
 
 from __future__ import annotations
@@ -23,6 +25,29 @@ Mode = Literal["ceiling", "order", "true"]
 
 
 @dataclass(frozen=True)
+class Recall:
+    """What a layer attends to beside sinks and window, micro-batch by micro-batch.
+
+    Candidates are the keys that no query of the micro-batch has in its window, sinks not counted. Every one of its last
+    n_votes queries gives each of its heads one vote, by the softmax of its scores of all candidates. The n candidates
+    with most votes are attended to by all queries, at this distance.
+
+    n: tokens recalled.
+    distance: where they stand for every query.
+    n_batch: tokens of a micro-batch.
+    since: the first layer that recalls.
+    paper: LM-Infinite's code: the newest query of each batch alone, with n keys of its own for each head.
+    """
+
+    n: int
+    distance: int
+    n_batch: int
+    since: int = 0
+    paper: bool = False
+    n_votes: int = 32
+
+
+@dataclass(frozen=True)
 class Rule:
     """Who attends to whom, and how far apart they seem; `Rule()` is plain causal attention.
 
@@ -34,6 +59,7 @@ class Rule:
         ceiling: at max_distance, all of them (LM-Infinite).
         order: in order right before the window, min(i, n_global + n_local - 1) - j (StreamingLLM's cache positions).
         true: at its true distance i - j.
+    recall: what else is attended to.
     """
 
     n_local: int | None = None
@@ -41,6 +67,7 @@ class Rule:
     max_distance: int | None = None
     mode: Mode = "ceiling"
     chunk: int | None = None
+    recall: Recall | None = None
 
     @property
     def ceiling(self) -> int | None:
@@ -125,6 +152,8 @@ def attend(
         turned_k = rope.rotate(k_rows, k_pos).transpose(1, 2, 0)[:, None]
         return score(turned_q @ turned_k) - slopes * (q_pos[:, None] - k_pos)
 
+    recall = rule.recall
+    block = recall.n_batch if recall else block
     out = np.empty((n_tokens, n_head, v.shape[2]))
     for begin in range(0, n_tokens, block):
         rows = slice(begin, begin + block)
@@ -144,9 +173,40 @@ def attend(
             seen = np.concatenate([i[:, None] - sinks >= n_local, seen], axis=-1)
             values = np.concatenate([v[:n_sinks], values])
         logits = np.where(seen, logits, -np.inf)
+        if recall:
+            last = stream[begin + len(i) - 1] if recall.paper else i[0]
+            candidates = np.flatnonzero((stream >= rule.n_global) & (stream <= last - n_local))
+            q_pos = np.full(len(i), recall.distance)
+            all_scores = scores(q[rows], q_pos, k[candidates], np.zeros(len(candidates), dtype=np.int64))
+            chosen, extra = choose(all_scores, recall)
+            logits = np.concatenate([extra, logits], axis=-1)
+            values = np.concatenate([v[candidates[chosen]], values])
         top = np.maximum(logits.max(axis=-1, keepdims=True), nothing)
         weights = np.exp(logits - top)
         weights /= weights.sum(axis=-1, keepdims=True) + np.exp(nothing - top)
         mixed = weights @ values.transpose(1, 0, 2)[:, None]
         out[rows] = mixed.transpose(2, 0, 1, 3).reshape(len(i), n_head, -1)
     return out
+
+
+def choose(scores: Array, recall: Recall) -> tuple[Positions, Array]:
+    """Which of the candidates are recalled, ascending, and their scores as they enter the softmax.
+
+    scores: [n_head_kv, n_group, n_queries, n_candidates], with the recalled ones' distance.
+    """
+    n_candidates = scores.shape[-1]
+    if recall.paper:
+        logits = np.full_like(scores, -np.inf)
+        if n_candidates >= recall.n:
+            newest = scores[:, :, -1]
+            best = np.argsort(-newest, axis=-1, kind="stable")[..., : recall.n]
+            np.put_along_axis(logits[:, :, -1], best, np.take_along_axis(newest, best, axis=-1), axis=-1)
+        return np.arange(n_candidates), logits
+    if not n_candidates:
+        return np.arange(0), scores
+    voting = scores[:, :, -recall.n_votes :]
+    shares = np.exp(voting - voting.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    votes = shares.sum(axis=(0, 1, 2))
+    chosen = np.sort(np.argsort(-votes, kind="stable")[: recall.n])
+    return chosen, scores[..., chosen]

@@ -8,7 +8,7 @@ or layers of another kind have classes of their own, in latent.py, recurrent.py,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -199,6 +199,8 @@ class Transformer:
         sliding = self.slides(layer)
         free = self.arch.rope_free_every and (layer + 1) % self.arch.rope_free_every == 0
         rope = Rope(np.zeros(0)) if free else self.rope(n_ctx, rule, sliding)
+        if rule.recall and layer < rule.recall.since:
+            rule = replace(rule, recall=None)
         return Block(layer, self.sliding_rule(rule) if sliding else rule, rope, positions)
 
     def slides(self, layer: int) -> bool:

@@ -1,0 +1,177 @@
+#include "lminf-archive.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+static ggml_type fit_type(ggml_type type, int64_t n_embd) {
+    return n_embd % ggml_blck_size(type) == 0 ? type : GGML_TYPE_F16;
+}
+
+lminf_archive_layout::lminf_archive_layout(const llama_model & model, ggml_type type_k, ggml_type type_v, const std::vector<int32_t> & layers_kv,
+        const std::map<int32_t, int32_t> & reuse) {
+    const auto & hparams = model.hparams;
+
+    const auto add = [&](size_t size) {
+        const size_t at = segment_size;
+        segment_size += GGML_PAD(size, 64);
+        return at;
+    };
+
+    for (const int32_t il : layers_kv) {
+        layer l;
+
+        l.n_head_kv     = hparams.n_head_kv(il);
+        l.n_embd_head_k = hparams.n_embd_head_k(il);
+        l.n_embd_v_gqa  = hparams.is_mla() ? 0 : hparams.n_embd_v_gqa(il);
+        l.type_k        = fit_type(type_k, l.n_embd_head_k);
+        l.type_v        = hparams.is_mla() ? l.type_k : fit_type(type_v, hparams.n_embd_head_v(il));
+        l.size_k        = ggml_row_size(l.type_k, l.n_embd_head_k*l.n_head_kv);
+        l.size_v        = ggml_row_size(l.type_v, l.n_embd_v_gqa);
+        l.at_k          = add(n_segment*l.size_k);
+        l.at_v          = add(n_segment*l.size_v);
+        l.at_sketch     = add(n_segment/lminf_n_lanes*l.n_head_kv*lminf_sketch_size());
+
+        map_layer_ids[il] = layers.size();
+        layers.push_back(l);
+    }
+    for (const auto & [il, il_keys] : reuse) {
+        const auto it = map_layer_ids.find(il_keys);
+        if (it != map_layer_ids.end()) {
+            map_layer_ids[il] = it->second;
+        }
+    }
+}
+
+lminf_archive::segment lminf_archive::new_segment() {
+    const size_t size = layout->get_segment_size();
+
+    // untouched pages take no memory: nothing is zeroed that need not be
+    char * data = static_cast<char *>(::operator new[](size, std::align_val_t(64), std::nothrow));
+    if (!data) {
+        return nullptr;
+    }
+    return segment(data, [](char * p) { ::operator delete[](p, std::align_val_t(64)); });
+}
+
+void lminf_archive::append(int64_t i0, int64_t n) {
+    constexpr int64_t n_segment = lminf_archive_layout::n_segment;
+
+    const int64_t i1 = i0 + n;
+
+    // in steps, so that a choice stays valid for a while
+    if (i1 - n_max > 0) {
+        const int64_t step = std::clamp<int64_t>(n_max/8, 1, n_segment);
+        forget((i1 - n_max + step - 1)/step*step);
+    }
+
+    for (int64_t i = i0/n_segment; i <= (i1 - 1)/n_segment; ++i) {
+        const auto it = segments.find(i);
+        if (it != segments.end() && it->second.use_count() == 1) {
+            continue;
+        }
+
+        segment made = new_segment();
+        while (!made && segments.size() > 1 && segments.begin()->first < i0/n_segment) {
+            if (!is_short) {
+                is_short = true;
+                LLAMA_LOG_WARN("%s: there is no memory for more than %lld tokens to recall: the oldest are forgotten\n", __func__, (long long) n_tokens());
+            }
+            forget((segments.begin()->first + 1)*n_segment);
+            made = new_segment();
+        }
+        if (!made) {
+            LLAMA_LOG_WARN("%s: there is no memory for tokens to recall: %lld are lost\n", __func__, (long long) n);
+            truncate(i*n_segment);
+            return;
+        }
+        if (it != segments.end()) {
+            memcpy(made.get(), it->second.get(), layout->get_segment_size());
+        }
+        segments[i] = std::move(made);
+    }
+
+    if (ranges.empty() || ranges.back().second != i0) {
+        ranges.push_back({ i0, i1 });
+    } else {
+        ranges.back().second = i1;
+    }
+}
+
+void lminf_archive::forget(int64_t i1) {
+    while (!ranges.empty() && ranges.front().first < i1) {
+        if (ranges.front().second > i1) {
+            ranges.front().first = i1;
+        } else {
+            ranges.erase(ranges.begin());
+        }
+    }
+    while (!segments.empty() && (segments.begin()->first + 1)*lminf_archive_layout::n_segment <= i1) {
+        segments.erase(segments.begin());
+    }
+}
+
+void lminf_archive::truncate(int64_t i0) {
+    while (!ranges.empty() && ranges.back().second > i0) {
+        if (ranges.back().first < i0) {
+            ranges.back().second = i0;
+        } else {
+            ranges.pop_back();
+        }
+    }
+    while (!segments.empty() && segments.rbegin()->first*lminf_archive_layout::n_segment >= i0) {
+        segments.erase(std::prev(segments.end()));
+    }
+    if (learned.second > i0) {
+        layers_axes.clear(); // what comes instead may be another text
+        learned = { 0, 0 };
+    }
+}
+
+void lminf_archive::clear() {
+    ranges.clear();
+    segments.clear();
+    layers_axes.clear();
+    learned = { 0, 0 };
+}
+
+void lminf_archive::learn(int64_t i0) {
+    constexpr int64_t n_learn = 1024;
+    constexpr int64_t n_first = 16; // the first tokens' keys are like no others
+
+    if (!layers_axes.empty()) {
+        return;
+    }
+    for (const auto & [first, second] : ranges) {
+        const int64_t from = std::max(first, n_first);
+        if (from + n_learn > std::min(second, i0)) {
+            continue;
+        }
+        learned = { from, from + n_learn };
+        for (const auto & l : layout->get_layers()) {
+            layers_axes.push_back(std::make_shared<axes>(l.n_head_kv));
+        }
+        return;
+    }
+}
+
+std::vector<lminf_archive::range> lminf_archive::find(int64_t i0, int64_t i1) const {
+    std::vector<range> res;
+    for (const auto & [first, second] : ranges) {
+        if (std::max(first, i0) < std::min(second, i1)) {
+            res.push_back({ std::max(first, i0), std::min(second, i1) });
+        }
+    }
+    return res;
+}
+
+int64_t lminf_archive::n_tokens() const {
+    int64_t res = 0;
+    for (const auto & [first, second] : ranges) {
+        res += second - first;
+    }
+    return res;
+}

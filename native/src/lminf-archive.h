@@ -1,0 +1,134 @@
+// the archive of a sequence: the keys and values of the tokens it has processed, so that those that have left the window can be
+// recalled. In the host's memory, in segments of n_segment tokens that copies of a sequence share until one of them writes.
+//
+//   segment   for each layer: K  [n_segment][n_embd_k_gqa]  as finished by the model but un-rotated (position 0)
+//                             V  [n_segment][n_embd_v_gqa]  as the cache stores them; none with MLA, where they are a part of K
+//                             sketches [n_head_kv][n_segment/16] of K, see lminf-scan.h
+//
+// Tokens are counted by their index in the stream. The graph writes and reads (lminf-recall.h); here is what it finds there.
+
+#pragma once
+
+#include "llama.h"
+
+#include "lminf-scan.h"
+
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+struct llama_model;
+
+class lminf_archive_layout {
+public:
+    static constexpr int64_t n_segment = 1024;
+
+    struct layer {
+        ggml_type type_k;
+        ggml_type type_v;
+
+        int64_t n_head_kv;
+        int64_t n_embd_head_k;
+        int64_t n_embd_v_gqa; // 0: values are a part of the keys
+
+        // of a token's row, and of a segment's first row
+        size_t size_k;
+        size_t size_v;
+        size_t at_k;
+        size_t at_v;
+        size_t at_sketch;
+    };
+
+    //   layers   those that store keys
+    //   reuse    of a layer that attends to another one's keys: which
+    // A layer whose heads are no multiple of a quantized type's blocks is stored in f16.
+    lminf_archive_layout(const llama_model & model, ggml_type type_k, ggml_type type_v, const std::vector<int32_t> & layers,
+            const std::map<int32_t, int32_t> & reuse);
+
+    size_t get_segment_size() const { return segment_size; }
+
+    const std::vector<layer> & get_layers() const { return layers; }
+
+    // NULL: the layer stores nothing
+    const layer * find(int32_t il) const {
+        const auto it = map_layer_ids.find(il);
+        return it == map_layer_ids.end() ? nullptr : &layers[it->second];
+    }
+
+    size_t index_of(const layer & l) const { return &l - layers.data(); }
+
+private:
+    std::vector<layer> layers;
+    std::map<int32_t, size_t> map_layer_ids; // il -> index into layers
+
+    size_t segment_size = 0;
+};
+
+class lminf_archive {
+public:
+    using range = std::pair<int64_t, int64_t>; // tokens [first, second)
+
+    lminf_archive(std::shared_ptr<const lminf_archive_layout> layout, int64_t n_max) : layout(std::move(layout)), n_max(n_max) {}
+
+    // makes room for tokens [i0, i0 + n), of which none is there yet, and forgets the oldest if they would be more than n_max.
+    // Where memory is short it forgets more, or all but what comes next.
+    void append(int64_t i0, int64_t n);
+
+    // forgets the tokens from i0 on
+    void truncate(int64_t i0);
+
+    void clear();
+
+    // tokens that can be read, ascending
+    const std::vector<range> & get_ranges() const { return ranges; }
+
+    // its tokens within [i0, i1)
+    std::vector<range> find(int64_t i0, int64_t i1) const;
+
+    int64_t n_tokens() const;
+
+    size_t n_bytes() const { return segments.size()*layout->get_segment_size(); }
+
+    const lminf_archive_layout & get_layout() const { return *layout; }
+
+    // the segment that holds a token
+    const char * get_segment(int64_t i) const { return segments.at(i/lminf_archive_layout::n_segment).get(); }
+    char       * get_segment(int64_t i)       { return segments.at(i/lminf_archive_layout::n_segment).get(); }
+
+    //
+    // sketches: in a basis found from the first n_learn tokens that are there, the same for the same stream
+    //
+
+    using axes = std::vector<lminf_axes>; // [n_head_kv], n_embd 0: to be found
+
+    // called before tokens from i0 on are stored: from then on there are axes, if there is enough to learn from
+    void learn(int64_t i0);
+
+    // the tokens that axes are found from
+    range get_learned() const { return learned; }
+
+    // NULL: none yet
+    axes * get_axes(size_t layer) const { return layer < layers_axes.size() ? layers_axes[layer].get() : nullptr; }
+
+private:
+    using segment = std::shared_ptr<char[]>;
+
+    // NULL if there is no memory
+    segment new_segment();
+
+    void forget(int64_t i1);
+
+    std::shared_ptr<const lminf_archive_layout> layout;
+
+    int64_t n_max;
+
+    std::map<int64_t, segment> segments; // by the index of the first token over n_segment
+    std::vector<range>         ranges;
+
+    range learned = { 0, 0 };
+
+    std::vector<std::shared_ptr<axes>> layers_axes;
+
+    bool is_short = false; // of memory: told once
+};

@@ -1,0 +1,539 @@
+#include "lminf-lanes.h"
+
+#include "lminf-lanes-isa.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <functional>
+
+// --- the instruction set ------------------------------------------------------------------------------------------------
+
+static std::atomic<const lminf_lanes_kernels *> chosen{nullptr};
+
+static const lminf_lanes_kernels & get_kernels() {
+    const lminf_lanes_kernels * res = chosen.load(std::memory_order_acquire);
+    if (!res) {
+        res = lminf_lanes_get_isas()[0].kernels;
+        chosen.store(res, std::memory_order_release);
+    }
+    return *res;
+}
+
+bool lminf_lanes_set_isa(const char * name) {
+    for (const auto & isa : lminf_lanes_get_isas()) {
+        if (strcmp(isa.name, name) == 0) {
+            chosen = isa.kernels;
+            return true;
+        }
+    }
+    return false;
+}
+
+std::vector<const char *> lminf_lanes_isas() {
+    std::vector<const char *> res;
+    for (const auto & isa : lminf_lanes_get_isas()) {
+        res.push_back(isa.name);
+    }
+    return res;
+}
+
+// --- keys ---------------------------------------------------------------------------------------------------------------
+
+static constexpr ggml_fp16_t F16_NAN = 0x7E00;
+
+static bool is_quantized(ggml_type type) {
+    return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
+}
+
+static bool are_finite(const float * x, int64_t n) {
+    return std::all_of(x, x + n, [](float v) { return std::isfinite(v); });
+}
+
+// where an element of a lane is: for q4_0 its byte, of which it is one half
+static int64_t get_offset(ggml_type type, int64_t n_embd, int64_t e, int64_t lane) {
+    switch (type) {
+        case GGML_TYPE_F32:  return (e*16 + lane)*4;
+        case GGML_TYPE_F16:  return (e*16 + lane)*2;
+        case GGML_TYPE_Q8_0: return n_embd + e/4*64 + lane*4 + e % 4;
+        default:             return n_embd + e/8*64 + lane*4 + e % 4;
+    }
+}
+
+// of 32 elements
+static int64_t get_scale_offset(int64_t e, int64_t lane) {
+    return (e/32*16 + lane)*sizeof(ggml_fp16_t);
+}
+
+size_t lminf_lanes_size(ggml_type type, int64_t n_embd) {
+    GGML_ASSERT(type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || is_quantized(type));
+    GGML_ASSERT(n_embd > 0 && n_embd % ggml_blck_size(type) == 0);
+
+    return lminf_n_lanes*ggml_row_size(type, n_embd);
+}
+
+void lminf_lanes_store(ggml_type type, int64_t n_embd, void * block, int64_t lane, const float * k) {
+    char * data = (char *) block;
+
+    if (!is_quantized(type)) {
+        for (int64_t e = 0; e < n_embd; ++e) {
+            char * dst = data + get_offset(type, n_embd, e, lane);
+            if (type == GGML_TYPE_F32) {
+                memcpy(dst, &k[e], sizeof(float));
+            } else {
+                const ggml_fp16_t h = ggml_fp32_to_fp16(k[e]);
+                memcpy(dst, &h, sizeof(h));
+            }
+        }
+        return;
+    }
+
+    for (int64_t e0 = 0; e0 < n_embd; e0 += 32) {
+        // as ggml lays it out: an f16 scale, then 32 bytes, or 16 with the last 16 elements in their upper halves
+        uint8_t row[34] = { 0 };
+        if (are_finite(k + e0, 32)) {
+            ggml_get_type_traits(type)->from_float_ref(k + e0, row, 32);
+        } else {
+            memcpy(row, &F16_NAN, sizeof(F16_NAN));
+        }
+        memcpy(data + get_scale_offset(e0, lane), row, sizeof(ggml_fp16_t));
+
+        const uint8_t * src = row + sizeof(ggml_fp16_t);
+        for (int64_t e = 0; e < 32; ++e) {
+            if (type == GGML_TYPE_Q8_0) {
+                data[get_offset(type, n_embd, e0 + e, lane)] = (char) src[e];
+            } else if (e % 8 < 4) {
+                const int x = src[e % 16] >> e/16*4 & 15, y = src[e % 16 + 4] >> e/16*4 & 15;
+                data[get_offset(type, n_embd, e0 + e, lane)] = (char) (x | y << 4);
+            }
+        }
+    }
+}
+
+void lminf_lanes_load(ggml_type type, int64_t n_embd, const void * block, int64_t lane, float * k) {
+    const char * data = (const char *) block;
+
+    for (int64_t e = 0; e < n_embd; ++e) {
+        const char * src = data + get_offset(type, n_embd, e, lane);
+
+        ggml_fp16_t half;
+        switch (type) {
+            case GGML_TYPE_F32:  memcpy(&k[e], src, sizeof(float)); continue;
+            case GGML_TYPE_F16:  memcpy(&half, src, sizeof(half)); k[e] = ggml_fp16_to_fp32(half); continue;
+            default:             memcpy(&half, data + get_scale_offset(e, lane), sizeof(half)); break;
+        }
+        const int x = type == GGML_TYPE_Q8_0 ? *(const int8_t *) src : (*(const uint8_t *) src >> (e % 8 < 4 ? 0 : 4) & 15) - 8;
+        k[e] = ggml_fp16_to_fp32(half)*x;
+    }
+}
+
+void lminf_lanes_dot(ggml_type type, int64_t n_embd, const void * blocks, int64_t n_blocks, const float * q, int64_t n_q, float * scores) {
+    const auto & kernels = get_kernels();
+    const auto   dot     = type == GGML_TYPE_F32  ? kernels.dot_f32
+                         : type == GGML_TYPE_F16  ? kernels.dot_f16
+                         : type == GGML_TYPE_Q8_0 ? kernels.dot_q8_0 : kernels.dot_q4_0;
+
+    dot(n_embd, lminf_lanes_size(type, n_embd), (const char *) blocks, n_blocks, q, n_q, scores);
+}
+
+// --- sketches -----------------------------------------------------------------------------------------------------------
+
+size_t lminf_sketch_size() {
+    return LMINF_SKETCH_SIZE;
+}
+
+void lminf_sketch_store(void * block, int64_t lane, const float * x) {
+    char * data = (char *) block;
+
+    // as q4_0: what is farthest from zero becomes -8
+    float far = 0.0f;
+    for (int i = 0; i < 16; ++i) {
+        far = std::fabs(x[i]) > std::fabs(far) ? x[i] : far;
+    }
+    const ggml_fp16_t half  = are_finite(x, 16) ? ggml_fp32_to_fp16(far/-8.0f) : F16_NAN;
+    const float       scale = ggml_fp16_to_fp32(half);
+    const float       inv   = std::isfinite(scale) && scale != 0.0f ? 1.0f/scale : 0.0f;
+
+    uint8_t u[16];
+    for (int i = 0; i < 16; ++i) {
+        u[i] = inv == 0.0f ? 8 : (uint8_t) std::min(15.0f, std::max(0.0f, x[i]*inv + 8.5f));
+    }
+    for (int i = 0; i < 4; ++i) {
+        data[     4*lane + i] = (char) (u[i    ] | u[i +  4] << 4);
+        data[64 + 4*lane + i] = (char) (u[i + 8] | u[i + 12] << 4);
+    }
+    memcpy(data + 128 + 2*lane, &half, sizeof(half));
+}
+
+void lminf_sketch_load(const void * block, int64_t lane, float * x) {
+    const uint8_t * data = (const uint8_t *) block;
+
+    ggml_fp16_t scale;
+    memcpy(&scale, data + 128 + 2*lane, sizeof(scale));
+    for (int i = 0; i < 16; ++i) {
+        x[i] = ggml_fp16_to_fp32(scale)*((data[i/8*64 + 4*lane + i % 4] >> i/4 % 2*4 & 15) - 8);
+    }
+}
+
+static lminf_sketch_query get_sketch_query(const float * q, float offset) {
+    lminf_sketch_query res = { { 0 }, 0, NAN, offset };
+    if (!are_finite(q, 16)) {
+        return res;
+    }
+    float far = 0.0f;
+    for (int i = 0; i < 16; ++i) {
+        far = std::max(far, std::fabs(q[i]));
+    }
+    res.scale = far/127.0f;
+
+    const float inv = res.scale >= FLT_MIN ? 1.0f/res.scale : 0.0f;
+
+    int8_t x[16];
+    for (int i = 0; i < 16; ++i) {
+        x[i] = (int8_t) ((int) (q[i]*inv + 128.5f) - 128); // rounded; the conversion cuts
+        res.start -= 8*x[i];
+    }
+    memcpy(res.x, x, sizeof(x));
+    return res;
+}
+
+void lminf_sketch_max(const void * blocks, int64_t n_blocks, const float * q, const float * offset, int64_t n_q, float * best) {
+    constexpr int64_t n_part = 64;
+    lminf_sketch_query part[n_part];
+
+    for (int64_t i = 0; i < n_q; i += n_part) {
+        const int64_t n = std::min(n_part, n_q - i);
+        for (int64_t j = 0; j < n; ++j) {
+            part[j] = get_sketch_query(q + 16*(i + j), offset[i + j]);
+        }
+        get_kernels().sketch_max((const char *) blocks, n_blocks, part, n, best);
+    }
+}
+
+// --- principal axes -----------------------------------------------------------------------------------------------------
+
+static double dot(const float * a, const float * b, int64_t n) {
+    double res = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+        res += (double) a[i]*b[i];
+    }
+    return res;
+}
+
+// makes the rows of v [n_rows][n] orthonormal; one that the rows before it span is replaced by a unit vector's rest
+static void orthonormalize(std::vector<float> & v, int64_t n_rows, int64_t n) {
+    int64_t unit = 0;
+    for (int64_t r = 0; r < n_rows; ++r) {
+        float * row = &v[r*n];
+        for (;;) {
+            const double before = std::sqrt(dot(row, row, n));
+            for (int pass = 0; pass < 2; ++pass) { // once leaves rounding errors of the row's first length
+                for (int64_t s = 0; s < r; ++s) {
+                    const float * other = &v[s*n];
+                    const float   x     = (float) dot(row, other, n);
+                    for (int64_t i = 0; i < n; ++i) {
+                        row[i] -= x*other[i];
+                    }
+                }
+            }
+            const double after = std::sqrt(dot(row, row, n));
+            if (after > 1e-4*before) {
+                for (int64_t i = 0; i < n; ++i) {
+                    row[i] = (float) (row[i]/after);
+                }
+                break;
+            }
+            std::fill(row, row + n, 0.0f);
+            row[unit++] = 1.0f;
+        }
+    }
+}
+
+// eigenvectors, in rows, of the symmetric a [n][n], of which the diagonal is left; by Jacobi's rotations
+static std::vector<double> diagonalize(std::vector<double> & a, int64_t n) {
+    std::vector<double> v(n*n, 0.0);
+    for (int64_t i = 0; i < n; ++i) {
+        v[i*n + i] = 1.0;
+    }
+    for (int sweep = 0; sweep < 12; ++sweep) {
+        for (int64_t p = 0; p < n; ++p) {
+            for (int64_t q = p + 1; q < n; ++q) {
+                const double apq = a[p*n + q];
+                if (apq == 0.0) {
+                    continue;
+                }
+                const double theta = (a[q*n + q] - a[p*n + p])/(2.0*apq);
+                const double t     = (theta < 0.0 ? -1.0 : 1.0)/(std::fabs(theta) + std::sqrt(theta*theta + 1.0));
+                const double c     = 1.0/std::sqrt(t*t + 1.0);
+                const double s     = t*c;
+
+                const auto rotate = [&](double & x, double & y) {
+                    const double x0 = x;
+                    x = c*x0 - s*y;
+                    y = s*x0 + c*y;
+                };
+                for (int64_t i = 0; i < n; ++i) {
+                    rotate(a[i*n + p], a[i*n + q]);
+                }
+                for (int64_t i = 0; i < n; ++i) {
+                    rotate(a[p*n + i], a[q*n + i]);
+                    rotate(v[p*n + i], v[q*n + i]);
+                }
+            }
+        }
+    }
+    return v;
+}
+
+lminf_axes lminf_find_axes(const float * k, int64_t n_rows, int64_t n_embd) {
+    const int64_t n = n_embd;
+
+    lminf_axes res;
+    res.n_embd = n;
+    res.mean.resize(n);
+    res.axes.resize(lminf_n_dirs*n);
+    res.var.resize(lminf_n_dirs);
+
+    std::vector<float>  x;
+    std::vector<double> mean(n);
+    for (int64_t r = 0; r < n_rows; ++r) {
+        if (are_finite(k + r*n, n)) {
+            x.insert(x.end(), k + r*n, k + (r + 1)*n);
+        }
+    }
+    n_rows = (int64_t) x.size()/n;
+    for (int64_t r = 0; r < n_rows; ++r) {
+        for (int64_t i = 0; i < n; ++i) {
+            mean[i] += x[r*n + i];
+        }
+    }
+    for (int64_t i = 0; i < n && n_rows > 0; ++i) {
+        res.mean[i] = (float) (mean[i]/n_rows);
+    }
+    for (int64_t r = 0; r < n_rows; ++r) {
+        for (int64_t i = 0; i < n; ++i) {
+            x[r*n + i] -= res.mean[i];
+        }
+    }
+
+    // covariance; several rows at a time, as it may be larger than the first level cache
+    constexpr int64_t n_at_once = 8;
+    x.resize((n_rows + n_at_once - 1)/n_at_once*n_at_once*n);
+
+    std::vector<float> cov(n*n);
+    for (int64_t r = 0; r < n_rows; r += n_at_once) {
+        const float * rows = &x[r*n];
+        for (int64_t i = 0; i < n; ++i) {
+            float * c = &cov[i*n];
+            for (int64_t j = 0; j < n; ++j) {
+                float sum = 0.0f;
+                for (int64_t s = 0; s < n_at_once; ++s) {
+                    sum += rows[s*n + i]*rows[s*n + j];
+                }
+                c[j] += sum;
+            }
+        }
+    }
+    for (float & c : cov) {
+        c /= std::max<int64_t>(n_rows, 1);
+    }
+
+    // orthogonal iteration on twice as many vectors as are wanted: the error falls by (var[32]/var[15])^2 each time
+    const int64_t n_vec = std::min(2*lminf_n_dirs, n);
+    std::vector<float> v(n_vec*n), w(n_vec*n);
+
+    uint32_t state = 1;
+    for (float & a : v) {
+        state = state*1664525 + 1013904223;
+        a = (float) (int32_t) state;
+    }
+    const auto multiply = [&] { // w = v·cov
+        std::fill(w.begin(), w.end(), 0.0f);
+        for (int64_t r = 0; r < n_vec; ++r) {
+            for (int64_t i = 0; i < n; ++i) {
+                const float a = v[r*n + i];
+                for (int64_t j = 0; j < n; ++j) {
+                    w[r*n + j] += a*cov[i*n + j];
+                }
+            }
+        }
+    };
+    orthonormalize(v, n_vec, n);
+    for (int i = 0; i < 12; ++i) {
+        multiply();
+        v.swap(w);
+        orthonormalize(v, n_vec, n);
+    }
+
+    // the axes within what they span
+    multiply();
+    std::vector<double> inner(n_vec*n_vec);
+    for (int64_t r = 0; r < n_vec; ++r) {
+        for (int64_t s = 0; s <= r; ++s) {
+            inner[r*n_vec + s] = inner[s*n_vec + r] = dot(&v[r*n], &w[s*n], n);
+        }
+    }
+    const std::vector<double> rotation = diagonalize(inner, n_vec);
+
+    std::vector<int64_t> order(n_vec);
+    for (int64_t r = 0; r < n_vec; ++r) {
+        order[r] = r;
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return inner[a*n_vec + a] > inner[b*n_vec + b]; });
+
+    for (int64_t r = 0; r < std::min(lminf_n_dirs, n_vec); ++r) {
+        res.var[r] = (float) std::max(0.0, inner[order[r]*n_vec + order[r]]);
+        for (int64_t s = 0; s < n_vec; ++s) {
+            const float a = (float) rotation[order[r]*n_vec + s];
+            for (int64_t i = 0; i < n; ++i) {
+                res.axes[r*n + i] += a*v[s*n + i];
+            }
+        }
+    }
+    return res;
+}
+
+void lminf_project(const lminf_axes & axes, const float * k, float * x) {
+    std::vector<float> centered(k, k + axes.n_embd);
+    for (int64_t i = 0; i < axes.n_embd; ++i) {
+        centered[i] -= axes.mean[i];
+    }
+    get_kernels().project(axes.n_embd, axes.axes.data(), centered.data(), x);
+}
+
+float lminf_project_query(const lminf_axes & axes, const float * q, float * y) {
+    get_kernels().project(axes.n_embd, axes.axes.data(), q, y);
+    return (float) dot(q, axes.mean.data(), axes.n_embd);
+}
+
+// --- choice of the best -------------------------------------------------------------------------------------------------
+
+// numbers that are larger where the score is, and among equal scores where the index is lower
+static uint64_t get_key(float score, uint32_t index) {
+    score += 0.0f; // of the two zeros the positive one
+    uint32_t bits;
+    memcpy(&bits, &score, sizeof(bits));
+    bits = bits >> 31 ? ~bits : bits | 0x80000000;
+    return (uint64_t) bits << 32 | ~index;
+}
+
+static float get_score(uint64_t key) {
+    uint32_t bits = (uint32_t) (key >> 32);
+    bits = bits >> 31 ? bits & 0x7FFFFFFF : ~bits;
+    float score;
+    memcpy(&score, &bits, sizeof(score));
+    return score;
+}
+
+static uint32_t get_index(uint64_t key) {
+    return ~(uint32_t) key;
+}
+
+// the nth largest, from 1; the order of a is lost. Without branches that depend on the data: half of them would be mispredicted
+static uint64_t find_nth_largest(uint64_t * a, int64_t size, int64_t nth) {
+    const auto median = [](uint64_t x, uint64_t y, uint64_t z) { return std::max(std::min(x, y), std::min(std::max(x, y), z)); };
+
+    for (int pass = 0; pass < 40 && size > 16; ++pass) {
+        const uint64_t pivot = median(a[0], a[size/2], a[size - 1]);
+
+        int64_t n_above = 0; // partitioned: these first
+        for (int64_t i = 0; i < size; ++i) {
+            const uint64_t x = a[i];
+            a[i]       = a[n_above];
+            a[n_above] = x;
+            n_above += x > pivot;
+        }
+        if (nth <= n_above) {
+            size = n_above;
+        } else {
+            a    += n_above;
+            size -= n_above;
+            nth  -= n_above;
+        }
+    }
+    std::nth_element(a, a + nth - 1, a + size, std::greater<uint64_t>());
+    return a[nth - 1];
+}
+
+void lminf_best::clear(int64_t n) {
+    this->n = n;
+    n_keys  = 0;
+    border  = get_key(n > 0 ? -INFINITY : INFINITY, 0);
+    keys.resize(4*n + 512);
+}
+
+// leaves the n best, in their order
+void lminf_best::cut() {
+    if (n_keys < n || n == 0) {
+        return;
+    }
+    scratch.assign(keys.begin(), keys.begin() + n_keys);
+    const uint64_t last = find_nth_largest(scratch.data(), n_keys, n);
+
+    int64_t n_left = 0;
+    for (int64_t i = 0; i < n_keys; ++i) {
+        keys[n_left] = keys[i];
+        n_left += keys[i] >= last;
+    }
+    n_keys = n_left;
+    border = last;
+}
+
+void lminf_best::add(const float * scores, int64_t n_scores, int64_t first_index) {
+    GGML_ASSERT(first_index >= 0 && first_index + n_scores <= UINT32_MAX);
+
+    constexpr int64_t n_part = 512;
+
+    for (int64_t i = 0; i < n_scores; i += n_part) {
+        float   last[16];
+        int32_t found[n_part + 16];
+
+        const int64_t n         = std::min(n_part, n_scores - i);
+        const float   threshold = get_score(border);
+
+        int64_t n_found = get_kernels().find(scores + i, n/16*16, threshold, found);
+        if (n % 16 != 0) {
+            std::fill(last, last + 16, NAN);
+            std::copy(scores + i + n/16*16, scores + i + n, last);
+            const int64_t n_last = get_kernels().find(last, 16, threshold, found + n_found);
+            for (int64_t j = 0; j < n_last; ++j) {
+                found[n_found++] += n/16*16;
+            }
+        }
+        if (n_keys + n_found >= (int64_t) keys.size()) {
+            cut();
+            keys.resize(std::max<size_t>(keys.size(), n_keys + n_found + 1));
+        }
+        for (int64_t j = 0; j < n_found; ++j) {
+            keys[n_keys] = get_key(scores[i + found[j]], (uint32_t) (first_index + i + found[j]));
+            n_keys += keys[n_keys] > border;
+        }
+    }
+}
+
+void lminf_best::add(const lminf_best & other) {
+    for (int64_t i = 0; i < other.n_keys; ++i) {
+        if (n_keys == (int64_t) keys.size()) {
+            cut();
+            keys.resize(std::max<size_t>(keys.size(), n_keys + 1));
+        }
+        keys[n_keys] = other.keys[i];
+        n_keys += keys[n_keys] > border;
+    }
+}
+
+const std::vector<lminf_best::entry> & lminf_best::finish() {
+    cut();
+    found.clear();
+    for (int64_t i = 0; i < n_keys; ++i) {
+        found.emplace_back(get_index(keys[i]), get_score(keys[i]));
+    }
+    if (!std::is_sorted(found.begin(), found.end())) { // they are if they came in order
+        std::sort(found.begin(), found.end());
+    }
+    return found;
+}

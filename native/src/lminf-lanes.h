@@ -1,0 +1,104 @@
+// keys of one KV head, 16 tokens to a block and tokens as lanes: a scan then sums within lanes, several times faster than
+// across them
+//
+// What is stored here lies in the machine's own byte order. Different lanes of a block may be stored at the same time; all
+// else here may be called by any number of threads.
+
+#pragma once
+
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+constexpr int64_t lminf_n_lanes = 16;
+constexpr int64_t lminf_n_dirs  = 16; // of a sketch
+
+// --- keys: F32, F16, Q8_0 or Q4_0 -----------------------------------------------------------------------------------
+//
+//   f32, f16   [n_embd][16 tokens]
+//   q8_0       f16 scales [n_embd/32][16 tokens], then bytes [n_embd/4][16 tokens][4]
+//   q4_0       f16 scales [n_embd/32][16 tokens], then bytes [n_embd/8][16 tokens][4]; of 8 elements the first 4 are in the
+//              lower halves of their bytes
+//
+// Quantized as ggml does it, to the bit. A quantized key of which an element is not finite reads as NaN.
+
+// bytes of a block; n_embd > 0 for f32 and f16, a multiple of 32 for quantized types
+size_t lminf_lanes_size(ggml_type type, int64_t n_embd);
+
+void lminf_lanes_store(ggml_type type, int64_t n_embd, void * block, int64_t lane, const float * k);       // k [n_embd]
+void lminf_lanes_load (ggml_type type, int64_t n_embd, const void * block, int64_t lane, float * k);
+
+// scores [n_q][n_blocks*16] = q[i]·key, for the key as stored, in f32; q [n_q][n_embd]
+void lminf_lanes_dot(ggml_type type, int64_t n_embd, const void * blocks, int64_t n_blocks, const float * q, int64_t n_q, float * scores);
+
+// --- sketches: 16 numbers of 4 bits and a scale per token, a key in the basis of lminf_axes ---------------------------
+
+size_t lminf_sketch_size();
+void   lminf_sketch_store(void * block, int64_t lane, const float * x); // x [16]
+void   lminf_sketch_load (const void * block, int64_t lane, float * x);
+
+// best [n_blocks*16] = max(best, max over i of q[i]·x + offset[i]); q [n_q][16], taken at 8 bits. What is not a number loses
+void lminf_sketch_max(const void * blocks, int64_t n_blocks, const float * q, const float * offset, int64_t n_q, float * best);
+
+// --- principal axes of one head's keys --------------------------------------------------------------------------------
+
+struct lminf_axes {
+    int64_t n_embd = 0;
+
+    std::vector<float> mean; // [n_embd]
+    std::vector<float> axes; // [16][n_embd], orthonormal, by falling variance; n_embd < 16: the rest are zeros
+    std::vector<float> var;  // [16]
+};
+
+// of the rows of k [n_rows][n_embd] that are finite; the same rows give the same axes
+lminf_axes lminf_find_axes(const float * k, int64_t n_rows, int64_t n_embd);
+
+// x [16] = axes·(k - mean)
+void lminf_project(const lminf_axes & axes, const float * k, float * x);
+
+// y [16] = axes·q; returns q·mean: q·k is about y·x + q·mean
+float lminf_project_query(const lminf_axes & axes, const float * q, float * y);
+
+// --- choice of the best -----------------------------------------------------------------------------------------------
+
+// the n best scores, exactly; of equal ones those with the lower index. An index is added once
+class lminf_best {
+public:
+    using entry = std::pair<int64_t, float>; // index, score
+
+    explicit lminf_best(int64_t n) { clear(n); }
+
+    void clear(int64_t n);
+
+    // scores of first_index, first_index + 1, ..., all below 2^32 - 1; -INFINITY and NaN don't count
+    void add(const float * scores, int64_t n_scores, int64_t first_index);
+
+    // what was found in another part, by another thread
+    void add(const lminf_best & other);
+
+    // the n best so far, fewer if there were fewer, by index; more may be added afterwards. Cheaper where they came in order
+    const std::vector<entry> & finish();
+
+private:
+    void cut();
+
+    int64_t  n;
+    int64_t  n_keys;
+    uint64_t border; // what is not above it is not among the n best
+
+    std::vector<uint64_t> keys; // the first n_keys: the n best are among them, in the order they came in
+    std::vector<uint64_t> scratch;
+
+    std::vector<entry> found;
+};
+
+// --- for tests and benchmarks -----------------------------------------------------------------------------------------
+
+// by which instruction set all of this is done from now on: a name of lminf_lanes_isas. Not while others use it
+bool lminf_lanes_set_isa(const char * name);
+
+// those that this build has and this processor can run, best first; the first is the default
+std::vector<const char *> lminf_lanes_isas();

@@ -1,0 +1,629 @@
+#include "lminf-recall.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+constexpr int64_t n_segment = lminf_archive_layout::n_segment;
+
+//
+// lminf_recall
+//
+
+lminf_recall::lminf_recall(const lminf_cparams & params, std::shared_ptr<const lminf_archive_layout> layout_, uint32_t n_seq_max) :
+    params(params), layout(std::move(layout_)), archives(n_seq_max, lminf_archive(layout, params.n_archive)), choices(n_seq_max),
+    n_recalls(n_seq_max, params.n_recall) {}
+
+void lminf_recall::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
+    archives[seq_id_dst] = archives[seq_id_src];
+    choices [seq_id_dst] = choices [seq_id_src];
+}
+
+//
+// one layer
+//
+
+namespace {
+
+// tokens of a short list that lie in one segment, scored at one go
+struct tile {
+    const char * segment;
+    int64_t      at; // of its first token in the list
+    int64_t      n;
+};
+
+constexpr int64_t n_tile = 256;
+
+using scored = std::pair<int64_t, float>;
+
+// the n best, ascending by index; ties to the lower index
+void keep_best(std::vector<scored> & all, int64_t n) {
+    if ((int64_t) all.size() > n) {
+        std::nth_element(all.begin(), all.begin() + n, all.end(), [](const scored & a, const scored & b) {
+            return a.second > b.second || (a.second == b.second && a.first < b.first);
+        });
+        all.resize(n);
+    }
+    std::sort(all.begin(), all.end());
+}
+
+std::vector<scored> join(std::vector<lminf_best> & lists, size_t i0, size_t step) {
+    std::vector<scored> res;
+    for (size_t i = i0; i < lists.size(); i += step) {
+        const auto & found = lists[i].finish();
+        res.insert(res.end(), found.begin(), found.end());
+    }
+    return res;
+}
+
+// rows of any type that a cache has
+void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type, void * dst) {
+    if (type == dst_type) {
+        memcpy(dst, src, ggml_row_size(type, n));
+    } else if (type == GGML_TYPE_BF16) { // then dst is F32
+        ggml_bf16_to_fp32_row((const ggml_bf16_t *) src, (float *) dst, n);
+    } else {
+        lminf_row_load(type, src, n, dst_type, dst);
+    }
+}
+
+// what is found on the way to one stream's choice in one layer, between its phases
+struct work {
+    std::vector<float> q; // [n_head_kv][n_q][n_embd_head_k], the queries that vote of all heads of a group
+
+    std::vector<lminf_best> best;   // [n_threads], with the paper's rule [n_threads][n_head]
+    std::vector<int64_t>    tokens; // the short list
+    std::vector<int32_t>    rows;   // of these within their segments
+    std::vector<tile>       tiles;
+
+    // [n_head*n_votes][n] of each tile, one after the other; empty if they would be too many to keep
+    std::vector<float> scores;
+
+    // [tiles][n_head*n_votes]
+    std::vector<float> max;
+    std::vector<float> sum;
+};
+
+}
+
+enum phase { PREPARE, SCAN, LIST, SCORE, VOTE, CHOOSE, GATHER, N_PHASES };
+
+struct lminf_recall_layer {
+    struct node {
+        lminf_recall_layer * layer;
+        enum phase           phase;
+    };
+
+    lminf_recall_batch & batch;
+
+    const lminf_archive_layout::layer & l;
+
+    const size_t id; // among those of the layout
+
+    std::array<node, N_PHASES> nodes;
+
+    int64_t n_head        = 0;
+    float   scale         = 1.0f;
+    float   logit_softcap = 0.0f;
+    int64_t n_rows        = 0;
+
+    std::vector<work> works; // [n_stream]
+
+    lminf_recall_layer(lminf_recall_batch & batch, const lminf_archive_layout::layer & l, size_t id) : batch(batch), l(l), id(id) {
+        for (int i = 0; i < N_PHASES; ++i) {
+            nodes[i] = { this, (enum phase) i };
+        }
+    }
+
+    bool is_paper() const { return batch.recall.params.recall_rule == LMINF_RECALL_PAPER; }
+
+    int64_t n_queries(const lminf_recall_seq & seq) const { return is_paper() ? 1 : std::min(seq.n_tokens, lminf_recall::n_votes); }
+
+    // rows that are no zeros
+    int64_t n_filled(const lminf_recall_seq & seq) const { return is_paper() ? seq.n_chosen*(n_head/l.n_head_kv) : seq.n_chosen; }
+
+    // of all heads
+    int64_t n_scores(const lminf_recall_seq & seq) const { return n_head*n_queries(seq); }
+
+    lminf_recall_choice & choice(int64_t stream) const { return batch.recall.choices[batch.seq_ids[stream]]; }
+
+    //
+    // storing
+    //
+
+    void learn(const lminf_archive & archive, int64_t h, lminf_axes & axes) const {
+        const auto [i0, i1] = archive.get_learned();
+
+        std::vector<float> k((i1 - i0)*l.n_embd_head_k);
+        for (int64_t i = i0; i < i1; ++i) {
+            load_key(archive.get_segment(i), i, h, GGML_TYPE_F32, k.data() + (i - i0)*l.n_embd_head_k);
+        }
+        axes = lminf_find_axes(k.data(), i1 - i0, l.n_embd_head_k);
+    }
+
+    void load_key(const char * segment, int64_t i, int64_t h, ggml_type dst_type, void * dst) const {
+        lminf_row_load(l.type_k, segment + l.at_k + i % n_segment*l.size_k + h*ggml_row_size(l.type_k, l.n_embd_head_k), l.n_embd_head_k, dst_type, dst);
+    }
+
+    void load_value(const char * segment, int64_t i, int64_t h, ggml_type dst_type, void * dst) const {
+        const int64_t n_v = l.n_embd_v_gqa/l.n_head_kv;
+
+        lminf_row_load(l.type_v, segment + l.at_v + i % n_segment*l.size_v + h*ggml_row_size(l.type_v, n_v), n_v, dst_type, dst);
+    }
+
+    void sketch(lminf_archive & archive, int64_t i, int64_t h, const lminf_axes & axes, const float * k) const {
+        float x[lminf_n_dirs];
+        lminf_project(axes, k, x);
+
+        const int64_t row = i % n_segment;
+        lminf_sketch_store(archive.get_segment(i) + l.at_sketch + (h*n_segment + row)/lminf_n_lanes*lminf_sketch_size(), row % lminf_n_lanes, x);
+    }
+
+    void store(const ggml_tensor * k, const ggml_tensor * v, int ith, int nth) const {
+        for (int64_t s = 0; s < (int64_t) batch.seqs.size(); ++s) {
+            const auto & seq = batch.seqs[s];
+
+            auto & archive = *seq.archive;
+
+            const auto data = [&](const ggml_tensor * t, int64_t i, int64_t h) {
+                return (const float *) ((const char *) t->data + (s*seq.n_tokens + i)*t->nb[2] + h*t->nb[1]);
+            };
+            // what there was no memory for
+            const auto stored = archive.find(seq.index, seq.index + seq.n_tokens);
+            const int64_t i1 = stored.empty() ? 0 : stored.back().second - seq.index;
+
+            for (int64_t i = stored.empty() ? 0 : stored.front().first - seq.index; i < i1; ++i) {
+                if (i % nth != ith) {
+                    continue;
+                }
+                char * segment = archive.get_segment(seq.index + i);
+                char * dst_k   = segment + l.at_k + (seq.index + i) % n_segment*l.size_k;
+                char * dst_v   = segment + l.at_v + (seq.index + i) % n_segment*l.size_v;
+
+                for (int64_t h = 0; h < l.n_head_kv; ++h) {
+                    lminf_row_store(l.type_k, data(k, i, h), l.n_embd_head_k, dst_k + h*ggml_row_size(l.type_k, l.n_embd_head_k));
+                    if (v) {
+                        lminf_row_store(l.type_v, data(v, i, h), v->ne[0], dst_v + h*ggml_row_size(l.type_v, v->ne[0]));
+                    }
+                }
+            }
+
+            auto * axes = archive.get_axes(id);
+            if (!axes) {
+                continue;
+            }
+            for (int64_t h = ith; h < l.n_head_kv; h += nth) {
+                if ((*axes)[h].n_embd == 0) {
+                    learn(archive, h, (*axes)[h]);
+
+                    std::vector<float> key(l.n_embd_head_k);
+                    for (const auto & [first, second] : archive.find(0, seq.index)) {
+                        for (int64_t i = first; i < second; ++i) {
+                            load_key(archive.get_segment(i), i, h, GGML_TYPE_F32, key.data());
+                            sketch(archive, i, h, (*axes)[h], key.data());
+                        }
+                    }
+                }
+                for (int64_t i = stored.empty() ? 0 : stored.front().first - seq.index; i < i1; ++i) {
+                    sketch(archive, seq.index + i, h, (*axes)[h], data(k, i, h));
+                }
+            }
+        }
+    }
+
+    //
+    // choosing
+    //
+
+    bool has_sketches(const lminf_recall_seq & seq) const {
+        return !is_paper() && batch.recall.params.recall_index == LMINF_RECALL_SKETCH && seq.archive->get_axes(id) &&
+            seq.n_candidates > std::max(lminf_recall::n_all, n_short(seq));
+    }
+
+    // a list that serves many queries is longer
+    int64_t n_short(const lminf_recall_seq & seq) const {
+        return std::max<int64_t>(n_queries(seq) == 1 ? 1024 : 4096, 4*n_rows);
+    }
+
+    void prepare(const lminf_recall_seq & seq, work & w, const ggml_tensor * q, int64_t s, int nth) const {
+        const int64_t n_q   = n_queries(seq);
+        const int64_t group = n_head/l.n_head_kv;
+
+        w.q.resize(n_scores(seq)*l.n_embd_head_k);
+        for (int64_t h = 0; h < n_head; ++h) {
+            for (int64_t i = 0; i < n_q; ++i) {
+                const int64_t at = ((h/group)*group*n_q + h % group*n_q + i)*l.n_embd_head_k;
+
+                memcpy(w.q.data() + at, (const char *) q->data + (s*seq.n_tokens + seq.n_tokens - n_q + i)*q->nb[2] + h*q->nb[1],
+                        l.n_embd_head_k*sizeof(float));
+            }
+        }
+        w.best.assign(nth, lminf_best(n_short(seq)));
+    }
+
+    void scan(const lminf_recall_seq & seq, work & w, int ith, int nth) const {
+        const auto & axes = *seq.archive->get_axes(id);
+
+        const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
+
+        // A query's scores of all candidates are taken to be normally distributed: that gives what it would divide its votes by
+        // (the free energy of that many random energies), so that queries of any temperature can be compared
+        const float bound = sqrtf(2.0f*logf((float) seq.n_candidates));
+
+        std::vector<float> y(l.n_head_kv*n_q*lminf_n_dirs);
+        std::vector<float> offset(l.n_head_kv*n_q);
+        for (int64_t i = 0; i < l.n_head_kv*n_q; ++i) {
+            const auto & a = axes[i/n_q];
+
+            float var = 0.0f;
+            for (int64_t d = 0; d < lminf_n_dirs; ++d) {
+                float sum = 0.0f;
+                for (int64_t e = 0; e < l.n_embd_head_k; ++e) {
+                    sum += a.axes[d*l.n_embd_head_k + e]*w.q[i*l.n_embd_head_k + e];
+                }
+                y[i*lminf_n_dirs + d] = scale*sum;
+                var += a.var[d]*scale*sum*scale*sum;
+            }
+            const float dev = sqrtf(var);
+
+            offset[i] = dev < bound ? -0.5f*var : 0.5f*bound*bound - dev*bound;
+        }
+
+        constexpr int64_t n_piece = 16*lminf_n_lanes;
+
+        int64_t i_piece = 0;
+        for (const auto & [first, second] : seq.candidates) {
+            for (int64_t i0 = first/n_piece*n_piece; i0 < second; i0 += n_piece) {
+                if (i_piece++ % nth != ith) {
+                    continue;
+                }
+                float best[n_piece];
+                std::fill(best, best + n_piece, -INFINITY);
+                for (int64_t h = 0; h < l.n_head_kv; ++h) {
+                    const char * blocks = seq.archive->get_segment(i0) + l.at_sketch + (h*n_segment + i0 % n_segment)/lminf_n_lanes*lminf_sketch_size();
+                    lminf_sketch_max(blocks, n_piece/lminf_n_lanes, y.data() + h*n_q*lminf_n_dirs, offset.data() + h*n_q, n_q, best);
+                }
+                const int64_t from = std::max(first, i0);
+                w.best[ith].add(best + (from - i0), std::min(second, i0 + n_piece) - from, from);
+            }
+        }
+    }
+
+    void list(const lminf_recall_seq & seq, work & w, int nth) const {
+        w.tokens.clear();
+        w.rows.clear();
+        w.tiles.clear();
+
+        if (has_sketches(seq)) {
+            auto all = join(w.best, 0, 1);
+            keep_best(all, n_short(seq));
+            for (const auto & [i, _] : all) {
+                w.tokens.push_back(i);
+            }
+        } else {
+            for (const auto & [first, second] : seq.candidates) {
+                for (int64_t i = first; i < second; ++i) {
+                    w.tokens.push_back(i);
+                }
+            }
+        }
+
+        const char * segment = nullptr;
+        for (int64_t at = 0; at < (int64_t) w.tokens.size(); ++at) {
+            const int64_t i = w.tokens[at];
+
+            if (at == 0 || i/n_segment != w.tokens[at - 1]/n_segment) {
+                segment = seq.archive->get_segment(i);
+            }
+            if (w.tiles.empty() || w.tiles.back().segment != segment || w.tiles.back().n == n_tile) {
+                w.tiles.push_back({ segment, at, 0 });
+            }
+            w.tiles.back().n++;
+            w.rows.push_back(i % n_segment);
+        }
+
+        constexpr size_t n_kept = 4 << 20;
+
+        const size_t n = w.tokens.size()*n_scores(seq);
+        w.scores.resize(n <= n_kept ? n : 0);
+        w.max.resize(w.tiles.size()*n_scores(seq));
+        w.sum.resize(w.tiles.size()*n_scores(seq));
+
+        if (is_paper()) {
+            w.best.assign(nth*n_head, lminf_best(batch.recall.params.n_recall));
+        } else {
+            w.best.assign(nth, lminf_best(seq.n_chosen));
+        }
+    }
+
+    // a tile's scores [n_scores][t.n]
+    void dot(const lminf_recall_seq & seq, const work & w, const tile & t, float * scores) const {
+        const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
+
+        for (int64_t h = 0; h < l.n_head_kv; ++h) {
+            lminf_rows_dot(l.type_k, l.n_embd_head_k, t.segment + l.at_k + h*ggml_row_size(l.type_k, l.n_embd_head_k), l.size_k,
+                    w.rows.data() + t.at, t.n, w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*t.n, t.n);
+        }
+        for (int64_t i = 0; i < n_scores(seq)*t.n; ++i) {
+            scores[i] = logit_softcap > 0.0f ? logit_softcap*tanhf(scores[i]*scale/logit_softcap) : scores[i]*scale;
+        }
+    }
+
+    // a tile's scores become exp(score - max) of each query
+    void exponentiate(const lminf_recall_seq & seq, work & w, size_t i_tile, float * scores) const {
+        const int64_t n = w.tiles[i_tile].n;
+
+        for (int64_t i = 0; i < n_scores(seq); ++i) {
+            const size_t at = i_tile*n_scores(seq) + i;
+
+            w.max[at] = *std::max_element(scores + i*n, scores + (i + 1)*n);
+            w.sum[at] = lminf_exp_sum(scores + i*n, n, w.max[at], scores + i*n);
+        }
+    }
+
+    void score(const lminf_recall_seq & seq, work & w, int ith, int nth) const {
+        std::vector<float> buf(w.scores.empty() ? n_scores(seq)*n_tile : 0);
+
+        for (size_t i = ith; i < w.tiles.size(); i += nth) {
+            const tile & t = w.tiles[i];
+
+            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + t.at*n_scores(seq);
+            dot(seq, w, t, scores);
+
+            if (!is_paper()) {
+                exponentiate(seq, w, i, scores);
+                continue;
+            }
+            for (int64_t h = 0; h < n_head; ++h) {
+                w.best[ith*n_head + h].add(scores + h*t.n, t.n, t.at);
+            }
+        }
+    }
+
+    void vote(const lminf_recall_seq & seq, work & w, int ith, int nth) const {
+        const int64_t n_s = n_scores(seq);
+
+        std::vector<float>  max(n_s, -INFINITY);
+        std::vector<double> sum(n_s, 0.0);
+        for (size_t i = 0; i < w.max.size(); ++i) {
+            max[i % n_s] = std::max(max[i % n_s], w.max[i]);
+        }
+        for (size_t i = 0; i < w.max.size(); ++i) {
+            sum[i % n_s] += (double) w.sum[i]*expf(w.max[i] - max[i % n_s]);
+        }
+
+        std::vector<float> buf(w.scores.empty() ? n_s*n_tile : 0);
+        std::vector<float> votes(n_tile);
+
+        for (size_t i_tile = ith; i_tile < w.tiles.size(); i_tile += nth) {
+            const tile & t = w.tiles[i_tile];
+
+            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + t.at*n_s;
+            if (w.scores.empty()) {
+                dot(seq, w, t, scores);
+                exponentiate(seq, w, i_tile, scores);
+            }
+
+            std::fill(votes.begin(), votes.end(), 0.0f);
+            for (int64_t i = 0; i < n_s; ++i) {
+                const float factor = (float) (expf(w.max[i_tile*n_s + i] - max[i])/sum[i]);
+                for (int64_t j = 0; j < t.n; ++j) {
+                    votes[j] += factor*scores[i*t.n + j];
+                }
+            }
+            w.best[ith].add(votes.data(), t.n, t.at);
+        }
+    }
+
+    void choose(const lminf_recall_seq & seq, work & w, lminf_recall_choice & c) const {
+        const int64_t group = n_head/l.n_head_kv;
+
+        // of any number of lists the best, as tokens; where scores are NaN, what comes first
+        const auto pick = [&](std::vector<scored> all, int64_t n) {
+            keep_best(all, n);
+
+            std::vector<int64_t> res;
+            for (int64_t i = 0; (int64_t) all.size() < n; ++i) {
+                if (std::none_of(all.begin(), all.end(), [&](const scored & each) { return each.first == i; })) {
+                    all.push_back({ i, 0.0f });
+                }
+            }
+            std::sort(all.begin(), all.end());
+            for (const auto & [i, _] : all) {
+                res.push_back(w.tokens[i]);
+            }
+            return res;
+        };
+
+        c.tokens.resize(batch.recall.layout->get_layers().size());
+
+        auto & heads = c.tokens[id];
+        heads.clear();
+
+        if (!is_paper()) {
+            heads.push_back(pick(join(w.best, 0, 1), seq.n_chosen));
+            return;
+        }
+        for (int64_t h = 0; h < n_head; ++h) {
+            if (h % group == 0) {
+                heads.emplace_back();
+            }
+            const auto mine = pick(join(w.best, h, n_head), batch.recall.params.n_recall);
+            heads.back().insert(heads.back().end(), mine.begin(), mine.end());
+        }
+    }
+
+    void gather(const lminf_recall_seq & seq, const lminf_recall_choice & c, ggml_tensor * dst, int64_t s, int ith, int nth) const {
+        const ggml_tensor * k_sink = dst->src[1];
+        const ggml_tensor * v_sink = dst->src[2];
+
+        const int64_t n_embd_k = l.n_embd_head_k*l.n_head_kv;
+
+        for (int64_t r = ith; r < dst->ne[1]; r += nth) {
+            char * dst_k = (char *) dst->data + s*dst->nb[2] + r*dst->nb[1];
+            char * dst_v = dst_k + ggml_row_size(dst->type, n_embd_k);
+
+            if (r >= n_rows) { // a sink
+                const auto copy = [&](const ggml_tensor * t, char * to) {
+                    convert_row(t->type, (const char *) t->data + s*t->nb[2] + (r - n_rows)*t->nb[1], t->ne[0], dst->type, to);
+                };
+                copy(k_sink, dst_k);
+                if (v_sink) {
+                    copy(v_sink, dst_v);
+                }
+                continue;
+            }
+            if (r >= n_filled(seq)) {
+                memset(dst_k, 0, ggml_row_size(dst->type, dst->ne[0]));
+                continue;
+            }
+
+            const auto & heads   = c.tokens[id];
+            const char * segment = seq.archive->get_segment(heads[0][r]);
+            for (int64_t h = 0; h < l.n_head_kv; ++h) {
+                const int64_t i = heads[heads.size() == 1 ? 0 : h][r];
+                if (heads.size() > 1) {
+                    segment = seq.archive->get_segment(i);
+                }
+                load_key(segment, i, h, dst->type, dst_k + h*ggml_row_size(dst->type, l.n_embd_head_k));
+                if (l.n_embd_v_gqa > 0) {
+                    load_value(segment, i, h, dst->type, dst_v + h*ggml_row_size(dst->type, l.n_embd_v_gqa/l.n_head_kv));
+                }
+            }
+        }
+    }
+
+    void run(enum phase phase, ggml_tensor * dst, int ith, int nth) {
+        for (int64_t s = 0; s < (int64_t) batch.seqs.size(); ++s) {
+            const auto & seq = batch.seqs[s];
+
+            if (phase == GATHER) {
+                gather(seq, choice(s), dst, s, ith, nth);
+                continue;
+            }
+            if (!seq.chooses || seq.n_chosen == 0) {
+                continue;
+            }
+            auto & w = works[s];
+
+            switch (phase) {
+                case PREPARE: if (ith == 0)          { prepare(seq, w, dst->src[0], s, nth); } break;
+                case SCAN:    if (has_sketches(seq)) { scan(seq, w, ith, nth);               } break;
+                case LIST:    if (ith == 0)          { list(seq, w, nth);                    } break;
+                case SCORE:                            score(seq, w, ith, nth);                break;
+                case VOTE:    if (!is_paper())       { vote(seq, w, ith, nth);               } break;
+                case CHOOSE:  if (ith == 0)          { choose(seq, w, choice(s));            } break;
+                default:                                                                       break;
+            }
+        }
+    }
+};
+
+//
+// lminf_recall_batch
+//
+
+lminf_recall_batch::lminf_recall_batch(lminf_recall & recall, int64_t n_stream) : recall(recall), seqs(n_stream), seq_ids(n_stream) {}
+
+lminf_recall_batch::~lminf_recall_batch() = default;
+
+void lminf_recall_batch::set_seq(int64_t stream, llama_seq_id seq_id, int64_t index, int64_t n_tokens, int32_t n_global, bool is_last) {
+    const auto & params = recall.params;
+
+    auto & seq    = seqs[stream];
+    auto & choice = recall.choices[seq_id];
+
+    seq_ids[stream] = seq_id;
+
+    const bool is_paper = params.recall_rule == LMINF_RECALL_PAPER;
+
+    // the paper's newest query finds the keys of its own batch, too
+    const int64_t i1 = (is_paper ? index + n_tokens : index + 1) - params.n_local;
+
+    seq.archive    = &recall.archives[seq_id];
+    seq.index      = index;
+    seq.n_tokens   = n_tokens;
+    seq.candidates = seq.archive->find(n_global, i1);
+
+    seq.n_candidates = 0;
+    for (const auto & [first, second] : seq.candidates) {
+        seq.n_candidates += second - first;
+    }
+
+    const int64_t n_recall = recall.n_recalls[seq_id];
+    if (is_paper) {
+        seq.n_chosen = is_last && n_recall > 0 && seq.n_candidates >= params.n_recall ? params.n_recall : 0;
+    } else {
+        seq.n_chosen = std::min(n_recall, seq.n_candidates);
+    }
+
+    // again what was chosen, if that was for the tokens right before, was as much and is still there
+    const int64_t oldest = seq.candidates.empty() ? 0 : seq.candidates.front().first;
+
+    seq.chooses = n_tokens > 1 || choice.n_tokens >= params.recall_every || choice.index + choice.n_tokens != index ||
+        choice.n_chosen != seq.n_chosen || choice.oldest != oldest;
+    if (seq.chooses) {
+        choice.index    = index;
+        choice.n_tokens = 0;
+        choice.n_chosen = seq.n_chosen;
+        choice.oldest   = oldest;
+    }
+    choice.n_tokens += n_tokens;
+
+    if (params.recall_index == LMINF_RECALL_SKETCH && !is_paper) {
+        seq.archive->learn(index);
+    }
+}
+
+ggml_tensor * lminf_recall_batch::build_store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, int il) {
+    const auto * l = recall.layout->find(il);
+
+    layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, recall.layout->index_of(*l)));
+
+    ggml_tensor * args[] = { k, v };
+
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, v ? 2 : 1, [](ggml_tensor * dst, int ith, int nth, void * userdata) {
+        ((const lminf_recall_layer *) userdata)->store(dst->src[0], dst->src[1], ith, nth);
+    }, GGML_N_TASKS_MAX, layers.back().get());
+}
+
+ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_sink, ggml_tensor * v_sink, ggml_tensor * stored,
+        int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu) {
+    const auto * l = recall.layout->find(il);
+
+    layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, recall.layout->index_of(*l)));
+
+    auto & layer = *layers.back();
+    layer.n_head        = q->ne[1];
+    layer.scale         = scale;
+    layer.logit_softcap = logit_softcap;
+    layer.n_rows        = n_rows;
+    layer.works.resize(seqs.size());
+
+    const auto fun = [](ggml_tensor * dst, int ith, int nth, void * userdata) {
+        const auto & node = *(const lminf_recall_layer::node *) userdata;
+        node.layer->run(node.phase, dst, ith, nth);
+    };
+
+    ggml_tensor * cur = stored;
+    for (int phase = 0; phase < GATHER; ++phase) {
+        ggml_tensor * args[] = { q, cur };
+
+        cur = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, cur ? 2 : 1, fun, GGML_N_TASKS_MAX, &layer.nodes[phase]);
+        on_cpu(cur);
+    }
+
+    const bool is_f16 = !k_sink || (k_sink->type == GGML_TYPE_F16 && (!v_sink || v_sink->type == GGML_TYPE_F16));
+
+    ggml_tensor * args[] = { cur, k_sink, v_sink };
+
+    cur = ggml_custom_4d(ctx, is_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, l->n_embd_head_k*l->n_head_kv + l->n_embd_v_gqa,
+            n_rows + (k_sink ? k_sink->ne[1] : 0), seqs.size(), 1, args, !k_sink ? 1 : !v_sink ? 2 : 3, fun, GGML_N_TASKS_MAX, &layer.nodes[GATHER]);
+    on_cpu(cur);
+
+    return cur;
+}
