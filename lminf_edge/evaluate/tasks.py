@@ -5,7 +5,8 @@ paper      Mohtashami & Jaggi 2023 (arXiv:2305.16300), in the wording of the cod
            are equally hard. And no space ends the prompt: in many vocabularies that is a token that no digit follows.
 multi-key, multi-value, variables
            after RULER (Hsieh et al. 2024, arXiv:2404.06654), with fewer keys and shorter chains, in words of our own:
-           the models that this is measured on are small.
+           the models that this is measured on are small. SmolLM2-135M-Instruct finds the
+           number of `variables`, not the way to it: with a second number in the text it was right 2 times in 9.
 qa         stands where the paper has Qasper, whose articles and questions are too hard for such models: see stories.py.
 
 All values are drawn for each prompt, so that nobody can know them who was not told.
@@ -112,7 +113,6 @@ NAMES = (
     "Agnes", "Bruno", "Clara", "Dorian", "Edith", "Felix", "Greta", "Hector", "Ingrid", "Jasper", "Klara", "Lionel",
     "Martha", "Nestor", "Olga", "Percy", "Rosalind", "Silas", "Thelma", "Victor",
 )  # fmt: skip
-COLORS = ("red", "blue", "green", "yellow", "black", "white", "orange", "purple", "pink", "gray", "brown", "silver")
 TOWNS = (
     "Bristol", "Cardiff", "Dublin", "Vienna", "Lisbon", "Madrid", "Naples", "Geneva", "Boston", "Chicago", "Denver",
     "Oslo", "Prague", "Warsaw", "Athens", "Cairo", "Sydney", "Toronto",
@@ -121,7 +121,6 @@ ANIMALS = (
     "parrot", "monkey", "goat", "hedgehog", "turtle", "rabbit", "raven", "fox", "donkey", "snake", "lizard", "otter",
     "squirrel", "pigeon", "swan", "bear",
 )  # fmt: skip
-INSTRUMENTS = ("violin", "trumpet", "flute", "harp", "guitar", "cello", "banjo", "accordion", "clarinet", "drum")
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,6 @@ NUMBERS = tuple(str(number) for number in range(112, 1000, 7) if number % 10)
 
 KINDS = (
     Kind(
-        "The fishermen of Port Ellery had painted their old lighthouse {}, from top to bottom.",
-        "What color is the lighthouse of Port Ellery?",
-        "The lighthouse of Port Ellery was painted",
-        COLORS,
-    ),
-    Kind(
         "Mr. Garrow had paid {} pounds for his brown horse.",
         "How many pounds did the brown horse of Mr. Garrow cost?",
         "The brown horse of Mr. Garrow cost",
@@ -151,14 +144,14 @@ KINDS = (
     ),
     Kind(
         "Doctor Lindqvist was born in {}, and had never gone back there.",
-        "From which town is Doctor Lindqvist?",
+        "Where was Doctor Lindqvist born?",
         "Doctor Lindqvist was born in",
         TOWNS,
     ),
     Kind(
-        "The youngest daughter of the miller was called {}.",
-        "What is the name of the miller's youngest daughter?",
-        "The youngest daughter of the miller is called",
+        "The miller had a daughter, and her name was {}.",
+        "What was the name of the miller's daughter?",
+        "The name of the miller's daughter was",
         NAMES,
     ),
     Kind(
@@ -168,10 +161,10 @@ KINDS = (
         ANIMALS,
     ),
     Kind(
-        "Every evening Mrs. Tansley played the {} at the open window.",
-        "Which instrument does Mrs. Tansley play?",
-        "Mrs. Tansley plays the",
-        INSTRUMENTS,
+        "There were {} steps from the garden of Hartley Hall down to the sea.",
+        "How many steps are there from the garden of Hartley Hall to the sea?",
+        "From the garden of Hartley Hall to the sea there are",
+        NUMBERS,
     ),
 )
 
@@ -189,34 +182,34 @@ def _of_a_kind(kinds: Sequence[Kind]) -> Callable[[Any, float], Exercise]:
 
 CHAT_KINDS = (
     Kind(
-        "By the way, my locker has the number {}. Please remember it.",
+        "By the way, the number of my locker is {}.",
         "What is the number of my locker?",
         "The number of your locker is",
         NUMBERS,
     ),
     Kind(
-        "By the way, my sister lives in {}. Please remember it.",
+        "By the way, my sister lives in the town of {}.",
         "In which town does my sister live?",
-        "Your sister lives in",
+        "Your sister lives in the town of",
         TOWNS,
     ),
     Kind(
-        "By the way, my dog is called {}. Please remember it.",
-        "What is the name of my dog?",
-        "The name of your dog is",
-        NAMES,
+        "By the way, I was born in the town of {}.",
+        "In which town was I born?",
+        "You were born in the town of",
+        TOWNS,
     ),
     Kind(
-        "By the way, the door of my house is {}. Please remember it.",
-        "What color is the door of my house?",
-        "The door of your house is",
-        COLORS,
+        "By the way, I have a tame {} at home.",
+        "Which animal do I have at home?",
+        "You have a tame",
+        ANIMALS,
     ),
     Kind(
-        "By the way, I play the {}. Please remember it.",
-        "Which instrument do I play?",
-        "You play the",
-        INSTRUMENTS,
+        "By the way, my hotel room has the number {}.",
+        "Which number does my hotel room have?",
+        "Your hotel room has the number",
+        NUMBERS,
     ),
 )
 REPLY = "I will remember it."  # to what is told
@@ -232,7 +225,7 @@ SMALL_TALK = (  # what is said about a passage, and what is answered
 # --- several ----------------------------------------------------------------------------------------------------------
 
 N_KEYS = 3
-N_VALUES = 3
+N_VALUES = 2
 N_LINKS = 2
 
 
@@ -301,6 +294,6 @@ TASKS = {
     "chat": Task("what the user said in the third turn of a chat, or later", "turn", _of_a_kind(CHAT_KINDS), n_first=2),
     "multi-key": Task(f"the key of one of {N_KEYS} people", "sentence", _several_keys, READ),
     "multi-value": Task(f"{N_VALUES} numbers, told in different places", "sentence", _several_values, READ),
-    "variables": Task("a number that only follows from two facts", "sentence", _variables, READ),
+    "variables": Task("a number that is told of somebody else, who has the same", "sentence", _variables, READ),
     "qa": Task("a question about a short story in prose", "sentence", _story, READ),
 }
