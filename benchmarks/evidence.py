@@ -51,7 +51,7 @@ from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
 from lminf_edge.evaluate.nll import nll_from_logits
 from lminf_edge.evaluate.passkey import MAX_ANSWER, measure
-from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.policies import POLICIES, WITHOUT_RECALL
 from lminf_edge.evaluate.prompts import Prompts
 from lminf_edge.evaluate.reader import LambdaReader
 from lminf_edge.gguf_header import Header
@@ -316,12 +316,12 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
     window = subject.window()
     setup = subject.setup(window, settings["kv_type"])
     n_full: int | None = settings["full_tokens"]
-    setup.check(list(POLICIES.values()), min(size.n_loss, n_full or size.n_loss))
-    policies: dict[str, Results] = {name: {"texts": {}} for name in POLICIES}
+    setup.check(list(WITHOUT_RECALL.values()), min(size.n_loss, n_full or size.n_loss))
+    policies: dict[str, Results] = {name: {"texts": {}} for name in WITHOUT_RECALL}
     fresh: dict[str, Results] = {name: {} for name in ("lminf", "full")}
     for name, tokens in subject.texts.items():
         n = min(size.n_loss, len(tokens) - 1)
-        for policy in POLICIES.values():
+        for policy in WITHOUT_RECALL.values():
             full = policy.name == "full"
             n_read = min(n, n_full or n) if full else n
             with setup.reader(policy, n_read) as reader:
@@ -339,7 +339,7 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
             by_text[name] = {"start": start, "block_nll": block_means(nll, size.block)}
             by_text[name]["seconds"] = round(time.perf_counter() - begun, 2)
             say(f"{name}, {policy_name}, started fresh: {nll.mean():.4f} nats")
-    options = f"--tokens {size.n_loss + 1} --policies all --full-tokens {(n_full or 0) + 1}"
+    options = f"--tokens {size.n_loss + 1} --policies {','.join(WITHOUT_RECALL)} --full-tokens {(n_full or 0) + 1}"
     return {
         "command": ppl(subject, "text", window, settings["kv_type"], options),
         "window": window_facts(window),
@@ -478,7 +478,7 @@ def measure_divergence(subject: Subject, experiment: Experiment, save: Save) -> 
     length = len(stretches[0])
     policies: dict[str, Results] = {}
     with setup.reader(POLICIES["full"], length) as reference:
-        for name, policy in POLICIES.items():
+        for name, policy in WITHOUT_RECALL.items():
             if name == "full":
                 continue
             means = BucketMeans(even_edges(length, 8))
@@ -497,7 +497,7 @@ def measure_divergence(subject: Subject, experiment: Experiment, save: Save) -> 
                 "bucket_kl": [float(f"{bucket.mean:.4e}") for bucket in means.buckets()],
             }
             say(f"{name}: {means.mean:.5f} nats, at most {policies[name]['largest_before_full']:.1e} before")
-    command = ppl(subject, "text", window, kv_type, f"--policies all --kl {n} --bucket 8")
+    command = ppl(subject, "text", window, kv_type, f"--policies {','.join(WITHOUT_RECALL)} --kl {n} --bucket 8")
     if path != subject.path:
         command = command.replace(f"-m {subject.argument} ", f"-m {Path(path).name} ")
     return {
@@ -629,7 +629,7 @@ def experiments(
     for kv_type in ("f32", "f16"):
         add(f"kl-{kv_type}", main, measure_divergence, kv_type=kv_type, stretches=size.n_stretches)
     asked = {"lengths": list(size.lengths), "depths": list(size.depths), "trials": size.n_trials}
-    add("passkey", main, measure_passkey, **asked, policies=list(POLICIES), n_global=N_GLOBAL)
+    add("passkey", main, measure_passkey, **asked, policies=list(WITHOUT_RECALL), n_global=N_GLOBAL)
     # as many as hold a key that is told at once
     add("passkey-sinks", main, measure_passkey, **asked, policies=["lminf"], n_global=n_train // 8)
     for model, name in zip(models, names, strict=True):

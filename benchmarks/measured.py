@@ -14,7 +14,7 @@ from trend import Array, Estimate, mean_difference, slope
 
 from lminf_edge.evaluate.buckets import Bucket, log_edges
 from lminf_edge.evaluate.passkey import Cell
-from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.policies import WITHOUT_RECALL
 
 Record = dict[str, Any]
 
@@ -92,7 +92,7 @@ def octaves(buckets: Sequence[Bucket], first: int) -> list[Bucket]:
 
 
 def constant_memory() -> list[str]:
-    return [name for name in POLICIES if name not in ("full", "lminf")]
+    return [name for name in WITHOUT_RECALL if name not in ("full", "lminf")]
 
 
 def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate]]:

@@ -57,7 +57,7 @@ from lminf_edge.bench.alternate import Result, fastest, ratio
 from lminf_edge.cli.common import human_bytes
 from lminf_edge.config import LMInfConfig
 from lminf_edge.evaluate import plots
-from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.policies import WITHOUT_RECALL
 from lminf_edge.models import embedded_models
 
 # what nano is to reach
@@ -254,11 +254,11 @@ def loss_section(records: dict[str, Record]) -> str:
     parts = []
     for record in loss_records(records, "f16"):
         name = record["model"]["name"]
-        curves = {policy: octaves(curve(record, policy), record["model"]["n_ctx_train"]) for policy in POLICIES}
+        curves = {policy: octaves(curve(record, policy), record["model"]["n_ctx_train"]) for policy in WITHOUT_RECALL}
         by_start = {policy: {b.start: b.mean for b in found} for policy, found in curves.items()}
         rows = []
         for bucket in curves["lminf"]:
-            values = [by_start[policy].get(bucket.start) for policy in POLICIES]
+            values = [by_start[policy].get(bucket.start) for policy in WITHOUT_RECALL]
             cells = [f"{value:.3f}" if value is not None else "–" for value in values]
             rows.append([f"{bucket.start:,} – {bucket.end:,}", *cells])
         model = record["model"]
@@ -268,7 +268,7 @@ def loss_section(records: dict[str, Record]) -> str:
             f"{model['n_params'] / 1e6:.2f} M parameters ({model['architecture']}), {model['weights']} weights, "
             f"trained on {model['n_ctx_train']} tokens; window {window_of(record)}, f16 KV; mean over {len(texts)} "
             f"{'text' if len(texts) == 1 else 'texts'}, each read as one stream ({names([*texts])}).\n\n"
-            + table(["positions", *POLICIES], rows, 1)
+            + table(["positions", *WITHOUT_RECALL], rows, 1)
             + "\n"
             + full_sentence(record)
             + "\n"
@@ -338,7 +338,7 @@ def kv_table(records: dict[str, Record]) -> str:
             continue
         start, end = plain["settings"]["start"], min(far_end(plain), far_end(quantized))
         cells = []
-        for policy in POLICIES:
+        for policy in WITHOUT_RECALL:
             stop = min(end, *(read_everywhere(record, policy) for record in (plain, quantized)))
             samples = [blocks(record, policy, start, stop) for record in (quantized, plain)]
             cells.append(verdict(mean_difference(*samples)) if len(samples[0]) >= 2 else "–")
@@ -347,7 +347,7 @@ def kv_table(records: dict[str, Record]) -> str:
         return ""
     return (
         "### q8_0 KV\n\nLoss with a q8_0 cache minus loss with an f16 cache:\n\n"
-        + table(["", *POLICIES], rows, 1)
+        + table(["", *WITHOUT_RECALL], rows, 1)
     )  # fmt: skip
 
 
@@ -883,7 +883,7 @@ def stale_note(records: dict[str, Record]) -> str:
 def draw(records: dict[str, Record], folder: Path) -> None:
     for record in loss_records(records, "f16"):
         name = record["model"]["name"]
-        curves = {policy: curve(record, policy) for policy in POLICIES}
+        curves = {policy: curve(record, policy) for policy in WITHOUT_RECALL}
         title = f"{name}, window {window_of(record)}, f16 KV"
         size = record["window"]["n_global"] + record["window"]["n_local"]
         plots.plot_losses(folder / f"loss-{name}.png", curves, record["model"]["n_ctx_train"], size, title)

@@ -41,6 +41,18 @@ KV_TYPES: dict[int, tuple[str, int, int]] = {
 }
 KV_TYPE_DEFAULT = 1
 
+# parameters of LMInfConfig and Window that say what is recalled, in the order of struct lminf_params
+RECALL_PARAMETERS = (
+    "n_recall",
+    "recall_distance",
+    "recall_from",
+    "recall_every",
+    "recall_rule",
+    "recall_index",
+    "n_archive",
+    "archive_type_k",
+    "archive_type_v",
+)
 ARCHIVE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 DEFAULT_ARCHIVE = 131072
 MAX_RECALL = 4096
@@ -70,10 +82,10 @@ class LMInfConfig:
     recall_distance  where they stand for a query, in tokens; None: max_distance
     recall_from    the first layer that recalls
     recall_every   decoded tokens that a choice serves, 1 or more
-    recall_rule    "layer": one choice for all queries of a micro-batch and all heads; "paper": LM-Infinite's code, n_recall
-                   tokens for each query head, for the newest query of a batch alone (for comparison)
-    recall_index   "sketch": 16 numbers of 4 bits for each key make a short list, whose keys are then looked at; "exact": all
-                   keys are
+    recall_rule    "layer": one choice for all queries of a micro-batch and all heads; "paper": LM-Infinite's code,
+                   n_recall tokens for each query head, for the newest query of a batch alone (for comparison)
+    recall_index   "sketch": 16 numbers of 4 bits for each key make a short list, whose keys are then looked at;
+                   "exact": all keys are
     n_archive      tokens of a stream that can be recalled, the newest
     archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
     attention      "fused": one operation for sinks and window, on CPU, CUDA and Metal; "stock": operations that every
@@ -132,7 +144,9 @@ class LMInfConfig:
             if getattr(self, name) not in values:
                 raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
         if self.n_recall and self.sink_mode != "ceiling":
-            raise UserError(f"Recall needs sink_mode='ceiling', not {self.sink_mode!r}.")
+            raise UserError(f"n_recall={self.n_recall} needs sink_mode 'ceiling', not {self.sink_mode!r}.")
+        if self.n_recall and self.recall_rule == "paper" and self.attention == "fused":
+            raise UserError("recall_rule 'paper' needs attention 'stock': its heads attend to different tokens.")
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,7 @@ class Window:
 
     @property
     def size(self) -> int:
-        """Tokens a query attends to at most: n_global + n_local."""
+        """Tokens a query attends to at most, but for those that are recalled: n_global + n_local."""
         return self.n_global + self.n_local
 
     def default_ubatch(self, on_gpu: bool = False) -> int:
@@ -186,6 +200,7 @@ class Parts:
     sink_bytes: int
     sliding_bytes: int
     recurrent_bytes: int
+    archive_token_bytes: int = 0  # of one token in the archive of a sequence; archives come on top of all this
 
     @property
     def kv_bytes(self) -> int:
@@ -246,23 +261,17 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
                 f"An attention window of {size} tokens leaves no room beside n_global={config.n_global}: "
                 "give a larger n_ctx or a smaller n_global."
             )
+    max_distance = n_local if config.max_distance is None else config.max_distance
     window = Window(
         n_global=config.n_global,
         n_local=n_local,
-        max_distance=n_local if config.max_distance is None else config.max_distance,
+        max_distance=max_distance,
         n_slack=DEFAULT_SLACK if config.n_slack is None else config.n_slack,
         sink_mode=config.sink_mode,
         pos_bound=config.pos_bound,
         attention=config.attention,
-        n_recall=config.n_recall,
-        recall_distance=config.recall_distance or 0,
-        recall_from=config.recall_from,
-        recall_every=config.recall_every,
-        recall_rule=config.recall_rule,
-        recall_index=config.recall_index,
-        n_archive=config.n_archive,
-        archive_type_k=config.archive_type_k,
-        archive_type_v=config.archive_type_v,
+        **{name: getattr(config, name) for name in RECALL_PARAMETERS if name != "recall_distance"},
+        recall_distance=max_distance if config.recall_distance is None else config.recall_distance,
     )
     return window
 

@@ -146,7 +146,7 @@ class Model:
         self.parts = library.parts(llama._ctx.ctx)
         self.note: str | None = None  # what a user might not expect
         if is_constant:  # nothing of a window is in force
-            window = replace(window, n_global=0, n_local=window.size, max_distance=window.size, n_slack=0)
+            window = replace(window, n_global=0, n_local=window.size, max_distance=window.size, n_slack=0, n_recall=0)
             self.note = constant_note(header.architecture)
         else:
             n_swa = bindings.llama_model_n_swa(llama._model.model) if self.parts.n_layer_sliding else 0

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from lminf_edge import startup
-from lminf_edge.config import ARCHIVE_TYPES, ATTENTIONS, RECALL_INDEXES, RECALL_RULES, SINK_MODES, Parts, Window
+from lminf_edge.config import (
+    ARCHIVE_TYPES,
+    ATTENTIONS,
+    RECALL_INDEXES,
+    RECALL_PARAMETERS,
+    RECALL_RULES,
+    SINK_MODES,
+    Parts,
+    Window,
+)
 from lminf_edge.errors import UserError
 from lminf_edge.startup import LIBRARY_NAMES as LIBRARY_NAMES
 
@@ -34,15 +43,7 @@ class Params(ctypes.Structure):
         ("pos_bound", ctypes.c_int32),
         ("attention", ctypes.c_int32),
         ("n_seq_max", ctypes.c_int32),
-        ("n_recall", ctypes.c_int32),
-        ("recall_distance", ctypes.c_int32),
-        ("recall_from", ctypes.c_int32),
-        ("recall_every", ctypes.c_int32),
-        ("recall_rule", ctypes.c_int32),
-        ("recall_index", ctypes.c_int32),
-        ("n_archive", ctypes.c_int32),
-        ("archive_type_k", ctypes.c_int32),
-        ("archive_type_v", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in RECALL_PARAMETERS),
     )
     n_global: int
     n_local: int
@@ -132,6 +133,7 @@ class NativeParts(ctypes.Structure):
         ("sink_bytes", ctypes.c_uint64),
         ("sliding_bytes", ctypes.c_uint64),
         ("recurrent_bytes", ctypes.c_uint64),
+        ("archive_token_bytes", ctypes.c_uint64),
     )
 
 

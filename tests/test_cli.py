@@ -156,7 +156,7 @@ def test_ppl_prints_a_table(capfd: pytest.CaptureFixture[str], text_file: str) -
 
 # --- ppl --policies ---------------------------------------------------------------------------------------------------
 
-POLICY_NAMES = ["full", "shift", "window", "sinks", "sinks-uncapped", "lminf"]
+POLICY_NAMES = ["full", "shift", "window", "sinks", "sinks-uncapped", "lminf", "recall"]
 SMALL = ["--n-global", "4", "--n-local", "60"]
 
 

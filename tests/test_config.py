@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from lminf_edge import LMInfConfig
+from lminf_edge import LMInfConfig, native
 from lminf_edge.config import (
+    MAX_RECALL,
     MAX_WINDOW,
+    RECALL_PARAMETERS,
     Window,
     check_kv_type,
     check_memory,
@@ -17,6 +19,7 @@ from lminf_edge.config import (
     resolve,
     warn_of_window,
 )
+from lminf_edge.native import Params
 
 
 @pytest.mark.parametrize(
@@ -81,12 +84,60 @@ def test_a_window_in_between_does_not_warn() -> None:
         ({"n_local": MAX_WINDOW + 1}, "or less"),
         ({"sink_mode": "none"}, "sink_mode must be one of ceiling, order, true"),
         ({"attention": "flash"}, "attention must be one of auto, fused, stock"),
+        ({"n_recall": -1}, "n_recall must be 0 or more"),
+        ({"n_recall": MAX_RECALL + 1}, f"n_recall must be at most {MAX_RECALL}, not {MAX_RECALL + 1}"),
+        ({"n_recall": True}, "n_recall must be a whole number"),
+        ({"recall_distance": 0}, "recall_distance must be 1 or more"),
+        ({"recall_from": -1}, "recall_from must be 0 or more"),
+        ({"recall_every": 0}, "recall_every must be 1 or more"),
+        ({"recall_rule": "head"}, "recall_rule must be one of layer, paper"),
+        ({"recall_index": "block"}, "recall_index must be one of sketch, exact"),
+        ({"n_archive": 0}, "n_archive must be 1 or more"),
+        ({"archive_type_k": "q4_1"}, "archive_type_k must be one of f32, f16, q8_0, q4_0"),
+        ({"archive_type_v": 8}, "archive_type_v must be one of f32, f16, q8_0, q4_0"),
+        ({"n_recall": 1, "sink_mode": "order"}, "n_recall=1 needs sink_mode 'ceiling', not 'order'"),
+        ({"n_recall": 1, "recall_rule": "paper", "attention": "fused"}, "'paper' needs attention 'stock'"),
     ],
 )
 def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         LMInfConfig(**settings)
     assert_one_sentence(caught.value)
+
+
+RECALL = {
+    "n_recall": 7,
+    "recall_distance": 500,
+    "recall_from": 2,
+    "recall_every": 3,
+    "recall_rule": "paper",
+    "recall_index": "exact",
+    "n_archive": 1000,
+    "archive_type_k": "f16",
+    "archive_type_v": "q4_0",
+}
+
+
+def test_recall_reaches_the_library_field_by_field() -> None:
+    window = resolve(LMInfConfig(n_local=100, **RECALL), None, 512)  # type: ignore[arg-type]
+    assert {name: getattr(window, name) for name in RECALL_PARAMETERS} == RECALL
+    params = Params.of(window, n_seq_max=1)
+    numbers = {"recall_rule": 1, "recall_index": 1, "archive_type_k": 1, "archive_type_v": 2}
+    assert {name: getattr(params, name) for name in RECALL_PARAMETERS} == {**RECALL, **numbers}
+
+
+def test_without_recall_parameters_are_the_librarys() -> None:
+    window = resolve(LMInfConfig(n_local=100), None, 512)
+    params, plain = Params.of(window, n_seq_max=0), native.load().default_params()
+    names = [name for name in RECALL_PARAMETERS if name != "recall_distance"]
+    assert [getattr(params, name) for name in names] == [getattr(plain, name) for name in names]
+    assert (plain.recall_distance, window.recall_distance) == (0, 100)  # 0 is max_distance
+
+
+@pytest.mark.parametrize(("settings", "distance"), [({}, 100), ({"max_distance": 50}, 50), ({"recall_distance": 7}, 7)])
+def test_recall_stands_where_the_first_tokens_do(settings: dict[str, int], distance: int) -> None:
+    window = resolve(LMInfConfig(n_local=100, n_recall=5, **settings), None, 512)  # type: ignore[arg-type]
+    assert window.recall_distance == distance
 
 
 @pytest.mark.parametrize(

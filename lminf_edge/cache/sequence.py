@@ -89,6 +89,11 @@ class CacheSequence:
         if n_sinks is not None and not self._native.set_sinks(self.ctx, n_sinks, self.seq_id):
             raise UserError(f"A stream keeps 0 to {self.window.n_global} sinks here, not {n_sinks}.")
 
+    def set_recall(self, n_recall: int) -> None:
+        """Each layer recalls n_recall tokens from the next batch on. Raises UserError if that is too many."""
+        if not self._native.set_recall(self.ctx, n_recall, self.seq_id):
+            raise UserError(f"0 to {self.window.n_recall} tokens can be recalled here, not {n_recall}.")
+
     def begin_at(self, position: int) -> None:
         """Lets an empty sequence begin at this stream position, for tests of far positions."""
         if not self._native.seq_start(self.ctx, position, self.seq_id):
@@ -218,6 +223,9 @@ class ConstantSequence(CacheSequence):
     def clear(self, n_sinks: int | None = None) -> None:
         super().clear()
         self._n_before = 0
+
+    def set_recall(self, n_recall: int) -> None:
+        pass  # there is no window to leave
 
     def begin_at(self, position: int) -> None:
         self._n_before = position

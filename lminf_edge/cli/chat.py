@@ -6,6 +6,7 @@ A completion without a limit (-n) stops once it repeats itself exactly, over and
   /stats          stream position, memory and speed
   /rewind [N]     take back the last N questions and their answers; default 1
   /system TEXT    start over with this system message; without TEXT, show the current one
+  /recall [N]     let each layer recall N tokens that have left the window, 0 to --recall; without N, --recall
   /save FILE      write the conversation as JSON, as OpenAI's messages
   /load FILE      continue a saved conversation
   /help, /quit
@@ -118,6 +119,7 @@ class Chat:
     service: TextService
     args: argparse.Namespace
     messages: list[dict[str, str]] = field(default_factory=list)
+    recall: int | None = None  # None: as many as --recall says
     preface: str = ""  # already processed; precedes the next question
     finish_reason: str = "stop"
     last: dict[str, Any] = field(default_factory=dict)  # statistics of the last completion
@@ -203,7 +205,7 @@ class Chat:
     def _exchange(self, on_progress: Callable[[Request], None] | None) -> Exchange:
         from lminf_edge.text.service import Exchange
 
-        return Exchange(self.service, label="chat", on_progress=on_progress)
+        return Exchange(self.service, label="chat", recall=self.recall, on_progress=on_progress)
 
 
 # --- the terminal -----------------------------------------------------------------------------------------------------
@@ -278,6 +280,8 @@ class Terminal:
                 raise CommandError(f"/rewind takes a number, not {argument!r}.")
             n_done = chat.rewind(int(argument or 1))
             print(f"{n_done} taken back" if n_done else "there is nothing to take back")
+        elif name == "recall":
+            print(f"{self.set_recall(argument)} tokens are recalled in each layer")
         elif name == "system":
             if argument:
                 chat.begin(argument)
@@ -298,15 +302,23 @@ class Terminal:
         else:
             raise CommandError(f"There is no /{name}: see /help.")
 
+    def set_recall(self, argument: str) -> int:
+        most = self.chat.service.engine.n_recall
+        if not (argument or "0").isdecimal() or int(argument or 0) > most:
+            raise CommandError(f"/recall takes a number of 0 to {most}, the value of --recall, not {argument!r}.")
+        self.chat.recall = int(argument) if argument else None
+        return most if self.chat.recall is None else self.chat.recall
+
 
 def stats_line(stats: dict[str, Any]) -> str:
     if "position" not in stats:
         return f"{stats['messages']} messages, nothing asked yet"
+    recallable = f", {stats['archived']:,} tokens can be recalled" if "archived" in stats else ""
     known = stats["prompt_tokens_details"]["cached_tokens"]
     window = "" if stats["window"] is None else f"window {stats['sink']} + {stats['window']}, "
     return (
         f"{stats['messages']} messages; stream position {stats['position']:,}, "
-        f"{window}KV cache {human_bytes(stats['kv_bytes'])}; "
+        f"{window}KV cache {human_bytes(stats['kv_bytes'])}{recallable}; "
         f"last prompt {stats['prompt_tokens']:,} tokens, "
         f"{known:,} of them known; {stats['predicted_per_second']:.1f} tokens/s"
     )

@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lminf_edge.config import (
+    ARCHIVE_TYPES,
     ATTENTIONS,
     DEFAULT_WINDOW,
     KV_TYPES,
+    MAX_RECALL,
     PREFILLS,
+    RECALL_INDEXES,
+    RECALL_PARAMETERS,
+    RECALL_RULES,
     LMInfConfig,
     Parts,
     Window,
@@ -147,6 +152,71 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="fused: one fast operation; stock: what every ggml backend has; default auto, fused where it can be",
     )
+    add_recall(parser)
+
+
+def add_recall(parser: argparse.ArgumentParser) -> None:
+    """Options that `recall_settings` collects."""
+    plain = LMInfConfig()
+    group = parser.add_argument_group(
+        "recall", "Tokens that have left the window are attended to again, from an archive in memory."
+    )
+
+    group.add_argument(
+        "--recall",
+        dest="n_recall",
+        metavar="R",
+        type=whole_number(0, MAX_RECALL),
+        default=plain.n_recall,
+        help="of these, R in each layer: those that its queries look for most; default 0, none",
+    )
+    group.add_argument(
+        "--recall-distance",
+        metavar="D",
+        type=whole_number(1),
+        help="where they stand for a query; default: as the first tokens, --max-distance",
+    )
+    group.add_argument(
+        "--recall-from",
+        metavar="N",
+        type=whole_number(0),
+        default=plain.recall_from,
+        help="the first layer that recalls; default 0",
+    )
+    group.add_argument(
+        "--recall-every",
+        metavar="N",
+        type=whole_number(1),
+        default=plain.recall_every,
+        help="tokens generated with one choice; default 1",
+    )
+    group.add_argument(
+        "--recall-rule",
+        choices=RECALL_RULES,
+        default=plain.recall_rule,
+        help="layer: one choice for all heads and queries; paper: R for each head, for the newest query alone, as in "
+        f"LM-Infinite's code; default {plain.recall_rule}",
+    )
+    group.add_argument(
+        "--recall-index",
+        choices=RECALL_INDEXES,
+        default=plain.recall_index,
+        help=f"sketch: search by small sketches of the keys; exact: by all keys; default {plain.recall_index}",
+    )
+    group.add_argument(
+        "--archive-tokens",
+        dest="n_archive",
+        metavar="N",
+        type=whole_number(1),
+        default=plain.n_archive,
+        help=f"tokens of a stream that the archive holds, the newest; default {plain.n_archive}",
+    )
+    group.add_argument(
+        "--archive-type",
+        choices=ARCHIVE_TYPES,
+        default=plain.archive_type_k,
+        help=f"number format of the archive; default {plain.archive_type_k}",
+    )
 
 
 def add_prefill(group: Any) -> None:
@@ -263,8 +333,18 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def window_config(args: argparse.Namespace) -> LMInfConfig:
     return LMInfConfig(
-        n_global=args.n_global, n_local=args.n_local, max_distance=args.max_distance, attention=args.attention
+        n_global=args.n_global,
+        n_local=args.n_local,
+        max_distance=args.max_distance,
+        attention=args.attention,
+        **recall_settings(args),
     )
+
+
+def recall_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """LMInfConfig's parameters of the options of add_recall."""
+    types = {"archive_type_k": args.archive_type, "archive_type_v": args.archive_type}
+    return {name: getattr(args, name) for name in RECALL_PARAMETERS if name not in types} | types
 
 
 def model_header(name_or_path: str) -> tuple[str, Header]:
@@ -304,8 +384,18 @@ def options_named() -> Iterator[None]:
         warnings.warn(_with_options(str(warning.message)), stacklevel=3)
 
 
-_OPTIONS = {"n_ctx": "--n-local", "n_batch": "--batch", "type_k": "--kv-type", "type_v": "--kv-type"}
-_PARAMETER = re.compile(r"(?<![\w/.-])(n_ctx|n_local|n_global|max_distance|n_batch|type_[kv])(?![\w/-]|\.\w)")
+_OPTIONS = {
+    "n_ctx": "--n-local",
+    "n_batch": "--batch",
+    "type_k": "--kv-type",
+    "type_v": "--kv-type",
+    "n_recall": "--recall",
+    "n_archive": "--archive-tokens",
+    "archive_type_k": "--archive-type",
+    "archive_type_v": "--archive-type",
+}
+_NAMES = (*_OPTIONS, *RECALL_PARAMETERS, "n_local", "n_global", "max_distance")
+_PARAMETER = re.compile(rf"(?<![\w/.-])({'|'.join(_NAMES)})(?![\w/-]|\.\w)")
 
 
 def _with_options(sentence: str) -> str:

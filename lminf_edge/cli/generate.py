@@ -7,7 +7,8 @@ that repeats itself exactly, over and over, ends with finish_reason "length".
   text, finish_reason ("length", "stop" or "interrupted")
   prompt_tokens, tokens (generated), prompt_seconds, seconds (generating), tokens_per_second
   stream: position, evicted, skipped, sink_cells, window_cells, kv_bytes, rebases, max_graph_position, checkpoint_bytes,
-  attention (null with no attention), parts: layers by kind and the bytes of each kind (null with --stock)
+  attention (null with no attention), parts: layers by kind and the bytes of each kind, archived, forgotten,
+  archive_bytes (null with --stock)
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ and, null without support,
   kv_bytes_per_token: {"f16": bytes, ...} of the window for each number format, null for one the model cannot have
   constant_kv_bytes: bytes beside the window in f16, whatever its size
   window: n_global, n_local, max_distance, n_slack, n_ubatch, kv_type, kv_bytes for the settings given
+  recall: null without --recall, else n_recall, distance, archive_tokens, archive_type, and archive_bytes_per_token and
+  archive_bytes of one stream, in the host's memory
   stock_kv_bytes: what llama.cpp's own cache takes at the training length
   recommended: the settings to use, as command line options
 """
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         "kv_bytes_per_token": None,
         "constant_kv_bytes": None,
         "window": None,
+        "recall": None,
         "stock_kv_bytes": None,
         "recommended": None,
     }
@@ -130,8 +133,23 @@ def costs(
             "kv_type": args.kv_type,
             "kv_bytes": parts.kv_bytes,
         },
+        "recall": recall_report(window, parts.archive_token_bytes),
         "stock_kv_bytes": model.stock_bytes(header.n_ctx_train or model.n_ctx_train, kv_type),
         "recommended": recommend(header, f16, model.n_swa if parts.n_layer_sliding else 0, args.n_global),
+    }
+
+
+def recall_report(window: Window, token_bytes: int) -> dict[str, Any] | None:
+    """What is recalled, and what the archive of a stream takes when it is full; None without recall."""
+    if window.n_recall == 0:
+        return None
+    return {
+        "n_recall": window.n_recall,
+        "distance": window.recall_distance,
+        "archive_tokens": window.n_archive,
+        "archive_type": window.archive_type_k,
+        "archive_bytes_per_token": token_bytes,
+        "archive_bytes": window.n_archive * token_bytes,
     }
 
 
@@ -164,5 +182,11 @@ def print_costs(args: argparse.Namespace, report: dict[str, Any], layout: Layout
         f"this window     first {window['n_global']} and last {window['n_local']} tokens: "
         f"{human_bytes(window['kv_bytes'])}, however long the stream"
     )
+    if recall := report["recall"]:
+        print(
+            f"recall          {recall['n_recall']} tokens in each layer, of the last {recall['archive_tokens']}: "
+            f"{human_bytes(recall['archive_bytes'])} in {recall['archive_type']} per stream, "
+            f"{human_bytes(recall['archive_bytes_per_token'])} per token"
+        )
     print(f"full attention  {human_bytes(report['stock_kv_bytes'])} at {report['n_ctx_train']} tokens")
     print(f"recommended     {report['recommended']}")

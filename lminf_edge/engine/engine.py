@@ -39,6 +39,7 @@ class Engine:
         self.max_distance = None if scheduler.model.is_constant else scheduler.window.max_distance
         self.n_sinks = scheduler.n_sinks  # of a conversation whose request does not say
         self.max_sinks = scheduler.window.n_global  # that a conversation can have
+        self.n_recall = scheduler.window.n_recall  # tokens that each layer recalls, at most
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._closing = False

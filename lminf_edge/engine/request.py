@@ -61,6 +61,7 @@ class RequestStats:
     n_skipped: int = 0  # of the prompt, never processed: prefill "tail"
     n_generated: int = 0
     position: int = 0  # of the stream, skipped and dropped tokens included
+    n_archived: int = 0  # of the stream, tokens that can be recalled once they have left the window
 
 
 @dataclass(eq=False)
@@ -76,6 +77,7 @@ class Request:
     owner                streams of one owner never serve another
     label                the owner's name for the conversation, which may continue without its oldest messages
     prefill              "tail": of what is not in the cache, process only the first tokens and the last windows
+    n_recall             tokens that each layer recalls; None: all that the context has room for
     wants_logits         a copy of the logits comes with each token
     wants_prompt_logits  the outputs are PromptParts; all of the prompt is processed, and nothing is generated
     penalizes_prompt     penalties and DRY also count the prompt's tokens, as in llama-server
@@ -94,6 +96,7 @@ class Request:
     owner: str = ""
     label: str = ""
     prefill: Prefill | None = None
+    n_recall: int | None = None
     wants_logits: bool = False
     wants_prompt_logits: bool = False
     penalizes_prompt: bool = False

@@ -186,6 +186,7 @@ class Scheduler:
             self._leave(slot)
             return
         request.stats.position = len(slot) + slot.n_dropped
+        request.stats.n_archived = slot.sequence.info().n_archived
         slot.marks = [mark for mark in slot.marks if mark <= len(slot)]
         if self._keeps_displaced or slot.sequence.has_states:
             slot.mark(len(slot))
@@ -435,6 +436,8 @@ class Scheduler:
         conversation = slot.conversation
         assert conversation is not None
         conversation.used = time.time()
+        if self.window.n_recall:
+            slot.sequence.set_recall(self.window.n_recall if request.n_recall is None else request.n_recall)
         if conversation.label or conversation.states:
             self.store.track(conversation)
         n_known = 0 if request.continues else len(slot)

@@ -21,6 +21,7 @@ STYLES = {
     "full": ("black", "-", 1.8),
     "sinks-uncapped": ("#D55E00", (0, (6, 1.5, 1, 1.5)), 2.4),
     "lminf": ("#56B4E9", "-", 5.0),
+    "recall": ("#CC79A7", (0, (1, 1.5)), 3.0),
     "shift": ("#E69F00", (0, (4, 8)), 1.8),
     "window": ("#009E73", (4, (4, 8)), 1.8),
     "sinks": ("#0072B2", (8, (4, 8)), 1.8),
@@ -32,6 +33,7 @@ NAMES = {
     "sinks": "sinks, StreamingLLM",
     "sinks-uncapped": "sinks, uncapped",
     "lminf": "Λ, LM-Infinite",
+    "recall": "Λ with recall",
 }
 
 

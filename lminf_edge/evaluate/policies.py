@@ -6,24 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import LMInfConfig, SinkMode, Window, default_ubatch
+from lminf_edge.config import RECALL_PARAMETERS, LMInfConfig, SinkMode, Window, default_ubatch
 from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
     from lminf_edge.evaluate.reader import Reader
     from lminf_edge.llama import Llama
 
+N_RECALL = 32  # tokens that the policy "recall" recalls if nothing else is said
+
 
 @dataclass(frozen=True)
 class Policy:
-    """One of them. All but full attention have n_global + n_local tokens in view and constant memory.
+    """One of them. All but full attention have n_global + n_local tokens in view and constant memory, but for recall.
 
     sink_mode   of our cache, through which all of these run but the two of stock llama.cpp, where it is None
+    recalls     tokens that have left the window are attended to again
     """
 
     name: str
     summary: str
     sink_mode: SinkMode | None = None
+    recalls: bool = False
 
     def arguments(self, window: Window, n_tokens: int, n_batch: int, on_gpu: bool) -> dict[str, Any]:
         """Llama's arguments for a stream of at most n_tokens, beside model, n_batch and number formats.
@@ -36,12 +40,16 @@ class Policy:
                 return {"n_ctx": window.size, "n_ubatch": n_ubatch}
             return {"n_ctx": n_tokens, "n_ubatch": n_ubatch, "swa_full": False}
         n_global = 0 if self.name == "window" else window.n_global
+        recall = {name: getattr(window, name) for name in RECALL_PARAMETERS} if self.recalls else {}
+        if recall:
+            recall["n_recall"] = window.n_recall or N_RECALL
         config = LMInfConfig(
             n_global=n_global,
             n_local=window.size - n_global,
             max_distance=window.max_distance,
             sink_mode=self.sink_mode,
             attention=window.attention,
+            **recall,
         )
         return {"lminf": config, "n_ubatch": n_ubatch}
 
@@ -61,8 +69,13 @@ POLICIES = {
         Policy("sinks", "StreamingLLM: first and last tokens, at their positions inside the cache", "order"),
         Policy("sinks-uncapped", "first and last tokens, at their true distances", "true"),
         Policy("lminf", "LM-Infinite: first and last tokens, the first at one fixed distance", "ceiling"),
+        Policy(
+            "recall", "the same, and of the other tokens those that a layer looks for most", "ceiling", recalls=True
+        ),
     )
 }
+
+WITHOUT_RECALL = {name: policy for name, policy in POLICIES.items() if not policy.recalls}
 
 
 def parse_policies(text: str) -> list[Policy]:

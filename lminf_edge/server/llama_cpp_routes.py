@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from lminf_edge.engine.scheduler import Scheduler
 from lminf_edge.server.arguments import Asked, asked_llama_cpp, prompts_of
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import engine_stopped
@@ -73,8 +74,27 @@ def stream_settings(state: ServerState) -> dict[str, Any]:
         "disk_budget": engine.store.disk_budget,
         "prefill": engine.scheduler.prefill,
         "n_tail": engine.scheduler.n_tail,
+        "recall": recall_settings(engine.scheduler) if engine.n_recall else None,
         "streamed": engine.counters.prefilled_tokens + engine.counters.generated_tokens,
         "skipped": engine.counters.skipped_tokens,
+    }
+
+
+def recall_settings(scheduler: Scheduler) -> dict[str, Any]:
+    """What is recalled of the tokens that have left the window; an archive is that of one conversation."""
+    window, token_bytes = scheduler.window, scheduler.model.parts.archive_token_bytes
+    return {
+        "n_recall": window.n_recall,
+        "distance": window.recall_distance,
+        "from_layer": window.recall_from,
+        "every": window.recall_every,
+        "rule": window.recall_rule,
+        "index": window.recall_index,
+        "archive_tokens": window.n_archive,
+        "archive_type_k": window.archive_type_k,
+        "archive_type_v": window.archive_type_v,
+        "archive_bytes_per_token": token_bytes,
+        "archive_bytes_at_most": window.n_archive * token_bytes,
     }
 
 

@@ -48,12 +48,18 @@ class EngineCollector(Collector):
             ("store_damaged", "Conversations and checkpoints that were damaged or missing.", store.failures.n_damaged),
         ):
             yield CounterMetricFamily(f"lminf_{name}", text, value=value)
+        infos = [slot.sequence.info() for slot in engine.slots]
+        archived, archive_bytes = (
+            sum(getattr(info, name) for info in infos) for name in ("n_archived", "archive_bytes")
+        )
         for name, text, value in (
             ("slots", "Conversations that fit the context.", len(engine.slots)),
             ("slots_busy", "Slots at work.", engine.n_busy),
             ("waiting", "Requests that have no slot yet.", engine.n_waiting),
             ("conversations", "Conversations known, in the context or not.", len(store.conversations)),
             ("kv_bytes", "KV cache; never changes.", engine.parts.kv_bytes),
+            ("archived_tokens", "Tokens that can be recalled, of conversations in the context.", archived),
+            ("archive_bytes", "What these take.", archive_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
             ("memory_budget_bytes", "What these may take.", store.memory_budget),
             ("text_bytes", "Texts of messages with their tokens.", self._service.tokenizer.n_bytes),

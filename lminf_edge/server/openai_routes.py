@@ -77,6 +77,7 @@ async def respond(
         label=conversation_name(request, body),
         pin_system=ours.pin_system if ours else None,
         prefill=ours.prefill if ours else None,
+        recall=ours.recall if ours else None,
         on_progress=on_progress,
     )
     if events is None:

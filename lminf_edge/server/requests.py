@@ -57,6 +57,9 @@ class LambdaOptions(_Lenient):
     prefill: Literal["full", "tail"] | None = Field(
         None, description="tail: of what is not cached, only the first tokens and the last windows are processed"
     )
+    recall: bool | Annotated[int, Field(ge=0)] | None = Field(
+        None, description="how many tokens that have left the window each layer recalls; false: none"
+    )
 
 
 # how other servers are given pictures or embeddings beside a prompt

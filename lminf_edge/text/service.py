@@ -14,6 +14,7 @@ from lminf_edge.config import Prefill
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.params import Defaults, SamplingParams
 from lminf_edge.engine.request import PromptPart, Request
+from lminf_edge.errors import UserError
 from lminf_edge.text.chat import ChatPrompt, ChatTemplate, Messages, chat_template
 from lminf_edge.text.detokenizer import Part
 from lminf_edge.text.generation import TextStream
@@ -57,6 +58,7 @@ class Usage:
     n_skipped: int = 0
     n_completion: int = 0
     position: int = 0  # of the stream, after the last token
+    n_archived: int = 0  # of the stream, tokens that can be recalled
     n_sinks: int = 0
 
     def openai(self) -> dict[str, Any]:
@@ -95,22 +97,31 @@ class Exchange:
         label: str = "",
         pin_system: bool | None = None,
         prefill: Prefill | None = None,
+        recall: bool | int | None = None,
         on_progress: Callable[[Request], None] | None = None,
     ) -> None:
         """
         owner, label  see Request
         pin_system    None: the service's setting
         prefill       None: the engine's setting
+        recall        how many tokens each layer recalls; False: none, True or None: the engine's setting
         on_progress   called by the engine's thread during prefill
         """
         self.service = service
         self.usage = Usage()
         self.warning: str | None = None
         self.owner, self._label, self._prefill, self._on_progress = owner, label, prefill, on_progress
+        self._n_recall = None if recall is None or recall is True else self._checked_recall(int(recall))
         self._pins_system = service.pin_system if pin_system is None else pin_system
         self._request: Request | None = None
         self._cancelled = False
         self._lock = threading.Lock()
+
+    def _checked_recall(self, n_recall: int) -> int:
+        most = self.service.engine.n_recall
+        if not 0 <= n_recall <= most:
+            raise UserError(f"recall must be 0 to {most}, or true or false, not {n_recall}.")
+        return n_recall
 
     def chat_prompt(
         self, messages: Messages, suffix: str = "", arguments: Mapping[str, Any] | None = None
@@ -151,6 +162,7 @@ class Exchange:
             owner=self.owner,
             label=self._label,
             prefill=self._prefill,
+            n_recall=self._n_recall,
             wants_logits=logprobs is not None,
             penalizes_prompt=True,
             on_progress=self._on_progress,
@@ -193,6 +205,7 @@ class Exchange:
             "sink": self.usage.n_sinks or engine.n_sinks,
             "window": engine.n_local,
             "kv_bytes": engine.parts.kv_bytes,
+            **({"archived": self.usage.n_archived} if engine.n_recall else {}),
             **({"warning": self.warning} if self.warning else {}),
         }
 
@@ -245,7 +258,7 @@ class Answer:
             usage.n_skipped += stats.n_skipped
         usage.first_token = usage.first_token or stats.first_token
         usage.n_completion += self.text.n_tokens
-        usage.position = stats.position
+        usage.position, usage.n_archived = stats.position, stats.n_archived
         usage.n_sinks = self._request.n_sinks or 0
 
     def _remember(self) -> None:

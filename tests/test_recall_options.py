@@ -1,0 +1,189 @@
+"""How recall is asked for: in Python, on the command line, for one request; and where one sees it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from conftest import MakeEngine, MakeLlama
+from served import Served, serve
+
+from lminf_edge import Llama, LMInfConfig
+from lminf_edge.cache.token_log import Tokens
+from lminf_edge.cli.demo import python_documentation
+from lminf_edge.cli.main import main
+from lminf_edge.engine.engine import Engine
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.request import Request
+from lminf_edge.evaluate.prompts import Prompt, Prompts
+
+N_RECALL = 32
+WINDOW = LMInfConfig(n_global=10, n_local=246, n_recall=N_RECALL, n_archive=5000)
+different = itertools.count()
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def prompt(nano_path: str) -> Prompt:
+    """Tells a key far outside the window. With recall the model gives it, without recall it cannot."""
+    vocabulary = Llama(nano_path, vocab_only=True, verbose=False)
+    made = Prompts(vocabulary, "prose", python_documentation()).prompt(1500, 0.3, 0)
+    vocabulary.close()
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(nano_path: str) -> Iterator[Served]:
+    with serve(nano_path, lminf=WINDOW) as served:
+        yield served
+
+
+def complete(served: Served, prompt: Prompt, **lminf: Any) -> httpx.Response:
+    """Of a prompt that begins differently each time, so that nothing of it is cached."""
+    tokens = prompt.tokens.copy()
+    tokens[1] += next(different)
+    body = {"prompt": tokens.tolist(), "n_predict": 8, "temperature": 0, "lminf": lminf}
+    return httpx.post(f"{served.url}/completion", json=body, timeout=60)
+
+
+# --- in Python --------------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_tells_what_can_be_recalled(make_llama: MakeLlama, tokens: Tokens) -> None:
+    llm = make_llama(lminf=LMInfConfig(n_global=4, n_local=64, n_recall=8, n_archive=2048))
+    llm.eval(tokens[:100].tolist())
+    info = llm.stream_info()
+    assert (info.archived, info.forgotten) == (100, 0)
+    assert info.archive_bytes > 0
+    for start in range(100, 3000, 500):
+        llm.eval(tokens[start : start + 500].tolist())
+    full = llm.stream_info()
+    assert full.archived + full.forgotten == full.position == 3000
+    assert 1024 <= full.archived <= 2048
+    assert full.archive_bytes <= 3 * info.archive_bytes  # a segment, and two of them with one being filled
+    llm.reset()
+    assert (llm.stream_info().archived, llm.stream_info().archive_bytes) == (0, 0)
+
+
+def test_without_recall_nothing_is_archived(make_llama: MakeLlama, tokens: Tokens) -> None:
+    llm = make_llama()
+    llm.eval(tokens[:500].tolist())
+    info = llm.stream_info()
+    assert (info.archived, info.archive_bytes) == (0, 0)
+
+
+def answer(engine: Engine, tokens: Tokens, **settings: Any) -> list[int]:
+    request = Request(tokens, GREEDY, max_tokens=24, ignore_eog=True, **settings)
+    engine.submit(request)
+    return [output.token for output in engine.stream(request)]
+
+
+def test_a_request_without_recall_is_answered_as_if_there_was_none(make_engine: MakeEngine, tokens: Tokens) -> None:
+    window = {"n_global": 4, "n_local": 64}
+    plain, recalling = make_engine(lminf=LMInfConfig(**window)), make_engine(lminf=LMInfConfig(**window, n_recall=16))
+    expected = answer(plain, tokens[:600])
+    assert answer(recalling, tokens[:600], n_recall=0) == expected
+    # a choice of the request, not of the slot
+    assert answer(recalling, tokens[1:601]) != answer(plain, tokens[1:601])
+    assert answer(recalling, tokens[2:602], n_recall=0) == answer(plain, tokens[2:602])
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_can_switch_it_off(server: Served, prompt: Prompt) -> None:
+    key = prompt.wanted[0].accepted[0]
+    for lminf in ({}, {"recall": True}, {"recall": N_RECALL}):
+        found = complete(server, prompt, **lminf).json()
+        assert key in found["content"], lminf
+        assert found["lminf"]["archived"] > 1400
+    for lminf in ({"recall": False}, {"recall": 0}):
+        assert key not in complete(server, prompt, **lminf).json()["content"], lminf
+
+
+@pytest.mark.parametrize("recall", [N_RECALL + 1, -1, 1.5, "all"])
+def test_more_than_there_is_room_for_is_refused(server: Served, prompt: Prompt, recall: Any) -> None:
+    body = {"prompt": "The sea", "n_predict": 1, "lminf": {"recall": recall}}
+    response = httpx.post(f"{server.url}/completion", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "recall" in json.dumps(response.json()["error"])
+
+
+def test_a_server_without_recall_takes_no_number(nano_path: str, prompt: Prompt) -> None:
+    with serve(nano_path, lminf=LMInfConfig(n_global=4, n_local=64)) as served:
+        assert httpx.get(f"{served.url}/props").json()["lminf"]["recall"] is None
+        assert complete(served, prompt, recall=False).status_code == 200
+        refused = complete(served, prompt, recall=5)
+        assert refused.status_code == 400
+        assert "recall must be 0 to 0" in refused.json()["error"]["message"]
+
+
+def test_props_and_metrics_tell_it(server: Served, prompt: Prompt) -> None:
+    recall = httpx.get(f"{server.url}/props").json()["lminf"]["recall"]
+    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, 246, 5000)
+    assert (recall["rule"], recall["index"], recall["archive_type_k"]) == ("layer", "sketch", "q8_0")
+    assert recall["archive_bytes_at_most"] == 5000 * recall["archive_bytes_per_token"]
+    position = complete(server, prompt).json()["lminf"]["position"]
+    values = dict(re.findall(r"^(lminf_\w+) ([\d.e+]+)$", httpx.get(f"{server.url}/metrics").text, re.M))
+    assert float(values["lminf_archived_tokens"]) >= position
+    assert float(values["lminf_archive_bytes"]) > 0
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_it_takes(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "-m", "nano", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["recall"] is None
+    options = ["--recall", "5", "--archive-tokens", "1000", "--archive-type", "f16", "--recall-distance", "300"]
+    assert main(["info", "-m", "nano", *options, "--json"]) == 0
+    recall = json.loads(capfd.readouterr().out)["recall"]
+    assert [recall[name] for name in ("n_recall", "distance", "archive_tokens", "archive_type")] == [
+        5,
+        300,
+        1000,
+        "f16",
+    ]
+    assert recall["archive_bytes"] == 1000 * recall["archive_bytes_per_token"]
+    assert main(["info", "-m", "nano", *options]) == 0
+    assert "recall          5 tokens in each layer, of the last 1000" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recall", "5000"], "--recall: must be 4096 or less"),
+        (["--recall-distance", "0"], "must be 1 or more"),
+        (["--recall-rule", "head"], "invalid choice"),
+        (["--archive-tokens", "0"], "must be 1 or more"),
+        (["--recall", "1", "--recall-rule", "paper", "--attention", "fused"], "--recall-rule 'paper' needs"),
+    ],
+)
+def test_options_that_make_no_sense(capfd: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    try:
+        status = main(["info", "-m", "nano", *options])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status != 0
+    assert message in capfd.readouterr().err
+
+
+def test_generate_reports_the_archive(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--n-global", "4", "--n-local", "16", "--recall", "3", "--ignore-eos", "--temp", "0"]
+    assert main(["generate", "-m", "nano", "-p", "The sea was", "-n", "40", *options, "--json"]) == 0
+    stream = json.loads(capfd.readouterr().out)["stream"]
+    assert stream["archived"] == stream["position"]
+
+
+def test_passkey_finds_with_recall_what_has_left_the_window(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--policies", "lminf,recall", "--lengths", "1500", "--depths", "30", "--trials", "3", "--recall", "32"]
+    assert main(["passkey", "-m", "nano", "--n-local", "246", *options, "--json"]) == 0
+    policies = json.loads(capfd.readouterr().out)["policies"]
+    assert policies["lminf"]["correct"] == 0
+    assert policies["recall"]["correct"] >= 2  # 3 were measured
+    assert policies["recall"]["cells"][0]["in_reach"] == 0
