@@ -31,6 +31,14 @@ from lminf_edge.startup import LIBRARY_NAMES as LIBRARY_NAMES
 MARK = "lminf_set_next"  # a function only the patched library has
 
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "sink_mode": SINK_MODES,
+    "attention": ATTENTIONS,
+    "recall_rule": RECALL_RULES,
+    "recall_index": RECALL_INDEXES,
+}
+
+
 class Params(ctypes.Structure):
     """struct lminf_params"""
 
@@ -65,25 +73,12 @@ class Params(ctypes.Structure):
 
     @classmethod
     def of(cls, window: Window, n_seq_max: int) -> Params:
-        return cls(
-            n_global=window.n_global,
-            n_local=window.n_local,
-            max_distance=window.max_distance,
-            n_slack=window.n_slack,
-            sink_mode=SINK_MODES.index(window.sink_mode),
-            pos_bound=window.pos_bound,
-            attention=ATTENTIONS.index(window.attention),
-            n_seq_max=n_seq_max,
-            n_recall=window.n_recall,
-            recall_distance=window.recall_distance,
-            recall_from=window.recall_from,
-            recall_every=window.recall_every,
-            recall_rule=RECALL_RULES.index(window.recall_rule),
-            recall_index=RECALL_INDEXES.index(window.recall_index),
-            n_archive=window.n_archive,
-            archive_type_k=ARCHIVE_TYPES[window.archive_type_k],
-            archive_type_v=ARCHIVE_TYPES[window.archive_type_v],
-        )
+        values = {name: getattr(window, name) for name, _ in cls._fields_ if name != "n_seq_max"}
+        for name, choices in _CHOICES.items():
+            values[name] = choices.index(values[name])
+        for name in ("archive_type_k", "archive_type_v"):
+            values[name] = ARCHIVE_TYPES[values[name]]
+        return cls(n_seq_max=n_seq_max, **values)
 
 
 class Info(ctypes.Structure):
