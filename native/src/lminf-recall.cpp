@@ -38,26 +38,12 @@ struct tile {
 
 constexpr int64_t n_tile = 256;
 
-using scored = std::pair<int64_t, float>;
-
-// the n best, ascending by index; ties to the lower index
-void keep_best(std::vector<scored> & all, int64_t n) {
-    if ((int64_t) all.size() > n) {
-        std::nth_element(all.begin(), all.begin() + n, all.end(), [](const scored & a, const scored & b) {
-            return a.second > b.second || (a.second == b.second && a.first < b.first);
-        });
-        all.resize(n);
+// what all threads found; with the paper's rule, of one head
+const std::vector<lminf_best::entry> & join(std::vector<lminf_best> & lists, size_t i0, size_t step) {
+    for (size_t i = i0 + step; i < lists.size(); i += step) {
+        lists[i0].add(lists[i]);
     }
-    std::sort(all.begin(), all.end());
-}
-
-std::vector<scored> join(std::vector<lminf_best> & lists, size_t i0, size_t step) {
-    std::vector<scored> res;
-    for (size_t i = i0; i < lists.size(); i += step) {
-        const auto & found = lists[i].finish();
-        res.insert(res.end(), found.begin(), found.end());
-    }
-    return res;
+    return lists[i0].finish();
 }
 
 // rows of any type that a cache has
@@ -288,7 +274,7 @@ struct lminf_recall_layer {
                     lminf_sketch_max(blocks, n_piece/lminf_n_lanes, y.data() + h*n_q*lminf_n_dirs, offset.data() + h*n_q, n_q, best);
                 }
                 const int64_t from = std::max(first, i0);
-                w.best[ith].add(best + (from - i0), std::min(second, i0 + n_piece) - from, from);
+                w.best[ith].add(best + (from - i0), std::min(second, i0 + n_piece) - from, from - seq.candidates.front().first);
             }
         }
     }
@@ -299,10 +285,8 @@ struct lminf_recall_layer {
         w.tiles.clear();
 
         if (has_sketches(seq)) {
-            auto all = join(w.best, 0, 1);
-            keep_best(all, n_short(seq));
-            for (const auto & [i, _] : all) {
-                w.tokens.push_back(i);
+            for (const auto & [i, _] : join(w.best, 0, 1)) {
+                w.tokens.push_back(seq.candidates.front().first + i);
             }
         } else {
             for (const auto & [first, second] : seq.candidates) {
@@ -422,18 +406,17 @@ struct lminf_recall_layer {
     void choose(const lminf_recall_seq & seq, work & w, lminf_recall_choice & c) const {
         const int64_t group = n_head/l.n_head_kv;
 
-        // of any number of lists the best, as tokens; where scores are NaN, what comes first
-        const auto pick = [&](std::vector<scored> all, int64_t n) {
-            keep_best(all, n);
-
-            std::vector<int64_t> res;
-            for (int64_t i = 0; (int64_t) all.size() < n; ++i) {
-                if (std::none_of(all.begin(), all.end(), [&](const scored & each) { return each.first == i; })) {
-                    all.push_back({ i, 0.0f });
+        const auto pick = [&](std::vector<lminf_best::entry> found, int64_t n) {
+            // where scores are not numbers, what comes first
+            for (int64_t i = 0; (int64_t) found.size() < n; ++i) {
+                if (std::none_of(found.begin(), found.end(), [&](const auto & each) { return each.first == i; })) {
+                    found.push_back({ i, 0.0f });
                 }
             }
-            std::sort(all.begin(), all.end());
-            for (const auto & [i, _] : all) {
+            std::sort(found.begin(), found.end());
+
+            std::vector<int64_t> res;
+            for (const auto & [i, _] : found) {
                 res.push_back(w.tokens[i]);
             }
             return res;
@@ -592,7 +575,7 @@ ggml_tensor * lminf_recall_batch::build_store(ggml_context * ctx, ggml_tensor * 
 }
 
 ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_sink, ggml_tensor * v_sink, ggml_tensor * stored,
-        int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu) {
+        ggml_type type, int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu) {
     const auto * l = recall.layout->find(il);
 
     layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, recall.layout->index_of(*l)));
@@ -617,11 +600,9 @@ ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q
         on_cpu(cur);
     }
 
-    const bool is_f16 = !k_sink || (k_sink->type == GGML_TYPE_F16 && (!v_sink || v_sink->type == GGML_TYPE_F16));
-
     ggml_tensor * args[] = { cur, k_sink, v_sink };
 
-    cur = ggml_custom_4d(ctx, is_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, l->n_embd_head_k*l->n_head_kv + l->n_embd_v_gqa,
+    cur = ggml_custom_4d(ctx, type, l->n_embd_head_k*l->n_head_kv + l->n_embd_v_gqa,
             n_rows + (k_sink ? k_sink->ne[1] : 0), seqs.size(), 1, args, !k_sink ? 1 : !v_sink ? 2 : 3, fun, GGML_N_TASKS_MAX, &layer.nodes[GATHER]);
     on_cpu(cur);
 
