@@ -1,4 +1,5 @@
 #include "lminf-recall.h"
+#include "lminf-rows.h"
 
 #include "ggml.h"
 
@@ -59,7 +60,7 @@ void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type
 
 // what is found on the way to one stream's choice in one layer, between its phases
 struct work {
-    std::vector<float> q; // [n_head_kv][n_q][n_embd_head_k], the queries that vote of all heads of a group
+    std::vector<float> q; // [n_head_kv][n_q][n_embd_head_k], the queries that vote of all heads of a group, scaled
 
     std::vector<lminf_best> best;   // [n_threads], with the paper's rule [n_threads][n_head]
     std::vector<int64_t>    tokens; // the short list
@@ -224,8 +225,8 @@ struct lminf_recall_layer {
             for (int64_t i = 0; i < n_q; ++i) {
                 const int64_t at = ((h/group)*group*n_q + h % group*n_q + i)*l.n_embd_head_k;
 
-                memcpy(w.q.data() + at, (const char *) q->data + (s*seq.n_tokens + seq.n_tokens - n_q + i)*q->nb[2] + h*q->nb[1],
-                        l.n_embd_head_k*sizeof(float));
+                const auto * src = (const float *) ((const char *) q->data + (s*seq.n_tokens + seq.n_tokens - n_q + i)*q->nb[2] + h*q->nb[1]);
+                std::transform(src, src + l.n_embd_head_k, w.q.data() + at, [&](float x) { return scale*x; });
             }
         }
         w.best.assign(nth, lminf_best(n_short(seq)));
@@ -245,14 +246,11 @@ struct lminf_recall_layer {
         for (int64_t i = 0; i < l.n_head_kv*n_q; ++i) {
             const auto & a = axes[i/n_q];
 
+            lminf_project_query(a, w.q.data() + i*l.n_embd_head_k, y.data() + i*lminf_n_dirs);
+
             float var = 0.0f;
             for (int64_t d = 0; d < lminf_n_dirs; ++d) {
-                float sum = 0.0f;
-                for (int64_t e = 0; e < l.n_embd_head_k; ++e) {
-                    sum += a.axes[d*l.n_embd_head_k + e]*w.q[i*l.n_embd_head_k + e];
-                }
-                y[i*lminf_n_dirs + d] = scale*sum;
-                var += a.var[d]*scale*sum*scale*sum;
+                var += a.var[d]*y[i*lminf_n_dirs + d]*y[i*lminf_n_dirs + d];
             }
             const float dev = sqrtf(var);
 
@@ -330,10 +328,10 @@ struct lminf_recall_layer {
 
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
             lminf_rows_dot(l.type_k, l.n_embd_head_k, t.segment + l.at_k + h*ggml_row_size(l.type_k, l.n_embd_head_k), l.size_k,
-                    w.rows.data() + t.at, t.n, w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*t.n, t.n);
+                    w.rows.data() + t.at, t.n, w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*t.n);
         }
-        for (int64_t i = 0; i < n_scores(seq)*t.n; ++i) {
-            scores[i] = logit_softcap > 0.0f ? logit_softcap*tanhf(scores[i]*scale/logit_softcap) : scores[i]*scale;
+        for (int64_t i = 0; logit_softcap > 0.0f && i < n_scores(seq)*t.n; ++i) {
+            scores[i] = logit_softcap*tanhf(scores[i]/logit_softcap);
         }
     }
 
@@ -344,8 +342,7 @@ struct lminf_recall_layer {
         for (int64_t i = 0; i < n_scores(seq); ++i) {
             const size_t at = i_tile*n_scores(seq) + i;
 
-            w.max[at] = *std::max_element(scores + i*n, scores + (i + 1)*n);
-            w.sum[at] = lminf_exp_sum(scores + i*n, n, w.max[at], scores + i*n);
+            w.sum[at] = lminf_exp(scores + i*n, n, w.max[at]);
         }
     }
 
@@ -394,10 +391,7 @@ struct lminf_recall_layer {
 
             std::fill(votes.begin(), votes.end(), 0.0f);
             for (int64_t i = 0; i < n_s; ++i) {
-                const float factor = (float) (expf(w.max[i_tile*n_s + i] - max[i])/sum[i]);
-                for (int64_t j = 0; j < t.n; ++j) {
-                    votes[j] += factor*scores[i*t.n + j];
-                }
+                lminf_add_scaled(votes.data(), (float) (expf(w.max[i_tile*n_s + i] - max[i])/sum[i]), scores + i*t.n, t.n);
             }
             w.best[ith].add(votes.data(), t.n, t.at);
         }
