@@ -3,7 +3,7 @@
 //
 //   segment   for each layer: K  [n_segment][n_embd_k_gqa]  as finished by the model but un-rotated (position 0)
 //                             V  [n_segment][n_embd_v_gqa]  as the cache stores them; none with MLA, where they are a part of K
-//                             sketches [n_head_kv][n_segment/16] of K, see lminf-scan.h
+//                             sketches [n_head_kv][n_segment/16] of K, see lminf-lanes.h
 //
 // Tokens are counted by their index in the stream. The graph writes and reads (lminf-recall.h); here is what it finds there.
 
@@ -11,7 +11,7 @@
 
 #include "llama.h"
 
-#include "lminf-scan.h"
+#include "lminf-lanes.h"
 
 #include <map>
 #include <memory>

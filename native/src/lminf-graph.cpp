@@ -391,8 +391,11 @@ void lminf_attn::build_rows(float kq_scale) const {
     };
     const bool has_sinks = inp->mctx->get_n_sink_rows() > 0;
 
+    // as exact as the sinks
+    const bool is_f16 = sinks.get_k(il)->type == GGML_TYPE_F16 && sinks.get_v(il)->type == GGML_TYPE_F16;
+
     rows = inp->recall->build_rows(graph.ctx0, q, has_sinks ? sequences(sinks.get_k(il)) : nullptr,
-            has_sinks && !graph.hparams.is_mla() ? sequences(sinks.get_v(il)) : nullptr, stored, mem.get_n_recall_rows(),
+            has_sinks && !graph.hparams.is_mla() ? sequences(sinks.get_v(il)) : nullptr, stored, is_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, mem.get_n_recall_rows(),
             score_scale(kq_scale), logit_softcap(), il, [&](ggml_tensor * t) { on_cpu(t); });
     graph.cb(rows, "lminf_rows", il);
 }

@@ -20,7 +20,8 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // GCC 12, in its own immintrin.h
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // of GCC 12 about its own immintrin.h
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #define LMINF_ARM
@@ -30,6 +31,19 @@
 #include <sys/auxv.h>
 #endif
 #endif
+
+// What comes 2 KiB behind these n bytes, into the second level cache: processors fetch ahead by themselves, but not far enough
+// for a scan that multiplies as it goes. Behind the end of an array this does nothing.
+static inline void prefetch(const char * p, size_t n) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < n; i += 64) {
+        __builtin_prefetch((const void *) ((uintptr_t) p + 2048 + i), 0, 2);
+    }
+#else
+    (void) p;
+    (void) n;
+#endif
+}
 
 // found = first + i for each bit i that is set; returns how many are
 static inline int64_t append_bits(uint32_t mask, int32_t first, int32_t * found) {
@@ -53,12 +67,14 @@ namespace avx512_ops {
 typedef __m512  F;
 typedef __m512i I;
 
-constexpr int N_SUMS = 8;
+constexpr int N_SUMS     = 8;
+constexpr int N_SKETCHES = 4;
 
 static inline F    load     (const float * p)    { return _mm512_loadu_ps(p); }
 static inline F    load_half(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
 static inline void store    (float * p, F x)     { _mm512_storeu_ps(p, x); }
 static inline F    set      (float x)            { return _mm512_set1_ps(x); }
+static inline F    add      (F a, F b)           { return _mm512_add_ps(a, b); }
 static inline F    mul      (F a, F b)           { return _mm512_mul_ps(a, b); }
 static inline F    fma      (F a, F b, F c)      { return _mm512_fmadd_ps(a, b, c); }
 static inline F    max      (F a, F b)           { return _mm512_max_ps(a, b); }
@@ -116,7 +132,8 @@ namespace avx2 {
 struct F { __m256  a, b; };
 struct I { __m256i a, b; };
 
-constexpr int N_SUMS = 4;
+constexpr int N_SUMS     = 4;
+constexpr int N_SKETCHES = 1;
 
 static inline F    load     (const float * p)    { return { _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8) }; }
 static inline F    load_half(const uint16_t * p) {
@@ -124,6 +141,7 @@ static inline F    load_half(const uint16_t * p) {
 }
 static inline void store    (float * p, F x)     { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
 static inline F    set      (float x)            { return { _mm256_set1_ps(x), _mm256_set1_ps(x) }; }
+static inline F    add      (F a, F b)           { return { _mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b) }; }
 static inline F    mul      (F a, F b)           { return { _mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b) }; }
 static inline F    fma      (F a, F b, F c)      { return { _mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b) }; }
 static inline F    max      (F a, F b)           { return { _mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b) }; }
@@ -167,12 +185,14 @@ namespace neon_ops {
 struct F { float32x4_t v[4]; };
 struct I { int8x16_t   v[4]; };
 
-constexpr int N_SUMS = 4;
+constexpr int N_SUMS     = 4;
+constexpr int N_SKETCHES = 1;
 
 static inline F    load     (const float * p)    { LMINF_EACH(F, vld1q_f32(p + 4*i)); }
 static inline F    load_half(const uint16_t * p) { LMINF_EACH(F, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4*i)))); }
 static inline void store    (float * p, F x)     { for (int i = 0; i < 4; ++i) { vst1q_f32(p + 4*i, x.v[i]); } }
 static inline F    set      (float x)            { LMINF_EACH(F, vdupq_n_f32(x)); }
+static inline F    add      (F a, F b)           { LMINF_EACH(F, vaddq_f32(a.v[i], b.v[i])); }
 static inline F    mul      (F a, F b)           { LMINF_EACH(F, vmulq_f32(a.v[i], b.v[i])); }
 static inline F    fma      (F a, F b, F c)      { LMINF_EACH(F, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
 static inline F    max      (F a, F b)           { LMINF_EACH(F, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
@@ -245,12 +265,14 @@ namespace plain {
 struct F { float    v[16]; };
 struct I { uint32_t v[16]; }; // of four bytes the first is the lowest: see load_bytes
 
-constexpr int N_SUMS = 4;
+constexpr int N_SUMS     = 4;
+constexpr int N_SKETCHES = 1;
 
 static inline F    load     (const float * p)    { LMINF_EACH(F, p[i]); }
 static inline F    load_half(const uint16_t * p) { LMINF_EACH(F, ggml_fp16_to_fp32(p[i])); }
 static inline void store    (float * p, F x)     { memcpy(p, x.v, sizeof(x.v)); }
 static inline F    set      (float x)            { LMINF_EACH(F, x); }
+static inline F    add      (F a, F b)           { LMINF_EACH(F, a.v[i] + b.v[i]); }
 static inline F    mul      (F a, F b)           { LMINF_EACH(F, a.v[i]*b.v[i]); }
 static inline F    fma      (F a, F b, F c)      { LMINF_EACH(F, a.v[i]*b.v[i] + c.v[i]); }
 static inline F    max      (F a, F b)           { LMINF_EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }

@@ -2,8 +2,9 @@
 // namespace that has
 //
 //   F, I        16 floats; 16 integers, or 16 times 4 bytes
-//   N_SUMS      sums that fit in registers beside their operands
-//   load, load_half, store, set, mul, fma (a*b + c), max (b where a is not a number)
+//   N_SUMS      sums that fit in registers beside their operands, and are enough to keep the multipliers busy
+//   N_SKETCHES  blocks of sketches that fit
+//   load, load_half, store, set, add, mul, fma (a*b + c), max (b where a is not a number)
 //   append_ge   writes first + i for each a[i] >= b[i]; returns how many; what it writes behind them, up to 16, does not count
 //   load_bytes, set_int, to_float
 //   low, high   the lower and the upper half of each byte
@@ -35,7 +36,15 @@ static inline F scale_of(const char * block, int64_t e) {
     return mul(load_half((const uint16_t *) block + e/32*16), set(1.0f/(1 << 24)));
 }
 
-// of N queries with one block of keys; what was summed before is in `scores` unless is_first
+// sum[i] += k*q[i], for N queries
+template <int N>
+static inline void add_products(F k, const float * q, int64_t n_embd, F * sum) {
+    for (int i = 0; i < N; ++i) {
+        sum[i] = fma(k, set(q[i*n_embd]), sum[i]);
+    }
+}
+
+// of N queries with n elements of one block; what was summed before is in `scores` unless is_first
 template <int N>
 static inline void dot_floats(int64_t n, const float * k, const float * q, int64_t n_embd, float * scores, int64_t n_scores, bool is_first) {
     F sum[N];
@@ -43,54 +52,67 @@ static inline void dot_floats(int64_t n, const float * k, const float * q, int64
         sum[i] = is_first ? set(0.0f) : load(scores + i*n_scores);
     }
     for (int64_t e = 0; e < n; ++e) {
-        const F x = load(k + 16*e);
-        for (int i = 0; i < N; ++i) {
-            sum[i] = fma(x, set(q[i*n_embd + e]), sum[i]);
-        }
+        add_products<N>(load(k + 16*e), q + e, n_embd, sum);
     }
     for (int i = 0; i < N; ++i) {
         store(scores + i*n_scores, sum[i]);
     }
 }
 
-template <int N, int J>
-static inline void add_products(I x, const float * q, int64_t n_embd, F * sum) {
-    const F k = expand<J>(x);
-    for (int i = 0; i < N; ++i) {
-        sum[i] = fma(k, set(q[i*n_embd + J]), sum[i]);
-    }
-}
-
+// of N queries with one block of keys
 template <ggml_type TYPE, int N>
 static inline void dot_block(const char * block, const float * q, int64_t n_embd, float * scores, int64_t n_scores) {
+    // few queries: several sums for each, as a sum has to wait for the one before
+    constexpr int N_SETS = N_SUMS/N >= 4 ? 4 : N_SUMS/N >= 2 ? 2 : 1;
+
     F sum[N];
-    for (int i = 0; i < N; ++i) {
-        sum[i] = set(0.0f);
-    }
-    if (TYPE == GGML_TYPE_F32 || TYPE == GGML_TYPE_F16) {
-        for (int64_t e = 0; e < n_embd; ++e) {
-            const F x = element<TYPE>(block, e);
+    F part[N_SETS][N];
+    const auto clear = [&] {
+        for (int s = 0; s < N_SETS; ++s) {
             for (int i = 0; i < N; ++i) {
-                sum[i] = fma(x, set(q[i*n_embd + e]), sum[i]);
+                part[s][i] = set(0.0f);
             }
         }
+    };
+    const auto collect = [&](int i) {
+        F res = part[0][i];
+        for (int s = 1; s < N_SETS; ++s) {
+            res = add(res, part[s][i]);
+        }
+        return res;
+    };
+
+    if (TYPE == GGML_TYPE_F32 || TYPE == GGML_TYPE_F16) {
+        clear();
+        int64_t e = 0;
+        for (; e + 4 <= n_embd; e += 4) {
+            add_products<N>(element<TYPE>(block, e + 0), q + e + 0, n_embd, part[0]);
+            add_products<N>(element<TYPE>(block, e + 1), q + e + 1, n_embd, part[1 % N_SETS]);
+            add_products<N>(element<TYPE>(block, e + 2), q + e + 2, n_embd, part[2 % N_SETS]);
+            add_products<N>(element<TYPE>(block, e + 3), q + e + 3, n_embd, part[3 % N_SETS]);
+        }
+        for (; e < n_embd; ++e) {
+            add_products<N>(element<TYPE>(block, e), q + e, n_embd, part[0]);
+        }
+        for (int i = 0; i < N; ++i) {
+            sum[i] = collect(i);
+        }
     } else {
-        const char * data = block + n_embd;
+        for (int i = 0; i < N; ++i) {
+            sum[i] = set(0.0f);
+        }
         for (int64_t e0 = 0; e0 < n_embd; e0 += 32) {
-            F part[N];
-            for (int i = 0; i < N; ++i) {
-                part[i] = set(0.0f);
-            }
+            clear();
             for (int64_t e = e0; e < e0 + 32; e += 4) {
-                const I x = four_elements<TYPE>(data, e);
-                add_products<N, 0>(x, q + e, n_embd, part);
-                add_products<N, 1>(x, q + e, n_embd, part);
-                add_products<N, 2>(x, q + e, n_embd, part);
-                add_products<N, 3>(x, q + e, n_embd, part);
+                const I x = four_elements<TYPE>(block + n_embd, e);
+                add_products<N>(expand<0>(x), q + e + 0, n_embd, part[0]);
+                add_products<N>(expand<1>(x), q + e + 1, n_embd, part[1 % N_SETS]);
+                add_products<N>(expand<2>(x), q + e + 2, n_embd, part[2 % N_SETS]);
+                add_products<N>(expand<3>(x), q + e + 3, n_embd, part[3 % N_SETS]);
             }
             const F scale = scale_of(block, e0);
             for (int i = 0; i < N; ++i) {
-                sum[i] = fma(part[i], scale, sum[i]);
+                sum[i] = fma(collect(i), scale, sum[i]);
             }
         }
     }
@@ -125,6 +147,7 @@ static void dot(int64_t n_embd, size_t size, const char * blocks, int64_t n_bloc
     for (int64_t ib = 0; ib < n_blocks; ++ib) {
         const char * block = blocks + ib*size;
         float      * res   = scores + 16*ib;
+        prefetch(block, size);
 
         switch (n_q) {
             case 1: dot_block<TYPE, 1>(block, q, n_embd, res, n_scores); continue;
@@ -140,12 +163,19 @@ static void dot(int64_t n_embd, size_t size, const char * blocks, int64_t n_bloc
             const int64_t n = n_embd - e < n_part ? n_embd - e : n_part;
             to_floats<TYPE>(block, n_embd, e, n, k);
 
-            int64_t i = 0;
-            for (; i + N_SUMS <= n_q; i += N_SUMS) {
-                dot_floats<N_SUMS>(n, k, q + i*n_embd + e, n_embd, res + i*n_scores, n_scores, e == 0);
-            }
-            for (; i < n_q; ++i) {
-                dot_floats<1>(n, k, q + i*n_embd + e, n_embd, res + i*n_scores, n_scores, e == 0);
+            for (int64_t i = 0; i < n_q; ) {
+                const float * qi = q + i*n_embd + e;
+                float       * ri = res + i*n_scores;
+                if (i + N_SUMS <= n_q) {
+                    dot_floats<N_SUMS>(n, k, qi, n_embd, ri, n_scores, e == 0);
+                    i += N_SUMS;
+                } else if (i + 2 <= n_q) {
+                    dot_floats<2>(n, k, qi, n_embd, ri, n_scores, e == 0);
+                    i += 2;
+                } else {
+                    dot_floats<1>(n, k, qi, n_embd, ri, n_scores, e == 0);
+                    i += 1;
+                }
             }
         }
     }
@@ -153,28 +183,43 @@ static void dot(int64_t n_embd, size_t size, const char * blocks, int64_t n_bloc
 
 // --- sketches -----------------------------------------------------------------------------------------------------------
 
-static void sketch_max(const char * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
-    for (int64_t ib = 0; ib < n_blocks; ++ib) {
-        const char * block = blocks + ib*LMINF_SKETCH_SIZE;
+template <int N>
+static inline void sketch_max_blocks(const char * blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
+    I x[N][4];
+    F scale[N];
+    F top[N];
+    for (int b = 0; b < N; ++b) {
+        const char * block = blocks + b*LMINF_SKETCH_SIZE;
 
-        const I x01 = load_bytes(block);
-        const I x23 = load_bytes(block + 64);
-        const I x0  = low(x01);
-        const I x1  = high(x01);
-        const I x2  = low(x23);
-        const I x3  = high(x23);
-        const F d   = load_half((const uint16_t *) (block + 128));
-
-        F top = load(best + 16*ib);
-        for (int64_t i = 0; i < n_q; ++i) {
+        x[b][0]  = low (load_bytes(block));
+        x[b][1]  = high(load_bytes(block));
+        x[b][2]  = low (load_bytes(block + 64));
+        x[b][3]  = high(load_bytes(block + 64));
+        scale[b] = load_half((const uint16_t *) (block + 128));
+        top[b]   = load(best + 16*b);
+    }
+    for (int64_t i = 0; i < n_q; ++i) {
+        for (int b = 0; b < N; ++b) {
             I sum = set_int(q[i].start);
-            sum = dot4(x0, set_int(q[i].x[0]), sum);
-            sum = dot4(x1, set_int(q[i].x[1]), sum);
-            sum = dot4(x2, set_int(q[i].x[2]), sum);
-            sum = dot4(x3, set_int(q[i].x[3]), sum);
-            top = max(fma(mul(to_float(sum), set(q[i].scale)), d, set(q[i].offset)), top);
+            for (int j = 0; j < 4; ++j) {
+                sum = dot4(x[b][j], set_int(q[i].x[j]), sum);
+            }
+            top[b] = max(fma(mul(to_float(sum), set(q[i].scale)), scale[b], set(q[i].offset)), top[b]);
         }
-        store(best + 16*ib, top);
+    }
+    for (int b = 0; b < N; ++b) {
+        store(best + 16*b, top[b]);
+    }
+}
+
+static void sketch_max(const char * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
+    int64_t ib = 0;
+    for (; ib + N_SKETCHES <= n_blocks; ib += N_SKETCHES) {
+        prefetch(blocks + ib*LMINF_SKETCH_SIZE, N_SKETCHES*LMINF_SKETCH_SIZE);
+        sketch_max_blocks<N_SKETCHES>(blocks + ib*LMINF_SKETCH_SIZE, q, n_q, best + 16*ib);
+    }
+    for (; ib < n_blocks; ++ib) {
+        sketch_max_blocks<1>(blocks + ib*LMINF_SKETCH_SIZE, q, n_q, best + 16*ib);
     }
 }
 

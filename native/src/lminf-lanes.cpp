@@ -433,30 +433,45 @@ static uint32_t get_index(uint64_t key) {
     return ~(uint32_t) key;
 }
 
-// the nth largest, from 1; the order of a is lost. Without branches that depend on the data: half of them would be mispredicted
-static uint64_t find_nth_largest(uint64_t * a, int64_t size, int64_t nth) {
-    const auto median = [](uint64_t x, uint64_t y, uint64_t z) { return std::max(std::min(x, y), std::min(std::max(x, y), z)); };
+// the nth largest, from 1. Without branches that depend on the data: half of them would be mispredicted
+//   scratch [2*size]
+static uint64_t find_nth_largest(const uint64_t * a, int64_t size, int64_t nth, uint64_t * scratch) {
+    uint64_t * above = scratch;
+    uint64_t * below = scratch + size; // those that are not above the pivot
 
-    for (int pass = 0; pass < 40 && size > 16; ++pass) {
-        const uint64_t pivot = median(a[0], a[size/2], a[size - 1]);
+    for (int pass = 0; pass < 40 && size > 64; ++pass) {
+        constexpr int n_sample = 16;
+        uint64_t sample[n_sample];
+        for (int i = 0; i < n_sample; ++i) {
+            sample[i] = a[i*(size - 1)/(n_sample - 1)];
+        }
+        std::sort(sample, sample + n_sample, std::greater<uint64_t>());
+        const uint64_t pivot = sample[nth*(n_sample - 1)/size];
 
-        int64_t n_above = 0; // partitioned: these first
+        int64_t n_above = 0, n_below = 0;
         for (int64_t i = 0; i < size; ++i) {
             const uint64_t x = a[i];
-            a[i]       = a[n_above];
-            a[n_above] = x;
+            above[n_above] = x;
+            below[n_below] = x;
             n_above += x > pivot;
+            n_below += x <= pivot;
         }
+        // what was chosen is read next, and its rest stays there; the other place is free
         if (nth <= n_above) {
+            a    = above;
             size = n_above;
+            std::swap(above, below);
         } else {
-            a    += n_above;
-            size -= n_above;
-            nth  -= n_above;
+            a    = below;
+            size = n_below;
+            nth -= n_above;
         }
     }
-    std::nth_element(a, a + nth - 1, a + size, std::greater<uint64_t>());
-    return a[nth - 1];
+    if (a != below) {
+        std::copy(a, a + size, below);
+    }
+    std::nth_element(below, below + nth - 1, below + size, std::greater<uint64_t>());
+    return below[nth - 1];
 }
 
 void lminf_best::clear(int64_t n) {
@@ -471,13 +486,15 @@ void lminf_best::cut() {
     if (n_keys < n || n == 0) {
         return;
     }
-    scratch.assign(keys.begin(), keys.begin() + n_keys);
-    const uint64_t last = find_nth_largest(scratch.data(), n_keys, n);
+    scratch.resize(std::max<size_t>(scratch.size(), 2*n_keys));
+    const uint64_t last = find_nth_largest(keys.data(), n_keys, n, scratch.data());
 
-    int64_t n_left = 0;
+    uint64_t * all    = keys.data();
+    int64_t    n_left = 0;
     for (int64_t i = 0; i < n_keys; ++i) {
-        keys[n_left] = keys[i];
-        n_left += keys[i] >= last;
+        const uint64_t key = all[i];
+        all[n_left] = key;
+        n_left += key >= last;
     }
     n_keys = n_left;
     border = last;
@@ -508,10 +525,14 @@ void lminf_best::add(const float * scores, int64_t n_scores, int64_t first_index
             cut();
             keys.resize(std::max<size_t>(keys.size(), n_keys + n_found + 1));
         }
+        uint64_t     * dst = keys.data() + n_keys;
+        const uint64_t end = border;
         for (int64_t j = 0; j < n_found; ++j) {
-            keys[n_keys] = get_key(scores[i + found[j]], (uint32_t) (first_index + i + found[j]));
-            n_keys += keys[n_keys] > border;
+            const uint64_t key = get_key(scores[i + found[j]], (uint32_t) (first_index + i + found[j]));
+            *dst = key;
+            dst += key > end;
         }
+        n_keys = dst - keys.data();
     }
 }
 

@@ -1,8 +1,8 @@
 // keys of one KV head, 16 tokens to a block and tokens as lanes: a scan then sums within lanes, several times faster than
 // across them
 //
-// What is stored here lies in the machine's own byte order. Different lanes of a block may be stored at the same time; all
-// else here may be called by any number of threads.
+// Blocks lie at multiples of 4 bytes, best of 64, in the byte order of the machine. Different lanes of one may be stored at the
+// same time; all else here may be called by any number of threads.
 
 #pragma once
 

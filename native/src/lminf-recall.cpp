@@ -1,4 +1,5 @@
 #include "lminf-recall.h"
+#include "lminf-rows.h"
 
 #include "ggml.h"
 
@@ -38,26 +39,12 @@ struct tile {
 
 constexpr int64_t n_tile = 256;
 
-using scored = std::pair<int64_t, float>;
-
-// the n best, ascending by index; ties to the lower index
-void keep_best(std::vector<scored> & all, int64_t n) {
-    if ((int64_t) all.size() > n) {
-        std::nth_element(all.begin(), all.begin() + n, all.end(), [](const scored & a, const scored & b) {
-            return a.second > b.second || (a.second == b.second && a.first < b.first);
-        });
-        all.resize(n);
+// what all threads found; with the paper's rule, of one head
+const std::vector<lminf_best::entry> & join(std::vector<lminf_best> & lists, size_t i0, size_t step) {
+    for (size_t i = i0 + step; i < lists.size(); i += step) {
+        lists[i0].add(lists[i]);
     }
-    std::sort(all.begin(), all.end());
-}
-
-std::vector<scored> join(std::vector<lminf_best> & lists, size_t i0, size_t step) {
-    std::vector<scored> res;
-    for (size_t i = i0; i < lists.size(); i += step) {
-        const auto & found = lists[i].finish();
-        res.insert(res.end(), found.begin(), found.end());
-    }
-    return res;
+    return lists[i0].finish();
 }
 
 // rows of any type that a cache has
@@ -73,7 +60,7 @@ void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type
 
 // what is found on the way to one stream's choice in one layer, between its phases
 struct work {
-    std::vector<float> q; // [n_head_kv][n_q][n_embd_head_k], the queries that vote of all heads of a group
+    std::vector<float> q; // [n_head_kv][n_q][n_embd_head_k], the queries that vote of all heads of a group, scaled
 
     std::vector<lminf_best> best;   // [n_threads], with the paper's rule [n_threads][n_head]
     std::vector<int64_t>    tokens; // the short list
@@ -238,8 +225,8 @@ struct lminf_recall_layer {
             for (int64_t i = 0; i < n_q; ++i) {
                 const int64_t at = ((h/group)*group*n_q + h % group*n_q + i)*l.n_embd_head_k;
 
-                memcpy(w.q.data() + at, (const char *) q->data + (s*seq.n_tokens + seq.n_tokens - n_q + i)*q->nb[2] + h*q->nb[1],
-                        l.n_embd_head_k*sizeof(float));
+                const auto * src = (const float *) ((const char *) q->data + (s*seq.n_tokens + seq.n_tokens - n_q + i)*q->nb[2] + h*q->nb[1]);
+                std::transform(src, src + l.n_embd_head_k, w.q.data() + at, [&](float x) { return scale*x; });
             }
         }
         w.best.assign(nth, lminf_best(n_short(seq)));
@@ -259,14 +246,11 @@ struct lminf_recall_layer {
         for (int64_t i = 0; i < l.n_head_kv*n_q; ++i) {
             const auto & a = axes[i/n_q];
 
+            lminf_project_query(a, w.q.data() + i*l.n_embd_head_k, y.data() + i*lminf_n_dirs);
+
             float var = 0.0f;
             for (int64_t d = 0; d < lminf_n_dirs; ++d) {
-                float sum = 0.0f;
-                for (int64_t e = 0; e < l.n_embd_head_k; ++e) {
-                    sum += a.axes[d*l.n_embd_head_k + e]*w.q[i*l.n_embd_head_k + e];
-                }
-                y[i*lminf_n_dirs + d] = scale*sum;
-                var += a.var[d]*scale*sum*scale*sum;
+                var += a.var[d]*y[i*lminf_n_dirs + d]*y[i*lminf_n_dirs + d];
             }
             const float dev = sqrtf(var);
 
@@ -288,7 +272,7 @@ struct lminf_recall_layer {
                     lminf_sketch_max(blocks, n_piece/lminf_n_lanes, y.data() + h*n_q*lminf_n_dirs, offset.data() + h*n_q, n_q, best);
                 }
                 const int64_t from = std::max(first, i0);
-                w.best[ith].add(best + (from - i0), std::min(second, i0 + n_piece) - from, from);
+                w.best[ith].add(best + (from - i0), std::min(second, i0 + n_piece) - from, from - seq.candidates.front().first);
             }
         }
     }
@@ -299,10 +283,8 @@ struct lminf_recall_layer {
         w.tiles.clear();
 
         if (has_sketches(seq)) {
-            auto all = join(w.best, 0, 1);
-            keep_best(all, n_short(seq));
-            for (const auto & [i, _] : all) {
-                w.tokens.push_back(i);
+            for (const auto & [i, _] : join(w.best, 0, 1)) {
+                w.tokens.push_back(seq.candidates.front().first + i);
             }
         } else {
             for (const auto & [first, second] : seq.candidates) {
@@ -346,10 +328,10 @@ struct lminf_recall_layer {
 
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
             lminf_rows_dot(l.type_k, l.n_embd_head_k, t.segment + l.at_k + h*ggml_row_size(l.type_k, l.n_embd_head_k), l.size_k,
-                    w.rows.data() + t.at, t.n, w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*t.n, t.n);
+                    w.rows.data() + t.at, t.n, w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*t.n);
         }
-        for (int64_t i = 0; i < n_scores(seq)*t.n; ++i) {
-            scores[i] = logit_softcap > 0.0f ? logit_softcap*tanhf(scores[i]*scale/logit_softcap) : scores[i]*scale;
+        for (int64_t i = 0; logit_softcap > 0.0f && i < n_scores(seq)*t.n; ++i) {
+            scores[i] = logit_softcap*tanhf(scores[i]/logit_softcap);
         }
     }
 
@@ -360,8 +342,7 @@ struct lminf_recall_layer {
         for (int64_t i = 0; i < n_scores(seq); ++i) {
             const size_t at = i_tile*n_scores(seq) + i;
 
-            w.max[at] = *std::max_element(scores + i*n, scores + (i + 1)*n);
-            w.sum[at] = lminf_exp_sum(scores + i*n, n, w.max[at], scores + i*n);
+            w.sum[at] = lminf_exp(scores + i*n, n, w.max[at]);
         }
     }
 
@@ -410,10 +391,7 @@ struct lminf_recall_layer {
 
             std::fill(votes.begin(), votes.end(), 0.0f);
             for (int64_t i = 0; i < n_s; ++i) {
-                const float factor = (float) (expf(w.max[i_tile*n_s + i] - max[i])/sum[i]);
-                for (int64_t j = 0; j < t.n; ++j) {
-                    votes[j] += factor*scores[i*t.n + j];
-                }
+                lminf_add_scaled(votes.data(), (float) (expf(w.max[i_tile*n_s + i] - max[i])/sum[i]), scores + i*t.n, t.n);
             }
             w.best[ith].add(votes.data(), t.n, t.at);
         }
@@ -422,18 +400,17 @@ struct lminf_recall_layer {
     void choose(const lminf_recall_seq & seq, work & w, lminf_recall_choice & c) const {
         const int64_t group = n_head/l.n_head_kv;
 
-        // of any number of lists the best, as tokens; where scores are NaN, what comes first
-        const auto pick = [&](std::vector<scored> all, int64_t n) {
-            keep_best(all, n);
-
-            std::vector<int64_t> res;
-            for (int64_t i = 0; (int64_t) all.size() < n; ++i) {
-                if (std::none_of(all.begin(), all.end(), [&](const scored & each) { return each.first == i; })) {
-                    all.push_back({ i, 0.0f });
+        const auto pick = [&](std::vector<lminf_best::entry> found, int64_t n) {
+            // where scores are not numbers, what comes first
+            for (int64_t i = 0; (int64_t) found.size() < n; ++i) {
+                if (std::none_of(found.begin(), found.end(), [&](const auto & each) { return each.first == i; })) {
+                    found.push_back({ i, 0.0f });
                 }
             }
-            std::sort(all.begin(), all.end());
-            for (const auto & [i, _] : all) {
+            std::sort(found.begin(), found.end());
+
+            std::vector<int64_t> res;
+            for (const auto & [i, _] : found) {
                 res.push_back(w.tokens[i]);
             }
             return res;
@@ -592,7 +569,7 @@ ggml_tensor * lminf_recall_batch::build_store(ggml_context * ctx, ggml_tensor * 
 }
 
 ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_sink, ggml_tensor * v_sink, ggml_tensor * stored,
-        int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu) {
+        ggml_type type, int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu) {
     const auto * l = recall.layout->find(il);
 
     layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, recall.layout->index_of(*l)));
@@ -617,11 +594,9 @@ ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q
         on_cpu(cur);
     }
 
-    const bool is_f16 = !k_sink || (k_sink->type == GGML_TYPE_F16 && (!v_sink || v_sink->type == GGML_TYPE_F16));
-
     ggml_tensor * args[] = { cur, k_sink, v_sink };
 
-    cur = ggml_custom_4d(ctx, is_f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, l->n_embd_head_k*l->n_head_kv + l->n_embd_v_gqa,
+    cur = ggml_custom_4d(ctx, type, l->n_embd_head_k*l->n_head_kv + l->n_embd_v_gqa,
             n_rows + (k_sink ? k_sink->ne[1] : 0), seqs.size(), 1, args, !k_sink ? 1 : !v_sink ? 2 : 3, fun, GGML_N_TASKS_MAX, &layer.nodes[GATHER]);
     on_cpu(cur);
 

@@ -100,13 +100,13 @@ public:
     // with MLA, both F32. The result has no contents.
     ggml_tensor * build_store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, int il);
 
-    // a layer's rows, those recalled in front of the sinks: F16 or F32 [n_embd_k_gqa + n_embd_v_gqa, n_rows + n_sink_rows, n_stream]
+    // a layer's rows, those recalled in front of the sinks, F16 or F32: [n_embd_k_gqa + n_embd_v_gqa, n_rows + n_sink_rows, n_stream]
     //   q               F32 [n_embd_head_k, n_head, n_tokens] at recall_distance
     //   k_sink, v_sink  [n_embd_gqa, n_sink_rows, n_stream] or NULL; v_sink also NULL with MLA
     //   stored          what build_store made of the layer's keys
     //   on_cpu          called for each node
     ggml_tensor * build_rows(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_sink, ggml_tensor * v_sink, ggml_tensor * stored,
-            int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu);
+            ggml_type type, int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu);
 
 private:
     friend struct lminf_recall_layer;

@@ -458,7 +458,7 @@ int main(int argc, char ** argv) {
         n_checks = 0;
         test_all_keys();
         for (int i = 0; i < 300; ++i) {
-            test_sketch(draw(5), draw(2) ? draw(6) : draw(150));
+            test_sketch(draw(11), draw(2) ? draw(6) : draw(150));
         }
         for (int i = 0; i < 1000; ++i) {
             test_best();

@@ -1,0 +1,24 @@
+// rows of an archive: keys and values as ggml stores them, a token's heads one after the other
+//
+// Plain loops that compilers vectorize, for the instruction set that is found when they run.
+
+#pragma once
+
+#include "ggml.h"
+
+#include <cstddef>
+#include <cstdint>
+
+// F32, F16, Q8_0 or Q4_0 to F32 or F16, and F32 to any of them; n is a multiple of the type's blocks
+void lminf_row_load (ggml_type type, const void * src, int64_t n, ggml_type dst_type, void * dst);
+void lminf_row_store(ggml_type type, const float * src, int64_t n, void * dst);
+
+// scores [n_q][n_rows]: of each query q [n_q][n_embd] with the rows at base + idxs[r]*stride
+void lminf_rows_dot(ggml_type type, int64_t n_embd, const char * base, size_t stride, const int32_t * idxs, int64_t n_rows,
+        const float * q, int64_t n_q, float * scores);
+
+// x = exp(x - max), for their largest; returns the sum. What is not a number counts as -infinity
+float lminf_exp(float * x, int64_t n, float & max);
+
+// y += a*x
+void lminf_add_scaled(float * y, float a, const float * x, int64_t n);
