@@ -73,7 +73,7 @@ class Params(ctypes.Structure):
 
     @classmethod
     def of(cls, window: Window, n_seq_max: int) -> Params:
-        values = {name: getattr(window, name) for name, _ in cls._fields_ if name != "n_seq_max"}
+        values = {name: getattr(window, name) for name in cls.__annotations__ if name != "n_seq_max"}
         for name, choices in _CHOICES.items():
             values[name] = choices.index(values[name])
         for name in ("archive_type_k", "archive_type_v"):
