@@ -331,6 +331,19 @@ def test_passkey_with_the_published_prompt(capfd: pytest.CaptureFixture[str]) ->
         assert run_json(capfd, "passkey", "-m", "nano", name, "paper", *options)["task"] == "paper"
 
 
+def test_passkey_spares_full_attention_long_prompts(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--n-local", "60", "--lengths", "100,200", "--depths", "100", "--trials", "1", "--full-tokens", "150"]
+    plot = ["--plot", str(tmp_path / "keys.png")]
+    policies = run_json(capfd, "passkey", "-m", "nano", *options, *plot)["policies"]
+    lengths = {name: [cell["length"] for cell in policy["cells"]] for name, policy in policies.items()}
+    assert lengths == {"full": [100], "lminf": [100, 200]}
+    assert main(["passkey", "-m", "nano", *options]) == 0
+    assert capfd.readouterr().out.count(" 200 ") == 1
+    options[-1] = "50"
+    assert list(run_json(capfd, "passkey", "-m", "nano", *options)["policies"]) == ["lminf"]
+
+
 def test_passkey_in_the_dark(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--lengths", "300", "--depths", "50", "--trials", "3", "--policies", "full", "--task", "prose"]
     seen, blind = (run_json(capfd, "passkey", "-m", "nano", *options, *more) for more in ([], ["--blind"]))

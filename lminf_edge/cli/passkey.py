@@ -97,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=expand_home,
         help="UTF-8 text around the fact, - for stdin; default: Python's documentation; not with the task paper",
     )
+    parser.add_argument(
+        "--full-tokens",
+        metavar="N",
+        type=whole_number(1),
+        help="full attention is given no prompts longer than N tokens; default: all",
+    )
     parser.add_argument("--seed", metavar="N", type=whole_number(0), default=0, help="of facts and places; default 0")
     parser.add_argument("--plot", metavar="FILE", type=file_path, help="draw heat maps: .png, .svg or .pdf")
     add_window(parser)
@@ -122,7 +128,10 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     setup = set_up(args)
     lengths = args.lengths or [setup.window.size * factor // 2 for factor in (1, 2, 4, 8)]
-    setup.check(args.policies, max(lengths) + MAX_ANSWER)
+    most = args.full_tokens or max(lengths)
+    asked = {policy.name: [n for n in lengths if policy.name != "full" or n <= most] for policy in args.policies}
+    compared = [policy for policy in args.policies if asked[policy.name]]
+    setup.check(compared, max(asked.get("full") or [0]) + MAX_ANSWER)
     task = args.task or ("prose" if args.model in embedded_models() else "paper")
     prose = "" if task == "paper" else read_text(args.file) if args.file else python_documentation()
     if task != "paper" and not prose.split():
@@ -137,12 +146,12 @@ def run(args: argparse.Namespace) -> int:
             made.prompt(length, 0.0, 0)  # says whether it is too short
         try:
             with Progress("cells") as progress:
-                progress.expect(len(args.policies) * len(lengths) * len(args.depths))
-                for policy in args.policies:
+                progress.expect(sum(map(len, asked.values())) * len(args.depths))
+                for policy in compared:
                     cells[policy.name] = []
                     progress.begin(policy.name)
-                    with setup.reader(policy, max(lengths) + MAX_ANSWER) as reader:
-                        for length in lengths:
+                    with setup.reader(policy, max(asked[policy.name]) + MAX_ANSWER) as reader:
+                        for length in asked[policy.name]:
                             for depth in args.depths:
                                 prompts = [made.prompt(length, depth, trial) for trial in range(args.trials)]
                                 cells[policy.name].append(
@@ -212,6 +221,8 @@ def _print_tables(
         print(f"{'tokens':>15} " + " ".join(f"{depth:>7.0%}" for depth in depths))
         for length in lengths:
             row = [cell for cell in measured if cell.length == length]
+            if not row:
+                continue
             print(f"{length:>15} " + " ".join(f"{_cell(cell):>7}" for cell in row))
         reachable, found = sum(cell.reachable for cell in measured), sum(cell.found for cell in measured)
         n_lost = sum(cell.trials for cell in measured) - reachable

@@ -38,9 +38,7 @@ STORIES: tuple[Story, ...] = (
         "three weeks nobody dared to ring the bell. In the end the baker's boy, Emil, climbed up with a pot of "
         "smoke and carried the swarm down in a flour sack. Tobias gave him a jar of honey and a silver whistle.",
         (
-            _question("What did Old Tobias keep behind the church?", "Behind the church Old Tobias kept", "bees"),
             _question("Into what did the swarm fly?", "The swarm flew into the", "bell tower", "tower"),
-            _question("What was the name of the baker's boy?", "The name of the baker's boy was", "Emil"),
             _question(
                 "In what did the baker's boy carry the swarm down?",
                 "He carried the swarm down in a",
@@ -60,7 +58,6 @@ STORIES: tuple[Story, ...] = (
             ),
             _question("What did Hanka take from children?", "From children Hanka took a", "song"),
             _question("What color did Hanka paint her boat?", "Hanka painted her boat", "yellow"),
-            _question("What did Hanka plant in her boat?", "In her boat Hanka planted", "beans", "pumpkins"),
         ),
     ),
     Story(
@@ -71,7 +68,6 @@ STORIES: tuple[Story, ...] = (
         (
             _question("What did Lieutenant Varga lose on the day of the flood?", "Lieutenant Varga lost his", "watch"),
             _question("Who found the watch of Lieutenant Varga?", "The watch was found by a fisherman named", "Osip"),
-            _question("In what fish was the watch?", "The watch was in a", "pike"),
             _question("How long did Osip walk to the garrison?", "To the garrison Osip walked", "four days", "4 days"),
         ),
     ),
@@ -101,9 +97,6 @@ STORIES: tuple[Story, ...] = (
             _question(
                 "Where did the ticket of Miss Pettigrew go to?", "Her pupils gave Miss Pettigrew a ticket to", "Lisbon"
             ),
-            _question(
-                "What was the name of Miss Pettigrew's tortoise?", "Miss Pettigrew named her tortoise", "Magellan"
-            ),
             _question("What did the tortoise eat?", "The tortoise ate the", "chalk"),
         ),
     ),
@@ -132,7 +125,6 @@ STORIES: tuple[Story, ...] = (
             _question(
                 "What did the customers of the butcher buy?", "While they listened the customers bought", "sausages"
             ),
-            _question("What did Mr. Boll buy for the pianist?", "Mr. Boll bought her a better", "piano"),
         ),
     ),
     Story(
@@ -142,7 +134,6 @@ STORIES: tuple[Story, ...] = (
         "sword could mend it, and Isaura became queen.",
         (
             _question("What was the name of the youngest daughter of the king of Orland?", "Her name was", "Isaura"),
-            _question("What did the second daughter bring to the king?", "The second daughter brought a", "sword"),
             _question("What did the youngest daughter bring to the king?", "The youngest daughter brought a", "needle"),
             _question("What was torn that winter?", "That winter the king's only", "coat"),
         ),
@@ -153,9 +144,6 @@ STORIES: tuple[Story, ...] = (
         "jumped after him with a rope around his waist. When they asked him why, he said that the captain still "
         "owed him eleven guilders.",
         (
-            _question(
-                "What was the name of Captain Brandt's schooner?", "The schooner of Captain Brandt was the", "Halcyon"
-            ),
             _question("What was the name of Captain Brandt's cook?", "The name of the cook was", "Pim"),
             _question("Of what was the cook of the schooner afraid?", "The cook was afraid of", "water"),
             _question(
@@ -168,12 +156,7 @@ STORIES: tuple[Story, ...] = (
         "known for his stories. But on Sunday the organ would not play, and the sacristan found four gray cubs "
         "asleep among the pipes. The mother had come in through the broken window behind the altar. The priest, "
         "Father Kolb, preached in the barn until May.",
-        (
-            _question("What was the name of the postman of Felden?", "The postman of Felden was called", "Anselm"),
-            _question("Which animal was in the church of Felden?", "In the church of Felden there was a", "wolf"),
-            _question("What would not play on Sunday?", "On Sunday the", "organ"),
-            _question("Where did Father Kolb preach until May?", "Until May Father Kolb preached in the", "barn"),
-        ),
+        (_question("What would not play on Sunday?", "On Sunday the", "organ"),),
     ),
     Story(
         "Doctor Amari built a telescope on the roof of the hospital of Tarsa. By day he pulled teeth, and by night "
