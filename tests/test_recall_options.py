@@ -173,6 +173,13 @@ def test_options_that_make_no_sense(capfd: pytest.CaptureFixture[str], options: 
     assert message in capfd.readouterr().err
 
 
+def test_options_are_named_wherever_a_model_is_opened(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--recall", "1", "--recall-rule", "paper", "--attention", "fused"]
+    for command in (["generate", "-p", "a"], ["chat", "-p", "a"], ["passkey"], ["ppl", "-f", __file__]):
+        assert main([*command, "-m", "nano", *options]) == 1
+        assert "--recall-rule 'paper' needs" in capfd.readouterr().err
+
+
 def test_generate_reports_the_archive(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--n-global", "4", "--n-local", "16", "--recall", "3", "--ignore-eos", "--temp", "0"]
     assert main(["generate", "-m", "nano", "-p", "The sea was", "-n", "40", *options, "--json"]) == 0

@@ -152,11 +152,11 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="fused: one fast operation; stock: what every ggml backend has; default auto, fused where it can be",
     )
-    add_recall(parser)
+    _add_recall(parser)
 
 
-def add_recall(parser: argparse.ArgumentParser) -> None:
-    """Options that `recall_settings` collects."""
+def _add_recall(parser: argparse.ArgumentParser) -> None:
+    """A part of add_window."""
     plain = LMInfConfig()
     group = parser.add_argument_group(
         "recall", "Tokens that have left the window are attended to again, from an archive in memory."
@@ -332,19 +332,17 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def window_config(args: argparse.Namespace) -> LMInfConfig:
-    return LMInfConfig(
-        n_global=args.n_global,
-        n_local=args.n_local,
-        max_distance=args.max_distance,
-        attention=args.attention,
-        **recall_settings(args),
-    )
-
-
-def recall_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """LMInfConfig's parameters of the options of add_recall."""
+    """From the options of add_window. Raises UserError."""
     types = {"archive_type_k": args.archive_type, "archive_type_v": args.archive_type}
-    return {name: getattr(args, name) for name in RECALL_PARAMETERS if name not in types} | types
+    recall = {name: getattr(args, name) for name in RECALL_PARAMETERS if name not in types} | types
+    with options_named():
+        return LMInfConfig(
+            n_global=args.n_global,
+            n_local=args.n_local,
+            max_distance=args.max_distance,
+            attention=args.attention,
+            **recall,
+        )
 
 
 def model_header(name_or_path: str) -> tuple[str, Header]:
