@@ -16,7 +16,7 @@ from lminf_edge.evaluate.passkey import Cell, measure, right_answers
 from lminf_edge.evaluate.policies import POLICIES
 from lminf_edge.evaluate.prompts import Filler, Prompt, Prompts, Wanted
 from lminf_edge.evaluate.stories import STORIES
-from lminf_edge.evaluate.tasks import ASK, CUE, FILLER, TASK, TASKS, TELL
+from lminf_edge.evaluate.tasks import ASK, CUE, FILLER, READ, TASK, TASKS, TELL
 
 N_GLOBAL, N_LOCAL = 40, 140  # a key told at the start is among the first 40 tokens
 LENGTH = 500
@@ -138,7 +138,10 @@ def test_a_variable_follows_from_facts_in_their_order(vocabulary: Llama) -> None
 def test_a_chat_template_is_used(chatting: Llama) -> None:
     text = text_of(chatting, prompts(chatting, "paper").prompt(400, 0.5, 0).tokens)
     assert text.startswith(f"<|im_start|>user\n{TASK} {FILLER}")
-    assert text.endswith(f"{FILLER}\n\n{ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
+    assert text.endswith(f"{FILLER} {ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
+    text = text_of(chatting, prompts(chatting, "prose").prompt(400, 0.5, 0).tokens)
+    assert text.startswith(f"<|im_start|>user\n{READ} ")
+    assert text.endswith(f"\n\n{ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
     text = text_of(chatting, prompts(chatting, "chat").prompt(2000, 0.0, 0).tokens)
     turns = text.split("<|im_start|>")[1:]
     assert [turn.split("\n")[0] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.errors import UserError
-from lminf_edge.evaluate.tasks import FILLER, REPLY, SMALL_TALK, TASKS, Unit
+from lminf_edge.evaluate.tasks import FILLER, READ, REPLY, SMALL_TALK, TASKS, Unit
 
 if TYPE_CHECKING:
     from lminf_edge import Llama
@@ -43,20 +43,20 @@ class Prompt:
 class Format:
     """How a model is asked: the text of its chat template around messages, or a plain text if it has none.
 
-    opening    what comes before the first message
-    to_answer  what stands between what the user says and an answer
-    to_user    what stands between an answer and what the user says next
-    closing    what stands before the last answer
+    opening      what comes before the first message
+    to_answer    what stands between what the user says and an answer
+    to_user      what stands between an answer and what the user says next
+    closing      what stands before the last answer
+    is_template  whether this is the model's template
     """
 
     def __init__(self, vocabulary: Llama, is_chat: bool) -> None:
         """is_chat: of several turns."""
         self.adds_bos = vocabulary._model.add_bos_token()
-        self.before_question = " "
         found = _turns(vocabulary)
+        self.is_template = found is not None
         if found is not None:
             self.opening, self.to_answer, self.to_user, self.closing, self.adds_bos = found
-            self.before_question = "\n\n"
         elif is_chat:
             self.opening, self.to_answer, self.to_user, self.closing = (
                 "User: ",
@@ -124,6 +124,10 @@ class Prompts:
         self._task = TASKS[task]
         self._is_chat = self._task.unit == "turn"
         self._format = Format(vocabulary, self._is_chat)
+        self._intro, self._gap = self._task.intro, " "
+        if self._format.is_template and self._task.unit != "published":
+            self._gap = "\n\n"  # a question of the user's, and not the end of the text
+            self._intro = self._task.intro or ("" if self._is_chat else READ)
         self._seed = seed
         self._blind = blind
         self._known: dict[str, Tokens] = {}
@@ -138,10 +142,10 @@ class Prompts:
         exercise = self._task.make(rng, depth)
         first = int(rng.integers(self._filler.n))
         format = self._format
-        opening = format.opening + self._task.intro
+        opening = format.opening + self._intro
         head = as_tokens(self._vocabulary.tokenize(opening.encode(), add_bos=format.adds_bos, special=True))
         ask = exercise.ask + format.closing + exercise.cue
-        tail = self._after("\n", ask) if self._is_chat else self._after(".", format.before_question + ask)
+        tail = self._after("\n", ask) if self._is_chat else self._after(".", self._gap + ask)
         facts = [] if self._blind else [self._fact(fact.text) for fact in exercise.facts]
 
         n_least = len(head) + sum(map(len, facts)) + len(tail)

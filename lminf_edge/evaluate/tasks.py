@@ -289,7 +289,7 @@ TASKS = {
     "paper": Task(
         "the published prompt: a key in five sentences that come over and over", "published", _pass_key, TASK
     ),
-    "prose": Task("a key in prose, unexplained: what the embedded models were trained on", "word", _pass_key),
+    "prose": Task("a key in prose, as the embedded models were trained on", "word", _pass_key),
     "facts": Task(f"one of {len(KINDS)} kinds of facts in prose", "sentence", _of_a_kind(KINDS), READ),
     "chat": Task("what the user said in the third turn of a chat, or later", "turn", _of_a_kind(CHAT_KINDS), n_first=2),
     "multi-key": Task(f"the key of one of {N_KEYS} people", "sentence", _several_keys, READ),
