@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -140,8 +141,15 @@ def test_a_chat_template_is_used(chatting: Llama) -> None:
     assert text.startswith(f"<|im_start|>user\n{TASK} {FILLER}")
     assert text.endswith(f"{FILLER} {ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
     text = text_of(chatting, prompts(chatting, "prose").prompt(400, 0.5, 0).tokens)
+    assert text.startswith(f"<|im_start|>user\n{TASK} ")
+    assert text.endswith(f" {ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
+    text = text_of(chatting, prompts(chatting, "multi-key").prompt(400, 0.5, 0).tokens)
     assert text.startswith(f"<|im_start|>user\n{READ} ")
-    assert text.endswith(f"\n\n{ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
+    assert re.search(
+        r"[^\n]\n\nWhat is the pass key of (\w+)\?<\|im_end\|>\n<\|im_start\|>assistant\nThe pass key of \1 is$", text
+    )
+    text = text_of(chatting, prompts(chatting, "prose").prompt(400, 0.5, 0).tokens)
+    assert text.endswith(f" {ASK}<|im_end|>\n<|im_start|>assistant\n{CUE}")
     text = text_of(chatting, prompts(chatting, "chat").prompt(2000, 0.0, 0).tokens)
     turns = text.split("<|im_start|>")[1:]
     assert [turn.split("\n")[0] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.errors import UserError
-from lminf_edge.evaluate.tasks import FILLER, READ, REPLY, SMALL_TALK, TASKS, Unit
+from lminf_edge.evaluate.tasks import FILLER, REPLY, SMALL_TALK, TASKS, Unit
 
 if TYPE_CHECKING:
     from lminf_edge import Llama
@@ -125,9 +125,9 @@ class Prompts:
         self._is_chat = self._task.unit == "turn"
         self._format = Format(vocabulary, self._is_chat)
         self._intro, self._gap = self._task.intro, " "
-        if self._format.is_template and self._task.unit != "published":
-            self._gap = "\n\n"  # a question of the user's, and not the end of the text
-            self._intro = self._task.intro or ("" if self._is_chat else READ)
+        if self._format.is_template:
+            self._intro = self._intro or self._task.chat_intro
+            self._gap = "\n\n" if self._task.unit == "sentence" else " "
         self._seed = seed
         self._blind = blind
         self._known: dict[str, Tokens] = {}

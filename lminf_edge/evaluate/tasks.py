@@ -65,16 +65,18 @@ class Exercise:
 @dataclass(frozen=True)
 class Task:
     """
-    unit     what the filler is cut into, and facts stand between
-    make     an exercise, from a random generator and the place of the first fact
-    intro    what the text begins with
-    n_first  units before the first fact, wherever it is placed
+    unit        what the filler is cut into, and facts stand between
+    make        an exercise, from a random generator and the place of the first fact
+    intro       what the text begins with
+    chat_intro  what it begins with for a model with a chat template, if it has no intro
+    n_first     units before the first fact, wherever it is placed
     """
 
     summary: str
     unit: Unit
     make: Callable[[Any, float], Exercise]
     intro: str = ""
+    chat_intro: str = ""
     n_first: int = 0
 
 
@@ -289,7 +291,7 @@ TASKS = {
     "paper": Task(
         "the published prompt: a key in five sentences that come over and over", "published", _pass_key, TASK
     ),
-    "prose": Task("a key in prose, as the embedded models were trained on", "word", _pass_key),
+    "prose": Task("a key in prose, as the embedded models were trained on", "word", _pass_key, chat_intro=TASK),
     "facts": Task(f"one of {len(KINDS)} kinds of facts in prose", "sentence", _of_a_kind(KINDS), READ),
     "chat": Task("what the user said in the third turn of a chat, or later", "turn", _of_a_kind(CHAT_KINDS), n_first=2),
     "multi-key": Task(f"the key of one of {N_KEYS} people", "sentence", _several_keys, READ),
