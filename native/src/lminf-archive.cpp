@@ -46,15 +46,15 @@ lminf_archive_layout::lminf_archive_layout(const llama_model & model, ggml_type 
     }
 }
 
-lminf_archive::segment lminf_archive::new_segment() {
-    const size_t size = layout->get_segment_size();
-
+std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
     // untouched pages take no memory: nothing is zeroed that need not be
-    char * data = static_cast<char *>(::operator new[](size, std::align_val_t(64), std::nothrow));
+    char * data = static_cast<char *>(::operator new[](layout->get_segment_size(), std::align_val_t(64), std::nothrow));
     if (!data) {
         return nullptr;
     }
-    return segment(data, [](char * p) { ::operator delete[](p, std::align_val_t(64)); });
+    auto res = std::make_shared<segment>();
+    res->data = std::shared_ptr<char[]>(data, [](char * p) { ::operator delete[](p, std::align_val_t(64)); });
+    return res;
 }
 
 void lminf_archive::append(int64_t i0, int64_t n) {
@@ -69,12 +69,16 @@ void lminf_archive::append(int64_t i0, int64_t n) {
     }
 
     for (int64_t i = i0/n_segment; i <= (i1 - 1)/n_segment; ++i) {
+        const int64_t row0 = std::max<int64_t>(i0 - i*n_segment, 0);
+        const int64_t row1 = std::min(i1 - i*n_segment, n_segment);
+
         const auto it = segments.find(i);
-        if (it != segments.end() && it->second.use_count() == 1) {
+        if (it != segments.end() && (it->second.use_count() == 1 || it->second->n_tokens <= row0)) {
+            it->second->n_tokens = row1;
             continue;
         }
 
-        segment made = new_segment();
+        std::shared_ptr<segment> made = new_segment();
         while (!made && segments.size() > 1 && segments.begin()->first < i0/n_segment) {
             if (!is_short) {
                 is_short = true;
@@ -89,8 +93,9 @@ void lminf_archive::append(int64_t i0, int64_t n) {
             return;
         }
         if (it != segments.end()) {
-            memcpy(made.get(), it->second.get(), layout->get_segment_size());
+            memcpy(made->data.get(), it->second->data.get(), layout->get_segment_size());
         }
+        made->n_tokens = row1;
         segments[i] = std::move(made);
     }
 

@@ -1,5 +1,6 @@
 // the archive of a sequence: the keys and values of the tokens it has processed, so that those that have left the window can be
-// recalled. In the host's memory, in segments of n_segment tokens that copies of a sequence share until one of them writes.
+// recalled. In the host's memory, in segments of n_segment tokens that copies share: a segment only grows at its end, and each
+// copy knows how far it reads. One that would write where another has written takes a segment of its own.
 //
 //   segment   for each layer: K  [n_segment][n_embd_k_gqa]  as finished by the model but un-rotated (position 0)
 //                             V  [n_segment][n_embd_v_gqa]  as the cache stores them; none with MLA, where they are a part of K
@@ -93,8 +94,8 @@ public:
     const lminf_archive_layout & get_layout() const { return *layout; }
 
     // the segment that holds a token
-    const char * get_segment(int64_t i) const { return segments.at(i/lminf_archive_layout::n_segment).get(); }
-    char       * get_segment(int64_t i)       { return segments.at(i/lminf_archive_layout::n_segment).get(); }
+    const char * get_segment(int64_t i) const { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
+    char       * get_segment(int64_t i)       { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
 
     //
     // sketches: in a basis found from the first n_learn tokens that are there, the same for the same stream
@@ -112,10 +113,14 @@ public:
     axes * get_axes(size_t layer) const { return layer < layers_axes.size() ? layers_axes[layer].get() : nullptr; }
 
 private:
-    using segment = std::shared_ptr<char[]>;
+    struct segment {
+        std::shared_ptr<char[]> data;
+
+        int64_t n_tokens = 0; // the first that no copy has written
+    };
 
     // NULL if there is no memory
-    segment new_segment();
+    std::shared_ptr<segment> new_segment() const;
 
     void forget(int64_t i1);
 
@@ -123,7 +128,7 @@ private:
 
     int64_t n_max;
 
-    std::map<int64_t, segment> segments; // by the index of the first token over n_segment
+    std::map<int64_t, std::shared_ptr<segment>> segments; // by the index of the first token over n_segment
     std::vector<range>         ranges;
 
     range learned = { 0, 0 };

@@ -31,7 +31,43 @@ static bool has_halves() {
     static const bool res = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
     return res;
 }
+
+// four queries at a time: the sums across lanes, which compilers leave in memory, are the slow part
+__attribute__((target("avx2,fma"))) static int64_t dot_fours(const float * k, const float * q, int64_t n_embd, int64_t n_q, float * scores, int64_t n_scores) {
+    int64_t i = 0;
+    for (; i + 4 <= n_q; i += 4) {
+        const float * qi = q + i*n_embd;
+
+        __m256 a = _mm256_setzero_ps();
+        __m256 b = _mm256_setzero_ps();
+        __m256 c = _mm256_setzero_ps();
+        __m256 d = _mm256_setzero_ps();
+        for (int64_t e = 0; e < n_embd; e += 8) {
+            const __m256 x = _mm256_loadu_ps(k + e);
+            a = _mm256_fmadd_ps(x, _mm256_loadu_ps(qi + e),            a);
+            b = _mm256_fmadd_ps(x, _mm256_loadu_ps(qi + e + n_embd),   b);
+            c = _mm256_fmadd_ps(x, _mm256_loadu_ps(qi + e + n_embd*2), c);
+            d = _mm256_fmadd_ps(x, _mm256_loadu_ps(qi + e + n_embd*3), d);
+        }
+        const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+
+        float sum[4];
+        _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+        for (int j = 0; j < 4; ++j) {
+            scores[(i + j)*n_scores] = sum[j];
+        }
+    }
+    return i;
+}
+
+static bool has_fours() {
+    static const bool res = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return res;
+}
 #else
+static int64_t dot_fours(const float *, const float *, int64_t, int64_t, float *, int64_t) { return 0; }
+static bool has_fours() { return false; }
+
 static void halves_to_floats(const ggml_fp16_t * src, float * dst, int64_t n) { ggml_fp16_to_fp32_row(src, dst, n); }
 static void floats_to_halves(const float * src, ggml_fp16_t * dst, int64_t n) { ggml_fp32_to_fp16_row(src, dst, n); }
 static bool has_halves() { return false; }
@@ -149,7 +185,9 @@ void lminf_rows_dot(ggml_type type, int64_t n_embd, const char * base, size_t st
             }
         }
         load_floats(type, base + idxs[r]*stride, n_embd, k.data());
-        dot_row(k.data(), q, n_embd, n_q, scores + r, n_rows);
+
+        const int64_t n_done = has_fours() && n_embd % 8 == 0 ? dot_fours(k.data(), q, n_embd, n_q, scores + r, n_rows) : 0;
+        dot_row(k.data(), q + n_done*n_embd, n_embd, n_q - n_done, scores + n_done*n_rows + r, n_rows);
     }
 }
 
