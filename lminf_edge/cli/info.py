@@ -13,7 +13,7 @@ and, null without support,
   constant_kv_bytes: bytes beside the window in f16, whatever its size
   window: n_global, n_local, max_distance, n_slack, n_ubatch, kv_type, kv_bytes for the settings given
   recall: null without --recall, else n_recall, distance, archive_tokens, archive_type, and archive_bytes_per_token and
-  archive_bytes of one stream, in the host's memory
+  archive_bytes of one stream, in the host's memory (null if the library does not tell)
   stock_kv_bytes: what llama.cpp's own cache takes at the training length
   recommended: the settings to use, as command line options
 """
@@ -148,8 +148,8 @@ def recall_report(window: Window, token_bytes: int) -> dict[str, Any] | None:
         "distance": window.recall_distance,
         "archive_tokens": window.n_archive,
         "archive_type": window.archive_type_k,
-        "archive_bytes_per_token": token_bytes,
-        "archive_bytes": window.n_archive * token_bytes,
+        "archive_bytes_per_token": token_bytes or None,
+        "archive_bytes": window.n_archive * token_bytes or None,
     }
 
 
@@ -183,10 +183,11 @@ def print_costs(args: argparse.Namespace, report: dict[str, Any], layout: Layout
         f"{human_bytes(window['kv_bytes'])}, however long the stream"
     )
     if recall := report["recall"]:
-        print(
-            f"recall          {recall['n_recall']} tokens in each layer, of the last {recall['archive_tokens']}: "
-            f"{human_bytes(recall['archive_bytes'])} in {recall['archive_type']} per stream, "
-            f"{human_bytes(recall['archive_bytes_per_token'])} per token"
-        )
+        print(f"recall          {recall['n_recall']} tokens in each layer, of the last {recall['archive_tokens']}")
+        if recall["archive_bytes"]:
+            print(
+                f"archive         {human_bytes(recall['archive_bytes'])} in {recall['archive_type']} per stream, "
+                f"{human_bytes(recall['archive_bytes_per_token'])} per token"
+            )
     print(f"full attention  {human_bytes(report['stock_kv_bytes'])} at {report['n_ctx_train']} tokens")
     print(f"recommended     {report['recommended']}")

@@ -93,8 +93,8 @@ def recall_settings(scheduler: Scheduler) -> dict[str, Any]:
         "archive_tokens": window.n_archive,
         "archive_type_k": window.archive_type_k,
         "archive_type_v": window.archive_type_v,
-        "archive_bytes_per_token": token_bytes,
-        "archive_bytes_at_most": window.n_archive * token_bytes,
+        "archive_bytes_per_token": token_bytes or None,
+        "archive_bytes_at_most": window.n_archive * token_bytes or None,
     }
 
 
