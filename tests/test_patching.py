@@ -51,12 +51,21 @@ def test_parameters_come_from_the_environment() -> None:
     assert (status, output.split("\n"), errors) == (0, ["PatchedLlama 56 200", "6 40 order"], "")
 
 
+def test_recall_comes_from_the_environment() -> None:
+    window = "llm.scheduler.window"
+    script = f"print({window}.n_recall, {window}.recall_index, {window}.archive_type_v)"
+    env = {"LMINF_N_LOCAL": "50", "LMINF_N_RECALL": "7", "LMINF_RECALL_INDEX": "exact", "LMINF_ARCHIVE_TYPE_V": "f16"}
+    status, output, errors = run(START + PROGRAM + script, LMINF="1", **env)
+    assert (status, output.split("\n")[1], errors) == (0, "7 exact f16", "")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("N_GLOBAL", "x", "LMINF_N_GLOBAL must be a whole number"),
         ("N_LOCAL", "0", "n_local must be 1 or more"),
         ("SINK_MODE", "x", "sink_mode must be one of"),
+        ("RECALL_RULE", "x", "recall_rule must be one of"),
     ],
 )
 def test_parameters_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
