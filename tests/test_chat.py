@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -61,6 +62,19 @@ def test_what_cannot_be_done_is_said_and_the_talk_goes_on(tmp_path: Path) -> Non
     assert all(line.startswith("error: ") for line in errors)
     assert "nothing to take back" in done.stdout
     assert "/rewind [N]" in done.stdout
+
+
+def test_recall_can_be_changed_between_questions() -> None:
+    done = chat("--recall", "5", lines="/recall 3\nAnd then?\n/stats\n/recall\n/recall 9\n/recall x\n")
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if line.endswith("recalled in each layer")] == [
+        "3 tokens are recalled in each layer",
+        "5 tokens are recalled in each layer",
+    ]
+    assert re.search(r"stream position (\d+),.* KV cache .*, \1 tokens can be recalled; last prompt", done.stdout)
+    assert done.stderr.splitlines() == [
+        f"error: /recall takes a number of 0 to 5, the value of --recall, not {wrong!r}." for wrong in ("9", "x")
+    ]
 
 
 def test_a_long_file_is_read_first(tmp_path: Path) -> None:
