@@ -35,7 +35,7 @@ DIFFERENT = 1e-8
 # quantize better: where only some of them are, the error is many times as large.
 QUANTIZED = 2.0
 
-ALIKE = ("stock", "rebase", "rollback", "sequences", "operations", "snapshots", "partial")
+ALIKE = ("stock", "rebase", "rollback", "sequences", "operations", "recall", "snapshots", "partial")
 
 # one of each kind, and of what changes how positions are used
 RANDOM = (

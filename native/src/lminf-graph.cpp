@@ -74,7 +74,7 @@ const lminf_memory * lminf_find_memory(const llm_graph_context & graph) {
 int64_t lminf_n_in_view(const lminf_memory & mem, llama_seq_id seq_id, llama_pos pos) {
     const auto & stream = mem.get_stream(seq_id);
 
-    return std::min<int64_t>(stream.index(pos), (int64_t) stream.n_global + mem.get_params().n_local - 1);
+    return std::min<int64_t>(stream.index(pos), (int64_t) stream.n_global + mem.get_params().n_recall + mem.get_params().n_local - 1);
 }
 
 //
@@ -207,7 +207,7 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
         const int64_t index    = stream.index(pos);
         const bool    is_sink  = index < stream.n_global;
         // where StreamingLLM has the query: its place in the cache, which grows until sinks and window are full
-        const int64_t in_cache = lminf_n_in_view(mem, seq_id, pos);
+        const int64_t in_cache = lminf_n_in_view(mem, seq_id, pos); // there is no recall then
 
         int64_t q_pos = 0; // where the second query goes
         int64_t k_pos = 0; // where a sink's key goes

@@ -126,8 +126,8 @@ private:
 // the Λ memory that this graph works on, NULL without one
 const lminf_memory * lminf_find_memory(const llm_graph_context & graph);
 
-// how many tokens before it a query at this position can see, once more than sinks and window have gone by: what stands for
-// its position where a model scales queries by that
+// how many tokens before it a query at this position can see, once more than sinks, window and recall have room for have gone
+// by: what stands for its position where a model scales queries by that
 int64_t lminf_n_in_view(const lminf_memory & mem, llama_seq_id seq_id, llama_pos pos);
 
 // rotates a layer's whole K cache by shift, one entry per cell; NULL if the layer has no RoPE

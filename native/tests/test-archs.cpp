@@ -259,6 +259,21 @@ static double equals_stock_operations(llama_model * model) {
     return error_between(stock.read(text, 0, n, 30), chosen.read(text, 0, n, 30));
 }
 
+// token by token, a stream that recalls all that has left its window sees what one does that keeps all of it as sinks
+static double recalls_as_sinks(llama_model * model) {
+    const size_t n = 160;
+
+    context_params kept;
+    kept.n_local  = 40;
+    kept.n_global = 200;
+
+    context_params recalled;
+    recalled.n_local  = 40;
+    recalled.n_recall = 256;
+
+    return error_between(context(model, kept).read(text, 0, n, 1), context(model, recalled).read(text, 0, n, 1));
+}
+
 struct not_applicable {}; // to this model
 
 // A quantized cache, in units of what quantizing changes with llama.cpp's own: it rotates queries, keys and values so that
@@ -447,6 +462,7 @@ static void check_all(const arch_model & what, llama_model * model, json_object 
     check("sequences",  [&] { return equals_alone(model); });
     check("memory",     [&] { return keeps_memory(model); });
     check("operations", [&] { return equals_stock_operations(model); });
+    check("recall",     [&] { return recalls_as_sinks(model); });
     check("batches",    [&] { return refuses_bad_batches(model); });
     check("quantized",  [&] { return quantization_error(model); });
     if (llama_model_is_hybrid(model)) {

@@ -24,6 +24,7 @@ struct context_params {
     int32_t   attention = LMINF_ATTENTION_AUTO;
     int32_t   n_seq     = 1;
     int32_t   n_rs_seq  = 0;
+    int32_t   n_recall  = 0;
     int32_t   n_ctx     = 1024;
     int32_t   n_batch   = 64;
     int32_t   n_ubatch  = 16; // a batch is several of these
@@ -53,6 +54,10 @@ public:
             lminf_params lp = lminf_default_params();
             lp.n_local   = params.n_local;
             lp.n_global  = params.n_global;
+            lp.n_recall  = params.n_recall;
+            lp.recall_index   = LMINF_RECALL_EXACT;
+            lp.archive_type_k = GGML_TYPE_F32;
+            lp.archive_type_v = GGML_TYPE_F32;
             lp.pos_bound = params.pos_bound;
             lp.attention = params.attention;
             ctx.reset(lminf_init_from_model(model, cp, lp));
