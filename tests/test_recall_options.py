@@ -192,7 +192,9 @@ def test_generate_reports_the_archive(capfd: pytest.CaptureFixture[str]) -> None
 def test_passkey_finds_with_recall_what_has_left_the_window(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--policies", "lminf,recall", "--lengths", "1500", "--depths", "30", "--trials", "3", "--recall", "32"]
     assert main(["passkey", "-m", "nano", "--n-local", "246", *options, "--json"]) == 0
-    policies = json.loads(capfd.readouterr().out)["policies"]
+    report = json.loads(capfd.readouterr().out)
+    policies = report["policies"]
+    assert (report["recall"]["n_recall"], report["recall"]["recall_index"]) == (32, "sketch")
     assert policies["lminf"]["correct"] == 0
     assert policies["recall"]["correct"] >= 2  # 3 were measured
     assert policies["recall"]["cells"][0]["in_reach"] == 0
