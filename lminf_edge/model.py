@@ -177,6 +177,7 @@ class Model:
             type_k=type_k,
             type_v=type_v,
             v_transposed=int(stock and not llama.context_params.flash_attn_type),
+            **(window.recall if window.n_recall and not is_constant else {}),
         )
 
     @classmethod

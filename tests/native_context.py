@@ -159,6 +159,20 @@ class NativeContext:
     def set_recall(self, n_recall: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_set_recall(self.context, seq_id, n_recall))
 
+    def archive(self, seq_id: int = 0) -> int:
+        return int(_lib.lminf_archive_get(self.context, seq_id))
+
+    def set_archive(self, archive: int, seq_id: int = 0) -> bool:
+        return bool(_lib.lminf_archive_set(self.context, seq_id, archive))
+
+    @staticmethod
+    def free_archive(archive: int) -> None:
+        _lib.lminf_archive_free(archive)
+
+    @staticmethod
+    def archive_bytes() -> int:
+        return int(_lib.lminf_archive_bytes())
+
     def set_sinks(self, n_global: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_set_sinks(self.context, seq_id, n_global))
 

@@ -11,28 +11,29 @@ import os
 import struct
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from lminf_edge.cache.archive import Archive
 from lminf_edge.cache.token_log import BLOCK, KEY_BYTES, TokenLog, Tokens
-from lminf_edge.config import KV_TYPES, SINK_MODES, physical_memory
+from lminf_edge.config import KV_TYPES, RECALL_RULES, SINK_MODES, physical_memory
 from lminf_edge.errors import UserError
 from lminf_edge.files import open_regular
 
 State = npt.NDArray[np.uint8]  # (n_bytes,)
 
 MAGIC = b"LMINFCKP"
-VERSION = 4
+VERSION = 5
 
-# magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, v_transposed,
-# position, n_skipped, tokens before the recent ones and their hash, number of recent tokens, of bytes of state, of
-# bytes of earlier states; all little endian. Then the SHA-256 of this head and of all that follows it: the tokens
-# (int32), the state, and of each earlier state its position and size and itself.
-_HEAD = struct.Struct(f"<8sII32s7iqqQ{KEY_BYTES}sQQQ")
+# magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, v_transposed, n_recall,
+# recall_distance, recall_from, recall_rule, position, n_skipped, tokens before the recent ones and their hash, number
+# of recent tokens, of bytes of state, of bytes of earlier states; all little endian. Then the SHA-256 of this head and
+# of all that follows it: the tokens (int32), the state, and of each earlier state its position and size and itself.
+_HEAD = struct.Struct(f"<8sII32s11iqqQ{KEY_BYTES}sQQQ")
 _EARLIER = struct.Struct("<qQ")
 _DIGEST_BYTES = 32
 HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
@@ -57,6 +58,10 @@ class Identity:
     type_k: int
     type_v: int
     v_transposed: int  # how values lie in memory: stock operations without flash_attn want them transposed
+    n_recall: int = 0
+    recall_distance: int = 0
+    recall_from: int = 0
+    recall_rule: int = 0
 
     def with_sinks(self, n_sinks: int) -> Identity:
         """The identity of a stream in the same context that keeps n_sinks first tokens."""
@@ -71,13 +76,16 @@ class Identity:
         """Raises CheckpointError, naming the first difference, if `other` differs."""
         if self.model != other.model:
             raise CheckpointError("The checkpoint was made with another model, adapter or RoPE setting.")
-        for name in ("n_global", "n_local", "max_distance", "sink_mode", "type_k", "type_v", "v_transposed"):
+        for name in _PARAMETERS:
             here, there = getattr(self, name), getattr(other, name)
             if here != there:
                 raise CheckpointError(
                     f"The checkpoint was made with {name}={_readable(name, there)}, this stream has "
                     f"{name}={_readable(name, here)}."
                 )
+
+
+_PARAMETERS = tuple(each.name for each in fields(Identity) if each.name != "model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +100,7 @@ class Checkpoint:
     state: State  # the used part of the cache, as llama.cpp writes it
     # recurrent states at earlier positions of the stream, to which it can go back only with them
     earlier: Mapping[int, State] = field(default_factory=dict)
+    archive: Archive | None = None  # what it can recall; not in a file
 
     @property
     def state_bytes(self) -> int:
@@ -207,11 +216,11 @@ class Checkpoint:
         return data, head.log(np.frombuffer(data, dtype="<i4"))
 
     def _head(self) -> bytes:
-        i = self.identity
-        parameters = (i.n_global, i.n_local, i.max_distance, i.sink_mode, i.type_k, i.type_v, i.v_transposed)
+        model, *parameters = (getattr(self.identity, each.name) for each in fields(Identity))
         tokens = (self.position, self.n_skipped, self.log.n_base, self.log.base, len(self.log.recent()))
         n_earlier = self.state_bytes - self.state.nbytes
-        return _HEAD.pack(MAGIC, VERSION, self.n_rollback, i.model, *parameters, *tokens, self.state.nbytes, n_earlier)
+        sizes = (self.state.nbytes, n_earlier)
+        return _HEAD.pack(MAGIC, VERSION, self.n_rollback, model, *parameters, *tokens, *sizes)
 
 
 @dataclass(frozen=True)
@@ -302,6 +311,8 @@ def model_digest(path: str | os.PathLike[str], settings: Mapping[str, Any], *oth
 def _readable(name: str, value: int) -> str:
     if name == "sink_mode" and 0 <= value < len(SINK_MODES):
         return SINK_MODES[value]
+    if name == "recall_rule" and 0 <= value < len(RECALL_RULES):
+        return RECALL_RULES[value]
     if name in ("type_k", "type_v") and value in KV_TYPES:
         return KV_TYPES[value][0]
     return str(value)

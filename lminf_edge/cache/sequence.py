@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
+from lminf_edge.cache.archive import Archive
 from lminf_edge.cache.checkpoint import Checkpoint, State
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.config import ATTENTIONS, Attention, Window
@@ -119,6 +120,11 @@ class CacheSequence:
         n_rollback = info.n_rollback if whole else min(info.n_rollback, self.n_undo)
         return n_rollback, state
 
+    def archive(self) -> Archive | None:
+        """What the stream can recall now. A rollback of the stream does not change it."""
+        handle = self._native.archive(self.ctx, self.seq_id) if self.window.n_recall else None
+        return Archive(self._native, handle) if handle else None
+
     def save_recurrent(self) -> State:
         """A copy of the recurrent layers' states alone, for `rewind`. Raises RuntimeError if the library fails."""
         return self._save(bindings.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
@@ -165,6 +171,8 @@ class CacheSequence:
         with captured_errors() as errors:
             n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(state), state.nbytes, self.seq_id)
             if n_read != 0 and self._has_loaded(checkpoint):
+                if checkpoint.archive is not None:
+                    self._native.set_archive(self.ctx, checkpoint.archive.handle, self.seq_id)
                 return None
             self.clear()
         reasons = (error.partition("error loading state: ")[2] for error in errors)

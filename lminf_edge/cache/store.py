@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
+from lminf_edge.cache import archive
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError, Identity
 from lminf_edge.cache.conversation import Conversation, Stored, thinned
 from lminf_edge.cache.files import CheckpointFiles, Failures, Found, Head, Worker
@@ -51,7 +52,7 @@ class CheckpointStore:
         Raises UserError if the folder cannot be used, perhaps because another process uses it.
         """
         self.memory_budget, self.disk_budget = memory_budget, disk_budget
-        self._conversation_budget = conversation_budget
+        self._conversation_budget, self._archive_budget = conversation_budget, archive.default_budget()
         self.conversations: dict[str, Conversation] = {}
         self.failures = Failures(folder)
         self._identity, self.folder = identity, folder
@@ -249,6 +250,7 @@ class CheckpointStore:
         if self.memory_bytes > self.memory_budget:
             self._trim_memory()
         self._trim_disk()
+        archive.trim(self._in_memory, self._archive_budget)
 
     def _drop_if_empty(self, conversation: Conversation) -> None:
         """Without a checkpoint and a slot, a conversation is of no use."""
@@ -286,9 +288,9 @@ class CheckpointStore:
     def _trim_disk(self) -> None:
         """Forgets the least recently used until the rest fits; of each conversation the newest checkpoint goes last."""
         for conversation in self._by_use() if self.disk_bytes > self.disk_budget else []:
-            in_file = sorted(
-                (each for each in conversation.checkpoints if each.in_file), key=lambda each: each.n_tokens
-            )
+            in_file = [
+                each for each in sorted(conversation.checkpoints, key=lambda each: each.n_tokens) if each.in_file
+            ]
             for stored in in_file[:-1] if conversation.is_hot else in_file:
                 if self.disk_bytes <= self.disk_budget:
                     return
@@ -389,7 +391,6 @@ class CheckpointStore:
         return True
 
     def _read(self, name: str, head: Head) -> Checkpoint:
-        """Raises CheckpointError, and nothing else."""
         assert self._files is not None
         try:
             checkpoint = self._files.read(name, head)

@@ -174,7 +174,7 @@ def _add_recall(parser: argparse.ArgumentParser) -> None:
         "--recall-distance",
         metavar="D",
         type=whole_number(1),
-        help="where they stand for a query; default: as the first tokens, --max-distance",
+        help="where they stand for a query; default: the least of four windows and 7/8 of the training length",
     )
     group.add_argument(
         "--recall-from",

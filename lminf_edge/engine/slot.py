@@ -249,4 +249,5 @@ class Slot:
             n_skipped=self.n_skipped,
             log=self.log.copy(),
             state=state,
+            archive=self.sequence.archive(),
         )

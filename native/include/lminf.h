@@ -175,6 +175,23 @@ LLAMA_API bool lminf_seq_set_sinks(struct llama_context * ctx, llama_seq_id seq_
 // not a part of the stream: it is in force until it is changed.
 LLAMA_API bool lminf_seq_set_recall(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_recall);
 
+// What a sequence can recall, as it is now. A state does not hold it: it is kept beside the state, and given to the sequence
+// that the state is restored to. It is shared with the sequence, not copied, and stays as it is while that goes on.
+// NULL without recall. All such functions belong to the thread that owns the context, but lminf_archive_free and
+// lminf_archive_bytes, which belong to none.
+struct lminf_archived;
+
+LLAMA_API struct lminf_archived * lminf_archive_get(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// The sequence's tokens must be the first of those that this was of, or the same: what it holds of later ones is forgotten.
+// False, and nothing changed, if it is of another model or of other archive types.
+LLAMA_API bool lminf_archive_set(struct llama_context * ctx, llama_seq_id seq_id, const struct lminf_archived * archived);
+
+LLAMA_API void lminf_archive_free(struct lminf_archived * archived);
+
+// bytes of all archives in this process, what several share counted once
+LLAMA_API uint64_t lminf_archive_bytes(void);
+
 // lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
 LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
 

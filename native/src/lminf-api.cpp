@@ -329,6 +329,34 @@ bool lminf_seq_set_recall(llama_context * ctx, llama_seq_id seq_id, int32_t n_re
     return mem && mem->seq_set_recall(seq_id, n_recall);
 }
 
+struct lminf_archived {
+    lminf_archive archive;
+};
+
+lminf_archived * lminf_archive_get(const llama_context * ctx, llama_seq_id seq_id) {
+    auto * mem = get_memory(ctx, seq_id);
+    if (!mem || !mem->get_recall()) {
+        return nullptr;
+    }
+    mem->wait();
+
+    return new lminf_archived{ mem->get_recall()->get_archive(seq_id) };
+}
+
+bool lminf_archive_set(llama_context * ctx, llama_seq_id seq_id, const lminf_archived * archived) {
+    auto * mem = get_memory(ctx, seq_id);
+
+    return mem && mem->seq_set_archive(seq_id, archived->archive);
+}
+
+void lminf_archive_free(lminf_archived * archived) {
+    delete archived;
+}
+
+uint64_t lminf_archive_bytes() {
+    return lminf_archive::n_bytes_all();
+}
+
 bool lminf_seq_start(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos) {
     auto * mem = get_memory(ctx, seq_id);
 

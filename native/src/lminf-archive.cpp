@@ -4,8 +4,11 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <new>
+
+constexpr int64_t n_segment = lminf_archive_layout::n_segment;
 
 static ggml_type fit_type(ggml_type type, int64_t n_embd) {
     return n_embd % ggml_blck_size(type) == 0 ? type : GGML_TYPE_F16;
@@ -46,20 +49,53 @@ lminf_archive_layout::lminf_archive_layout(const llama_model & model, ggml_type 
     }
 }
 
+bool lminf_archive_layout::operator==(const lminf_archive_layout & other) const {
+    const auto same = [](const layer & a, const layer & b) {
+        return a.type_k == b.type_k && a.type_v == b.type_v && a.n_head_kv == b.n_head_kv && a.n_embd_head_k == b.n_embd_head_k &&
+            a.n_embd_v_gqa == b.n_embd_v_gqa;
+    };
+    return map_layer_ids == other.map_layer_ids && std::equal(layers.begin(), layers.end(), other.layers.begin(), other.layers.end(), same);
+}
+
+static std::atomic<size_t> n_bytes_alive;
+
+size_t lminf_archive::n_bytes_all() {
+    return n_bytes_alive;
+}
+
 std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
+    const size_t size = layout->get_segment_size();
+
     // untouched pages take no memory: nothing is zeroed that need not be
-    char * data = static_cast<char *>(::operator new[](layout->get_segment_size(), std::align_val_t(64), std::nothrow));
+    char * data = static_cast<char *>(::operator new[](size, std::align_val_t(64), std::nothrow));
     if (!data) {
         return nullptr;
     }
+    n_bytes_alive += size;
+
     auto res = std::make_shared<segment>();
-    res->data = std::shared_ptr<char[]>(data, [](char * p) { ::operator delete[](p, std::align_val_t(64)); });
+    res->data = std::shared_ptr<char[]>(data, [size](char * p) {
+        ::operator delete[](p, std::align_val_t(64));
+        n_bytes_alive -= size;
+    });
     return res;
 }
 
-void lminf_archive::append(int64_t i0, int64_t n) {
-    constexpr int64_t n_segment = lminf_archive_layout::n_segment;
+bool lminf_archive::assign(const lminf_archive & other, int64_t i1) {
+    if (!(*layout == *other.layout)) {
+        return false;
+    }
+    ranges      = other.ranges;
+    segments    = other.segments;
+    learned     = other.learned;
+    layers_axes = other.layers_axes;
 
+    truncate(i1);
+
+    return true;
+}
+
+void lminf_archive::append(int64_t i0, int64_t n) {
     const int64_t i1 = i0 + n;
 
     // in steps, so that a choice stays valid for a while
@@ -114,7 +150,7 @@ void lminf_archive::forget(int64_t i1) {
             ranges.erase(ranges.begin());
         }
     }
-    while (!segments.empty() && (segments.begin()->first + 1)*lminf_archive_layout::n_segment <= i1) {
+    while (!segments.empty() && (segments.begin()->first + 1)*n_segment <= i1) {
         segments.erase(segments.begin());
     }
 }
@@ -127,7 +163,7 @@ void lminf_archive::truncate(int64_t i0) {
             ranges.pop_back();
         }
     }
-    while (!segments.empty() && segments.rbegin()->first*lminf_archive_layout::n_segment >= i0) {
+    while (!segments.empty() && segments.rbegin()->first*n_segment >= i0) {
         segments.erase(std::prev(segments.end()));
     }
     if (learned.second > i0) {
@@ -144,14 +180,18 @@ void lminf_archive::clear() {
 }
 
 void lminf_archive::learn(int64_t i0) {
-    constexpr int64_t n_learn = 1024;
     constexpr int64_t n_first = 16; // the first tokens' keys are like no others
+    constexpr int64_t n_learn = n_segment - n_first;
 
     if (!layers_axes.empty()) {
         return;
     }
     for (const auto & [first, second] : ranges) {
-        const int64_t from = std::max(first, n_first);
+        // within one segment: who goes back to before its end has one of their own from then on
+        int64_t from = std::max(first, n_first);
+        if (from/n_segment != (from + n_learn - 1)/n_segment) {
+            from = GGML_PAD(from, n_segment);
+        }
         if (from + n_learn > std::min(second, i0)) {
             continue;
         }

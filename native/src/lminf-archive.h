@@ -59,6 +59,9 @@ public:
 
     size_t index_of(const layer & l) const { return &l - layers.data(); }
 
+    // what one has written the other can read
+    bool operator==(const lminf_archive_layout & other) const;
+
 private:
     std::vector<layer> layers;
     std::map<int32_t, size_t> map_layer_ids; // il -> index into layers
@@ -91,6 +94,12 @@ public:
 
     size_t n_bytes() const { return segments.size()*layout->get_segment_size(); }
 
+    // of all archives in this process, what several share counted once
+    static size_t n_bytes_all();
+
+    // takes over what another one holds of the tokens before i1; false if that has another layout
+    bool assign(const lminf_archive & other, int64_t i1);
+
     const lminf_archive_layout & get_layout() const { return *layout; }
 
     // the segment that holds a token
@@ -98,7 +107,7 @@ public:
     char       * get_segment(int64_t i)       { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
 
     //
-    // sketches: in a basis found from the first n_learn tokens that are there, the same for the same stream
+    // sketches: in a basis found from the first segment's worth of tokens that is there, the same for the same stream
     //
 
     using axes = std::vector<lminf_axes>; // [n_head_kv], n_embd 0: to be found
@@ -106,7 +115,7 @@ public:
     // called before tokens from i0 on are stored: from then on there are axes, if there is enough to learn from
     void learn(int64_t i0);
 
-    // the tokens that axes are found from
+    // the tokens that axes are found from; those before them have no sketches
     range get_learned() const { return learned; }
 
     // NULL: none yet

@@ -541,6 +541,15 @@ bool lminf_memory::seq_set_recall(llama_seq_id seq_id, int32_t n_recall) {
     return true;
 }
 
+bool lminf_memory::seq_set_archive(llama_seq_id seq_id, const lminf_archive & archive) {
+    wait();
+    if (!recall || !recall->get_archive(seq_id).assign(archive, streams[seq_id].index(next_pos(seq_id)))) {
+        lminf_set_error("the archive is of another model or of other archive types");
+        return false;
+    }
+    return true;
+}
+
 bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
     if (stream_pos < 0 || stream_pos > lminf_stream::max_start || streams[seq_id].begun) {
         lminf_set_error(format("a stream position can only be set on an empty sequence, to 0 to %lld", (long long) lminf_stream::max_start));

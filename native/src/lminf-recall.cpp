@@ -188,7 +188,7 @@ struct lminf_recall_layer {
                     learn(archive, h, (*axes)[h]);
 
                     std::vector<float> key(l.n_embd_head_k);
-                    for (const auto & [first, second] : archive.find(0, seq.index)) {
+                    for (const auto & [first, second] : archive.find(archive.get_learned().first, seq.index)) {
                         for (int64_t i = first; i < second; ++i) {
                             load_key(archive.get_segment(i), i, h, GGML_TYPE_F32, key.data());
                             sketch(archive, i, h, (*axes)[h], key.data());
@@ -260,7 +260,9 @@ struct lminf_recall_layer {
         constexpr int64_t n_piece = 16*lminf_n_lanes;
 
         int64_t i_piece = 0;
-        for (const auto & [first, second] : seq.candidates) {
+        for (const auto & [first_candidate, second] : seq.candidates) {
+            const int64_t first = std::max(first_candidate, seq.archive->get_learned().first);
+
             for (int64_t i0 = first/n_piece*n_piece; i0 < second; i0 += n_piece) {
                 if (i_piece++ % nth != ith) {
                     continue;
@@ -283,6 +285,11 @@ struct lminf_recall_layer {
         w.tiles.clear();
 
         if (has_sketches(seq)) {
+            for (const auto & [first, second] : seq.candidates) { // those without sketches: a few
+                for (int64_t i = first; i < std::min(second, seq.archive->get_learned().first); ++i) {
+                    w.tokens.push_back(i);
+                }
+            }
             for (const auto & [i, _] : join(w.best, 0, 1)) {
                 w.tokens.push_back(seq.candidates.front().first + i);
             }
