@@ -125,7 +125,7 @@ def test_a_server_without_recall_takes_no_number(nano_path: str, prompt: Prompt)
 
 def test_props_and_metrics_tell_it(server: Served, prompt: Prompt) -> None:
     recall = httpx.get(f"{server.url}/props").json()["lminf"]["recall"]
-    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, 246, 5000)
+    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, 448, 5000)
     assert (recall["rule"], recall["index"], recall["archive_type_k"]) == ("layer", "sketch", "q8_0")
     token_bytes = recall["archive_bytes_per_token"]
     assert recall["archive_bytes_at_most"] == (token_bytes and 5000 * token_bytes)
