@@ -125,7 +125,7 @@ def test_a_server_without_recall_takes_no_number(nano_path: str, prompt: Prompt)
 
 def test_props_and_metrics_tell_it(server: Served, prompt: Prompt) -> None:
     recall = httpx.get(f"{server.url}/props").json()["lminf"]["recall"]
-    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, 246, 5000)
+    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, 448, 5000)
     assert (recall["rule"], recall["index"], recall["archive_type_k"]) == ("layer", "sketch", "q8_0")
     token_bytes = recall["archive_bytes_per_token"]
     assert recall["archive_bytes_at_most"] == (token_bytes and 5000 * token_bytes)
@@ -192,7 +192,9 @@ def test_generate_reports_the_archive(capfd: pytest.CaptureFixture[str]) -> None
 def test_passkey_finds_with_recall_what_has_left_the_window(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--policies", "lminf,recall", "--lengths", "1500", "--depths", "30", "--trials", "3", "--recall", "32"]
     assert main(["passkey", "-m", "nano", "--n-local", "246", *options, "--json"]) == 0
-    policies = json.loads(capfd.readouterr().out)["policies"]
+    report = json.loads(capfd.readouterr().out)
+    policies = report["policies"]
+    assert (report["recall"]["n_recall"], report["recall"]["recall_index"]) == (32, "sketch")
     assert policies["lminf"]["correct"] == 0
     assert policies["recall"]["correct"] >= 2  # 3 were measured
     assert policies["recall"]["cells"][0]["in_reach"] == 0

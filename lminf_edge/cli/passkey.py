@@ -10,6 +10,7 @@ Ctrl-C ends the measurement and prints the results so far.
 --json prints
   task, blind, lengths, depths, trials (prompts per cell)
   window     {"n_global", "n_local", "max_distance"}
+  recall     what the policy of that name recalls, in the names of LMInfConfig; null if it is not among them
   policies   {"lminf": {"trials", "correct", "accuracy", "cells"}, ...}, where cells are
              [{"length", "depth" (0..1), "trials" (answers: a prompt may ask for several), "correct", "accuracy",
              "in_reach" (share of the trials), "correct_in_reach" (how many of those were right)}, ...]
@@ -46,7 +47,7 @@ from lminf_edge.cli.ppl import INTERRUPTED
 from lminf_edge.cli.progress import Progress
 from lminf_edge.config import Window
 from lminf_edge.evaluate.passkey import MAX_ANSWER, Cell, measure
-from lminf_edge.evaluate.policies import POLICIES
+from lminf_edge.evaluate.policies import POLICIES, recall_of
 from lminf_edge.evaluate.prompts import Prompts
 from lminf_edge.evaluate.tasks import TASKS
 from lminf_edge.models import embedded_models
@@ -173,6 +174,7 @@ def run(args: argparse.Namespace) -> int:
                 "depths": args.depths,
                 "trials": args.trials,
                 "window": _window_report(setup.window),
+                "recall": recall_of(setup.window) if any(policy.recalls for policy in compared) else None,
                 "policies": {name: policy_report(measured) for name, measured in cells.items()},
             }
         )

@@ -40,16 +40,13 @@ class Policy:
                 return {"n_ctx": window.size, "n_ubatch": n_ubatch}
             return {"n_ctx": n_tokens, "n_ubatch": n_ubatch, "swa_full": False}
         n_global = 0 if self.name == "window" else window.n_global
-        recall = {name: getattr(window, name) for name in RECALL_PARAMETERS} if self.recalls else {}
-        if recall:
-            recall["n_recall"] = window.n_recall or N_RECALL
         config = LMInfConfig(
             n_global=n_global,
             n_local=window.size - n_global,
             max_distance=window.max_distance,
             sink_mode=self.sink_mode,
             attention=window.attention,
-            **recall,
+            **(recall_of(window) if self.recalls else {}),
         )
         return {"lminf": config, "n_ubatch": n_ubatch}
 
@@ -75,7 +72,14 @@ POLICIES = {
     )
 }
 
+
 WITHOUT_RECALL = {name: policy for name, policy in POLICIES.items() if not policy.recalls}
+
+
+def recall_of(window: Window) -> dict[str, Any]:
+    """What the policy "recall" recalls in this window: parameters of LMInfConfig."""
+    settings = {name: getattr(window, name) for name in RECALL_PARAMETERS}
+    return settings | {"n_recall": window.n_recall or N_RECALL}
 
 
 def parse_policies(text: str) -> list[Policy]:
