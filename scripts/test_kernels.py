@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Builds and runs the tests of the fused attention and of recall's scans, on everything that is here or has a stand-in.
+"""Builds and runs the tests of the fused attention and of recall's loops, on everything that is here or has a stand-in.
 
     test_kernels.py [--require] [NAME]...
 
     device      on ggml's own devices, by ggml: the CPU, and a GPU if llama.cpp was built for one
-    cpu         the CPU kernels compiled for plain C, AVX2, AVX-512 (or NEON, on ARM), and the scans with each of these
-    sanitize    those for plain C and AVX2 again, and the scans, under AddressSanitizer and UndefinedBehaviorSanitizer
+    cpu         the CPU kernels compiled for plain C, AVX2, AVX-512 (or NEON, on ARM), and recall with each of these
+    sanitize    those for plain C and AVX2 again, and recall, under AddressSanitizer and UndefinedBehaviorSanitizer
     neon        cross-compiled for ARM, under qemu-user
     cuda        the CUDA kernels as C++ on the CPU
     nvcc        the CUDA kernels compiled by nvcc for compute capability 7.5, 8.0, 8.9 and 9.0
@@ -96,10 +96,10 @@ def test_device() -> None:
 
 def test_cpu() -> None:
     variants = cpu_variants()
-    programs = build("kernels", [*(f"test-attn-cpu-{variant}" for variant in variants), "test-lanes"])
+    programs = build("kernels", [*(f"test-attn-cpu-{variant}" for variant in variants), "test-recall"])
     for variant in variants:
         run([programs / f"test-attn-cpu-{variant}"])
-    run([programs / "test-lanes"])
+    run([programs / "test-recall"])
     if IS_X86 and "avx512" not in variants:
         raise Skipped("this processor has no AVX-512 (the others passed)")
 
@@ -107,10 +107,10 @@ def test_cpu() -> None:
 def test_sanitize() -> None:
     variants = [variant for variant in cpu_variants() if variant != "avx512"]
     options = ("-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DGGML_SANITIZE_ADDRESS=ON", "-DGGML_SANITIZE_UNDEFINED=ON")
-    programs = build("sanitize", [*(f"test-attn-cpu-{variant}" for variant in variants), "test-lanes"], *options)
+    programs = build("sanitize", [*(f"test-attn-cpu-{variant}" for variant in variants), "test-recall"], *options)
     for variant in variants:
         run([programs / f"test-attn-cpu-{variant}", "50"])
-    run([programs / "test-lanes"])
+    run([programs / "test-recall"])
 
 
 def test_neon() -> None:
@@ -120,7 +120,7 @@ def test_neon() -> None:
     emulator = shutil.which("qemu-aarch64") or need("qemu-aarch64-static", "qemu-user-static")
     programs = build(
         "neon",
-        ["test-attn-cpu-neon", "test-lanes"],
+        ["test-attn-cpu-neon", "test-recall"],
         "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
         f"-DCMAKE_C_COMPILER={compiler.removesuffix('g++')}gcc",
@@ -128,7 +128,7 @@ def test_neon() -> None:
         "-DGGML_NATIVE=OFF",
         "-DGGML_OPENMP=OFF",
     )
-    for command in (["test-attn-cpu-neon", "40"], ["test-lanes"]):
+    for command in (["test-attn-cpu-neon", "40"], ["test-recall"]):
         run([emulator, "-L", "/usr/aarch64-linux-gnu", programs / command[0], *command[1:]])
 
 

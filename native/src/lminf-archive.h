@@ -4,7 +4,7 @@
 //
 //   segment   for each layer: K  [n_segment][n_embd_k_gqa]  as finished by the model but un-rotated (position 0)
 //                             V  [n_segment][n_embd_v_gqa]  as the cache stores them; none with MLA, where they are a part of K
-//                             sketches [n_head_kv][n_segment/16] of K, see lminf-lanes.h
+//                             sketches [n_head_kv][n_segment/16] of K, see lminf-sketch.h
 //
 // Tokens are counted by their index in the stream. The graph writes and reads (lminf-recall.h); here is what it finds there.
 
@@ -12,7 +12,7 @@
 
 #include "llama.h"
 
-#include "lminf-lanes.h"
+#include "lminf-sketch.h"
 
 #include <map>
 #include <memory>

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <mutex>
 
 constexpr int64_t n_segment = lminf_archive_layout::n_segment;
 
@@ -39,14 +40,6 @@ struct tile {
 
 constexpr int64_t n_tile = 256;
 
-// what all threads found; with the paper's rule, of one head
-const std::vector<lminf_best::entry> & join(std::vector<lminf_best> & lists, size_t i0, size_t step) {
-    for (size_t i = i0 + step; i < lists.size(); i += step) {
-        lists[i0].add(lists[i]);
-    }
-    return lists[i0].finish();
-}
-
 // rows of any type that a cache has
 void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type, void * dst) {
     if (type == dst_type) {
@@ -60,9 +53,13 @@ void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type
 
 // what is found on the way to one stream's choice in one layer, between its phases
 struct work {
-    std::vector<float> q; // [n_head_kv][n_q][n_embd_head_k], the queries that vote of all heads of a group, scaled
+    std::vector<float> q; // [n_head][n_queries][n_embd_head_k], the queries that vote, scaled
 
-    std::vector<lminf_best> best;   // [n_threads], with the paper's rule [n_threads][n_head]
+    // what the threads found that have finished a phase; with the paper's rule, of each head
+    std::vector<lminf_best> best;
+    std::mutex              mutex;
+    int                     n_finished = 0;
+
     std::vector<int64_t>    tokens; // the short list
     std::vector<int32_t>    rows;   // of these within their segments
     std::vector<tile>       tiles;
@@ -77,7 +74,7 @@ struct work {
 
 }
 
-enum phase { PREPARE, SCAN, LIST, SCORE, VOTE, CHOOSE, GATHER, N_PHASES };
+enum phase { SCAN, SCORE, VOTE, GATHER, N_PHASES };
 
 struct lminf_recall_layer {
     struct node {
@@ -216,23 +213,37 @@ struct lminf_recall_layer {
         return std::max<int64_t>(n_queries(seq) == 1 ? 1024 : 4096, 4*n_rows);
     }
 
-    void prepare(const lminf_recall_seq & seq, work & w, const ggml_tensor * q, int64_t s, int nth) const {
-        const int64_t n_q   = n_queries(seq);
-        const int64_t group = n_head/l.n_head_kv;
+    // What a thread found joins what the others did, and the last one goes on. That spares a node of its own, which all would wait for
+    template <typename F>
+    void finish(work & w, std::vector<lminf_best> found, int nth, F go_on) const {
+        std::lock_guard<std::mutex> lock(w.mutex);
 
-        w.q.resize(n_scores(seq)*l.n_embd_head_k);
-        for (int64_t h = 0; h < n_head; ++h) {
-            for (int64_t i = 0; i < n_q; ++i) {
-                const int64_t at = ((h/group)*group*n_q + h % group*n_q + i)*l.n_embd_head_k;
-
-                const auto * src = (const float *) ((const char *) q->data + (s*seq.n_tokens + seq.n_tokens - n_q + i)*q->nb[2] + h*q->nb[1]);
-                std::transform(src, src + l.n_embd_head_k, w.q.data() + at, [&](float x) { return scale*x; });
+        if (w.n_finished == 0) {
+            w.best = std::move(found);
+        } else {
+            for (size_t i = 0; i < w.best.size(); ++i) {
+                w.best[i].add(found[i]);
             }
         }
-        w.best.assign(nth, lminf_best(n_short(seq)));
+        if (++w.n_finished == nth) {
+            w.n_finished = 0;
+            go_on();
+        }
     }
 
-    void scan(const lminf_recall_seq & seq, work & w, int ith, int nth) const {
+    // the i-th query that votes, of head h
+    const float * get_query(const lminf_recall_seq & seq, const ggml_tensor * q, int64_t s, int64_t h, int64_t i) const {
+        return (const float *) ((const char *) q->data + ((s + 1)*seq.n_tokens - n_queries(seq) + i)*q->nb[2] + h*q->nb[1]);
+    }
+
+    void prepare(const lminf_recall_seq & seq, work & w, const ggml_tensor * q, int64_t s, int ith, int nth) const {
+        for (int64_t i = ith; i < n_scores(seq); i += nth) {
+            const float * src = get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq));
+            std::transform(src, src + l.n_embd_head_k, w.q.data() + i*l.n_embd_head_k, [&](float x) { return scale*x; });
+        }
+    }
+
+    void scan(const lminf_recall_seq & seq, const ggml_tensor * q, int64_t s, lminf_best & found, int ith, int nth) const {
         const auto & axes = *seq.archive->get_axes(id);
 
         const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
@@ -246,10 +257,11 @@ struct lminf_recall_layer {
         for (int64_t i = 0; i < l.n_head_kv*n_q; ++i) {
             const auto & a = axes[i/n_q];
 
-            lminf_project_query(a, w.q.data() + i*l.n_embd_head_k, y.data() + i*lminf_n_dirs);
+            lminf_project_query(a, get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq)), y.data() + i*lminf_n_dirs);
 
             float var = 0.0f;
             for (int64_t d = 0; d < lminf_n_dirs; ++d) {
+                y[i*lminf_n_dirs + d] *= scale;
                 var += a.var[d]*y[i*lminf_n_dirs + d]*y[i*lminf_n_dirs + d];
             }
             const float dev = sqrtf(var);
@@ -257,7 +269,8 @@ struct lminf_recall_layer {
             offset[i] = dev < bound ? -0.5f*var : 0.5f*bound*bound - dev*bound;
         }
 
-        constexpr int64_t n_piece = 16*lminf_n_lanes;
+        // whole segments: the sketches of all heads lie there one after the other, as memory is fetched best
+        constexpr int64_t n_piece = n_segment;
 
         int64_t i_piece = 0;
         for (const auto & [first_candidate, second] : seq.candidates) {
@@ -270,16 +283,16 @@ struct lminf_recall_layer {
                 float best[n_piece];
                 std::fill(best, best + n_piece, -INFINITY);
                 for (int64_t h = 0; h < l.n_head_kv; ++h) {
-                    const char * blocks = seq.archive->get_segment(i0) + l.at_sketch + (h*n_segment + i0 % n_segment)/lminf_n_lanes*lminf_sketch_size();
+                    const char * blocks = seq.archive->get_segment(i0) + l.at_sketch + h*n_segment/lminf_n_lanes*lminf_sketch_size();
                     lminf_sketch_max(blocks, n_piece/lminf_n_lanes, y.data() + h*n_q*lminf_n_dirs, offset.data() + h*n_q, n_q, best);
                 }
                 const int64_t from = std::max(first, i0);
-                w.best[ith].add(best + (from - i0), std::min(second, i0 + n_piece) - from, from - seq.candidates.front().first);
+                found.add(best + (from - i0), std::min(second, i0 + n_piece) - from, from - seq.candidates.front().first);
             }
         }
     }
 
-    void list(const lminf_recall_seq & seq, work & w, int nth) const {
+    void list(const lminf_recall_seq & seq, work & w) const {
         w.tokens.clear();
         w.rows.clear();
         w.tiles.clear();
@@ -290,7 +303,7 @@ struct lminf_recall_layer {
                     w.tokens.push_back(i);
                 }
             }
-            for (const auto & [i, _] : join(w.best, 0, 1)) {
+            for (const auto & [i, _] : w.best[0].finish()) {
                 w.tokens.push_back(seq.candidates.front().first + i);
             }
         } else {
@@ -321,12 +334,6 @@ struct lminf_recall_layer {
         w.scores.resize(n <= n_kept ? n : 0);
         w.max.resize(w.tiles.size()*n_scores(seq));
         w.sum.resize(w.tiles.size()*n_scores(seq));
-
-        if (is_paper()) {
-            w.best.assign(nth*n_head, lminf_best(batch.recall.params.n_recall));
-        } else {
-            w.best.assign(nth, lminf_best(seq.n_chosen));
-        }
     }
 
     // a tile's scores [n_scores][t.n]
@@ -353,7 +360,8 @@ struct lminf_recall_layer {
         }
     }
 
-    void score(const lminf_recall_seq & seq, work & w, int ith, int nth) const {
+    //   found  of each head, with the paper's rule
+    void score(const lminf_recall_seq & seq, work & w, std::vector<lminf_best> & found, int ith, int nth) const {
         std::vector<float> buf(w.scores.empty() ? n_scores(seq)*n_tile : 0);
 
         for (size_t i = ith; i < w.tiles.size(); i += nth) {
@@ -367,12 +375,12 @@ struct lminf_recall_layer {
                 continue;
             }
             for (int64_t h = 0; h < n_head; ++h) {
-                w.best[ith*n_head + h].add(scores + h*t.n, t.n, t.at);
+                found[h].add(scores + h*t.n, t.n, t.at);
             }
         }
     }
 
-    void vote(const lminf_recall_seq & seq, work & w, int ith, int nth) const {
+    void vote(const lminf_recall_seq & seq, work & w, lminf_best & found, int ith, int nth) const {
         const int64_t n_s = n_scores(seq);
 
         std::vector<float>  max(n_s, -INFINITY);
@@ -400,7 +408,7 @@ struct lminf_recall_layer {
             for (int64_t i = 0; i < n_s; ++i) {
                 lminf_add_scaled(votes.data(), (float) (expf(w.max[i_tile*n_s + i] - max[i])/sum[i]), scores + i*t.n, t.n);
             }
-            w.best[ith].add(votes.data(), t.n, t.at);
+            found.add(votes.data(), t.n, t.at);
         }
     }
 
@@ -429,14 +437,14 @@ struct lminf_recall_layer {
         heads.clear();
 
         if (!is_paper()) {
-            heads.push_back(pick(join(w.best, 0, 1), seq.n_chosen));
+            heads.push_back(pick(w.best[0].finish(), seq.n_chosen));
             return;
         }
         for (int64_t h = 0; h < n_head; ++h) {
             if (h % group == 0) {
                 heads.emplace_back();
             }
-            const auto mine = pick(join(w.best, h, n_head), batch.recall.params.n_recall);
+            const auto mine = pick(w.best[h].finish(), batch.recall.params.n_recall);
             heads.back().insert(heads.back().end(), mine.begin(), mine.end());
         }
     }
@@ -494,14 +502,25 @@ struct lminf_recall_layer {
             }
             auto & w = works[s];
 
-            switch (phase) {
-                case PREPARE: if (ith == 0)          { prepare(seq, w, dst->src[0], s, nth); } break;
-                case SCAN:    if (has_sketches(seq)) { scan(seq, w, ith, nth);               } break;
-                case LIST:    if (ith == 0)          { list(seq, w, nth);                    } break;
-                case SCORE:                            score(seq, w, ith, nth);                break;
-                case VOTE:    if (!is_paper())       { vote(seq, w, ith, nth);               } break;
-                case CHOOSE:  if (ith == 0)          { choose(seq, w, choice(s));            } break;
-                default:                                                                       break;
+            const auto lists = [&](int64_t n, int64_t n_best) { return std::vector<lminf_best>(n, lminf_best(n_best)); };
+
+            if (phase == SCAN) {
+                auto found = lists(has_sketches(seq) ? 1 : 0, n_short(seq));
+                prepare(seq, w, dst->src[0], s, ith, nth);
+                if (has_sketches(seq)) {
+                    scan(seq, dst->src[0], s, found[0], ith, nth);
+                }
+                finish(w, std::move(found), nth, [&] { list(seq, w); });
+            } else if (phase == SCORE) {
+                auto found = lists(is_paper() ? n_head : 0, batch.recall.params.n_recall);
+                score(seq, w, found, ith, nth);
+                if (is_paper()) {
+                    finish(w, std::move(found), nth, [&] { choose(seq, w, choice(s)); });
+                }
+            } else if (!is_paper()) {
+                auto found = lists(1, seq.n_chosen);
+                vote(seq, w, found[0], ith, nth);
+                finish(w, std::move(found), nth, [&] { choose(seq, w, choice(s)); });
             }
         }
     }
@@ -586,7 +605,10 @@ ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q
     layer.scale         = scale;
     layer.logit_softcap = logit_softcap;
     layer.n_rows        = n_rows;
-    layer.works.resize(seqs.size());
+    layer.works        = std::vector<work>(seqs.size());
+    for (auto & w : layer.works) {
+        w.q.resize(q->ne[0]*q->ne[1]*std::min<int64_t>(q->ne[2]/seqs.size(), lminf_recall::n_votes));
+    }
 
     const auto fun = [](ggml_tensor * dst, int ith, int nth, void * userdata) {
         const auto & node = *(const lminf_recall_layer::node *) userdata;

@@ -1,9 +1,10 @@
-// The scans for each instruction set, and the vector operations that they are written in. All of them are in every build,
-// as wheels are compiled for old processors: which runs is decided when it runs. MSVC, which cannot compile functions for
+// The vector operations that lminf-isa-loops.h is written in, for each instruction set. MSVC, which cannot compile functions for
 // other processors than the file's, has plain C++ on x86.
 
-#include "lminf-lanes-isa.h"
+#include "lminf-isa.h"
 
+#include <atomic>
+#include <cmath>
 #include <cstring>
 
 #define LMINF_PRAGMA(x) _Pragma(#x)
@@ -32,12 +33,11 @@
 #endif
 #endif
 
-// What comes 2 KiB behind these n bytes, into the second level cache: processors fetch ahead by themselves, but not far enough
-// for a scan that multiplies as it goes. Behind the end of an array this does nothing.
+// n bytes, into the second level cache
 static inline void prefetch(const char * p, size_t n) {
 #if defined(__GNUC__)
     for (size_t i = 0; i < n; i += 64) {
-        __builtin_prefetch((const void *) ((uintptr_t) p + 2048 + i), 0, 2);
+        __builtin_prefetch((const void *) ((uintptr_t) p + i), 0, 2);
     }
 #else
     (void) p;
@@ -72,12 +72,50 @@ constexpr int N_SKETCHES = 4;
 
 static inline F    load     (const float * p)    { return _mm512_loadu_ps(p); }
 static inline F    load_half(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static inline F    load_i8  (const char * p)     { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p))); }
+static inline F    set_half (uint16_t x)         { return _mm512_cvtph_ps(_mm256_set1_epi16((short) x)); }
 static inline void store    (float * p, F x)     { _mm512_storeu_ps(p, x); }
+static inline void store_half(uint16_t * p, F x) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 static inline F    set      (float x)            { return _mm512_set1_ps(x); }
 static inline F    add      (F a, F b)           { return _mm512_add_ps(a, b); }
 static inline F    mul      (F a, F b)           { return _mm512_mul_ps(a, b); }
 static inline F    fma      (F a, F b, F c)      { return _mm512_fmadd_ps(a, b, c); }
 static inline F    max      (F a, F b)           { return _mm512_max_ps(a, b); }
+
+static inline F scale_2(F n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(n), 23), _mm512_set1_epi32(0x3F800000)));
+}
+
+static inline __m512 load_halves(__m128i bytes) {
+    const __m128i x = _mm_sub_epi8(_mm_and_si128(bytes, _mm_set1_epi8(15)), _mm_set1_epi8(8));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
+}
+static inline F load_low (const char * p) { return load_halves(_mm_loadu_si128((const __m128i *) p)); }
+static inline F load_high(const char * p) { return load_halves(_mm_srli_epi16(_mm_loadu_si128((const __m128i *) p), 4)); }
+
+static inline void transpose(F * x) {
+    F t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i]     = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    F u[4][4]; // [j][i]: of rows 4*i to 4*i + 3 columns j, j + 4, j + 8 and j + 12
+    for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 2; ++j) {
+            const __m512d a = _mm512_castps_pd(t[4*i + j]), b = _mm512_castps_pd(t[4*i + j + 2]);
+            u[2*j    ][i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[2*j + 1][i] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        const F even[2] = { _mm512_shuffle_f32x4(u[j][0], u[j][1], 0x88), _mm512_shuffle_f32x4(u[j][2], u[j][3], 0x88) };
+        const F odd [2] = { _mm512_shuffle_f32x4(u[j][0], u[j][1], 0xDD), _mm512_shuffle_f32x4(u[j][2], u[j][3], 0xDD) };
+        x[j]      = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
+        x[j +  4] = _mm512_shuffle_f32x4(odd [0], odd [1], 0x88);
+        x[j +  8] = _mm512_shuffle_f32x4(even[0], even[1], 0xDD);
+        x[j + 12] = _mm512_shuffle_f32x4(odd [0], odd [1], 0xDD);
+    }
+}
 
 static inline int64_t append_ge(F a, F b, int32_t first, int32_t * found) {
     const __mmask16 mask = _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
@@ -94,25 +132,19 @@ static inline I set_int   (int32_t x)      { return _mm512_set1_epi32(x); }
 static inline F to_float  (I x)            { return _mm512_cvtepi32_ps(x); }
 static inline I low       (I x)            { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 static inline I high      (I x)            { return low(_mm512_srli_epi16(x, 4)); }
-static inline I minus_8   (I x)            { return _mm512_sub_epi8(x, _mm512_set1_epi8(8)); }
-
-// a byte index from 128 on gives zero
-template <int J>
-static inline F expand(I x) {
-    return to_float(_mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_set_epi32(
-        ((12 + J) << 24) + 0x808080, ((8 + J) << 24) + 0x808080, ((4 + J) << 24) + 0x808080, (J << 24) + 0x808080))));
-}
 
 } // namespace avx512_ops
 
 namespace avx512 {
 using namespace avx512_ops;
 
+constexpr const char * NAME = "avx512";
+
 static inline I dot4(I a, I b, I c) {
     return _mm512_add_epi32(c, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
 }
 
-#include "lminf-lanes-kernels.h"
+#include "lminf-isa-loops.h"
 } // namespace avx512
 LMINF_END_ISA
 
@@ -120,14 +152,18 @@ LMINF_BEGIN_ISA(LMINF_AVX512 ",avx512vnni")
 namespace avx512_vnni {
 using namespace avx512_ops;
 
+constexpr const char * NAME = "avx512-vnni";
+
 static inline I dot4(I a, I b, I c) { return _mm512_dpbusd_epi32(c, a, b); }
 
-#include "lminf-lanes-kernels.h"
+#include "lminf-isa-loops.h"
 } // namespace avx512_vnni
 LMINF_END_ISA
 
 LMINF_BEGIN_ISA("avx2,fma,f16c")
 namespace avx2 {
+
+constexpr const char * NAME = "avx2";
 
 struct F { __m256  a, b; };
 struct I { __m256i a, b; };
@@ -139,12 +175,64 @@ static inline F    load     (const float * p)    { return { _mm256_loadu_ps(p), 
 static inline F    load_half(const uint16_t * p) {
     return { _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (p + 8))) };
 }
+static inline F    set_half (uint16_t x)         { const __m256 f = _mm256_cvtph_ps(_mm_set1_epi16((short) x)); return { f, f }; }
 static inline void store    (float * p, F x)     { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+static inline void store_half(uint16_t * p, F x) {
+    _mm_storeu_si128((__m128i *)  p,      _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *) (p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
 static inline F    set      (float x)            { return { _mm256_set1_ps(x), _mm256_set1_ps(x) }; }
 static inline F    add      (F a, F b)           { return { _mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b) }; }
 static inline F    mul      (F a, F b)           { return { _mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b) }; }
 static inline F    fma      (F a, F b, F c)      { return { _mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b) }; }
 static inline F    max      (F a, F b)           { return { _mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b) }; }
+
+static inline __m256 scale_2(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(n), 23), _mm256_set1_epi32(0x3F800000)));
+}
+static inline F scale_2(F n) { return { scale_2(n.a), scale_2(n.b) }; }
+
+static inline F from_bytes(__m128i bytes) {
+    return { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))) };
+}
+static inline F load_halves(__m128i bytes) { return from_bytes(_mm_sub_epi8(_mm_and_si128(bytes, _mm_set1_epi8(15)), _mm_set1_epi8(8))); }
+static inline F load_i8  (const char * p) { return from_bytes(_mm_loadu_si128((const __m128i *) p)); }
+static inline F load_low (const char * p) { return load_halves(_mm_loadu_si128((const __m128i *) p)); }
+static inline F load_high(const char * p) { return load_halves(_mm_srli_epi16(_mm_loadu_si128((const __m128i *) p), 4)); }
+
+static inline void transpose(__m256 * x) { // 8 rows of 8
+    __m256 t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i]     = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    __m256 u[4][2]; // [j][i]: of rows 4*i to 4*i + 3 columns j and j + 4
+    for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 2; ++j) {
+            const __m256d a = _mm256_castps_pd(t[4*i + j]), b = _mm256_castps_pd(t[4*i + j + 2]);
+            u[2*j    ][i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            u[2*j + 1][i] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+        }
+    }
+    for (int j = 0; j < 4; ++j) {
+        x[j]     = _mm256_permute2f128_ps(u[j][0], u[j][1], 0x20);
+        x[j + 4] = _mm256_permute2f128_ps(u[j][0], u[j][1], 0x31);
+    }
+}
+
+static inline void transpose(F * x) {
+    __m256 y[4][8];
+    for (int i = 0; i < 16; ++i) {
+        y[i/8    ][i % 8] = x[i].a;
+        y[i/8 + 2][i % 8] = x[i].b;
+    }
+    for (int i = 0; i < 4; ++i) {
+        transpose(y[i]);
+    }
+    for (int i = 0; i < 16; ++i) {
+        x[i] = { y[i/8*2][i % 8], y[i/8*2 + 1][i % 8] };
+    }
+}
 
 static inline int64_t append_ge(F a, F b, int32_t first, int32_t * found) {
     const int mask = _mm256_movemask_ps(_mm256_cmp_ps(a.a, b.a, _CMP_GE_OQ)) | _mm256_movemask_ps(_mm256_cmp_ps(a.b, b.b, _CMP_GE_OQ)) << 8;
@@ -158,21 +246,13 @@ static inline I set_int   (int32_t x) { return { _mm256_set1_epi32(x), _mm256_se
 static inline F to_float  (I x)       { return { _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b) }; }
 static inline I low       (I x)       { return { _mm256_and_si256(x.a, _mm256_set1_epi8(15)), _mm256_and_si256(x.b, _mm256_set1_epi8(15)) }; }
 static inline I high      (I x)       { return low({ _mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4) }); }
-static inline I minus_8   (I x)       { return { _mm256_sub_epi8(x.a, _mm256_set1_epi8(8)), _mm256_sub_epi8(x.b, _mm256_set1_epi8(8)) }; }
-
-template <int J>
-static inline F expand(I x) {
-    const __m256i index = _mm256_broadcastsi128_si256(_mm_set_epi32(
-        ((12 + J) << 24) + 0x808080, ((8 + J) << 24) + 0x808080, ((4 + J) << 24) + 0x808080, (J << 24) + 0x808080));
-    return to_float({ _mm256_shuffle_epi8(x.a, index), _mm256_shuffle_epi8(x.b, index) });
-}
 
 static inline __m256i dot4(__m256i a, __m256i b, __m256i c) {
     return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
 }
 static inline I dot4(I a, I b, I c) { return { dot4(a.a, b.a, c.a), dot4(a.b, b.b, c.b) }; }
 
-#include "lminf-lanes-kernels.h"
+#include "lminf-isa-loops.h"
 } // namespace avx2
 LMINF_END_ISA
 
@@ -191,11 +271,50 @@ constexpr int N_SKETCHES = 1;
 static inline F    load     (const float * p)    { LMINF_EACH(F, vld1q_f32(p + 4*i)); }
 static inline F    load_half(const uint16_t * p) { LMINF_EACH(F, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4*i)))); }
 static inline void store    (float * p, F x)     { for (int i = 0; i < 4; ++i) { vst1q_f32(p + 4*i, x.v[i]); } }
+static inline F    set_half (uint16_t x)         { LMINF_EACH(F, vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x)))); }
+static inline void store_half(uint16_t * p, F x) { for (int i = 0; i < 4; ++i) { vst1_u16(p + 4*i, vreinterpret_u16_f16(vcvt_f16_f32(x.v[i]))); } }
 static inline F    set      (float x)            { LMINF_EACH(F, vdupq_n_f32(x)); }
 static inline F    add      (F a, F b)           { LMINF_EACH(F, vaddq_f32(a.v[i], b.v[i])); }
 static inline F    mul      (F a, F b)           { LMINF_EACH(F, vmulq_f32(a.v[i], b.v[i])); }
 static inline F    fma      (F a, F b, F c)      { LMINF_EACH(F, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
 static inline F    max      (F a, F b)           { LMINF_EACH(F, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+
+static inline F scale_2(F n) {
+    LMINF_EACH(F, vreinterpretq_f32_s32(vaddq_s32(vshlq_n_s32(vreinterpretq_s32_f32(n.v[i]), 23), vdupq_n_s32(0x3F800000))));
+}
+
+static inline F from_bytes(int8x16_t bytes) {
+    const int16x8_t x[2] = { vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes)) };
+    LMINF_EACH(F, vcvtq_f32_s32(vmovl_s16(i % 2 == 0 ? vget_low_s16(x[i/2]) : vget_high_s16(x[i/2]))));
+}
+static inline F load_halves(uint8x16_t halves) { return from_bytes(vsubq_s8(vreinterpretq_s8_u8(halves), vdupq_n_s8(8))); }
+static inline F load_i8  (const char * p) { return from_bytes(vld1q_s8((const int8_t *) p)); }
+static inline F load_low (const char * p) { return load_halves(vandq_u8(vld1q_u8((const uint8_t *) p), vdupq_n_u8(15))); }
+static inline F load_high(const char * p) { return load_halves(vshrq_n_u8(vld1q_u8((const uint8_t *) p), 4)); }
+
+static inline void transpose(float32x4_t & a, float32x4_t & b, float32x4_t & c, float32x4_t & d) {
+    const float64x2_t even[2] = { vreinterpretq_f64_f32(vtrn1q_f32(a, b)), vreinterpretq_f64_f32(vtrn1q_f32(c, d)) };
+    const float64x2_t odd [2] = { vreinterpretq_f64_f32(vtrn2q_f32(a, b)), vreinterpretq_f64_f32(vtrn2q_f32(c, d)) };
+    a = vreinterpretq_f32_f64(vtrn1q_f64(even[0], even[1]));
+    b = vreinterpretq_f32_f64(vtrn1q_f64(odd [0], odd [1]));
+    c = vreinterpretq_f32_f64(vtrn2q_f64(even[0], even[1]));
+    d = vreinterpretq_f32_f64(vtrn2q_f64(odd [0], odd [1]));
+}
+
+static inline void transpose(F * x) {
+    F y[16];
+    for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) {
+            transpose(x[4*i].v[j], x[4*i + 1].v[j], x[4*i + 2].v[j], x[4*i + 3].v[j]);
+            for (int l = 0; l < 4; ++l) {
+                y[4*j + l].v[i] = x[4*i + l].v[j];
+            }
+        }
+    }
+    for (int i = 0; i < 16; ++i) {
+        x[i] = y[i];
+    }
+}
 
 static inline int64_t append_ge(F a, F b, int32_t first, int32_t * found) {
     const uint32_t  bits[4] = { 1, 2, 4, 8 };
@@ -213,18 +332,13 @@ static inline I set_int   (int32_t x)      { LMINF_EACH(I, vreinterpretq_s8_s32(
 static inline F to_float  (I x)            { LMINF_EACH(F, vcvtq_f32_s32(vreinterpretq_s32_s8(x.v[i]))); }
 static inline I low       (I x)            { LMINF_EACH(I, vandq_s8(x.v[i], vdupq_n_s8(15))); }
 static inline I high      (I x)            { LMINF_EACH(I, vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x.v[i]), 4))); }
-static inline I minus_8   (I x)            { LMINF_EACH(I, vsubq_s8(x.v[i], vdupq_n_s8(8))); }
-
-template <int J>
-static inline F expand(I x) {
-    const int32x4_t mask = vdupq_n_s32(-(1 << 24));
-    LMINF_EACH(F, vcvtq_f32_s32(vandq_s32(vshlq_n_s32(vreinterpretq_s32_s8(x.v[i]), 24 - 8*J), mask)));
-}
 
 } // namespace neon_ops
 
 namespace neon {
 using namespace neon_ops;
+
+constexpr const char * NAME = "neon";
 
 static inline I dot4(I a, I b, I c) {
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -237,7 +351,7 @@ static inline I dot4(I a, I b, I c) {
 #endif
 }
 
-#include "lminf-lanes-kernels.h"
+#include "lminf-isa-loops.h"
 } // namespace neon
 
 #if defined(LMINF_DOTPROD)
@@ -245,11 +359,13 @@ LMINF_BEGIN_ISA("arch=armv8.2-a+dotprod")
 namespace neon_dotprod {
 using namespace neon_ops;
 
+constexpr const char * NAME = "neon-dotprod";
+
 static inline I dot4(I a, I b, I c) {
     LMINF_EACH(I, vreinterpretq_s8_s32(vdotq_s32(vreinterpretq_s32_s8(c.v[i]), a.v[i], b.v[i])));
 }
 
-#include "lminf-lanes-kernels.h"
+#include "lminf-isa-loops.h"
 } // namespace neon_dotprod
 LMINF_END_ISA
 #endif
@@ -262,6 +378,8 @@ LMINF_END_ISA
 
 namespace plain {
 
+constexpr const char * NAME = "plain";
+
 struct F { float    v[16]; };
 struct I { uint32_t v[16]; }; // of four bytes the first is the lowest: see load_bytes
 
@@ -270,12 +388,36 @@ constexpr int N_SKETCHES = 1;
 
 static inline F    load     (const float * p)    { LMINF_EACH(F, p[i]); }
 static inline F    load_half(const uint16_t * p) { LMINF_EACH(F, ggml_fp16_to_fp32(p[i])); }
+static inline F    load_i8  (const char * p)     { LMINF_EACH(F, (float) (int8_t) p[i]); }
+static inline F    load_low (const char * p)     { LMINF_EACH(F, (float) (((uint8_t) p[i] & 15) - 8)); }
+static inline F    load_high(const char * p)     { LMINF_EACH(F, (float) (((uint8_t) p[i] >> 4) - 8)); }
+static inline F    set_half (uint16_t x)         { const float f = ggml_fp16_to_fp32(x); LMINF_EACH(F, f); }
 static inline void store    (float * p, F x)     { memcpy(p, x.v, sizeof(x.v)); }
+static inline void store_half(uint16_t * p, F x) { for (int i = 0; i < 16; ++i) { p[i] = ggml_fp32_to_fp16(x.v[i]); } }
 static inline F    set      (float x)            { LMINF_EACH(F, x); }
 static inline F    add      (F a, F b)           { LMINF_EACH(F, a.v[i] + b.v[i]); }
 static inline F    mul      (F a, F b)           { LMINF_EACH(F, a.v[i]*b.v[i]); }
 static inline F    fma      (F a, F b, F c)      { LMINF_EACH(F, a.v[i]*b.v[i] + c.v[i]); }
 static inline F    max      (F a, F b)           { LMINF_EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+
+static inline F scale_2(F n) {
+    uint32_t bits[16];
+    memcpy(bits, n.v, sizeof(bits));
+    for (uint32_t & x : bits) {
+        x = (x << 23) + 0x3F800000;
+    }
+    return load((const float *) memcpy(n.v, bits, sizeof(bits)));
+}
+
+static inline void transpose(F * x) {
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float f = x[i].v[j];
+            x[i].v[j] = x[j].v[i];
+            x[j].v[i] = f;
+        }
+    }
+}
 
 static inline int64_t append_ge(F a, F b, int32_t first, int32_t * found) {
     uint32_t mask = 0;
@@ -293,10 +435,6 @@ static inline I set_int (int32_t x) { LMINF_EACH(I, (uint32_t) x); }
 static inline F to_float(I x)       { LMINF_EACH(F, (float) (int32_t) x.v[i]); }
 static inline I low     (I x)       { LMINF_EACH(I, x.v[i] & 0x0F0F0F0F); }
 static inline I high    (I x)       { LMINF_EACH(I, x.v[i] >> 4 & 0x0F0F0F0F); }
-static inline I minus_8 (I x)       { LMINF_EACH(I, ((x.v[i] | 0x80808080) - 0x08080808) ^ 0x80808080); } // bytes below 128
-
-template <int J>
-static inline F expand(I x) { LMINF_EACH(F, (float) (int32_t) (x.v[i] << (24 - 8*J) & 0xFF000000)); }
 
 static inline int32_t byte(uint32_t x, int j) { return (int8_t) (x >> 8*j); }
 static inline I dot4(I a, I b, I c) {
@@ -304,13 +442,14 @@ static inline I dot4(I a, I b, I c) {
                          + byte(a.v[i], 2)*byte(b.v[i], 2) + byte(a.v[i], 3)*byte(b.v[i], 3));
 }
 
-#include "lminf-lanes-kernels.h"
+#include "lminf-isa-loops.h"
 } // namespace plain
 
 // ------------------------------------------------------------------------------------------------------------------------
 
-std::vector<lminf_lanes_isa> lminf_lanes_get_isas() {
-    std::vector<lminf_lanes_isa> res;
+// what this processor can run, best first
+static std::vector<const lminf_isa *> get_isas() {
+    std::vector<const lminf_isa *> res;
 #if defined(LMINF_X86)
     __builtin_cpu_init();
     unsigned eax, ebx, ecx, edx; // older compilers cannot be asked for F16C
@@ -319,22 +458,51 @@ std::vector<lminf_lanes_isa> lminf_lanes_get_isas() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
                              && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (avx512 && __builtin_cpu_supports("avx512vnni")) {
-        res.push_back({ "avx512-vnni", &avx512_vnni::kernels });
+        res.push_back(&avx512_vnni::isa);
     }
     if (avx512) {
-        res.push_back({ "avx512", &avx512::kernels });
+        res.push_back(&avx512::isa);
     }
     if (avx2) {
-        res.push_back({ "avx2", &avx2::kernels });
+        res.push_back(&avx2::isa);
     }
 #elif defined(LMINF_ARM)
 #if defined(LMINF_DOTPROD)
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
-        res.push_back({ "neon-dotprod", &neon_dotprod::kernels });
+        res.push_back(&neon_dotprod::isa);
     }
 #endif
-    res.push_back({ "neon", &neon::kernels });
+    res.push_back(&neon::isa);
 #endif
-    res.push_back({ "plain", &plain::kernels });
+    res.push_back(&plain::isa);
     return res;
+}
+
+static std::atomic<const lminf_isa *> chosen{nullptr};
+
+const lminf_isa & lminf_get_isa() {
+    const lminf_isa * res = chosen.load(std::memory_order_acquire);
+    if (!res) {
+        res = get_isas()[0];
+        chosen.store(res, std::memory_order_release);
+    }
+    return *res;
+}
+
+std::vector<const char *> lminf_isa_names() {
+    std::vector<const char *> res;
+    for (const auto * isa : get_isas()) {
+        res.push_back(isa->name);
+    }
+    return res;
+}
+
+bool lminf_set_isa(const char * name) {
+    for (const auto * isa : get_isas()) {
+        if (strcmp(isa->name, name) == 0) {
+            chosen = isa;
+            return true;
+        }
+    }
+    return false;
 }

@@ -1,12 +1,10 @@
-// keys of one KV head, 16 tokens to a block and tokens as lanes: a scan then sums within lanes, several times faster than
-// across them
+// sketches of keys, from which recall makes its short lists: 16 tokens to a block and tokens as lanes, as a scan then sums within
+// lanes, several times faster than across them
 //
 // Blocks lie at multiples of 4 bytes, best of 64, in the byte order of the machine. Different lanes of one may be stored at the
 // same time; all else here may be called by any number of threads.
 
 #pragma once
-
-#include "ggml.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -15,24 +13,6 @@
 
 constexpr int64_t lminf_n_lanes = 16;
 constexpr int64_t lminf_n_dirs  = 16; // of a sketch
-
-// --- keys: F32, F16, Q8_0 or Q4_0 -----------------------------------------------------------------------------------
-//
-//   f32, f16   [n_embd][16 tokens]
-//   q8_0       f16 scales [n_embd/32][16 tokens], then bytes [n_embd/4][16 tokens][4]
-//   q4_0       f16 scales [n_embd/32][16 tokens], then bytes [n_embd/8][16 tokens][4]; of 8 elements the first 4 are in the
-//              lower halves of their bytes
-//
-// Quantized as ggml does it, to the bit. A quantized key of which an element is not finite reads as NaN.
-
-// bytes of a block; n_embd > 0 for f32 and f16, a multiple of 32 for quantized types
-size_t lminf_lanes_size(ggml_type type, int64_t n_embd);
-
-void lminf_lanes_store(ggml_type type, int64_t n_embd, void * block, int64_t lane, const float * k);       // k [n_embd]
-void lminf_lanes_load (ggml_type type, int64_t n_embd, const void * block, int64_t lane, float * k);
-
-// scores [n_q][n_blocks*16] = q[i]·key, for the key as stored, in f32; q [n_q][n_embd]
-void lminf_lanes_dot(ggml_type type, int64_t n_embd, const void * blocks, int64_t n_blocks, const float * q, int64_t n_q, float * scores);
 
 // --- sketches: 16 numbers of 4 bits and a scale per token, a key in the basis of lminf_axes ---------------------------
 
@@ -94,11 +74,3 @@ private:
 
     std::vector<entry> found;
 };
-
-// --- for tests and benchmarks -----------------------------------------------------------------------------------------
-
-// by which instruction set all of this is done from now on: a name of lminf_lanes_isas. Not while others use it
-bool lminf_lanes_set_isa(const char * name);
-
-// those that this build has and this processor can run, best first; the first is the default
-std::vector<const char *> lminf_lanes_isas();

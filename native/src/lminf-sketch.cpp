@@ -1,143 +1,17 @@
-#include "lminf-lanes.h"
+#include "lminf-sketch.h"
 
-#include "lminf-lanes-isa.h"
-
-#include "ggml.h"
+#include "lminf-isa.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <functional>
 
-// --- the instruction set ------------------------------------------------------------------------------------------------
-
-static std::atomic<const lminf_lanes_kernels *> chosen{nullptr};
-
-static const lminf_lanes_kernels & get_kernels() {
-    const lminf_lanes_kernels * res = chosen.load(std::memory_order_acquire);
-    if (!res) {
-        res = lminf_lanes_get_isas()[0].kernels;
-        chosen.store(res, std::memory_order_release);
-    }
-    return *res;
-}
-
-bool lminf_lanes_set_isa(const char * name) {
-    for (const auto & isa : lminf_lanes_get_isas()) {
-        if (strcmp(isa.name, name) == 0) {
-            chosen = isa.kernels;
-            return true;
-        }
-    }
-    return false;
-}
-
-std::vector<const char *> lminf_lanes_isas() {
-    std::vector<const char *> res;
-    for (const auto & isa : lminf_lanes_get_isas()) {
-        res.push_back(isa.name);
-    }
-    return res;
-}
-
-// --- keys ---------------------------------------------------------------------------------------------------------------
-
 static constexpr ggml_fp16_t F16_NAN = 0x7E00;
-
-static bool is_quantized(ggml_type type) {
-    return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
-}
 
 static bool are_finite(const float * x, int64_t n) {
     return std::all_of(x, x + n, [](float v) { return std::isfinite(v); });
-}
-
-// where an element of a lane is: for q4_0 its byte, of which it is one half
-static int64_t get_offset(ggml_type type, int64_t n_embd, int64_t e, int64_t lane) {
-    switch (type) {
-        case GGML_TYPE_F32:  return (e*16 + lane)*4;
-        case GGML_TYPE_F16:  return (e*16 + lane)*2;
-        case GGML_TYPE_Q8_0: return n_embd + e/4*64 + lane*4 + e % 4;
-        default:             return n_embd + e/8*64 + lane*4 + e % 4;
-    }
-}
-
-// of 32 elements
-static int64_t get_scale_offset(int64_t e, int64_t lane) {
-    return (e/32*16 + lane)*sizeof(ggml_fp16_t);
-}
-
-size_t lminf_lanes_size(ggml_type type, int64_t n_embd) {
-    GGML_ASSERT(type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || is_quantized(type));
-    GGML_ASSERT(n_embd > 0 && n_embd % ggml_blck_size(type) == 0);
-
-    return lminf_n_lanes*ggml_row_size(type, n_embd);
-}
-
-void lminf_lanes_store(ggml_type type, int64_t n_embd, void * block, int64_t lane, const float * k) {
-    char * data = (char *) block;
-
-    if (!is_quantized(type)) {
-        for (int64_t e = 0; e < n_embd; ++e) {
-            char * dst = data + get_offset(type, n_embd, e, lane);
-            if (type == GGML_TYPE_F32) {
-                memcpy(dst, &k[e], sizeof(float));
-            } else {
-                const ggml_fp16_t h = ggml_fp32_to_fp16(k[e]);
-                memcpy(dst, &h, sizeof(h));
-            }
-        }
-        return;
-    }
-
-    for (int64_t e0 = 0; e0 < n_embd; e0 += 32) {
-        // as ggml lays it out: an f16 scale, then 32 bytes, or 16 with the last 16 elements in their upper halves
-        uint8_t row[34] = { 0 };
-        if (are_finite(k + e0, 32)) {
-            ggml_get_type_traits(type)->from_float_ref(k + e0, row, 32);
-        } else {
-            memcpy(row, &F16_NAN, sizeof(F16_NAN));
-        }
-        memcpy(data + get_scale_offset(e0, lane), row, sizeof(ggml_fp16_t));
-
-        const uint8_t * src = row + sizeof(ggml_fp16_t);
-        for (int64_t e = 0; e < 32; ++e) {
-            if (type == GGML_TYPE_Q8_0) {
-                data[get_offset(type, n_embd, e0 + e, lane)] = (char) src[e];
-            } else if (e % 8 < 4) {
-                const int x = src[e % 16] >> e/16*4 & 15, y = src[e % 16 + 4] >> e/16*4 & 15;
-                data[get_offset(type, n_embd, e0 + e, lane)] = (char) (x | y << 4);
-            }
-        }
-    }
-}
-
-void lminf_lanes_load(ggml_type type, int64_t n_embd, const void * block, int64_t lane, float * k) {
-    const char * data = (const char *) block;
-
-    for (int64_t e = 0; e < n_embd; ++e) {
-        const char * src = data + get_offset(type, n_embd, e, lane);
-
-        ggml_fp16_t half;
-        switch (type) {
-            case GGML_TYPE_F32:  memcpy(&k[e], src, sizeof(float)); continue;
-            case GGML_TYPE_F16:  memcpy(&half, src, sizeof(half)); k[e] = ggml_fp16_to_fp32(half); continue;
-            default:             memcpy(&half, data + get_scale_offset(e, lane), sizeof(half)); break;
-        }
-        const int x = type == GGML_TYPE_Q8_0 ? *(const int8_t *) src : (*(const uint8_t *) src >> (e % 8 < 4 ? 0 : 4) & 15) - 8;
-        k[e] = ggml_fp16_to_fp32(half)*x;
-    }
-}
-
-void lminf_lanes_dot(ggml_type type, int64_t n_embd, const void * blocks, int64_t n_blocks, const float * q, int64_t n_q, float * scores) {
-    const auto & kernels = get_kernels();
-    const auto   dot     = type == GGML_TYPE_F32  ? kernels.dot_f32
-                         : type == GGML_TYPE_F16  ? kernels.dot_f16
-                         : type == GGML_TYPE_Q8_0 ? kernels.dot_q8_0 : kernels.dot_q4_0;
-
-    dot(n_embd, lminf_lanes_size(type, n_embd), (const char *) blocks, n_blocks, q, n_q, scores);
 }
 
 // --- sketches -----------------------------------------------------------------------------------------------------------
@@ -210,7 +84,7 @@ void lminf_sketch_max(const void * blocks, int64_t n_blocks, const float * q, co
         for (int64_t j = 0; j < n; ++j) {
             part[j] = get_sketch_query(q + 16*(i + j), offset[i + j]);
         }
-        get_kernels().sketch_max((const char *) blocks, n_blocks, part, n, best);
+        lminf_get_isa().sketch_max((const char *) blocks, n_blocks, part, n, best);
     }
 }
 
@@ -402,11 +276,11 @@ void lminf_project(const lminf_axes & axes, const float * k, float * x) {
     for (int64_t i = 0; i < axes.n_embd; ++i) {
         centered[i] -= axes.mean[i];
     }
-    get_kernels().project(axes.n_embd, axes.axes.data(), centered.data(), x);
+    lminf_get_isa().project(axes.n_embd, axes.axes.data(), centered.data(), x);
 }
 
 float lminf_project_query(const lminf_axes & axes, const float * q, float * y) {
-    get_kernels().project(axes.n_embd, axes.axes.data(), q, y);
+    lminf_get_isa().project(axes.n_embd, axes.axes.data(), q, y);
     return (float) dot(q, axes.mean.data(), axes.n_embd);
 }
 
@@ -512,11 +386,11 @@ void lminf_best::add(const float * scores, int64_t n_scores, int64_t first_index
         const int64_t n         = std::min(n_part, n_scores - i);
         const float   threshold = get_score(border);
 
-        int64_t n_found = get_kernels().find(scores + i, n/16*16, threshold, found);
+        int64_t n_found = lminf_get_isa().find(scores + i, n/16*16, threshold, found);
         if (n % 16 != 0) {
             std::fill(last, last + 16, NAN);
             std::copy(scores + i + n/16*16, scores + i + n, last);
-            const int64_t n_last = get_kernels().find(last, 16, threshold, found + n_found);
+            const int64_t n_last = lminf_get_isa().find(last, 16, threshold, found + n_found);
             for (int64_t j = 0; j < n_last; ++j) {
                 found[n_found++] += n/16*16;
             }

@@ -1,10 +1,12 @@
-// the scans of native/src/lminf-lanes.h against float64, by each instruction set
+// native/src/lminf-sketch.h and lminf-rows.h against float64, by each instruction set
 //
-//   test-lanes [ISA]...   default: all that this processor has
+//   test-recall [ISA]...   default: all that this processor has
 
 #include "attn-cases.h"
 
-#include "lminf-lanes.h"
+#include "lminf-isa.h"
+#include "lminf-rows.h"
+#include "lminf-sketch.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -45,107 +47,186 @@ static float bad_number() {
     return all[draw(3)];
 }
 
-// --- keys ---------------------------------------------------------------------------------------------------------------
+// --- rows ---------------------------------------------------------------------------------------------------------------
 
-static void test_keys(ggml_type type, int64_t n_embd, int64_t n_blocks, int64_t n_q) {
+static constexpr ggml_type TYPES[] = { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
+
+static std::vector<float> to_floats(ggml_type type, const char * row, int64_t n) {
+    std::vector<float> res(n);
+    if (type == GGML_TYPE_F32) {
+        memcpy(res.data(), row, n*sizeof(float));
+    } else {
+        ggml_get_type_traits(type)->to_float(row, res.data(), n);
+    }
+    return res;
+}
+
+// equal bits, or both no number: processors differ in which
+static bool are_same(float a, float b) {
+    return memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b));
+}
+
+static void test_row(ggml_type type, int64_t n, bool with_bad) {
+    const std::string name = std::string(ggml_type_name(type)) + " n=" + std::to_string(n);
+
+    auto x = random_floats(n, std::exp((float) draw(12) - 8.0f));
+    std::vector<bool> is_bad(n);
+    for (int i = 0; with_bad && i < 3; ++i) {
+        const int64_t at = draw(n);
+        x[at] = bad_number();
+        for (int64_t e = at/ggml_blck_size(type)*ggml_blck_size(type), j = 0; j < ggml_blck_size(type); ++j) {
+            is_bad[e + j] = true;
+        }
+    }
+    // what is not finite goes through ggml as zero, so that blocks without it can be compared
+    auto finite = x;
+    for (auto & v : finite) {
+        v = std::isfinite(v) || type == GGML_TYPE_F32 || type == GGML_TYPE_F16 ? v : 0.0f;
+    }
+    std::vector<char> expected(ggml_row_size(type, n)), row(expected.size() + 16, (char) 0xAA);
+    if (type == GGML_TYPE_F32) {
+        memcpy(expected.data(), finite.data(), expected.size());
+    } else {
+        ggml_get_type_traits(type)->from_float_ref(finite.data(), expected.data(), n);
+    }
+    lminf_row_store(type, x.data(), n, row.data());
+    check(std::all_of(row.end() - 16, row.end(), [](char c) { return c == (char) 0xAA; }), "store, behind its end, " + name);
+
+    const auto as_floats = to_floats(type, expected.data(), n);
+
+    std::vector<float>       floats(n + 16, -1234.5f);
+    std::vector<ggml_fp16_t> halves(n + 16, 0x5555);
+    lminf_row_load(type, row.data(), n, GGML_TYPE_F32, floats.data());
+    lminf_row_load(type, row.data(), n, GGML_TYPE_F16, halves.data());
+    for (int64_t i = 0; i < n; ++i) {
+        const bool is_nan = is_bad[i] && ggml_is_quantized(type);
+        check(is_nan ? std::isnan(floats[i]) : are_same(floats[i], as_floats[i]), "load, " + name);
+        check(is_nan ? std::isnan(ggml_fp16_to_fp32(halves[i]))
+                     : are_same(ggml_fp16_to_fp32(halves[i]), ggml_fp16_to_fp32(ggml_fp32_to_fp16(as_floats[i]))), "load as f16, " + name);
+    }
+    for (int64_t i = n; i < n + 16; ++i) {
+        check(floats[i] == -1234.5f && halves[i] == 0x5555, "load, behind its end, " + name);
+    }
+}
+
+static void test_rows_dot(ggml_type type, int64_t n_embd, int64_t n_rows, int64_t n_q) {
     const std::string name = std::string(ggml_type_name(type)) + " n_embd=" + std::to_string(n_embd)
-        + " n_blocks=" + std::to_string(n_blocks) + " n_q=" + std::to_string(n_q);
+        + " n_rows=" + std::to_string(n_rows) + " n_q=" + std::to_string(n_q);
 
-    const size_t  size     = lminf_lanes_size(type, n_embd);
-    const int64_t n_tokens = n_blocks*lminf_n_lanes;
-    check(size == lminf_n_lanes*ggml_row_size(type, n_embd), "size of a block, " + name);
+    // a head of several, among rows that are not asked for and are NaN
+    const size_t  size    = ggml_row_size(type, n_embd);
+    const size_t  stride  = size*(1 + draw(3));
+    const int64_t n_there = 1 + draw(3*n_rows + 1);
 
-    std::vector<char> blocks(n_blocks*size, (char) 0xFF);
-
-    // in any order, some of them twice
-    std::vector<int64_t> order;
-    for (int64_t i = 0; i < n_tokens; ++i) {
-        order.push_back(i);
-        if (draw(4) == 0) {
-            order.push_back(i);
-        }
-    }
-    std::shuffle(order.begin(), order.end(), rng);
-
-    std::vector<std::vector<float>> keys(n_tokens);
-    for (int64_t i : order) {
-        keys[i] = random_floats(n_embd, std::exp((float) draw(8) - 4.0f));
-        lminf_lanes_store(type, n_embd, &blocks[i/lminf_n_lanes*size], i % lminf_n_lanes, keys[i].data());
-    }
-
-    // as ggml would have stored them
-    std::vector<float> row(n_embd);
-    std::vector<char>  stored(ggml_row_size(type, n_embd));
-    for (int64_t i = 0; i < n_tokens; ++i) {
-        ggml_quantize_chunk(type, keys[i].data(), stored.data(), 0, 1, n_embd, nullptr);
-        if (type == GGML_TYPE_F32) {
-            memcpy(row.data(), stored.data(), stored.size());
-        } else {
-            ggml_get_type_traits(type)->to_float(stored.data(), row.data(), n_embd);
-        }
-        lminf_lanes_load(type, n_embd, &blocks[i/lminf_n_lanes*size], i % lminf_n_lanes, keys[i].data());
-        check(memcmp(row.data(), keys[i].data(), n_embd*sizeof(float)) == 0, "load, " + name);
-    }
-
-    // a key and a query that are not numbers
-    const int64_t bad_key   = draw(3) == 0 ? draw(n_tokens) : -1;
+    std::vector<char>    rows(n_there*stride, (char) 0xFF);
+    std::vector<int32_t> idxs(n_rows);
+    std::vector<std::vector<float>> k(n_there);
+    const int64_t bad_row   = draw(3) == 0 ? draw(n_there) : -1;
     const int64_t bad_query = draw(3) == 0 ? draw(n_q) : -1;
-    auto q = random_floats(n_q*n_embd);
-    if (bad_key >= 0) {
-        std::vector<float> k = random_floats(n_embd);
-        k[draw(n_embd)] = NAN;
-        lminf_lanes_store(type, n_embd, &blocks[bad_key/lminf_n_lanes*size], bad_key % lminf_n_lanes, k.data());
+    for (auto & idx : idxs) {
+        idx = (int32_t) draw(n_there);
+        if (k[idx].empty()) {
+            k[idx] = random_floats(n_embd, std::exp((float) draw(8) - 4.0f));
+            if (idx == bad_row) {
+                k[idx][draw(n_embd)] = NAN;
+            }
+            lminf_row_store(type, k[idx].data(), n_embd, &rows[idx*stride]);
+            k[idx] = to_floats(type, &rows[idx*stride], n_embd);
+        }
     }
+    auto q = random_floats(n_q*n_embd);
     if (bad_query >= 0) {
         q[bad_query*n_embd + draw(n_embd)] = NAN;
     }
 
-    std::vector<float> scores(n_q*n_tokens, 1234.5f);
-    lminf_lanes_dot(type, n_embd, blocks.data(), n_blocks, q.data(), n_q, scores.data());
+    std::vector<float> scores(n_q*n_rows + 16, 1234.5f);
+    lminf_rows_dot(type, n_embd, rows.data(), stride, idxs.data(), n_rows, q.data(), n_q, scores.data());
 
     for (int64_t i = 0; i < n_q; ++i) {
-        for (int64_t t = 0; t < n_tokens; ++t) {
+        for (int64_t r = 0; r < n_rows; ++r) {
             double sum = 0.0, sum_abs = 0.0;
             for (int64_t e = 0; e < n_embd; ++e) {
-                const double x = (double) q[i*n_embd + e]*keys[t][e];
+                const double x = (double) q[i*n_embd + e]*k[idxs[r]][e];
                 sum     += x;
                 sum_abs += std::fabs(x);
             }
-            const float score = scores[i*n_tokens + t];
-            if (i == bad_query || t == bad_key) {
+            const float score = scores[i*n_rows + r];
+            if (i == bad_query || idxs[r] == bad_row) {
                 check(std::isnan(score), "NaN, " + name);
             } else {
                 check(std::fabs(score - sum) <= 1e-6*sum_abs, "score " + std::to_string(score) + " for " + std::to_string(sum) + ", " + name);
             }
         }
     }
+    check(std::all_of(scores.end() - 16, scores.end(), [](float x) { return x == 1234.5f; }), "scores behind their end, " + name);
 }
 
-static void test_all_keys() {
-    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        for (int64_t n_embd : { 1, 3, 8, 31, 32, 63, 64, 65, 80, 96, 128, 160, 192, 256, 576 }) {
-            if (n_embd % ggml_blck_size(type) != 0) {
+static void test_all_rows() {
+    for (ggml_type type : TYPES) {
+        for (int64_t n : { 1, 3, 8, 31, 32, 63, 64, 65, 80, 96, 128, 160, 192, 256, 576, 1024 }) {
+            if (n % ggml_blck_size(type) != 0) {
                 continue;
             }
+            for (int i = 0; i < 6; ++i) {
+                test_row(type, n, i % 2 == 1);
+            }
             for (int64_t n_q : { 1, 2, 3, 4, 5, 7, 8, 9, 12, 19 }) {
-                test_keys(type, n_embd, 1 + draw(4), n_q);
+                test_rows_dot(type, n, 1 + draw(40), n_q);
             }
         }
-        test_keys(type, 64, 3, 128);
-        lminf_lanes_dot(type, 64, nullptr, 0, nullptr, 0, nullptr);
+        test_rows_dot(type, 64, 256, 128);
+        lminf_rows_dot(type, 64, nullptr, 0, nullptr, 0, nullptr, 0, nullptr);
     }
-    // what is not finite in 32 quantized elements makes no number of the others
-    for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        std::vector<char> block(lminf_lanes_size(type, 64));
-        auto k = random_floats(64), res = k;
-        k[draw(64)] = bad_number();
-        lminf_lanes_store(type, 64, block.data(), 5, k.data());
-        lminf_lanes_load (type, 64, block.data(), 5, res.data());
-        for (int64_t e = 0; e < 64; ++e) {
-            const bool is_bad = !std::isfinite(k[e/32*32]) || std::any_of(&k[e/32*32], &k[e/32*32] + 32, [](float x) { return !std::isfinite(x); });
-            check(std::isnan(res[e]) == is_bad, "a quantized key that is not finite");
+}
+
+// --- votes --------------------------------------------------------------------------------------------------------------
+
+static void test_exp(int64_t n) {
+    const std::string name = "exp n=" + std::to_string(n);
+
+    auto x = random_floats(n + 16, std::exp((float) draw(9) - 4.0f));
+    const float shift = 100.0f*random_floats(1)[0];
+    for (auto & v : x) {
+        v += shift;
+    }
+    const bool is_empty = draw(8) == 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (is_empty || draw(20) == 0) {
+            x[i] = draw(2) ? NAN : -INFINITY;
         }
     }
+    const auto before = x;
+
+    float expected = -INFINITY;
+    for (int64_t i = 0; i < n; ++i) {
+        expected = x[i] > expected ? x[i] : expected;
+    }
+    float max = NAN;
+    const float sum = lminf_exp(x.data(), n, max);
+    check(max == expected, "largest, " + name);
+
+    double total = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+        const double y = before[i] > -INFINITY ? std::exp((double) (before[i] - expected)) : 0.0;
+        check(std::fabs(x[i] - y) <= 5e-7*y + 2e-38, "exp " + std::to_string(before[i] - expected) + ": " + std::to_string(x[i]) + ", " + name);
+        total += x[i];
+    }
+    check(std::fabs(sum - total) <= 1e-5*total, "sum, " + name);
+    check(memcmp(&before[n], &x[n], 16*sizeof(float)) == 0, "behind its end, " + name);
+}
+
+static void test_add_scaled(int64_t n) {
+    const auto  x = random_floats(n);
+    const auto  before = random_floats(n + 16);
+    const float a = draw(8) ? random_floats(1)[0] : NAN;
+
+    auto y = before;
+    lminf_add_scaled(y.data(), a, x.data(), n);
+    for (int64_t i = 0; i < n; ++i) {
+        const double expected = before[i] + (double) a*x[i];
+        check(std::isnan(a) ? std::isnan(y[i]) : std::fabs(y[i] - expected) <= 2e-7*(std::fabs(before[i]) + std::fabs(a*x[i])), "add_scaled n=" + std::to_string(n));
+    }
+    check(memcmp(&before[n], &y[n], 16*sizeof(float)) == 0, "add_scaled, behind its end");
 }
 
 // --- sketches -----------------------------------------------------------------------------------------------------------
@@ -446,17 +527,18 @@ static void test_all_axes() {
 int main(int argc, char ** argv) {
     rng = attn_seed();
 
-    std::vector<const char *> isas(argv + 1, argv + argc);
-    if (isas.empty()) {
-        isas = lminf_lanes_isas();
-    }
-    for (const char * isa : isas) {
-        if (!lminf_lanes_set_isa(isa)) {
-            printf("lanes, %s: this build or this processor does not have it\n", isa);
+    for (const char * isa : argc > 1 ? std::vector<const char *>(argv + 1, argv + argc) : lminf_isa_names()) {
+        if (!lminf_set_isa(isa)) {
+            printf("recall, %s: this build or this processor does not have it\n", isa);
             return 1;
         }
         n_checks = 0;
-        test_all_keys();
+        test_all_rows();
+        for (int i = 0; i < 400; ++i) {
+            test_exp(draw(70));
+            test_add_scaled(draw(70));
+        }
+        test_exp(1000);
         for (int i = 0; i < 300; ++i) {
             test_sketch(draw(11), draw(2) ? draw(6) : draw(150));
         }
@@ -464,9 +546,9 @@ int main(int argc, char ** argv) {
             test_best();
         }
         test_all_axes();
-        printf("lanes, %s: %d checks, %d failed\n", isa, n_checks, n_failed);
+        printf("recall, %s: %d checks, %d failed\n", isa, n_checks, n_failed);
     }
-    check(!lminf_lanes_set_isa("none"), "an instruction set that does not exist");
+    check(!lminf_set_isa("none"), "an instruction set that does not exist");
 
     return n_failed > 0;
 }

@@ -1,11 +1,14 @@
-// The scans of native/src/lminf-lanes.h over the keys of a 1B model: 16 layers of 8 KV heads of 64 elements, 4 queries each
+// The loops of recall (native/src/lminf-sketch.h and lminf-rows.h) over the keys of a 1B model: 16 layers of 8 KV heads of 64
+// elements, 4 queries each
 //
-//   bench-lanes [--tokens N] [--threads N] [--rounds N] [--isa NAME]
+//   bench-scans [--tokens N] [--threads N] [--rounds N] [--isa NAME]
 //
 // A figure is the processor time of the busiest thread for all layers, added up from the best of the rounds for each head. Data lies in memory once for every layer and head, up to 512 MiB; what
 // would be more is scanned again from the start. GB/s counts keys or sketches, once per scan.
 
-#include "lminf-lanes.h"
+#include "lminf-isa.h"
+#include "lminf-rows.h"
+#include "lminf-sketch.h"
 
 #include <algorithm>
 #include <atomic>
@@ -166,11 +169,11 @@ int main(int argc, char ** argv) {
         });
         const double bytes = (double) N_LAYER*N_HEAD_KV*n_blocks*lminf_sketch_size();
 
-        for (const char * isa : lminf_lanes_isas()) {
+        for (const char * isa : lminf_isa_names()) {
             if (only && strcmp(only, isa) != 0) {
                 continue;
             }
-            lminf_lanes_set_isa(isa);
+            lminf_set_isa(isa);
 
             for (int64_t n_q : { 4, 128 }) {
                 for (const bool choose : { false, true }) {
@@ -195,31 +198,69 @@ int main(int argc, char ** argv) {
         }
     }
 
+    // rows of all heads, some of them after a scan: 256 of 2048 at a time, a token's heads one after the other
     for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_F16, GGML_TYPE_F32 }) {
-        const size_t  size = lminf_lanes_size(type, N_EMBD);
-        const archive blocks(n_blocks, size, [&](char * block, int64_t lane) {
-            lminf_lanes_store(type, N_EMBD, block, lane, &keys[rng() % (keys.size() - N_EMBD)]);
-        });
-        const double bytes = (double) N_LAYER*N_HEAD_KV*n_blocks*size;
+        constexpr int64_t n_rows = 256, n_there = 2048;
 
-        for (const char * isa : lminf_lanes_isas()) {
+        const size_t size   = ggml_row_size(type, N_EMBD);
+        const size_t stride = size*N_HEAD_KV;
+
+        std::vector<char> rows(n_there*stride);
+        for (int64_t i = 0; i < n_there*N_HEAD_KV; ++i) {
+            lminf_row_store(type, &keys[rng() % (keys.size() - N_EMBD)], N_EMBD, &rows[i*size]);
+        }
+        std::vector<int32_t> idxs(n_there);
+        for (int64_t i = 0; i < n_there; ++i) {
+            idxs[i] = (int32_t) i;
+        }
+        std::shuffle(idxs.begin(), idxs.end(), rng);
+        for (int64_t i = 0; i < n_there; i += n_rows) {
+            std::sort(&idxs[i], &idxs[i] + n_rows);
+        }
+
+        for (const char * isa : lminf_isa_names()) {
             if (only && strcmp(only, isa) != 0) {
                 continue;
             }
-            lminf_lanes_set_isa(isa);
+            lminf_set_isa(isa);
 
-            for (int64_t n_q : { 1, 4, 128 }) {
-                std::vector<std::vector<float>> scores(n_threads, std::vector<float>(n_q*N_CHUNK*lminf_n_lanes));
+            for (int64_t n_q : { 4, 128 }) {
+                std::vector<std::vector<float>> scores(n_threads, std::vector<float>(n_q*n_rows));
 
-                // a tenth of the many: they take long, and no memory bandwidth
-                const int64_t n = n_q > 4 ? std::max<int64_t>(n_threads, n_work/10) : n_work;
-                const double  t = measure(n, n_chunks, [&](int ith, int64_t i) {
-                    const int64_t first = i % n_chunks*N_CHUNK;
-                    lminf_lanes_dot(type, N_EMBD, blocks.get(i/n_chunks, first), std::min(N_CHUNK, n_blocks - first), q.data(), n_q, scores[ith].data());
-                });
-                print(isa, std::string("keys ") + ggml_type_name(type), n_q, t*n_work/n, bytes);
+                const int64_t n = N_LAYER*n_there/n_rows;
+                print(isa, std::string("2048 rows ") + ggml_type_name(type), n_q, measure(n, n_there/n_rows, [&](int ith, int64_t i) {
+                    for (int64_t h = 0; h < N_HEAD_KV; ++h) {
+                        lminf_rows_dot(type, N_EMBD, rows.data() + h*size, stride, &idxs[i*n_rows % n_there], n_rows, q.data(), n_q, scores[ith].data());
+                    }
+                }), (double) N_LAYER*n_there*stride);
             }
+            std::vector<std::vector<ggml_fp16_t>> halves(n_threads, std::vector<ggml_fp16_t>(N_EMBD*N_HEAD_KV));
+            print(isa, std::string("2048 rows to f16, ") + ggml_type_name(type), 0, measure(N_LAYER*n_there, n_there, [&](int ith, int64_t i) {
+                lminf_row_load(type, &rows[idxs[i % n_there]*stride], N_EMBD*N_HEAD_KV, GGML_TYPE_F16, halves[ith].data());
+            }), (double) N_LAYER*n_there*stride);
         }
+    }
+
+    for (const char * isa : lminf_isa_names()) {
+        if (only && strcmp(only, isa) != 0) {
+            continue;
+        }
+        lminf_set_isa(isa);
+
+        constexpr int64_t n = 256, n_all = 1024;
+        std::vector<std::vector<float>> x(n_threads, std::vector<float>(n*n_all)), votes(n_threads, std::vector<float>(n));
+        print(isa, "exp of 4M scores", 0, measure(16, 16, [&](int ith, int64_t) {
+            memcpy(x[ith].data(), keys.data(), n*n_all*sizeof(float));
+            for (int64_t i = 0; i < n_all; ++i) {
+                float max;
+                lminf_exp(&x[ith][i*n], n, max);
+            }
+        }), 16.0*n*n_all*sizeof(float));
+        print(isa, "4M scores added", 0, measure(16, 16, [&](int ith, int64_t) {
+            for (int64_t i = 0; i < n_all; ++i) {
+                lminf_add_scaled(votes[ith].data(), 0.5f, &x[ith][i*n], n);
+            }
+        }), 16.0*n*n_all*sizeof(float));
     }
     return 0;
 }
