@@ -169,6 +169,7 @@ class Native:
             function.restype, function.argtypes = result, arguments
             return function
 
+        self.declare = declare
         pointer, int32, int64, boolean = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_bool
         self._default_params = declare("lminf_default_params", Params)
         self._refusal = declare("lminf_refusal", ctypes.c_char_p, pointer)
@@ -185,10 +186,6 @@ class Native:
         self._skip = declare("lminf_skip", boolean, pointer, int32, int64)
         self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
         self._seq_set_recall = declare("lminf_seq_set_recall", boolean, pointer, int32, int32)
-        self._archive_get = declare("lminf_archive_get", pointer, pointer, int32)
-        self._archive_set = declare("lminf_archive_set", boolean, pointer, int32, pointer)
-        self._archive_free = declare("lminf_archive_free", None, pointer)
-        self._archive_bytes = declare("lminf_archive_bytes", ctypes.c_uint64)
         self._grammar_overran = declare("lminf_grammar_overran", boolean)
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
 
@@ -273,22 +270,6 @@ class Native:
     def set_recall(self, ctx: Any, n_recall: int, seq_id: int = 0) -> bool:
         """Recalls this many tokens for a sequence from now on; False if that is more than the context's n_recall."""
         return bool(self._seq_set_recall(ctx, seq_id, n_recall))
-
-    def archive(self, ctx: Any, seq_id: int = 0) -> Any:
-        """What a sequence can recall now, to be freed; None without recall."""
-        return self._archive_get(ctx, seq_id)
-
-    def set_archive(self, ctx: Any, archive: Any, seq_id: int = 0) -> bool:
-        """Lets a sequence recall what another one with the same tokens could; False for another model's archive."""
-        return bool(self._archive_set(ctx, seq_id, archive))
-
-    def free_archive(self, archive: Any) -> None:
-        """Of any thread."""
-        self._archive_free(archive)
-
-    def archive_bytes(self) -> int:
-        """Bytes of all archives in this process, shared ones counted once."""
-        return int(self._archive_bytes())
 
     def grammar_overran(self) -> bool:
         """Whether this thread's last call into a grammar was aborted because it took too much work."""

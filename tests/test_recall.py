@@ -159,6 +159,59 @@ def test_branches_share_what_they_have_in_common(nano_f32_path: str, tokens: Any
     assert context.archive_bytes() == 0
 
 
+def test_a_choice_serves_several_tokens_while_it_is_right(nano_f32_path: str, text: Tokens) -> None:
+    """What was chosen before an archive, a rollback or a skip that took tokens away is not taken again."""
+    settings = {"n_slack": 64, "n_ubatch": 1, "recall_every": 16, **SOME}
+
+    def fresh(*runs: Tokens) -> npt.NDArray[np.float32]:
+        with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, **settings) as context:
+            return [context.feed(run) for run in runs][-1]
+
+    with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, **settings) as context:
+        context.feed(text[:200])
+        early = context.archive()
+        context.feed(text[200:304])
+        late, state = context.archive(), context.save()
+        context.feed(text[304:307])
+        assert context.set_archive(early)  # behind the stream: what it has not is not recalled
+        assert context.info().n_archived == 200
+        assert np.isfinite(context.feed(text[307:330])).all()
+        assert context.load(state)
+        assert context.set_archive(late)
+        np.testing.assert_array_equal(context.feed(text[304:320]), fresh(text[:304], text[304:320]))
+        assert context.rollback(310)
+        assert context.skip(1000)
+        assert np.isfinite(context.feed(text[316:340])).all()
+        for archive in (early, late):
+            context.free_archive(archive)
+
+
+def test_another_context_gets_a_copy(nano_f32_path: str, text: Tokens) -> None:
+    """Both write on: neither into what the other reads."""
+    first, second = text[200:300], text[300:400]
+    with (
+        NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, **SOME) as one,
+        NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, **SOME) as two,
+    ):
+        one.feed(text[:200])
+        archive = one.archive()
+        assert two.load(one.save())
+        assert two.set_archive(archive)
+        assert one.archive_bytes() == 2 * one.info().archive_bytes
+        rows = (one.feed(first), two.feed(second))
+        one.free_archive(archive)
+    for found, run in zip(rows, (first, second), strict=True):
+        with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, **SOME) as alone:
+            alone.feed(text[:200])
+            np.testing.assert_array_equal(found, alone.feed(run))
+
+
+def test_an_archive_smaller_than_a_batch(nano_f32_path: str, text: Tokens) -> None:
+    with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=64, n_archive=20, **SOME) as context:
+        for i in range(0, 448, 64):
+            assert np.isfinite(context.feed(text[i : i + 64])).all()
+
+
 def test_sequences_recall_their_own(nano_f32_path: str, text: Tokens) -> None:
     texts = [text[:256], text[::-1][:256].copy()]
     alone = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,15 +19,27 @@ _LEAST = 1 << 30  # bytes, where that is not known
 
 
 class Archive:
-    """The archive of a sequence at one moment; freed with this object.
+    """What a sequence can recall at one moment; freed with this object."""
 
-    n_bytes_all()   bytes of all archives of the process, what several share counted once
-    """
+    def __init__(self, native: Native, ctx: Any, seq_id: int) -> None:
+        self._native = native
+        get = native.declare("lminf_archive_get", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+        free = native.declare("lminf_archive_free", None, ctypes.c_void_p)
+        self._handle = get(ctx, seq_id)
+        if not self._handle:
+            raise RuntimeError("This context recalls nothing.")
+        weakref.finalize(self, free, self._handle)
 
-    def __init__(self, native: Native, handle: Any) -> None:
-        self.handle = handle
-        self.n_bytes_all = native.archive_bytes
-        weakref.finalize(self, native.free_archive, handle)
+    def give(self, ctx: Any, seq_id: int) -> bool:
+        """Lets a sequence with the same tokens recall it; False if that has keys of other sizes or types."""
+        pointer, int32 = ctypes.c_void_p, ctypes.c_int32
+        return bool(
+            self._native.declare("lminf_archive_set", ctypes.c_bool, pointer, int32, pointer)(ctx, seq_id, self._handle)
+        )
+
+    def n_bytes_all(self) -> int:
+        """Bytes of all archives of the process, what several share counted once."""
+        return int(self._native.declare("lminf_archive_bytes", ctypes.c_uint64)())
 
 
 def default_budget() -> int:

@@ -122,8 +122,7 @@ class CacheSequence:
 
     def archive(self) -> Archive | None:
         """What the stream can recall now. A rollback of the stream does not change it."""
-        handle = self._native.archive(self.ctx, self.seq_id) if self.window.n_recall else None
-        return Archive(self._native, handle) if handle else None
+        return Archive(self._native, self.ctx, self.seq_id) if self.window.n_recall else None
 
     def save_recurrent(self) -> State:
         """A copy of the recurrent layers' states alone, for `rewind`. Raises RuntimeError if the library fails."""
@@ -172,7 +171,7 @@ class CacheSequence:
             n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(state), state.nbytes, self.seq_id)
             if n_read != 0 and self._has_loaded(checkpoint):
                 if checkpoint.archive is not None:
-                    self._native.set_archive(self.ctx, checkpoint.archive.handle, self.seq_id)
+                    checkpoint.archive.give(self.ctx, self.seq_id)
                 return None
             self.clear()
         reasons = (error.partition("error loading state: ")[2] for error in errors)

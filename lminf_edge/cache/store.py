@@ -93,8 +93,7 @@ class CheckpointStore:
         self._trim_disk()
         if self._files is not None:
             for conversation in self.conversations.values():
-                tip = conversation.tip
-                if tip is not None and tip.in_file:
+                if (tip := conversation.tip) is not None and tip.in_file:
                     self._files.touch(tip.name, conversation.used)
             self._files.close()
 
@@ -385,10 +384,10 @@ class CheckpointStore:
         assert self._files is not None
         try:
             self._files.write(name, head, checkpoint)
+            return True
         except (OSError, MemoryError) as error:
             self.failures.note(error)
             return False
-        return True
 
     def _read(self, name: str, head: Head) -> Checkpoint:
         assert self._files is not None

@@ -70,7 +70,7 @@ struct lminf_params {
     int32_t n_recall;        // tokens recalled in each layer, 0: none; with the paper's rule in each query head
     int32_t recall_distance; // where they stand, 1 or more; 0: max_distance
     int32_t recall_from;     // the first layer that recalls, 0 or more
-    int32_t recall_every;    // a choice serves so many decoded tokens, 1 or more
+    int32_t recall_every;    // a choice serves decoded tokens up to the next multiple of this, 1 or more
     int32_t recall_rule;     // enum lminf_recall_rule
     int32_t recall_index;    // enum lminf_recall_index
     int32_t n_archive;       // tokens of each sequence that can be recalled, the newest, 1 or more
@@ -106,6 +106,8 @@ struct lminf_parts {
     uint64_t sink_bytes;
     uint64_t sliding_bytes;
     uint64_t recurrent_bytes;
+
+    uint64_t archive_token_bytes; // of a token in an archive, sketches included; 0 without recall
 };
 
 // what a model needs
@@ -171,7 +173,8 @@ LLAMA_API bool lminf_skip(struct llama_context * ctx, llama_seq_id seq_id, int64
 // empty again. A system prompt can be kept whole that way, whatever its length. A state brings its own number with it.
 LLAMA_API bool lminf_seq_set_sinks(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_global);
 
-// From the next batch on this many tokens are recalled for the sequence, 0 to the context's n_recall. A choice of the caller,
+// From the next batch on this many tokens are recalled for the sequence, 0 to the context's n_recall; with the paper's rule all or
+// none. A choice of the caller,
 // not a part of the stream: it is in force until it is changed.
 LLAMA_API bool lminf_seq_set_recall(struct llama_context * ctx, llama_seq_id seq_id, int32_t n_recall);
 
@@ -184,7 +187,8 @@ struct lminf_archived;
 LLAMA_API struct lminf_archived * lminf_archive_get(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // The sequence's tokens must be the first of those that this was of, or the same: what it holds of later ones is forgotten.
-// False, and nothing changed, if it is of another model or of other archive types.
+// False, and nothing changed, if its keys or values have other sizes or types; that it is of the same model and KV types is the
+// caller's to know. Of another context it is copied.
 LLAMA_API bool lminf_archive_set(struct llama_context * ctx, llama_seq_id seq_id, const struct lminf_archived * archived);
 
 LLAMA_API void lminf_archive_free(struct lminf_archived * archived);

@@ -331,6 +331,8 @@ bool lminf_seq_set_recall(llama_context * ctx, llama_seq_id seq_id, int32_t n_re
 
 struct lminf_archived {
     lminf_archive archive;
+
+    const lminf_memory * owner; // to be compared only
 };
 
 lminf_archived * lminf_archive_get(const llama_context * ctx, llama_seq_id seq_id) {
@@ -340,13 +342,13 @@ lminf_archived * lminf_archive_get(const llama_context * ctx, llama_seq_id seq_i
     }
     mem->wait();
 
-    return new lminf_archived{ mem->get_recall()->get_archive(seq_id) };
+    return new lminf_archived{ mem->get_recall()->get_archive(seq_id), mem };
 }
 
 bool lminf_archive_set(llama_context * ctx, llama_seq_id seq_id, const lminf_archived * archived) {
     auto * mem = get_memory(ctx, seq_id);
 
-    return mem && mem->seq_set_archive(seq_id, archived->archive);
+    return mem && archived && mem->seq_set_archive(seq_id, archived->archive, archived->owner != mem);
 }
 
 void lminf_archive_free(lminf_archived * archived) {

@@ -41,6 +41,13 @@ lminf_archive_layout::lminf_archive_layout(const llama_model & model, ggml_type 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
     }
+    size_t free  = 0;
+    size_t total = 0;
+    ggml_backend_dev_memory(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), &free, &total);
+    if (total > 0) {
+        max_bytes = total/2;
+    }
+
     for (const auto & [il, il_keys] : reuse) {
         const auto it = map_layer_ids.find(il_keys);
         if (it != map_layer_ids.end()) {
@@ -65,6 +72,9 @@ size_t lminf_archive::n_bytes_all() {
 
 std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
     const size_t size = layout->get_segment_size();
+    if (n_bytes_alive + size > layout->get_max_bytes()) {
+        return nullptr;
+    }
 
     // untouched pages take no memory: nothing is zeroed that need not be
     char * data = static_cast<char *>(::operator new[](size, std::align_val_t(64), std::nothrow));
@@ -81,27 +91,53 @@ std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
     return res;
 }
 
-bool lminf_archive::assign(const lminf_archive & other, int64_t i1) {
+bool lminf_archive::assign(const lminf_archive & other, int64_t i1, bool copies) {
     if (!(*layout == *other.layout)) {
         return false;
     }
+    clear();
+
     ranges      = other.ranges;
-    segments    = other.segments;
     learned     = other.learned;
+    segments    = other.segments;
     layers_axes = other.layers_axes;
 
     truncate(i1);
+    if (!copies) {
+        return true;
+    }
 
+    for (auto & [i, shared] : segments) {
+        auto made = new_segment();
+        if (!made) {
+            clear();
+            return true; // without memory it begins anew
+        }
+        memcpy(made->data.get(), shared->data.get(), layout->get_segment_size());
+        made->n_tokens = shared->n_tokens;
+        shared = std::move(made);
+    }
+    for (auto & axes_of_layer : layers_axes) {
+        axes_of_layer = std::make_shared<axes>(*axes_of_layer);
+    }
     return true;
 }
 
 void lminf_archive::append(int64_t i0, int64_t n) {
     const int64_t i1 = i0 + n;
 
+    truncate(i0);
+
     // in steps, so that a choice stays valid for a while
-    if (i1 - n_max > 0) {
+    int64_t n_over = n_tokens() + n - n_max;
+    if (n_over > 0) {
         const int64_t step = std::clamp<int64_t>(n_max/8, 1, n_segment);
-        forget((i1 - n_max + step - 1)/step*step);
+        n_over = (n_over + step - 1)/step*step;
+    }
+    while (n_over > 0 && !ranges.empty()) {
+        const int64_t n_gone = std::min(n_over, ranges.front().second - ranges.front().first);
+        forget(ranges.front().first + n_gone);
+        n_over -= n_gone;
     }
 
     for (int64_t i = i0/n_segment; i <= (i1 - 1)/n_segment; ++i) {
@@ -118,13 +154,13 @@ void lminf_archive::append(int64_t i0, int64_t n) {
         while (!made && segments.size() > 1 && segments.begin()->first < i0/n_segment) {
             if (!is_short) {
                 is_short = true;
-                LLAMA_LOG_WARN("%s: there is no memory for more than %lld tokens to recall: the oldest are forgotten\n", __func__, (long long) n_tokens());
+                LLAMA_LOG_WARN("%s: archives have all the memory that they may have, with %lld tokens in this one: its oldest are forgotten\n", __func__, (long long) n_tokens());
             }
             forget((segments.begin()->first + 1)*n_segment);
             made = new_segment();
         }
         if (!made) {
-            LLAMA_LOG_WARN("%s: there is no memory for tokens to recall: %lld are lost\n", __func__, (long long) n);
+            LLAMA_LOG_WARN("%s: archives have all the memory that they may have: %lld tokens will not be recalled\n", __func__, (long long) n);
             truncate(i*n_segment);
             return;
         }
@@ -143,6 +179,9 @@ void lminf_archive::append(int64_t i0, int64_t n) {
 }
 
 void lminf_archive::forget(int64_t i1) {
+    if (!ranges.empty() && ranges.front().first < i1) {
+        n_changes++;
+    }
     while (!ranges.empty() && ranges.front().first < i1) {
         if (ranges.front().second > i1) {
             ranges.front().first = i1;
@@ -156,6 +195,9 @@ void lminf_archive::forget(int64_t i1) {
 }
 
 void lminf_archive::truncate(int64_t i0) {
+    if (!ranges.empty() && ranges.back().second > i0) {
+        n_changes++;
+    }
     while (!ranges.empty() && ranges.back().second > i0) {
         if (ranges.back().first < i0) {
             ranges.back().second = i0;
@@ -167,16 +209,26 @@ void lminf_archive::truncate(int64_t i0) {
         segments.erase(std::prev(segments.end()));
     }
     if (learned.second > i0) {
-        layers_axes.clear(); // what comes instead may be another text
-        learned = { 0, 0 };
+        forget_axes(); // what comes instead may be another text
+    }
+    for (const auto & axes_of_layer : layers_axes) {
+        if (std::any_of(axes_of_layer->begin(), axes_of_layer->end(), [](const auto & a) { return a.n_embd == 0; })) {
+            forget_axes(); // a micro-batch that was to find them failed
+            break;
+        }
     }
 }
 
-void lminf_archive::clear() {
-    ranges.clear();
-    segments.clear();
+void lminf_archive::forget_axes() {
     layers_axes.clear();
     learned = { 0, 0 };
+}
+
+void lminf_archive::clear() {
+    n_changes++;
+    ranges.clear();
+    segments.clear();
+    forget_axes();
 }
 
 void lminf_archive::learn(int64_t i0) {

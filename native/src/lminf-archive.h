@@ -49,6 +49,9 @@ public:
 
     size_t get_segment_size() const { return segment_size; }
 
+    // all archives of the process take no more: the machine needs memory for other things
+    size_t get_max_bytes() const { return max_bytes; }
+
     const std::vector<layer> & get_layers() const { return layers; }
 
     // NULL: the layer stores nothing
@@ -67,6 +70,7 @@ private:
     std::map<int32_t, size_t> map_layer_ids; // il -> index into layers
 
     size_t segment_size = 0;
+    size_t max_bytes    = SIZE_MAX;
 };
 
 class lminf_archive {
@@ -97,8 +101,12 @@ public:
     // of all archives in this process, what several share counted once
     static size_t n_bytes_all();
 
-    // takes over what another one holds of the tokens before i1; false if that has another layout
-    bool assign(const lminf_archive & other, int64_t i1);
+    // takes over what another one holds of the tokens before i1, with copies of its segments if another thread may write to
+    // them; false if that has another layout
+    bool assign(const lminf_archive & other, int64_t i1, bool copies);
+
+    // how often tokens were taken away, of which a choice may hold some
+    int64_t get_n_changes() const { return n_changes; }
 
     const lminf_archive_layout & get_layout() const { return *layout; }
 
@@ -131,6 +139,8 @@ private:
     // NULL if there is no memory
     std::shared_ptr<segment> new_segment() const;
 
+    void forget_axes();
+
     void forget(int64_t i1);
 
     std::shared_ptr<const lminf_archive_layout> layout;
@@ -143,6 +153,8 @@ private:
     range learned = { 0, 0 };
 
     std::vector<std::shared_ptr<axes>> layers_axes;
+
+    int64_t n_changes = 0;
 
     bool is_short = false; // of memory: told once
 };

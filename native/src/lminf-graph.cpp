@@ -153,8 +153,6 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     const int64_t n_kv          = mask->ne[0] - n_sink_rows - n_recall_rows;
 
     if (recall) {
-        mem.wait(); // for the graph before, which works on the same
-
         for (int64_t s = 0; s < n_stream; ++s) {
             const int64_t      i0     = s*n_tokens/n_stream;
             const llama_seq_id seq_id = ubatch->seq_id[i0][0];

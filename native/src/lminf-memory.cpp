@@ -58,14 +58,12 @@ static void check_memory(const std::map<ggml_backend_dev_t, uint64_t> & need) {
 
 // an archive grows as a stream does: it is told in time that it never can be full
 static void check_archive(const lminf_archive_layout & layout, int64_t n_tokens) {
-    size_t free  = 0;
-    size_t total = 0;
-    ggml_backend_dev_memory(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), &free, &total);
+    const double size  = (double) layout.get_segment_size()*n_tokens/lminf_archive_layout::n_segment;
+    const double total = (double) layout.get_max_bytes();
 
-    const double size = (double) layout.get_segment_size()*n_tokens/lminf_archive_layout::n_segment;
-    if (total > 0 && size > total) {
+    if (size > total) {
         throw std::runtime_error(lminf_set_error(format(
-            "an archive of %lld tokens needs %.1f GiB of memory, and there are %.1f GiB in all: choose a smaller n_archive or smaller archive types",
+            "an archive of %lld tokens needs %.1f GiB, and half of the memory is %.1f GiB: choose a smaller n_archive or smaller archive types",
             (long long) n_tokens, size/1024.0/1024.0/1024.0, total/1024.0/1024.0/1024.0)));
     }
 }
@@ -541,10 +539,10 @@ bool lminf_memory::seq_set_recall(llama_seq_id seq_id, int32_t n_recall) {
     return true;
 }
 
-bool lminf_memory::seq_set_archive(llama_seq_id seq_id, const lminf_archive & archive) {
+bool lminf_memory::seq_set_archive(llama_seq_id seq_id, const lminf_archive & archive, bool copies) {
     wait();
-    if (!recall || !recall->get_archive(seq_id).assign(archive, streams[seq_id].index(next_pos(seq_id)))) {
-        lminf_set_error("the archive is of another model or of other archive types");
+    if (!recall || !recall->get_archive(seq_id).assign(archive, streams[seq_id].index(next_pos(seq_id)), copies)) {
+        lminf_set_error("the archive has keys or values of other sizes or types");
         return false;
     }
     return true;
@@ -681,6 +679,8 @@ lminf_parts lminf_memory::get_parts() const {
     res.window_bytes    = sum(window->get_cache().memory_breakdown());
     res.sink_bytes      = sum(sinks->memory_breakdown());
     res.sliding_bytes   = sliding   ? sum(sliding->get_cache().memory_breakdown())    : 0;
+    res.archive_token_bytes = recall ? recall->get_layout().get_segment_size()/lminf_archive_layout::n_segment : 0;
+
     res.recurrent_bytes = recurrent ? sum(recurrent->get_memory().memory_breakdown()) : 0;
 
     return res;

@@ -77,8 +77,8 @@ public:
     // what is recalled for a sequence from now on
     bool seq_set_recall(llama_seq_id seq_id, int32_t n_recall);
 
-    // gives a sequence what another one with the same tokens could recall
-    bool seq_set_archive(llama_seq_id seq_id, const lminf_archive & archive);
+    // gives a sequence what another one with the same tokens could recall, of another context as a copy
+    bool seq_set_archive(llama_seq_id seq_id, const lminf_archive & archive, bool copies);
 
     // an empty sequence begins at this stream position
     bool seq_start(llama_seq_id seq_id, int64_t stream_pos);

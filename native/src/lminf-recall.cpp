@@ -51,8 +51,10 @@ void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type
     }
 }
 
+}
+
 // what is found on the way to one stream's choice in one layer, between its phases
-struct work {
+struct lminf_recall_work {
     std::vector<float> q; // [n_head][n_queries][n_embd_head_k], the queries that vote, scaled
 
     // what the threads found that have finished a phase; with the paper's rule, of each head
@@ -72,8 +74,6 @@ struct work {
     std::vector<float> sum;
 };
 
-}
-
 enum phase { SCAN, SCORE, VOTE, GATHER, N_PHASES };
 
 struct lminf_recall_layer {
@@ -87,6 +87,7 @@ struct lminf_recall_layer {
     const lminf_archive_layout::layer & l;
 
     const size_t id; // among those of the layout
+    const size_t il;
 
     std::array<node, N_PHASES> nodes;
 
@@ -95,9 +96,8 @@ struct lminf_recall_layer {
     float   logit_softcap = 0.0f;
     int64_t n_rows        = 0;
 
-    std::vector<work> works; // [n_stream]
-
-    lminf_recall_layer(lminf_recall_batch & batch, const lminf_archive_layout::layer & l, size_t id) : batch(batch), l(l), id(id) {
+    lminf_recall_layer(lminf_recall_batch & batch, const lminf_archive_layout::layer & l, int il) :
+        batch(batch), l(l), id(batch.recall.layout->index_of(l)), il(il) {
         for (int i = 0; i < N_PHASES; ++i) {
             nodes[i] = { this, (enum phase) i };
         }
@@ -170,7 +170,7 @@ struct lminf_recall_layer {
 
                 for (int64_t h = 0; h < l.n_head_kv; ++h) {
                     lminf_row_store(l.type_k, data(k, i, h), l.n_embd_head_k, dst_k + h*ggml_row_size(l.type_k, l.n_embd_head_k));
-                    if (v) {
+                    if (v && l.n_embd_v_gqa > 0) {
                         lminf_row_store(l.type_v, data(v, i, h), v->ne[0], dst_v + h*ggml_row_size(l.type_v, v->ne[0]));
                     }
                 }
@@ -215,7 +215,7 @@ struct lminf_recall_layer {
 
     // What a thread found joins what the others did, and the last one goes on. That spares a node of its own, which all would wait for
     template <typename F>
-    void finish(work & w, std::vector<lminf_best> found, int nth, F go_on) const {
+    void finish(lminf_recall_work & w, std::vector<lminf_best> found, int nth, F go_on) const {
         std::lock_guard<std::mutex> lock(w.mutex);
 
         if (w.n_finished == 0) {
@@ -236,7 +236,7 @@ struct lminf_recall_layer {
         return (const float *) ((const char *) q->data + ((s + 1)*seq.n_tokens - n_queries(seq) + i)*q->nb[2] + h*q->nb[1]);
     }
 
-    void prepare(const lminf_recall_seq & seq, work & w, const ggml_tensor * q, int64_t s, int ith, int nth) const {
+    void prepare(const lminf_recall_seq & seq, lminf_recall_work & w, const ggml_tensor * q, int64_t s, int ith, int nth) const {
         for (int64_t i = ith; i < n_scores(seq); i += nth) {
             const float * src = get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq));
             std::transform(src, src + l.n_embd_head_k, w.q.data() + i*l.n_embd_head_k, [&](float x) { return scale*x; });
@@ -292,12 +292,12 @@ struct lminf_recall_layer {
         }
     }
 
-    void list(const lminf_recall_seq & seq, work & w) const {
+    void list(const lminf_recall_seq & seq, lminf_recall_work & w) const {
         w.tokens.clear();
         w.rows.clear();
         w.tiles.clear();
 
-        if (has_sketches(seq)) {
+        if (has_sketches(seq) && (int64_t) w.best[0].finish().size() >= seq.n_chosen) { // else queries are not numbers
             for (const auto & [first, second] : seq.candidates) { // those without sketches: a few
                 for (int64_t i = first; i < std::min(second, seq.archive->get_learned().first); ++i) {
                     w.tokens.push_back(i);
@@ -337,7 +337,7 @@ struct lminf_recall_layer {
     }
 
     // a tile's scores [n_scores][t.n]
-    void dot(const lminf_recall_seq & seq, const work & w, const tile & t, float * scores) const {
+    void dot(const lminf_recall_seq & seq, const lminf_recall_work & w, const tile & t, float * scores) const {
         const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
 
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
@@ -350,7 +350,7 @@ struct lminf_recall_layer {
     }
 
     // a tile's scores become exp(score - max) of each query
-    void exponentiate(const lminf_recall_seq & seq, work & w, size_t i_tile, float * scores) const {
+    void exponentiate(const lminf_recall_seq & seq, lminf_recall_work & w, size_t i_tile, float * scores) const {
         const int64_t n = w.tiles[i_tile].n;
 
         for (int64_t i = 0; i < n_scores(seq); ++i) {
@@ -361,7 +361,7 @@ struct lminf_recall_layer {
     }
 
     //   found  of each head, with the paper's rule
-    void score(const lminf_recall_seq & seq, work & w, std::vector<lminf_best> & found, int ith, int nth) const {
+    void score(const lminf_recall_seq & seq, lminf_recall_work & w, std::vector<lminf_best> & found, int ith, int nth) const {
         std::vector<float> buf(w.scores.empty() ? n_scores(seq)*n_tile : 0);
 
         for (size_t i = ith; i < w.tiles.size(); i += nth) {
@@ -380,7 +380,7 @@ struct lminf_recall_layer {
         }
     }
 
-    void vote(const lminf_recall_seq & seq, work & w, lminf_best & found, int ith, int nth) const {
+    void vote(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_best & found, int ith, int nth) const {
         const int64_t n_s = n_scores(seq);
 
         std::vector<float>  max(n_s, -INFINITY);
@@ -412,7 +412,7 @@ struct lminf_recall_layer {
         }
     }
 
-    void choose(const lminf_recall_seq & seq, work & w, lminf_recall_choice & c) const {
+    void choose(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_recall_choice & c) const {
         const int64_t group = n_head/l.n_head_kv;
 
         const auto pick = [&](std::vector<lminf_best::entry> found, int64_t n) {
@@ -431,9 +431,9 @@ struct lminf_recall_layer {
             return res;
         };
 
-        c.tokens.resize(batch.recall.layout->get_layers().size());
+        c.tokens.resize(std::max(c.tokens.size(), il + 1));
 
-        auto & heads = c.tokens[id];
+        auto & heads = c.tokens[il];
         heads.clear();
 
         if (!is_paper()) {
@@ -474,7 +474,7 @@ struct lminf_recall_layer {
                 continue;
             }
 
-            const auto & heads   = c.tokens[id];
+            const auto & heads   = c.tokens[il];
             const char * segment = seq.archive->get_segment(heads[0][r]);
             for (int64_t h = 0; h < l.n_head_kv; ++h) {
                 const int64_t i = heads[heads.size() == 1 ? 0 : h][r];
@@ -500,7 +500,7 @@ struct lminf_recall_layer {
             if (!seq.chooses || seq.n_chosen == 0) {
                 continue;
             }
-            auto & w = works[s];
+            auto & w = *batch.works[s];
 
             const auto lists = [&](int64_t n, int64_t n_best) { return std::vector<lminf_best>(n, lminf_best(n_best)); };
 
@@ -530,7 +530,11 @@ struct lminf_recall_layer {
 // lminf_recall_batch
 //
 
-lminf_recall_batch::lminf_recall_batch(lminf_recall & recall, int64_t n_stream) : recall(recall), seqs(n_stream), seq_ids(n_stream) {}
+lminf_recall_batch::lminf_recall_batch(lminf_recall & recall, int64_t n_stream) : recall(recall), seqs(n_stream), seq_ids(n_stream) {
+    for (int64_t s = 0; s < n_stream; ++s) {
+        works.push_back(std::make_unique<lminf_recall_work>());
+    }
+}
 
 lminf_recall_batch::~lminf_recall_batch() = default;
 
@@ -559,21 +563,19 @@ void lminf_recall_batch::set_seq(int64_t stream, llama_seq_id seq_id, int64_t in
 
     const int64_t n_recall = recall.n_recalls[seq_id];
     if (is_paper) {
-        seq.n_chosen = is_last && n_recall > 0 && seq.n_candidates >= params.n_recall ? params.n_recall : 0;
+        seq.n_chosen = is_last && n_recall == params.n_recall && seq.n_candidates >= params.n_recall ? params.n_recall : 0;
     } else {
         seq.n_chosen = std::min(n_recall, seq.n_candidates);
     }
 
     // again what was chosen, if that was for the tokens right before, was as much and is still there
-    const int64_t oldest = seq.candidates.empty() ? 0 : seq.candidates.front().first;
-
-    seq.chooses = n_tokens > 1 || choice.n_tokens >= params.recall_every || choice.index + choice.n_tokens != index ||
-        choice.n_chosen != seq.n_chosen || choice.oldest != oldest;
+    seq.chooses = n_tokens > 1 || index % params.recall_every == 0 || choice.index + choice.n_tokens != index ||
+        choice.n_chosen != seq.n_chosen || choice.n_changes != seq.archive->get_n_changes();
     if (seq.chooses) {
         choice.index    = index;
         choice.n_tokens = 0;
         choice.n_chosen = seq.n_chosen;
-        choice.oldest   = oldest;
+        choice.n_changes = seq.archive->get_n_changes();
     }
     choice.n_tokens += n_tokens;
 
@@ -585,7 +587,7 @@ void lminf_recall_batch::set_seq(int64_t stream, llama_seq_id seq_id, int64_t in
 ggml_tensor * lminf_recall_batch::build_store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, int il) {
     const auto * l = recall.layout->find(il);
 
-    layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, recall.layout->index_of(*l)));
+    layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, il));
 
     ggml_tensor * args[] = { k, v };
 
@@ -598,16 +600,15 @@ ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q
         ggml_type type, int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu) {
     const auto * l = recall.layout->find(il);
 
-    layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, recall.layout->index_of(*l)));
+    layers.push_back(std::make_unique<lminf_recall_layer>(*this, *l, il));
 
     auto & layer = *layers.back();
     layer.n_head        = q->ne[1];
     layer.scale         = scale;
     layer.logit_softcap = logit_softcap;
     layer.n_rows        = n_rows;
-    layer.works        = std::vector<work>(seqs.size());
-    for (auto & w : layer.works) {
-        w.q.resize(q->ne[0]*q->ne[1]*std::min<int64_t>(q->ne[2]/seqs.size(), lminf_recall::n_votes));
+    for (auto & w : works) {
+        w->q.resize(std::max<size_t>(w->q.size(), q->ne[0]*q->ne[1]*std::min<int64_t>(q->ne[2]/seqs.size(), lminf_recall::n_votes)));
     }
 
     const auto fun = [](ggml_tensor * dst, int ith, int nth, void * userdata) {

@@ -39,9 +39,9 @@ struct lminf_recall_choice {
     int64_t index    = 0; // of the token that chose
     int64_t n_tokens = 0; // that it has served; 0: none yet
     int64_t n_chosen = 0;
-    int64_t oldest   = 0; // candidate
+    int64_t n_changes = 0; // of the archive, that took tokens away
 
-    // [layers][n_head_kv, or 1 where all heads have the same][n_chosen], indices of tokens
+    // [n_layer][n_head_kv, or 1 where all heads have the same][n_chosen], indices of tokens
     std::vector<std::vector<std::vector<int64_t>>> tokens;
 };
 
@@ -52,7 +52,7 @@ public:
     lminf_archive       & get_archive(llama_seq_id seq_id)       { return archives[seq_id]; }
     const lminf_archive & get_archive(llama_seq_id seq_id) const { return archives[seq_id]; }
 
-    // at most this many are recalled for the sequence from now on
+    // at most this many are recalled for the sequence from now on; with the paper's rule all or none
     void    set_n_recall(llama_seq_id seq_id, int32_t n_recall) { n_recalls[seq_id] = n_recall; }
     int32_t get_n_recall(llama_seq_id seq_id) const             { return n_recalls[seq_id]; }
 
@@ -80,8 +80,9 @@ private:
     std::vector<int32_t>             n_recalls;
 };
 
-// one layer's operation, what its nodes share
+// one layer's operation, what its nodes share; and what they find on their way, which the next layer uses again
 struct lminf_recall_layer;
+struct lminf_recall_work;
 
 // what the nodes of one graph work on; filled for every micro-batch
 class lminf_recall_batch {
@@ -116,5 +117,6 @@ private:
     std::vector<lminf_recall_seq>    seqs;    // [n_stream]
     std::vector<llama_seq_id>        seq_ids; // [n_stream]
 
+    std::vector<std::unique_ptr<lminf_recall_work>>  works; // [n_stream]
     std::vector<std::unique_ptr<lminf_recall_layer>> layers;
 };
