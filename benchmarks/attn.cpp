@@ -23,6 +23,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -50,20 +51,32 @@ static bool is_cpu(ggml_backend_t backend) {
     return ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU;
 }
 
-static std::mt19937 rng(std::random_device{}());
+static constexpr int64_t N_RANDOM = 1 << 20;
 
-// random rows, a million elements or so over and over
-static void fill(ggml_tensor * t, float scale) {
-    std::normal_distribution<float> normal(0.0f, scale);
+// as many random elements in rows of this type and length, made once
+static const std::vector<char> & random_rows(ggml_type type, int64_t n_embd) {
+    static std::map<std::pair<ggml_type, int64_t>, std::vector<char>> made;
 
-    const int64_t n_rows = std::min<int64_t>(ggml_nrows(t), ((1 << 20) + t->ne[0] - 1)/t->ne[0]);
+    std::vector<char> & res = made[{ type, n_embd }];
+    if (res.empty()) {
+        std::mt19937 rng(std::random_device{}());
+        std::normal_distribution<float> normal;
 
-    std::vector<float> data(n_rows*t->ne[0]);
-    for (auto & x : data) {
-        x = normal(rng);
+        const int64_t n_rows = (N_RANDOM + n_embd - 1)/n_embd;
+
+        std::vector<float> data(n_rows*n_embd);
+        for (auto & x : data) {
+            x = normal(rng);
+        }
+        res.resize(n_rows*ggml_row_size(type, n_embd));
+        ggml_quantize_chunk(type, data.data(), res.data(), 0, n_rows, n_embd, nullptr);
     }
-    std::vector<char> rows(n_rows*ggml_row_size(t->type, t->ne[0]));
-    ggml_quantize_chunk(t->type, data.data(), rows.data(), 0, n_rows, t->ne[0], nullptr);
+    return res;
+}
+
+// over and over
+static void fill(ggml_tensor * t) {
+    const std::vector<char> & rows = random_rows(t->type, std::min(t->ne[0], N_RANDOM));
     for (size_t i = 0; i < ggml_nbytes(t); i += rows.size()) {
         ggml_backend_tensor_set(t, rows.data(), i, std::min(rows.size(), ggml_nbytes(t) - i));
     }
@@ -103,14 +116,14 @@ public:
     }
 
 protected:
-    void allocate(const std::vector<ggml_tensor *> & random, float scale) {
+    void allocate(const std::vector<ggml_tensor *> & random) {
         buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
         if (!buffer) {
             fprintf(stderr, "error: the device has not enough memory\n");
             exit(1);
         }
         for (ggml_tensor * t : random) {
-            fill(t, scale);
+            fill(t);
         }
     }
 
@@ -129,7 +142,7 @@ public:
         ggml_tensor * from = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, N_BYTES/sizeof(float));
         ggml_tensor * to   = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, N_BYTES/sizeof(float));
         ggml_build_forward_expand(gf, ggml_cpy(ctx, from, to));
-        allocate({ from }, 1.0f);
+        allocate({ from });
     }
 
     double get_gb() const { return 2*N_BYTES*1e-9; }
@@ -147,7 +160,7 @@ public:
             n_bytes += ggml_nbytes(random.back());
             ggml_build_forward_expand(gf, ggml_mul_mat(ctx, random.back(), x));
         }
-        allocate(random, 1.0f);
+        allocate(random);
     }
 
     double get_gb() const { return n_bytes*1e-9; }
@@ -188,7 +201,7 @@ public:
             ggml_tensor * res;
             if (flash) {
                 res = ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0f, 0.0f);
-                ggml_flash_attn_ext_set_prec(res, GGML_PREC_F32);
+                ggml_prec_set_acc(res, GGML_PREC_F32);
             } else {
                 ggml_tensor * q_sink = n_sink > 0 ? rows(GGML_TYPE_F32, s.n_embd_head_k, s.n_head, n_q) : nullptr;
                 ggml_tensor * k_sink = n_sink > 0 ? rows(GGML_TYPE_F16, s.n_embd_head_k, s.n_head_kv, n_sink) : nullptr;
@@ -198,7 +211,7 @@ public:
             ggml_build_forward_expand(gf, res);
         }
 
-        allocate(random, 1.0f);
+        allocate(random);
 
         std::vector<char> open(ggml_nbytes(mask));
         ggml_backend_tensor_set(mask, open.data(), 0, open.size());

@@ -191,12 +191,19 @@ LATENCY = "latency"
 BANDWIDTH = "bandwidth"
 
 
-def measure(name: str, size: Size, libraries: dict[str, Path], models: Path, n_threads: int) -> dict[str, Any]:
+def measure(
+    experiment: Experiment,
+    libraries: dict[str, Path],
+    models: Path,
+    n_threads: int,
+    n_gpu_layers: int = 0,
+    size: Size = REAL,
+) -> dict[str, Any]:
     """The JSON of one experiment, without the machine."""
-    experiment = EXPERIMENTS[name]
     model = random_model(experiment.shape, size.shapes[experiment.shape], models)
     n_rounds = min(experiment.n_rounds, size.most_rounds)
-    with mock.patch.dict(os.environ, experiment.environment), Bench(libraries, model, n_threads) as bench:
+    environment = mock.patch.dict(os.environ, experiment.environment)
+    with environment, Bench(libraries, model, n_threads, n_gpu_layers) as bench:
         results = bench.measure(experiment.contenders(size), n_rounds, lambda line: print(f"  {line}", flush=True))
         facts = bench.facts
     return {
@@ -260,7 +267,7 @@ def main() -> int:
             elif name == BANDWIDTH:
                 figures = measure_bandwidth(size, args.threads)
             else:
-                figures = measure(name, size, libraries, args.models, args.threads)
+                figures = measure(EXPERIMENTS[name], libraries, args.models, args.threads, size=size)
             seconds = round(time.monotonic() - started, 1)
             print(f"  took {seconds:.0f} s", flush=True)
             record = {"experiment": name, "n_threads": args.threads, "seconds": seconds, **figures, "machine": machine}

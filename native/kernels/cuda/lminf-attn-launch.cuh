@@ -31,11 +31,6 @@ static inline bool lminf_cuda_fits_f16(const lminf_attn_operand & x) {
     return !x.data || x.type == GGML_TYPE_F16 || x.type == GGML_TYPE_Q8_0 || x.type == GGML_TYPE_Q4_0;
 }
 
-// heads that take half as many rows in the row kernel, and shared memory that must be asked for in the tile kernel
-static inline bool lminf_cuda_is_wide(int64_t n_embd_head_k, int64_t n_embd_head_v) {
-    return std::max(n_embd_head_k, n_embd_head_v) > LMINF_CUDA_WARP_V;
-}
-
 // n_shared: bytes of shared memory that a block may ask for
 static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, int n_sm, int n_shared) {
     const auto div_up = [](int64_t a, int64_t b) { return (a + b - 1)/b; };
@@ -49,7 +44,7 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
 
     const int64_t n_rows_all = (int64_t) args.n_q*p.n_group;
 
-    const bool is_wide  = lminf_cuda_is_wide(args.n_embd_head_k, args.n_embd_head_v);
+    const bool is_wide  = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v);
     const int  max_rows = is_wide ? 8 : 16; // of the row kernel
 
     // up to two tiles of the row kernel read K and V about as fast as the other computes; and f32 and bf16 do not fit into f16
@@ -58,21 +53,22 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
 
     int cells_per_step, blocks_per_sm;
     if (res.tiles) {
+        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_WARP_V, LMINF_CUDA_WARP_V) <= LMINF_CUDA_SHARED_ASKED, "");
+        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_WARP_V, 64)                <= LMINF_CUDA_SHARED_ASKED, "");
+        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_MAX_K,  LMINF_CUDA_MAX_V)  <= LMINF_CUDA_SHARED_ASKED, "");
+
+        const int n_frags = lminf_tile_frags(args.n_embd_head_k, args.n_embd_head_v);
         const int n_parts = args.n_embd_head_v > LMINF_CUDA_WARP_V ? 2 : 1;
-        const int limit   = is_wide ? n_shared : LMINF_CUDA_SHARED_ANY;
 
-        static_assert(lminf_tile_kernel_shared(32, LMINF_CUDA_WARP_V, LMINF_CUDA_WARP_V, 1) <= LMINF_CUDA_SHARED_ANY, "");
-        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_MAX_K,  LMINF_CUDA_MAX_V,  1) <= LMINF_CUDA_SHARED_ASKED, "");
-
-        int n_warps = is_wide ? 2*n_parts : 4;
-        while (n_warps > n_parts && lminf_tile_kernel_shared(16*n_warps/n_parts, args.n_embd_head_k, args.n_embd_head_v, p.n_group) > limit) {
+        int n_warps = 4;
+        while (n_warps > n_parts && lminf_tile_kernel_shared(16*n_warps/n_parts, args.n_embd_head_k, args.n_embd_head_v) > n_shared) {
             n_warps /= 2;
         }
         res.n_rows     = 16*n_warps/n_parts;
         res.n_threads  = n_warps*LMINF_CUDA_WARP;
-        res.n_shared   = lminf_tile_kernel_shared(res.n_rows, args.n_embd_head_k, args.n_embd_head_v, p.n_group);
-        cells_per_step = LMINF_CUDA_TILE;
-        blocks_per_sm  = 2;
+        res.n_shared   = lminf_tile_kernel_shared(res.n_rows, args.n_embd_head_k, args.n_embd_head_v);
+        cells_per_step = 64;
+        blocks_per_sm  = lminf_tile_kernel_blocks(n_frags);
     } else {
         res.n_rows = max_rows;
         while (res.n_rows > 1 && res.n_rows/2 >= n_rows_all) {
@@ -117,10 +113,15 @@ static lminf_cuda_kernel lminf_cuda_get_row_kernel(int n_rows) {
     }
 }
 
-static inline lminf_cuda_kernel lminf_cuda_get_tile_kernel(int n_embd_head_v) {
-    return n_embd_head_v <= 64                ? lminf_tile_kernel<4,  1> :
-           n_embd_head_v <= 128               ? lminf_tile_kernel<8,  1> :
-           n_embd_head_v <= LMINF_CUDA_WARP_V ? lminf_tile_kernel<16, 1> : lminf_tile_kernel<16, 2>;
+static inline lminf_cuda_kernel lminf_cuda_get_tile_kernel(int n_embd_head_k, int n_embd_head_v) {
+    if (n_embd_head_v > LMINF_CUDA_WARP_V) {
+        return lminf_tile_kernel<16, 2>;
+    }
+    switch (lminf_tile_frags(n_embd_head_k, n_embd_head_v)) {
+        case 4:  return lminf_tile_kernel<4,  1>;
+        case 8:  return lminf_tile_kernel<8,  1>;
+        default: return lminf_tile_kernel<16, 1>;
+    }
 }
 
 // launch(kernel, grid, number of threads, bytes of shared memory, params); scratch holds plan.n_scratch floats
@@ -137,14 +138,14 @@ static void lminf_cuda_launch(const lminf_cuda_plan & plan, float * scratch, con
     }
 
     const lminf_cuda_kernel kernel =
-        plan.tiles                              ? lminf_cuda_get_tile_kernel(args.n_embd_head_v) :
+        plan.tiles                              ? lminf_cuda_get_tile_kernel(args.n_embd_head_k, args.n_embd_head_v) :
         args.n_embd_head_v <= LMINF_CUDA_WARP_V ? lminf_cuda_get_row_kernel<1>(plan.n_rows) : lminf_cuda_get_row_kernel<2>(plan.n_rows);
 
     launch(kernel, plan.grid, plan.n_threads, plan.n_shared, p);
 
     if (p.n_split > 1) {
         const uint32_t grid[3] = { (uint32_t) n_out, 1, 1 };
-        launch(lminf_combine_kernel, grid, LMINF_CUDA_COMBINE_THREADS, 0, p);
+        launch(lminf_combine_kernel, grid, LMINF_CUDA_COMBINE_THREADS, (int) sizeof(float)*p.n_split, p);
     }
 }
 
@@ -163,7 +164,7 @@ static inline bool lminf_cuda_can(const ggml_tensor * op, int64_t n_shared) {
     const int64_t limit = INT32_MAX/2;
 
     return q->ne[0] % 8 == 0 && q->ne[0] <= LMINF_CUDA_MAX_K && v->ne[0] % 8 == 0 && v->ne[0] <= LMINF_CUDA_MAX_V &&
-        (n_shared >= LMINF_CUDA_SHARED_ASKED || !lminf_cuda_is_wide(q->ne[0], v->ne[0])) &&
+        n_shared >= LMINF_CUDA_SHARED_ASKED &&
         is_aligned(k) && is_aligned(v) && is_aligned(op->src[LMINF_ATTN_K_SINK]) && is_aligned(op->src[LMINF_ATTN_V_SINK]) &&
         k->ne[2]*q->ne[3] <= LMINF_CUDA_MAX_GRID_Z &&
         op->src[LMINF_ATTN_MASK]->ne[0] < limit && q->ne[1]*q->ne[2]*q->ne[3] < limit;

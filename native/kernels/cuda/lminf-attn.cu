@@ -26,9 +26,8 @@
 
 #include "common.cuh"
 
-#include <mma.h>
-
 #include "lminf-attn.cuh"
+#include "lminf-attn-ptx.cuh"
 #include "lminf-attn-launch.cuh"
 
 bool ggml_cuda_lminf_attn_supported(int device, const ggml_tensor * op) {
