@@ -97,27 +97,28 @@ static std::vector<attn_case> small_grid(std::mt19937 & rng) {
         }
     }
 
-    // every kernel with one split and with several, whatever the dice say
-    for (int32_t n_group : { 1, 2, 4, 8, 16 }) {
-        for (int32_t n_kv : { 32, 511 }) {
-            attn_case c;
-            c.n_head_kv = 1;
-            c.n_head    = n_group;
-            c.n_sink    = 0;
-            c.n_kv      = n_kv;
-            res.push_back(c);
+    // every kernel with one split and with several, whatever the dice say; three sizes of shared memory take turns
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32 }) {
+        for (int32_t n_group : { 1, 2, 4, 8, 16, 32 }) {
+            for (int32_t n_kv : { 32, 511 }) {
+                for (int32_t n_embd_head : { 64, 256, 512 }) {
+                    attn_case c;
+                    c.type_k        = type;
+                    c.type_v        = type;
+                    c.type_k_sink   = type;
+                    c.type_v_sink   = type;
+                    c.n_embd_head_k = n_embd_head;
+                    c.n_embd_head_v = n_embd_head;
+                    c.n_head_kv     = 1;
+                    c.n_head        = n_group;
+                    c.n_sink        = 0;
+                    c.n_kv          = n_kv;
+                    res.push_back(c);
 
-            c.n_q = 40/n_group + 1;
-            res.push_back(c);
-
-            c.n_embd_head_k = c.n_embd_head_v = 256;
-            res.insert(res.end(), 3, c); // for three sizes of shared memory
-
-            c.n_embd_head_k = c.n_embd_head_v = 512;
-            res.push_back(c);
-
-            c.n_q = 1;
-            res.push_back(c);
+                    c.n_q = 40/n_group + 1;
+                    res.push_back(c);
+                }
+            }
         }
     }
     return res;
@@ -166,8 +167,8 @@ int main() {
     for (const auto & [kernel, n] : n_launches) {
         printf("  %-23s %4d\n", kernel.c_str(), n);
     }
-    for (const char * kernel : { "rows 1", "rows 2", "rows 4", "rows 8", "rows 16", "tiles of 32", "tiles of 64",
-            "wide rows 1", "wide rows 2", "wide rows 4", "wide rows 8", "wide tiles of 16", "wide tiles of 32", "wide tiles of 64" }) {
+    for (const char * kernel : { "rows 1", "rows 2", "rows 4", "rows 8", "rows 16", "tiles of 16", "tiles of 32", "tiles of 64",
+            "wide rows 1", "wide rows 2", "wide rows 4", "wide rows 8", "wide tiles of 16", "wide tiles of 32" }) {
         for (const char * split : { "", ", split" }) {
             if (n_launches.count(std::string(kernel) + split) == 0) {
                 printf("not tested: %s%s\n", kernel, split);

@@ -32,6 +32,7 @@ struct lminf_cuda_params {
     int32_t n_sink_pad;  // sinks rounded up
     int32_t n_split;
     int32_t split_cells; // cells of a split, a multiple of LMINF_CUDA_TILE
+    int32_t n_stages;    // of the tile kernel
 
     // partial results, NULL with one split; [n_embd_head_v or 2, n_split, n_head, n_q, n_stream]
     float * acc;
@@ -597,8 +598,8 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
 // tile kernel: 16 rows per warp, or two, on tensor cores; K and V must be exact, or as good as, in f16
 //
 // grid (tiles of rows, splits, KV heads * streams), 1 to 4 warps. A block walks its cells in tiles, all of its warps
-// together; scores, softmax and sums stay in registers. K and V of a tile are copied to shared memory, V while K is
-// multiplied and the next tile's K while V is; not so with wide heads, where V takes K's place. Of N_PARTS warps that share 16 rows each computes all scores, and the sums
+// together; scores, softmax and sums stay in registers. With 2 stages there are K and V of two tiles in shared memory: one
+// arrives while the other is multiplied. With 1, where that is too much, V takes K's place. Of N_PARTS warps that share 16 rows each computes all scores, and the sums
 // of a part of V's elements; 16*N_FRAGS*N_PARTS is n_embd_head_v or more.
 //
 
@@ -612,7 +613,7 @@ static __host__ __device__ constexpr int lminf_tile_kernel_blocks(int n_frags) {
     return n_frags <= 8 ? 3 : 2;
 }
 
-// heads whose V takes K's place in shared memory, and which have half as many rows in the row kernel
+// heads with one stage, and half as many rows in the row kernel
 static __host__ __device__ constexpr bool lminf_is_wide(int n_embd_head_k, int n_embd_head_v) {
     return n_embd_head_k > LMINF_CUDA_WARP_V || n_embd_head_v > LMINF_CUDA_WARP_V;
 }
@@ -622,18 +623,9 @@ static __host__ __device__ constexpr int lminf_tile_frags(int n_embd_head_k, int
     return lminf_is_wide(n_embd_head_k, n_embd_head_v) ? 16 : n_embd_head_v <= 64 ? 4 : n_embd_head_v <= 128 ? 8 : 16;
 }
 
-// in f16, saturating
-static __device__ __forceinline__ __half lminf_to_half(float x) {
-    return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
-}
-
-static __device__ __forceinline__ uint4 lminf_pack_halves(const __half * x) {
-    uint32_t w[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        w[i] = __half_as_ushort(x[2*i]) | (uint32_t) __half_as_ushort(x[2*i + 1]) << 16;
-    }
-    return make_uint4(w[0], w[1], w[2], w[3]);
+// what f16 can hold
+static __device__ __forceinline__ float lminf_saturate(float x) {
+    return fminf(fmaxf(x, -65504.0f), 65504.0f);
 }
 
 // Where a cell's row lies in a tile. Of 16 scores side by side a lane holds numbers 2t, 2t + 1, 2t + 8 and 2t + 9; with
@@ -679,14 +671,14 @@ static __device__ __forceinline__ void lminf_load_tile(
                     if (e < n_padded) {
                         uint4 res = make_uint4(0, 0, 0, 0);
                         if (exists && e < n_embd) {
-                            float  x[8];
-                            __half y[8];
+                            float x[8];
                             lminf_cuda_type<TYPE>::to_float(raw[i], e, x);
 #pragma unroll
                             for (int j = 0; j < 8; ++j) {
-                                y[j] = lminf_to_half(x[j]);
+                                x[j] = lminf_saturate(x[j]);
                             }
-                            res = lminf_pack_halves(y);
+                            res = make_uint4(lminf_pack_2_halves(x[0], x[1]), lminf_pack_2_halves(x[2], x[3]),
+                                lminf_pack_2_halves(x[4], x[5]), lminf_pack_2_halves(x[6], x[7]));
                         }
                         *(uint4 *) (to + e) = res;
                     }
@@ -703,7 +695,6 @@ static __device__ __forceinline__ void lminf_load_tile(
         case GGML_TYPE_Q8_0: lminf_load_tile<GGML_TYPE_Q8_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
         case GGML_TYPE_Q4_0: lminf_load_tile<GGML_TYPE_Q4_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
     }
-    lminf_end_copies();
 }
 
 // Which of 32 tiles from cell begin on any of n_queries sees a cell of, as bits. Most are seen by the first query or the
@@ -712,51 +703,58 @@ static __device__ __forceinline__ uint32_t lminf_open_tiles(
         int * s_open, const char * mask, int64_t nb1, int n_queries, int begin, int end, int n_tile, int n_warps, int tid) {
     constexpr int N = 8; // loads under way
 
-    const int warp = tid / LMINF_CUDA_WARP;
-    const int lane = tid % LMINF_CUDA_WARP;
+    const int warp    = tid / LMINF_CUDA_WARP;
+    const int lane    = tid % LMINF_CUDA_WARP;
+    const int n_tiles = min((end - begin + n_tile - 1)/n_tile, LMINF_CUDA_WARP);
 
     __syncthreads(); // before others' flags are overwritten
 
-    for (int tile0 = warp; tile0 < LMINF_CUDA_WARP; tile0 += N*n_warps) {
+#pragma unroll 1
+    for (int tile0 = warp; tile0 < n_tiles; tile0 += N*n_warps) {
         bool is_open[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const int cell = begin + (tile0 + i*n_warps)*n_tile;
+            const int cell = begin + (tile0 + i*n_warps)*n_tile + lane;
             is_open[i] = false;
-            for (int c = lane; c < n_tile; c += LMINF_CUDA_WARP) {
-                if (tile0 + i*n_warps < LMINF_CUDA_WARP && cell + c < end) {
-                    const float first = __ldg((const float *) mask + cell + c);
-                    const float last  = __ldg((const float *) (mask + (n_queries - 1)*nb1) + cell + c);
+            for (int c = cell; c < cell + n_tile - lane; c += LMINF_CUDA_WARP) {
+                if (c < end) {
+                    const float first = __ldg((const float *) mask + c);
+                    const float last  = __ldg((const float *) (mask + (n_queries - 1)*nb1) + c);
                     is_open[i] = is_open[i] || first != -INFINITY || last != -INFINITY;
                 }
             }
         }
+#pragma unroll 1
+        for (int i = 0; i < N && tile0 + i*n_warps < n_tiles; ++i) {
+            bool is_mine = false;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
+            for (int j = 0; j < N; ++j) {
+                is_mine = j == i ? is_open[j] : is_mine;
+            }
             const int tile = tile0 + i*n_warps;
-            const int cell = begin + tile*n_tile;
-            bool is_seen = __ballot_sync(0xFFFFFFFFu, is_open[i]) != 0;
-            for (int i_q = 1; i_q < n_queries - 1 && !is_seen && tile < LMINF_CUDA_WARP && cell < end; i_q += N) {
-                bool is_open_more = false;
+            const int cell = begin + tile*n_tile + lane;
+            bool is_seen = __ballot_sync(0xFFFFFFFFu, is_mine) != 0;
+#pragma unroll 1
+            for (int i_q = 1; i_q < n_queries - 1 && !is_seen; i_q += N) {
+                bool is_seen_here = false;
 #pragma unroll
                 for (int j = 0; j < N; ++j) {
-                    for (int c = lane; c < n_tile; c += LMINF_CUDA_WARP) {
-                        if (i_q + j < n_queries - 1 && cell + c < end) {
-                            const float m = __ldg((const float *) (mask + (i_q + j)*nb1) + cell + c);
-                            is_open_more = is_open_more || m != -INFINITY;
+                    for (int c = cell; c < cell + n_tile - lane; c += LMINF_CUDA_WARP) {
+                        if (i_q + j < n_queries - 1 && c < end) {
+                            is_seen_here = is_seen_here || __ldg((const float *) (mask + (i_q + j)*nb1) + c) != -INFINITY;
                         }
                     }
                 }
-                is_seen = __ballot_sync(0xFFFFFFFFu, is_open_more) != 0;
+                is_seen = __ballot_sync(0xFFFFFFFFu, is_seen_here) != 0;
             }
-            if (tile < LMINF_CUDA_WARP && lane == 0) {
+            if (lane == 0) {
                 s_open[tile] = is_seen;
             }
         }
     }
 
     __syncthreads();
-    return __ballot_sync(0xFFFFFFFFu, s_open[lane] != 0);
+    return __ballot_sync(0xFFFFFFFFu, lane < n_tiles && s_open[lane] != 0);
 }
 
 // halves from row to row of a tile: whole 16s, and 16 bytes more so that rows start in different banks
@@ -765,16 +763,16 @@ static __host__ __device__ constexpr int lminf_tile_ld(int n_embd) {
 }
 
 // of K's and V's tiles
-static __host__ __device__ constexpr int lminf_tile_kv_halves(int n_embd_head_k, int n_embd_head_v) {
+static __host__ __device__ constexpr int lminf_tile_kv_halves(int n_embd_head_k, int n_embd_head_v, int n_stages) {
     const int n_cells = lminf_tile_cells(lminf_tile_frags(n_embd_head_k, n_embd_head_v));
     const int ld_k    = lminf_tile_ld(n_embd_head_k);
     const int ld_v    = lminf_tile_ld(n_embd_head_v);
-    return n_cells*(!lminf_is_wide(n_embd_head_k, n_embd_head_v) ? ld_k + ld_v : ld_k > ld_v ? ld_k : ld_v);
+    return n_cells*(n_stages == 2 ? 2*(ld_k + ld_v) : ld_k > ld_v ? ld_k : ld_v);
 }
 
 // shared memory in bytes: q, K and V, which tiles are open
-static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_rows, int n_embd_head_k, int n_embd_head_v) {
-    return 2*n_rows*lminf_tile_ld(n_embd_head_k) + 2*lminf_tile_kv_halves(n_embd_head_k, n_embd_head_v) + 4*LMINF_CUDA_WARP;
+static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_rows, int n_embd_head_k, int n_embd_head_v, int n_stages) {
+    return 2*n_rows*lminf_tile_ld(n_embd_head_k) + 2*lminf_tile_kv_halves(n_embd_head_k, n_embd_head_v, n_stages) + 4*LMINF_CUDA_WARP;
 }
 
 template <int N_FRAGS, int N_PARTS>
@@ -806,19 +804,18 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
     const int n_embd_k  = args.n_embd_head_k;
     const int n_embd_v  = args.n_embd_head_v;
     const int ld_k      = lminf_tile_ld(n_embd_k);
-    const int ld_v      = lminf_tile_ld(n_embd_v);
 
-    const bool is_wide = lminf_is_wide(n_embd_k, n_embd_v);
+    __half * s_q    = (__half *) shared;                                                    // [max_rows, ld_k]
+    __half * s_k    = s_q + max_rows*ld_k;                                                  // [N_CELLS, ld_k]
+    int    * s_open = (int *) (s_k + lminf_tile_kv_halves(n_embd_k, n_embd_v, p.n_stages)); // [32]
 
-    __half * s_q    = (__half *) shared;                                        // [max_rows, ld_k]
-    __half * s_k    = s_q + max_rows*ld_k;                                      // [N_CELLS, ld_k]
-    __half * s_v    = is_wide ? s_k : s_k + N_CELLS*ld_k;                       // [N_CELLS, ld_v]
-    int    * s_open = (int *) (s_k + lminf_tile_kv_halves(n_embd_k, n_embd_v)); // [32]
+    const bool has_stages = p.n_stages == 2;
+    const int  n_stage    = has_stages ? N_CELLS*(ld_k + lminf_tile_ld(n_embd_v)) : 0; // halves to the other stage
+    const int  n_to_v     = has_stages ? N_CELLS*ld_k : 0;                             // and from K to V
 
-    // where this lane's rows of the matrices are that it names: of q and V, of K
+    // where this lane's rows of the matrices are that it names
     const __half * my_q = s_q + (16*(warp/N_PARTS) + lane % 16)*ld_k + lane/16*8;
     const __half * my_k = s_k + (lane/16*8 + lane % 8)*ld_k + lane/8 % 2*8;
-    const __half * my_v = s_v + lane % 16*ld_v + lane/16*8 + 16*N_FRAGS*part;
 
     const int e_part = 16*N_FRAGS*part; // this warp's first element of V
 
@@ -852,92 +849,117 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
             continue;
         }
 
-        // no barrier before: since any warp read q last there were two
-        for (int i = tid; i < max_rows*(ld_k - 8); i += n_threads) {
-            const int r = i / (ld_k - 8);
-            const int e = i % (ld_k - 8);
-            const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
-            s_q[r*ld_k + e] = lminf_to_half(r < n_rows && e < n_embd_k ?
-                    q_scale*__ldg((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream) + e) : 0.0f);
+        __syncthreads(); // before others' q is overwritten
+#pragma unroll 4
+        for (int r = warp; r < max_rows; r += n_warps) {
+            const int     row = row0 + min(r, n_rows - 1);
+            const float * q   = (const float *) lminf_row_data(sec.q, row/p.n_group, h_kv*p.n_group + row % p.n_group, stream);
+            for (int e = 2*lane; e < ld_k - 8; e += 2*LMINF_CUDA_WARP) {
+                const float2 x = r < n_rows && e < n_embd_k ? __ldg((const float2 *) (q + e)) : make_float2(0.0f, 0.0f);
+                *(uint32_t *) (s_q + r*ld_k + e) = lminf_pack_2_halves(lminf_saturate(q_scale*x.x), lminf_saturate(q_scale*x.y));
+            }
         }
 
         const char * k    = lminf_row_data(sec.k, 0, h_kv, stream);
         const char * v    = lminf_row_data(sec.v, 0, h_kv, stream);
         const char * mask = lminf_row_data(args.mask, 0, 0, stream) + 4*sec.mask_col0;
 
+        // multi-head latent attention: K's tile has V already
+        const bool v_in_k = !has_stages && v == k && sec.v.nb1 == sec.k.nb1 && sec.v.type == sec.k.type;
+        const int  ld_v   = lminf_tile_ld(v_in_k ? n_embd_k : n_embd_v);
+
+        const __half * my_v = s_k + n_to_v + lane % 16*ld_v + lane/16*8 + e_part;
+
         const char * my_mask[2] = { mask + my_query[0]*args.mask.nb1, mask + my_query[1]*args.mask.nb1 };
         const bool   is_aligned = ((uintptr_t) (mask + 4*sec.begin) | args.mask.nb1) % 16 == 0;
 
-        // slope times mask, as numbered in s
-        const auto add_mask = [&](float (&s)[N_CELLS/8][4], int cell0, int n_cells) {
+        float m[2][N_CELLS/4]; // the mask of what this lane has of a tile's scores, read while the tile before is multiplied
+
+        const auto load_mask = [&](int cell0, int n_cells) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float * row = (const float *) my_mask[r] + cell0 + lane % 4*4;
 #pragma unroll
                 for (int j = 0; j < N_CELLS/16; ++j) {
-                    float m[4];
                     if (is_aligned && n_cells == N_CELLS) {
                         const float4 x = __ldg((const float4 *) (row + 16*j));
-                        m[0] = x.x; m[1] = x.y; m[2] = x.z; m[3] = x.w;
+                        m[r][4*j] = x.x; m[r][4*j + 1] = x.y; m[r][4*j + 2] = x.z; m[r][4*j + 3] = x.w;
                     } else {
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
-                            m[i] = 16*j + lane % 4*4 + i < n_cells ? __ldg(row + 16*j + i) : -INFINITY;
+                            m[r][4*j + i] = 16*j + lane % 4*4 + i < n_cells ? __ldg(row + 16*j + i) : -INFINITY;
                         }
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        s[2*j + i/2][2*r + i%2] += slope[r]*m[i];
                     }
                 }
             }
+        };
+        const auto masked = [&](float x, int j, int i) { // score i of 4 of piece j
+            return x + slope[i/2]*m[i/2][4*(j/2) + j%2*2 + i%2];
         };
 
 #pragma unroll 1
         for (int chunk0 = sec.begin; chunk0 < sec.end; chunk0 += LMINF_CUDA_WARP*N_CELLS) {
             uint32_t open = lminf_open_tiles(s_open, mask + q0*args.mask.nb1, args.mask.nb1, n_queries, chunk0, sec.end, N_CELLS, n_warps, tid);
-            if (open == 0) {
-                continue;
-            }
 
-            const auto load_next_k = [&]() {
-                if (open != 0) {
-                    const int cell0 = chunk0 + (__ffs(open) - 1)*N_CELLS;
-                    lminf_load_tile(s_k, ld_k, sec.k, k + cell0*sec.k.nb1, min(N_CELLS, sec.end - cell0), N_CELLS, n_embd_k, n_threads, tid);
-                } else {
-                    lminf_end_copies();
+            int stage = 0; // of the tile that comes next, in halves
+
+            // the next open tile's cells
+            const auto get_cells = [&](int & cell0, int & n_cells) {
+                cell0   = chunk0 + (__ffs(open) - 1)*N_CELLS;
+                n_cells = min(N_CELLS, sec.end - cell0);
+            };
+            const auto load_k = [&]() { // and V, if there are stages
+                if (open == 0) {
+                    return;
+                }
+                int cell0, n_cells;
+                get_cells(cell0, n_cells);
+                lminf_load_tile(s_k + stage, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, N_CELLS, n_embd_k, n_threads, tid);
+                if (has_stages) {
+                    lminf_load_tile(s_k + stage + n_to_v, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
                 }
             };
-            load_next_k();
+            const auto load_next_mask = [&]() {
+                if (open == 0) {
+                    return;
+                }
+                int cell0, n_cells;
+                get_cells(cell0, n_cells);
+                load_mask(cell0, n_cells);
+            };
+
+            load_next_mask();
+            load_k();
 
 #pragma unroll 1
             while (open != 0) {
-                const int cell0   = chunk0 + (__ffs(open) - 1)*N_CELLS;
-                const int n_cells = min(N_CELLS, sec.end - cell0);
+                int cell0, n_cells;
+                get_cells(cell0, n_cells);
                 open &= open - 1;
 
-                const auto load_v = [&]() {
-                    lminf_load_tile(s_v, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
-                };
+                const int here = stage;
+                stage = n_stage - stage;
+
+                lminf_wait_for_copies();
+                __syncthreads(); // K, or K and V, are there, and nobody reads the other stage any more
+
+                if (has_stages) {
+                    load_k();
+                }
 
                 // scores [16, N_CELLS]
 
                 float s[N_CELLS/8][4];
 #pragma unroll
                 for (int j = 0; j < N_CELLS/8; ++j) {
-                    s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        s[j][i] = has_softcap ? 0.0f : masked(0.0f, j, i);
+                    }
                 }
                 if (!has_softcap) {
-                    add_mask(s, cell0, n_cells); // before the product: loads are under way while others are waited for
+                    load_next_mask();
                 }
-
-                if (is_wide) {
-                    lminf_end_copies();
-                } else {
-                    load_v();
-                }
-                lminf_wait_for_copies<1>();
-                __syncthreads();
 
 #pragma unroll 4
                 for (int e = 0; e < n_embd_k; e += 16) {
@@ -946,19 +968,15 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
 #pragma unroll
                     for (int j = 0; j < N_CELLS/16; ++j) {
                         uint32_t b[4];
-                        lminf_load_matrices(b, my_k + 16*j*ld_k + e);
+                        lminf_load_matrices(b, my_k + here + 16*j*ld_k + e);
                         lminf_mma(s[2*j],     a, b[0], b[1]);
                         lminf_mma(s[2*j + 1], a, b[2], b[3]);
                     }
                 }
 
-                __syncthreads(); // K was read
-
-                if (is_wide) {
-                    load_v();
-                    lminf_end_copies();
-                } else {
-                    load_next_k();
+                if (!has_stages && !v_in_k) {
+                    __syncthreads(); // K was read
+                    lminf_load_tile(s_k, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
                 }
 
                 if (has_softcap) {
@@ -966,10 +984,10 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
                     for (int j = 0; j < N_CELLS/8; ++j) {
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
-                            s[j][i] = LOG2_E*lminf_softcap(args, s[j][i]);
+                            s[j][i] = masked(LOG2_E*lminf_softcap(args, s[j][i]), j, i);
                         }
                     }
-                    add_mask(s, cell0, n_cells);
+                    load_next_mask();
                 }
 
                 // softmax
@@ -1006,8 +1024,10 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
                     }
                 }
 
-                lminf_wait_for_copies<1>();
-                __syncthreads();
+                if (!has_stages && !v_in_k) {
+                    lminf_wait_for_copies();
+                    __syncthreads();
+                }
 
 #pragma unroll
                 for (int j = 0; j < N_CELLS/16; ++j) {
@@ -1020,17 +1040,16 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
                     for (int f = 0; f < N_FRAGS; ++f) {
                         if (e_part + 16*f < n_embd_v) {
                             uint32_t b[4];
-                            lminf_load_matrices_transposed(b, my_v + 16*j*ld_v + 16*f);
+                            lminf_load_matrices_transposed(b, my_v + here + 16*j*ld_v + 16*f);
                             lminf_mma(acc[2*f],     a, b[0], b[1]);
                             lminf_mma(acc[2*f + 1], a, b[2], b[3]);
                         }
                     }
                 }
 
-                __syncthreads(); // V was read
-
-                if (is_wide) {
-                    load_next_k();
+                if (!has_stages) {
+                    __syncthreads(); // V was read
+                    load_k();
                 }
             }
         }

@@ -31,46 +31,65 @@ static inline bool lminf_cuda_fits_f16(const lminf_attn_operand & x) {
     return !x.data || x.type == GGML_TYPE_F16 || x.type == GGML_TYPE_Q8_0 || x.type == GGML_TYPE_Q4_0;
 }
 
+static inline int64_t lminf_cuda_div_up(int64_t a, int64_t b) { return (a + b - 1)/b; }
+
+// Into how many parts n_steps are split for the time to be shortest: blocks work side by side in n_slots, each takes its
+// steps and about 3 more for its beginning and end, and what comes out of each split is read once more.
+static inline int64_t lminf_cuda_get_n_split(int64_t n_blocks, int64_t n_steps, int64_t n_slots) {
+    int64_t best      = 1;
+    int64_t best_cost = INT64_MAX;
+    for (int64_t n = 1; n <= std::min<int64_t>(n_steps, LMINF_CUDA_MAX_SPLIT); ++n) {
+        const int64_t cost = 16*lminf_cuda_div_up(n_blocks*n, n_slots)*(lminf_cuda_div_up(n_steps, n) + 3) + n;
+        if (cost < best_cost) {
+            best      = n;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
+
 // n_shared: bytes of shared memory that a block may ask for
 static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, int n_sm, int n_shared) {
-    const auto div_up = [](int64_t a, int64_t b) { return (a + b - 1)/b; };
-
     lminf_cuda_plan res = {};
 
     lminf_cuda_params & p = res.params;
-    p.args       = args;
-    p.n_group    = args.n_head/args.n_head_kv;
-    p.n_sink_pad = div_up(args.n_sink, LMINF_CUDA_TILE)*LMINF_CUDA_TILE;
+    p.args    = args;
+    p.n_group = args.n_head/args.n_head_kv;
 
     const int64_t n_rows_all = (int64_t) args.n_q*p.n_group;
 
-    const bool is_wide  = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v);
-    const int  max_rows = is_wide ? 8 : 16; // of the row kernel
-
-    // up to two tiles of the row kernel read K and V about as fast as the other computes; and f32 and bf16 do not fit into f16
-    res.tiles = n_rows_all > 2*max_rows && lminf_cuda_fits_f16(args.k) && lminf_cuda_fits_f16(args.v) &&
-        lminf_cuda_fits_f16(args.k_sink) && lminf_cuda_fits_f16(args.v_sink);
+    // f32 and bf16 do not fit into f16
+    res.tiles = lminf_cuda_fits_f16(args.k) && lminf_cuda_fits_f16(args.v) && lminf_cuda_fits_f16(args.k_sink) && lminf_cuda_fits_f16(args.v_sink);
 
     int cells_per_step, blocks_per_sm;
     if (res.tiles) {
-        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_WARP_V, LMINF_CUDA_WARP_V) <= LMINF_CUDA_SHARED_ASKED, "");
-        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_WARP_V, 64)                <= LMINF_CUDA_SHARED_ASKED, "");
-        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_MAX_K,  LMINF_CUDA_MAX_V)  <= LMINF_CUDA_SHARED_ASKED, "");
+        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_WARP_V, LMINF_CUDA_WARP_V, 1) <= LMINF_CUDA_SHARED_ASKED, "");
+        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_WARP_V, 64,                1) <= LMINF_CUDA_SHARED_ASKED, "");
+        static_assert(lminf_tile_kernel_shared(16, LMINF_CUDA_MAX_K,  LMINF_CUDA_MAX_V,  1) <= LMINF_CUDA_SHARED_ASKED, "");
 
         const int n_frags = lminf_tile_frags(args.n_embd_head_k, args.n_embd_head_v);
         const int n_parts = args.n_embd_head_v > LMINF_CUDA_WARP_V ? 2 : 1;
 
+        const auto get_rows   = [&](int n_warps) { return 16*n_warps/n_parts; };
+        const auto get_shared = [&](int n_warps) {
+            return lminf_tile_kernel_shared(get_rows(n_warps), args.n_embd_head_k, args.n_embd_head_v, p.n_stages);
+        };
+
+        p.n_stages = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v) ? 1 : 2;
+        if (get_shared(n_parts) > n_shared) {
+            p.n_stages = 1;
+        }
         int n_warps = 4;
-        while (n_warps > n_parts && lminf_tile_kernel_shared(16*n_warps/n_parts, args.n_embd_head_k, args.n_embd_head_v) > n_shared) {
+        while (n_warps > n_parts && (get_rows(n_warps/2) >= n_rows_all || get_shared(n_warps) > n_shared)) {
             n_warps /= 2;
         }
-        res.n_rows     = 16*n_warps/n_parts;
+        res.n_rows     = get_rows(n_warps);
         res.n_threads  = n_warps*LMINF_CUDA_WARP;
-        res.n_shared   = lminf_tile_kernel_shared(res.n_rows, args.n_embd_head_k, args.n_embd_head_v);
-        cells_per_step = 64;
-        blocks_per_sm  = lminf_tile_kernel_blocks(n_frags);
+        res.n_shared   = get_shared(n_warps);
+        cells_per_step = lminf_tile_cells(n_frags);
+        blocks_per_sm  = std::min(4/n_warps*lminf_tile_kernel_blocks(n_frags), n_shared/res.n_shared);
     } else {
-        res.n_rows = max_rows;
+        res.n_rows = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v) ? 8 : 16;
         while (res.n_rows > 1 && res.n_rows/2 >= n_rows_all) {
             res.n_rows /= 2;
         }
@@ -80,15 +99,20 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
         blocks_per_sm  = 4;
     }
 
-    // as many splits as fill the device, each at least a step of a block
-    const int64_t n_row_tiles = div_up(n_rows_all, res.n_rows);
+    const int64_t n_row_tiles = lminf_cuda_div_up(n_rows_all, res.n_rows);
     const int64_t n_blocks    = n_row_tiles*args.n_head_kv*args.n_stream;
-    const int64_t n_cells     = p.n_sink_pad + args.n_kv;
-    const int64_t n_steps     = std::max<int64_t>(div_up(n_cells, cells_per_step), 1);
-    const int64_t n_wanted    = std::min<int64_t>(std::max<int64_t>(blocks_per_sm*n_sm/n_blocks, 1), LMINF_CUDA_MAX_SPLIT);
+    const int64_t n_steps     = std::max<int64_t>(lminf_cuda_div_up(args.n_kv, cells_per_step), 1);
+    const int64_t n_wanted    = lminf_cuda_get_n_split(n_blocks, n_steps, (int64_t) blocks_per_sm*n_sm);
 
-    p.split_cells = div_up(n_steps, std::min(n_wanted, n_steps))*cells_per_step;
-    p.n_split     = std::max<int64_t>(div_up(n_cells, p.split_cells), 1);
+    // sinks have splits of their own, unless there is but one: nobody then has to wait for them
+    if (n_wanted > 1) {
+        p.split_cells = lminf_cuda_div_up(n_steps, n_wanted)*cells_per_step;
+        p.n_sink_pad  = lminf_cuda_div_up(args.n_sink, p.split_cells)*p.split_cells;
+    } else {
+        p.n_sink_pad  = lminf_cuda_div_up(args.n_sink, LMINF_CUDA_TILE)*LMINF_CUDA_TILE;
+        p.split_cells = p.n_sink_pad + n_steps*cells_per_step;
+    }
+    p.n_split = std::max<int64_t>(lminf_cuda_div_up(p.n_sink_pad + args.n_kv, p.split_cells), 1);
 
     res.grid[0] = n_row_tiles;
     res.grid[1] = p.n_split;
@@ -155,9 +179,9 @@ static inline bool lminf_cuda_can(const ggml_tensor * op, int64_t n_shared) {
     const ggml_tensor * k = op->src[LMINF_ATTN_K];
     const ggml_tensor * v = op->src[LMINF_ATTN_V];
 
-    // rows are loaded 16 bytes at a time, those of quantized types 2
-    const auto is_aligned = [](const ggml_tensor * t) {
-        const size_t n = !t ? 1 : ggml_is_quantized(t->type) ? 2 : 16;
+    // rows of K and V are loaded 16 bytes at a time, those of quantized types 2, those of q 8
+    const auto is_aligned = [&](const ggml_tensor * t) {
+        const size_t n = !t ? 1 : ggml_is_quantized(t->type) ? 2 : t == q || t == op->src[LMINF_ATTN_Q_SINK] ? 8 : 16;
         return !t || (t->nb[1] | t->nb[2] | t->nb[3] | t->view_offs) % n == 0;
     };
 
@@ -165,7 +189,7 @@ static inline bool lminf_cuda_can(const ggml_tensor * op, int64_t n_shared) {
 
     return q->ne[0] % 8 == 0 && q->ne[0] <= LMINF_CUDA_MAX_K && v->ne[0] % 8 == 0 && v->ne[0] <= LMINF_CUDA_MAX_V &&
         n_shared >= LMINF_CUDA_SHARED_ASKED &&
-        is_aligned(k) && is_aligned(v) && is_aligned(op->src[LMINF_ATTN_K_SINK]) && is_aligned(op->src[LMINF_ATTN_V_SINK]) &&
+        is_aligned(q) && is_aligned(op->src[LMINF_ATTN_Q_SINK]) && is_aligned(k) && is_aligned(v) && is_aligned(op->src[LMINF_ATTN_K_SINK]) && is_aligned(op->src[LMINF_ATTN_V_SINK]) &&
         k->ne[2]*q->ne[3] <= LMINF_CUDA_MAX_GRID_Z &&
         op->src[LMINF_ATTN_MASK]->ne[0] < limit && q->ne[1]*q->ne[2]*q->ne[3] < limit;
 }

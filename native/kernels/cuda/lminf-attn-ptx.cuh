@@ -57,17 +57,9 @@ static __device__ __forceinline__ void lminf_copy_16(void * to, const char * fro
 #endif
 }
 
-// ends a group of copies, which may be empty
-static __device__ __forceinline__ void lminf_end_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// waits for all groups but the last N
-template <int N>
+// for all copies of this lane
 static __device__ __forceinline__ void lminf_wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+    asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

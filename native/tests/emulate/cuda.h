@@ -158,13 +158,9 @@ struct emulated_copy {
     const char * from; // NULL: zeros
 };
 
-static inline std::vector<std::vector<emulated_copy>> & emulated_copies() {
-    static std::vector<std::vector<emulated_copy>> groups[1024]; // by thread; the last group has not ended
-    auto & mine = groups[lanes::thread_index().x];
-    if (mine.empty()) {
-        mine.emplace_back();
-    }
-    return mine;
+static inline std::vector<emulated_copy> & emulated_copies() {
+    static std::vector<emulated_copy> copies[1024]; // by thread
+    return copies[lanes::thread_index().x];
 }
 
 static inline void lminf_copy_16(void * to, const char * from, bool exists) {
@@ -172,21 +168,16 @@ static inline void lminf_copy_16(void * to, const char * from, bool exists) {
         fprintf(stderr, "cp.async: not aligned\n");
         abort();
     }
-    emulated_copies().back().push_back({ to, exists ? from : nullptr });
+    emulated_copies().push_back({ to, exists ? from : nullptr });
 }
 
-static inline void lminf_end_copies() { emulated_copies().emplace_back(); }
-
-template <int N> void lminf_wait_for_copies() {
-    auto & groups = emulated_copies();
-    while (groups.size() > N + 1) {
-        for (const auto & copy : groups.front()) {
-            if (copy.from) {
-                memcpy(copy.to, copy.from, 16);
-            } else {
-                memset(copy.to, 0, 16);
-            }
+static inline void lminf_wait_for_copies() {
+    for (const auto & copy : emulated_copies()) {
+        if (copy.from) {
+            memcpy(copy.to, copy.from, 16);
+        } else {
+            memset(copy.to, 0, 16);
         }
-        groups.erase(groups.begin());
     }
+    emulated_copies().clear();
 }
