@@ -637,17 +637,18 @@ static __device__ __forceinline__ int lminf_tile_row(int cell) {
 // n_cells rows to a tile of n_tile rows in f16, zeros where there is nothing; those of f16 are there after
 // lminf_wait_for_copies
 template <int TYPE>
-static __device__ __forceinline__ void lminf_load_tile(
+static __device__ __forceinline__ void lminf_load_rows(
         __half * tile, int ld, const char * rows, int64_t nb1, int n_cells, int n_tile, int n_embd, int n_threads, int tid) {
     constexpr int LANES = 4; // per cell
     constexpr int N     = lminf_n_loads(TYPE);
 
     const int n_padded = (n_embd + 15)/16*16;
 
-    for (int cell = tid/LANES; cell < n_tile; cell += n_threads/LANES) {
-        const bool   exists = cell < n_cells;
-        const char * row    = rows + (exists ? cell : 0)*nb1;
-        __half     * to     = tile + lminf_tile_row(cell)*ld;
+    const char * row = rows + tid/LANES*nb1;
+
+    for (int cell = tid/LANES; cell < n_tile; cell += n_threads/LANES, row += n_threads/LANES*nb1) {
+        const bool exists = cell < n_cells;
+        __half   * to     = tile + lminf_tile_row(cell)*ld;
 
         if constexpr (TYPE == GGML_TYPE_F16) {
 #pragma unroll 4
@@ -688,12 +689,17 @@ static __device__ __forceinline__ void lminf_load_tile(
     }
 }
 
+template <bool IS_F16>
 static __device__ __forceinline__ void lminf_load_tile(
         __half * tile, int ld, const lminf_attn_operand & x, const char * rows, int n_cells, int n_tile, int n_embd, int n_threads, int tid) {
+    if constexpr (IS_F16) {
+        lminf_load_rows<GGML_TYPE_F16>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid);
+        return;
+    }
     switch (x.type) {
-        case GGML_TYPE_F16:  lminf_load_tile<GGML_TYPE_F16> (tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
-        case GGML_TYPE_Q8_0: lminf_load_tile<GGML_TYPE_Q8_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
-        case GGML_TYPE_Q4_0: lminf_load_tile<GGML_TYPE_Q4_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
+        case GGML_TYPE_F16:  lminf_load_rows<GGML_TYPE_F16> (tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
+        case GGML_TYPE_Q8_0: lminf_load_rows<GGML_TYPE_Q8_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
+        case GGML_TYPE_Q4_0: lminf_load_rows<GGML_TYPE_Q4_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
     }
 }
 
@@ -775,7 +781,8 @@ static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_rows, in
     return 2*n_rows*lminf_tile_ld(n_embd_head_k) + 2*lminf_tile_kv_halves(n_embd_head_k, n_embd_head_v, n_stages) + 4*LMINF_CUDA_WARP;
 }
 
-template <int N_FRAGS, int N_PARTS>
+// IS_F16: all of K and V are; without the rest of the code a kernel is a third as large
+template <int N_FRAGS, int N_PARTS, bool IS_F16>
 static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_blocks(N_FRAGS)) lminf_tile_kernel(const lminf_cuda_params p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
     GGML_UNUSED(p); // upstream builds for older devices too; ggml_cuda_lminf_attn_supported keeps them away
@@ -914,9 +921,9 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
                 }
                 int cell0, n_cells;
                 get_cells(cell0, n_cells);
-                lminf_load_tile(s_k + stage, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, N_CELLS, n_embd_k, n_threads, tid);
+                lminf_load_tile<IS_F16>(s_k + stage, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, N_CELLS, n_embd_k, n_threads, tid);
                 if (has_stages) {
-                    lminf_load_tile(s_k + stage + n_to_v, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
+                    lminf_load_tile<IS_F16>(s_k + stage + n_to_v, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
                 }
             };
             const auto load_next_mask = [&]() {
@@ -957,9 +964,6 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
                         s[j][i] = has_softcap ? 0.0f : masked(0.0f, j, i);
                     }
                 }
-                if (!has_softcap) {
-                    load_next_mask();
-                }
 
 #pragma unroll 4
                 for (int e = 0; e < n_embd_k; e += 16) {
@@ -976,7 +980,7 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
 
                 if (!has_stages && !v_in_k) {
                     __syncthreads(); // K was read
-                    lminf_load_tile(s_k, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
+                    lminf_load_tile<IS_F16>(s_k, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
                 }
 
                 if (has_softcap) {
@@ -987,8 +991,8 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_bl
                             s[j][i] = masked(LOG2_E*lminf_softcap(args, s[j][i]), j, i);
                         }
                     }
-                    load_next_mask();
                 }
+                load_next_mask();
 
                 // softmax
 

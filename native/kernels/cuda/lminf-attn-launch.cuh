@@ -27,19 +27,26 @@ constexpr int LMINF_CUDA_MAX_V      = 512;
 constexpr int LMINF_CUDA_MAX_SPLIT  = 128; // the combine kernel walks them one after the other
 constexpr int LMINF_CUDA_MAX_GRID_Z = 65535;
 
-static inline bool lminf_cuda_fits_f16(const lminf_attn_operand & x) {
-    return !x.data || x.type == GGML_TYPE_F16 || x.type == GGML_TYPE_Q8_0 || x.type == GGML_TYPE_Q4_0;
+static inline bool lminf_cuda_is_f16  (int type) { return type == GGML_TYPE_F16; }
+static inline bool lminf_cuda_fits_f16(int type) { return type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0; }
+
+// whether a condition holds for all of K and V
+static inline bool lminf_cuda_all_types(const lminf_attn_args & args, bool (*is_right)(int type)) {
+    const bool sinks = args.n_sink == 0 || (is_right(args.k_sink.type) && is_right(args.v_sink.type));
+    return is_right(args.k.type) && is_right(args.v.type) && sinks;
 }
 
 static inline int64_t lminf_cuda_div_up(int64_t a, int64_t b) { return (a + b - 1)/b; }
 
 // Into how many parts n_steps are split for the time to be shortest: blocks work side by side in n_slots, each takes its
-// steps and about 3 more for its beginning and end, and what comes out of each split is read once more.
-static inline int64_t lminf_cuda_get_n_split(int64_t n_blocks, int64_t n_steps, int64_t n_slots) {
+// steps and about 3 more for its beginning and end, and what comes out of each split is read once more. With more than one
+// there are n_sink_split others.
+static inline int64_t lminf_cuda_get_n_split(int64_t n_blocks, int64_t n_steps, int64_t n_slots, int64_t n_sink_split) {
     int64_t best      = 1;
     int64_t best_cost = INT64_MAX;
     for (int64_t n = 1; n <= std::min<int64_t>(n_steps, LMINF_CUDA_MAX_SPLIT); ++n) {
-        const int64_t cost = 16*lminf_cuda_div_up(n_blocks*n, n_slots)*(lminf_cuda_div_up(n_steps, n) + 3) + n;
+        const int64_t n_all = n > 1 ? n + n_sink_split : 1;
+        const int64_t cost  = 16*lminf_cuda_div_up(n_blocks*n_all, n_slots)*(lminf_cuda_div_up(n_steps, n) + 3) + n;
         if (cost < best_cost) {
             best      = n;
             best_cost = cost;
@@ -58,8 +65,11 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
 
     const int64_t n_rows_all = (int64_t) args.n_q*p.n_group;
 
-    // f32 and bf16 do not fit into f16
-    res.tiles = lminf_cuda_fits_f16(args.k) && lminf_cuda_fits_f16(args.v) && lminf_cuda_fits_f16(args.k_sink) && lminf_cuda_fits_f16(args.v_sink);
+    // f32 and bf16 do not fit into f16; and a few rows the row kernel computes faster, more of them where the tile kernel
+    // has to convert
+    const bool is_wide    = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v);
+    const int  n_rows_few = is_wide ? 0 : lminf_cuda_all_types(args, lminf_cuda_is_f16) ? 4 : 16;
+    res.tiles = n_rows_all > n_rows_few && lminf_cuda_all_types(args, lminf_cuda_fits_f16);
 
     int cells_per_step, blocks_per_sm;
     if (res.tiles) {
@@ -75,7 +85,7 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
             return lminf_tile_kernel_shared(get_rows(n_warps), args.n_embd_head_k, args.n_embd_head_v, p.n_stages);
         };
 
-        p.n_stages = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v) ? 1 : 2;
+        p.n_stages = is_wide ? 1 : 2;
         if (get_shared(n_parts) > n_shared) {
             p.n_stages = 1;
         }
@@ -89,7 +99,7 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
         cells_per_step = lminf_tile_cells(n_frags);
         blocks_per_sm  = std::min(4/n_warps*lminf_tile_kernel_blocks(n_frags), n_shared/res.n_shared);
     } else {
-        res.n_rows = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v) ? 8 : 16;
+        res.n_rows = is_wide ? 8 : 16;
         while (res.n_rows > 1 && res.n_rows/2 >= n_rows_all) {
             res.n_rows /= 2;
         }
@@ -102,7 +112,7 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
     const int64_t n_row_tiles = lminf_cuda_div_up(n_rows_all, res.n_rows);
     const int64_t n_blocks    = n_row_tiles*args.n_head_kv*args.n_stream;
     const int64_t n_steps     = std::max<int64_t>(lminf_cuda_div_up(args.n_kv, cells_per_step), 1);
-    const int64_t n_wanted    = lminf_cuda_get_n_split(n_blocks, n_steps, (int64_t) blocks_per_sm*n_sm);
+    const int64_t n_wanted    = lminf_cuda_get_n_split(n_blocks, n_steps, (int64_t) blocks_per_sm*n_sm, args.n_sink > 0);
 
     // sinks have splits of their own, unless there is but one: nobody then has to wait for them
     if (n_wanted > 1) {
@@ -137,14 +147,15 @@ static lminf_cuda_kernel lminf_cuda_get_row_kernel(int n_rows) {
     }
 }
 
-static inline lminf_cuda_kernel lminf_cuda_get_tile_kernel(int n_embd_head_k, int n_embd_head_v) {
+template <bool IS_F16>
+static lminf_cuda_kernel lminf_cuda_get_tile_kernel(int n_embd_head_k, int n_embd_head_v) {
     if (n_embd_head_v > LMINF_CUDA_WARP_V) {
-        return lminf_tile_kernel<16, 2>;
+        return lminf_tile_kernel<16, 2, IS_F16>;
     }
     switch (lminf_tile_frags(n_embd_head_k, n_embd_head_v)) {
-        case 4:  return lminf_tile_kernel<4,  1>;
-        case 8:  return lminf_tile_kernel<8,  1>;
-        default: return lminf_tile_kernel<16, 1>;
+        case 4:  return lminf_tile_kernel<4,  1, IS_F16>;
+        case 8:  return lminf_tile_kernel<8,  1, IS_F16>;
+        default: return lminf_tile_kernel<16, 1, IS_F16>;
     }
 }
 
@@ -162,7 +173,8 @@ static void lminf_cuda_launch(const lminf_cuda_plan & plan, float * scratch, con
     }
 
     const lminf_cuda_kernel kernel =
-        plan.tiles                              ? lminf_cuda_get_tile_kernel(args.n_embd_head_k, args.n_embd_head_v) :
+        plan.tiles && lminf_cuda_all_types(args, lminf_cuda_is_f16) ? lminf_cuda_get_tile_kernel<true> (args.n_embd_head_k, args.n_embd_head_v) :
+        plan.tiles                              ? lminf_cuda_get_tile_kernel<false>(args.n_embd_head_k, args.n_embd_head_v) :
         args.n_embd_head_v <= LMINF_CUDA_WARP_V ? lminf_cuda_get_row_kernel<1>(plan.n_rows) : lminf_cuda_get_row_kernel<2>(plan.n_rows);
 
     launch(kernel, plan.grid, plan.n_threads, plan.n_shared, p);
