@@ -66,9 +66,10 @@ static inline lminf_cuda_plan lminf_cuda_get_plan(const lminf_attn_args & args, 
     const int64_t n_rows_all = (int64_t) args.n_q*p.n_group;
 
     // f32 and bf16 do not fit into f16; and a few rows the row kernel computes faster, more of them where the tile kernel
-    // has to convert
+    // has to convert: of wide heads about as fast, but in f32, where a single sharp row shows that K was rounded
     const bool is_wide    = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v);
-    const int  n_rows_few = is_wide ? 0 : lminf_cuda_all_types(args, lminf_cuda_is_f16) ? 4 : 16;
+    const bool is_f16     = lminf_cuda_all_types(args, lminf_cuda_is_f16);
+    const int  n_rows_few = is_f16 ? (is_wide ? 0 : 4) : (is_wide ? 8 : 16);
     res.tiles = n_rows_all > n_rows_few && lminf_cuda_all_types(args, lminf_cuda_fits_f16);
 
     int cells_per_step, blocks_per_sm;

@@ -6,7 +6,7 @@
 // K and one V. A block takes a tile of rows and a range of cells ("split"); there are as many splits as it takes to fill the
 // device, and with more than one the blocks leave sums to a third kernel that combines them.
 //
-// Row kernel, 1 to 16 rows (f32 and bf16; of f16 up to 4 rows, of quantized types 16): f32 throughout, no tensor cores, as
+// Row kernel, 1 to 16 rows (f32 and bf16; of f16 up to 4 rows, of quantized types 16, of wide heads 0 and 8): f32 throughout, no tensor cores, as
 // it waits for memory. 4 warps work on their own tiles of 32 cells, without barriers. K goes through shared memory 32
 // elements at a time, 4.5 KiB per warp whatever the head size, so that a lane can be a cell and a score needs no exchange
 // between lanes; V is read once, each lane 8 elements, and multiplied from registers. 16 rows are the most for which the sums
@@ -21,7 +21,7 @@
 // skipped, after a look at the mask of 32 of them. Wide heads, of more than 256 elements: the sums of 16 rows fill a warp's
 // registers at 256 elements of V, so two warps share 16 rows, each with half of V, and scores of its own.
 //
-// Per token and layer, decoding reads (n_sink + n_kv)*n_head_kv rows of K and V once, up to 16 heads per KV head: with 4096
+// Per token and layer, decoding reads (n_sink + n_kv)*n_head_kv rows of K and V once, up to 64 heads per KV head: with 4096
 // f16 cells, 8 KV heads of 64 elements, 8.4 MB. The mask is 4 bytes per cell for each KV head, from L2.
 
 #include "common.cuh"
