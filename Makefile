@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report bench-server bench-server-report results-measure results models patches worktree clean
+.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -47,6 +47,12 @@ bench: stock ## measure docs/performance again: 15 minutes on an idle machine; A
 
 bench-report: setup ## docs/performance.md and its plot from the figures measured last, in seconds
 	@$(BIN)/python benchmarks/report.py
+
+gpu: setup ## build for this machine's NVIDIA GPU, test there, measure it: half an hour; ARGS="--only operations"
+	@$(BIN)/python benchmarks/gpu.py --backend cuda $(ARGS) && $(BIN)/python benchmarks/report.py
+
+metal: setup ## the same for a Mac's GPU; has never been run
+	@$(BIN)/python benchmarks/gpu.py --backend metal $(ARGS) && $(BIN)/python benchmarks/report.py
 
 bench-server: setup ## measure docs/server-performance again: 45 minutes; ARGS="--only cold" for a part of it
 	@$(BIN)/python benchmarks/server_speed.py $(ARGS)

@@ -122,8 +122,8 @@ def _build_settings(folder: Path) -> dict[str, str] | None:
             pairs = re.findall(
                 r"^(CMAKE_BUILD_TYPE|CMAKE_C(?:XX)?_FLAGS(?:_RELEASE)?|GGML_\w+):\w+=(.*)$", cache.read_text(), re.M
             )
-            # how it was compiled, not with what at hand: a cache for the compiler changes no code
-            return {name: value for name, value in pairs if not re.search("_DIR$|CCACHE", name)}
+            # how it was compiled, not with what at hand: a cache for the compiler changes no code. RPC is ours alone
+            return {name: value for name, value in pairs if not re.search("_DIR$|CCACHE|_RPC|AVAILABLE_BACKENDS", name)}
     return None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 from machine import ROOT
 
 from lminf_edge.bench.alternate import Ratio, Result, fastest, ratio
@@ -54,9 +55,7 @@ METHOD = """## How it is measured
 
 NOT_RUN = """## Not measured
 
-- GPUs. The CUDA and Metal kernels have been compiled and tested for right results on a CPU; no figure of theirs was
-  measured, as no GPU was at hand. `lminf-edge bench --gpu-layers -1` measures models there, `bench-attn` (see
-  `native/tests/CMakeLists.txt`) the operation beside stock flash attention.
+{gpus}
 - Other processors than the one above, ARM and Apple's among them: the NEON kernels ran under an emulator only. The AVX2
   kernels were tested, but where the processor has AVX-512, as here, that is what is measured.
 - More than {n_threads} threads.
@@ -64,6 +63,11 @@ NOT_RUN = """## Not measured
 - Weights other than Q4_0 (`lminf-edge bench --weights q8_0|f16`), and real weights (`lminf-edge bench -m model.gguf`).
 - Several sequences at once.
 """
+
+
+NO_CUDA = "- NVIDIA's GPUs: `make gpu` builds, tests and measures on the machine's own card.\n"
+OTHER_GPUS = """- Other GPUs. The Metal kernels have been compiled and tested for right results on a CPU; no Mac was at
+  hand: `make metal` builds, tests and measures there, and has never been run."""
 
 
 class Figures:
@@ -408,7 +412,7 @@ def made_up_sentence(figures: Figures) -> str:
     return "\n- Speed with made-up cells over speed with computed ones, Qwen3-0.6B: " + "; ".join(sentences) + "."
 
 
-def page(figures: Figures) -> str:
+def page(figures: Figures, gpu: str) -> str:
     minutes = sum(record["seconds"] for record in figures.records.values()) / 60
     n_threads = max(record["n_threads"] for record in figures.records.values())
     sections = [
@@ -417,9 +421,10 @@ def page(figures: Figures) -> str:
         positions_section(figures),
         latency_section(figures),
         memory_section(figures),
+        gpu,
         METHOD.format(n_computed=32, made_up=made_up_sentence(figures)),
         machine_section(figures),
-        NOT_RUN.format(n_threads=n_threads),
+        NOT_RUN.format(n_threads=n_threads, gpus=OTHER_GPUS if gpu else NO_CUDA + OTHER_GPUS),
         commands(figures),
         details(figures),
     ]
@@ -486,7 +491,7 @@ def main() -> int:
             raise ValueError(f"There are no figures in {args.figures}: make bench measures them.")
         if "positions" in figures:
             plot(figures, args.figures / PLOT)
-        args.page.write_text(page(figures))
+        args.page.write_text(page(figures, gpu_report.section(args.figures / "cuda", table)))
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ from unittest import mock
 from machine import ROOT, describe, read_bandwidth
 
 from lminf_edge import native
-from lminf_edge.bench.alternate import Bench
+from lminf_edge.bench.alternate import ROUNDS_PER_CONTEXT, Bench
 from lminf_edge.bench.contender import Contender
 from lminf_edge.bench.random_model import SHAPES, Shape, random_model
 from lminf_edge.config import default_ubatch
@@ -84,6 +84,7 @@ class Experiment:
     n_rounds: int
     contenders: Callable[[Size], Sequence[Contender]]
     environment: dict[str, str] = dataclasses.field(default_factory=dict)  # of the processes that are measured
+    rounds_per_context: int = ROUNDS_PER_CONTEXT
 
 
 # glibc then asks for huge pages for everything that llama.cpp allocates, in both libraries
@@ -191,13 +192,25 @@ LATENCY = "latency"
 BANDWIDTH = "bandwidth"
 
 
-def measure(name: str, size: Size, libraries: dict[str, Path], models: Path, n_threads: int) -> dict[str, Any]:
+def measure(
+    experiment: Experiment,
+    libraries: dict[str, Path],
+    models: Path,
+    n_threads: int,
+    n_gpu_layers: int = 0,
+    size: Size = REAL,
+) -> dict[str, Any]:
     """The JSON of one experiment, without the machine."""
-    experiment = EXPERIMENTS[name]
     model = random_model(experiment.shape, size.shapes[experiment.shape], models)
     n_rounds = min(experiment.n_rounds, size.most_rounds)
-    with mock.patch.dict(os.environ, experiment.environment), Bench(libraries, model, n_threads) as bench:
-        results = bench.measure(experiment.contenders(size), n_rounds, lambda line: print(f"  {line}", flush=True))
+    environment = mock.patch.dict(os.environ, experiment.environment)
+    with environment, Bench(libraries, model, n_threads, n_gpu_layers) as bench:
+        results = bench.measure(
+            experiment.contenders(size),
+            n_rounds,
+            lambda line: print(f"  {line}", flush=True),
+            experiment.rounds_per_context,
+        )
         facts = bench.facts
     return {
         "model": {"shape": experiment.shape, "weights": "q4_0", **_model_facts(facts)},
@@ -260,7 +273,7 @@ def main() -> int:
             elif name == BANDWIDTH:
                 figures = measure_bandwidth(size, args.threads)
             else:
-                figures = measure(name, size, libraries, args.models, args.threads)
+                figures = measure(EXPERIMENTS[name], libraries, args.models, args.threads, size=size)
             seconds = round(time.monotonic() - started, 1)
             print(f"  took {seconds:.0f} s", flush=True)
             record = {"experiment": name, "n_threads": args.threads, "seconds": seconds, **figures, "machine": machine}

@@ -20,7 +20,7 @@ KERNELS = ROOT / "native" / "kernels"
 FLAGS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-Werror", "all-warnings", "-Xptxas", "-v")
 
 ENTRY = re.compile(
-    r"Compiling entry function '_Z\d+(?P<name>\w+?_kernel)(?:I(?P<args>(?:Li\d+E)+)E)?.*?"
+    r"Compiling entry function '_Z\d+(?P<name>\w+?_kernel)(?:I(?P<args>(?:L[ib]\d+E)+)E)?.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<spill>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )

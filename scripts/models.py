@@ -72,10 +72,10 @@ def run(program: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(program), *args], env=env, capture_output=True, text=True, timeout=TIMEOUT)
 
 
-def check(program: Path, name: str) -> Result:
+def check(program: Path, name: str, *options: str) -> Result:
     """What the program says about a model; a crash is a verdict as well."""
     try:
-        done = run(program, name)
+        done = run(program, *options, name)
     except subprocess.TimeoutExpired:
         return {"name": name, "verdict": "hangs", "why": f"no answer in {TIMEOUT} s"}
     if done.returncode == 0:

@@ -176,19 +176,23 @@ class Bench:
             ]
 
     def measure(
-        self, contenders: Sequence[Contender], n_rounds: int, progress: Callable[[str], None] = lambda line: None
+        self,
+        contenders: Sequence[Contender],
+        n_rounds: int,
+        progress: Callable[[str], None] = lambda line: None,
+        rounds_per_context: int = ROUNDS_PER_CONTEXT,
     ) -> list[Result]:
         """Each contender's speeds, in the order given.
 
         All contexts exist at the same time, and every round begins with another contender. They are made anew for each
-        ROUNDS_PER_CONTEXT rounds, so that the place of its memory cannot favour one throughout.
+        rounds_per_context rounds, so that the place of its memory cannot favour one throughout.
         """
         n = len(contenders)
         speeds: list[list[float]] = [[] for _ in contenders]
         kv_bytes = self._kv_bytes(contenders)
-        for begin in range(0, n_rounds, ROUNDS_PER_CONTEXT):
+        for begin in range(0, n_rounds, rounds_per_context):
             with self._opened(contenders) as opened:
-                for round_ in range(begin, min(begin + ROUNDS_PER_CONTEXT, n_rounds)):
+                for round_ in range(begin, min(begin + rounds_per_context, n_rounds)):
                     for i in (j % n for j in range(round_, round_ + n)):
                         speed = contenders[i].n_tokens / opened[i][0].ask("run", id=i)["seconds"]
                         speeds[i].append(speed)

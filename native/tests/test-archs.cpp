@@ -4,6 +4,8 @@
 //   test-archs NAME            checks one of them and prints what it found as one line of JSON
 //   test-archs --random NAME [ROUNDS [SEED]]
 //                              random operations on several sequences, each round against a fresh run
+//   test-archs --device DEVICE ...
+//                              each of them with all layers there, and compared with the CPU as well; ggml's name: CUDA0
 //
 // What is expected of whom, and how large an error may be, is in tests/architectures.json; tests/test_archs.py compares.
 
@@ -62,6 +64,8 @@ private:
 //
 // the checks: each returns a figure, or throws what is wrong
 //
+
+static ggml_backend_dev_t device = nullptr; // NULL: the CPU
 
 // of any of them; what they need less of, they take the beginning of
 static const tokens text  = random_tokens(10000, 7);
@@ -274,6 +278,16 @@ static double recalls_as_sinks(llama_model * model) {
     return error_between(context(model, kept).read(text, 0, n, 1), context(model, recalled).read(text, 0, n, 1));
 }
 
+// the same model on the CPU, over a text of several windows
+static double equals_cpu(const arch_model & what, llama_model * model) {
+    const size_t n = 400;
+
+    context_params params;
+    const llama_model_ptr other = make_model(what);
+
+    return error_between(context(other.get(), params).read(text, 0, n, 30), context(model, params).read(text, 0, n, 30));
+}
+
 struct not_applicable {}; // to this model
 
 // A quantized cache, in units of what quantizing changes with llama.cpp's own: it rotates queries, keys and values so that
@@ -427,7 +441,7 @@ static void add_sizes(const arch_model & what, llama_model * model, json_object 
 
     params.n_local = context_params().n_local;
 
-    const llama_model_ptr empty = make_model(what, /*has_weights =*/ false);
+    const llama_model_ptr empty = make_model(what, /*has_weights =*/ false, device);
     const context         planned(empty.get(), params);
 
     lminf_parts before = {};
@@ -469,6 +483,9 @@ static void check_all(const arch_model & what, llama_model * model, json_object 
         check("partial", [&] { return equals_restored_partly(model); });
         check("snapshots", [&] { return equals_rolled_back(model, 8, n_snapshots); });
     }
+    if (device) {
+        check("cpu", [&] { return equals_cpu(what, model); });
+    }
     check("sizes", [&] { add_sizes(what, model, res); return 0.0; });
 
     res.add("rebases",   number(n_rebase));
@@ -494,7 +511,7 @@ static int test_model(const arch_model & what) {
     json_object res;
     res.add("name", quoted(what.name()));
 
-    const llama_model_ptr model = make_model(what);
+    const llama_model_ptr model = make_model(what, /*has_weights =*/ true, device);
     res.add("traits", traits(model->hparams));
 
     if (lminf_support(model.get()) == LMINF_SUPPORT_CONSTANT) {
@@ -520,13 +537,22 @@ static const arch_model & find_model(const std::vector<arch_model> & models, con
 }
 
 int main(int argc, char ** argv) {
-    const std::vector<std::string> args(argv + 1, argv + argc);
+    std::vector<std::string> args(argv + 1, argv + argc);
 
     llama_log_set([](ggml_log_level level, const char * line, void *) {
         if (level == GGML_LOG_LEVEL_ERROR) {
             fputs(line, stderr);
         }
     }, nullptr);
+
+    if (args.size() >= 2 && args[0] == "--device") {
+        device = ggml_backend_dev_by_name(args[1].c_str());
+        if (!device) {
+            fprintf(stderr, "error: there is no device %s\n", args[1].c_str());
+            return 1;
+        }
+        args.erase(args.begin(), args.begin() + 2);
+    }
 
     try {
         const auto models = all_arch_models();
@@ -538,7 +564,7 @@ int main(int argc, char ** argv) {
             return 0;
         }
         if (args.size() >= 2 && args.size() <= 4 && args[0] == "--random") {
-            const llama_model_ptr model = make_model(find_model(models, args[1]));
+            const llama_model_ptr model = make_model(find_model(models, args[1]), /*has_weights =*/ true, device);
             return test_random(model.get(), args.size() > 2 ? std::stoi(args[2]) : 10, args.size() > 3 ? std::stoul(args[3]) : 1);
         }
         if (args.size() == 1) {
@@ -549,6 +575,6 @@ int main(int argc, char ** argv) {
         return 1;
     }
 
-    fprintf(stderr, "usage: %s --list | NAME | --random NAME [ROUNDS [SEED]]\n", argv[0]);
+    fprintf(stderr, "usage: %s [--device DEVICE] --list | NAME | --random NAME [ROUNDS [SEED]]\n", argv[0]);
     return 2;
 }

@@ -22,17 +22,17 @@ static std::map<std::string, int> n_launches;
 
 static bool compute(ggml_tensor * op) {
     const lminf_attn_args args    = lminf_attn_get_args(op);
-    const bool            is_wide = lminf_cuda_is_wide(args.n_embd_head_k, args.n_embd_head_v);
+    const bool            is_wide = lminf_is_wide(args.n_embd_head_k, args.n_embd_head_v);
 
-    // devices small and large: different numbers of splits, and for wide heads different sizes of tiles
-    static int n_wide = 0;
+    // devices small and large: different numbers of splits, and different sizes of tiles
+    static int n_cases[2] = {};
     const int n_sm       = 2 << device_rng() % 8;
-    const int max_shared = 1024*std::array<int, 3>{ 64, 99, 227 }[is_wide ? n_wide++ % 3 : 0];
+    const int max_shared = 1024*std::array<int, 3>{ 64, 99, 227 }[n_cases[is_wide]++ % 3];
 
     GGML_ASSERT(lminf_attn_is_valid(op) && lminf_cuda_can(op, max_shared));
 
     const lminf_cuda_plan plan = lminf_cuda_get_plan(args, n_sm, max_shared);
-    GGML_ASSERT(plan.n_shared <= (is_wide ? max_shared : LMINF_CUDA_SHARED_ANY));
+    GGML_ASSERT(plan.n_shared <= max_shared);
 
     std::vector<float> scratch(plan.n_scratch, NAN);
 
@@ -97,27 +97,28 @@ static std::vector<attn_case> small_grid(std::mt19937 & rng) {
         }
     }
 
-    // every kernel with one split and with several, whatever the dice say
-    for (int32_t n_group : { 1, 2, 4, 8, 16 }) {
-        for (int32_t n_kv : { 32, 511 }) {
-            attn_case c;
-            c.n_head_kv = 1;
-            c.n_head    = n_group;
-            c.n_sink    = 0;
-            c.n_kv      = n_kv;
-            res.push_back(c);
+    // every kernel with one split and with several, whatever the dice say; three sizes of shared memory take turns
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_F32 }) {
+        for (int32_t n_group : { 1, 2, 4, 8, 16, 32 }) {
+            for (int32_t n_kv : { 32, 511 }) {
+                for (int32_t n_embd_head : { 64, 256, 512 }) {
+                    attn_case c;
+                    c.type_k        = type;
+                    c.type_v        = type;
+                    c.type_k_sink   = type;
+                    c.type_v_sink   = type;
+                    c.n_embd_head_k = n_embd_head;
+                    c.n_embd_head_v = n_embd_head;
+                    c.n_head_kv     = 1;
+                    c.n_head        = n_group;
+                    c.n_sink        = 0;
+                    c.n_kv          = n_kv;
+                    res.push_back(c);
 
-            c.n_q = 40/n_group + 1;
-            res.push_back(c);
-
-            c.n_embd_head_k = c.n_embd_head_v = 256;
-            res.push_back(c);
-
-            c.n_embd_head_k = c.n_embd_head_v = 512;
-            res.push_back(c);
-
-            c.n_q = 1;
-            res.push_back(c);
+                    c.n_q = 40/n_group + 1;
+                    res.push_back(c);
+                }
+            }
         }
     }
     return res;
@@ -166,7 +167,7 @@ int main() {
     for (const auto & [kernel, n] : n_launches) {
         printf("  %-23s %4d\n", kernel.c_str(), n);
     }
-    for (const char * kernel : { "rows 1", "rows 2", "rows 4", "rows 8", "rows 16", "tiles of 32", "tiles of 64",
+    for (const char * kernel : { "rows 1", "rows 2", "rows 4", "rows 8", "rows 16", "tiles of 16", "tiles of 32", "tiles of 64",
             "wide rows 1", "wide rows 2", "wide rows 4", "wide rows 8", "wide tiles of 16", "wide tiles of 32" }) {
         for (const char * split : { "", ", split" }) {
             if (n_launches.count(std::string(kernel) + split) == 0) {

@@ -32,6 +32,7 @@ struct lminf_cuda_params {
     int32_t n_sink_pad;  // sinks rounded up
     int32_t n_split;
     int32_t split_cells; // cells of a split, a multiple of LMINF_CUDA_TILE
+    int32_t n_stages;    // of the tile kernel
 
     // partial results, NULL with one split; [n_embd_head_v or 2, n_split, n_head, n_q, n_stream]
     float * acc;
@@ -596,117 +597,200 @@ static __global__ void __launch_bounds__(LMINF_CUDA_ROW_WARPS*LMINF_CUDA_WARP, l
 //
 // tile kernel: 16 rows per warp, or two, on tensor cores; K and V must be exact, or as good as, in f16
 //
-// grid (tiles of rows, splits, KV heads * streams), 1 to 4 warps. A block walks its cells in tiles of 32, all of its warps
-// together: mask, K to shared memory, scores, softmax, V to where K was, result. Of N_PARTS warps that share 16 rows each
-// computes the scores of a part of the cells, the softmax of all, and a part of V's elements; N_PARTS*N_FRAGS is
-// n_embd_head_v/16 or more.
+// grid (tiles of rows, splits, KV heads * streams), 1 to 4 warps. A block walks its cells in tiles, all of its warps
+// together; scores, softmax and sums stay in registers. With 2 stages there are K and V of two tiles in shared memory: one
+// arrives while the other is multiplied. With 1, where that is too much, V takes K's place. Of N_PARTS warps that share 16 rows each computes all scores, and the sums
+// of a part of V's elements; 16*N_FRAGS*N_PARTS is n_embd_head_v or more.
 //
 
-// in f16, saturating
-static __device__ __forceinline__ __half lminf_to_half(float x) {
-    return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));
+// cells of a tile
+static __host__ __device__ constexpr int lminf_tile_cells(int n_frags) {
+    return n_frags <= 4 ? 64 : 32;
 }
 
-static __device__ __forceinline__ uint4 lminf_pack_halves(const __half * x) {
-    uint32_t w[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        w[i] = __half_as_ushort(x[2*i]) | (uint32_t) __half_as_ushort(x[2*i + 1]) << 16;
-    }
-    return make_uint4(w[0], w[1], w[2], w[3]);
+// blocks per multiprocessor that registers must leave room for
+static __host__ __device__ constexpr int lminf_tile_kernel_blocks(int n_frags) {
+    return n_frags <= 8 ? 3 : 2;
 }
 
-static __device__ __forceinline__ uint4 lminf_zero_halves() {
-    return make_uint4(0, 0, 0, 0);
+// heads with one stage, and half as many rows in the row kernel
+static __host__ __device__ constexpr bool lminf_is_wide(int n_embd_head_k, int n_embd_head_v) {
+    return n_embd_head_k > LMINF_CUDA_WARP_V || n_embd_head_v > LMINF_CUDA_WARP_V;
 }
 
-// n_cells rows to tile [LMINF_CUDA_TILE, ld] in f16, zeros where there is nothing; n_warps lanes per cell
+// pieces of 16 elements of V that a warp has sums of
+static __host__ __device__ constexpr int lminf_tile_frags(int n_embd_head_k, int n_embd_head_v) {
+    return lminf_is_wide(n_embd_head_k, n_embd_head_v) ? 16 : n_embd_head_v <= 64 ? 4 : n_embd_head_v <= 128 ? 8 : 16;
+}
+
+// what f16 can hold
+static __device__ __forceinline__ float lminf_saturate(float x) {
+    return fminf(fmaxf(x, -65504.0f), 65504.0f);
+}
+
+// Where a cell's row lies in a tile. Of 16 scores side by side a lane holds numbers 2t, 2t + 1, 2t + 8 and 2t + 9; with
+// rows in this order these are the scores of 4 cells next to each other, whose mask it reads at once.
+static __device__ __forceinline__ int lminf_tile_row(int cell) {
+    return (cell & ~15) | (cell & 2) << 2 | (cell & 12) >> 1 | (cell & 1);
+}
+
+// n_cells rows to a tile of n_tile rows in f16, zeros where there is nothing; those of f16 are there after
+// lminf_wait_for_copies
 template <int TYPE>
-static __device__ __forceinline__ void lminf_load_tile(__half * tile, int ld, const char * rows, int64_t nb1, int n_cells, int n_embd, int n_warps, int tid) {
-    constexpr int N = lminf_n_loads(TYPE);
+static __device__ __forceinline__ void lminf_load_rows(
+        __half * tile, int ld, const char * rows, int64_t nb1, int n_cells, int n_tile, int n_embd, int n_threads, int tid) {
+    constexpr int LANES = 4; // per cell
+    constexpr int N     = lminf_n_loads(TYPE);
 
-    const int cell     = tid / n_warps;
     const int n_padded = (n_embd + 15)/16*16;
 
-    for (int e0 = 8*(tid % n_warps); e0 < n_padded; e0 += N*8*n_warps) {
-        lminf_cuda_raw raw[N];
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const int e = e0 + i*8*n_warps;
-            if (cell < n_cells && e < n_embd) {
-                lminf_cuda_type<TYPE>::load(raw[i], rows + cell*nb1, e);
+    const char * row = rows + tid/LANES*nb1;
+
+    for (int cell = tid/LANES; cell < n_tile; cell += n_threads/LANES, row += n_threads/LANES*nb1) {
+        const bool exists = cell < n_cells;
+        __half   * to     = tile + lminf_tile_row(cell)*ld;
+
+        if constexpr (TYPE == GGML_TYPE_F16) {
+#pragma unroll 4
+            for (int e = 8*(tid % LANES); e < n_padded; e += 8*LANES) {
+                const bool is_row = exists && e < n_embd;
+                lminf_copy_16(to + e, is_row ? row + 2*e : rows, is_row);
             }
-        }
+        } else {
+            for (int e0 = 8*(tid % LANES); e0 < n_padded; e0 += N*8*LANES) {
+                lminf_cuda_raw raw[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const int e = e0 + i*8*n_warps;
-            if (e < n_padded) {
-                uint4 res = lminf_zero_halves();
-                if (cell < n_cells && e < n_embd) {
-                    if (TYPE == GGML_TYPE_F16) {
-                        res = raw[i].a;
-                    } else {
-                        float  x[8];
-                        __half y[8];
-                        lminf_cuda_type<TYPE>::to_float(raw[i], e, x);
-#pragma unroll
-                        for (int j = 0; j < 8; ++j) {
-                            y[j] = lminf_to_half(x[j]);
-                        }
-                        res = lminf_pack_halves(y);
+                for (int i = 0; i < N; ++i) {
+                    const int e = e0 + i*8*LANES;
+                    if (exists && e < n_embd) {
+                        lminf_cuda_type<TYPE>::load(raw[i], row, e);
                     }
                 }
-                *(uint4 *) (tile + cell*ld + e) = res;
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    const int e = e0 + i*8*LANES;
+                    if (e < n_padded) {
+                        uint4 res = make_uint4(0, 0, 0, 0);
+                        if (exists && e < n_embd) {
+                            float x[8];
+                            lminf_cuda_type<TYPE>::to_float(raw[i], e, x);
+#pragma unroll
+                            for (int j = 0; j < 8; ++j) {
+                                x[j] = lminf_saturate(x[j]);
+                            }
+                            res = make_uint4(lminf_pack_2_halves(x[0], x[1]), lminf_pack_2_halves(x[2], x[3]),
+                                lminf_pack_2_halves(x[4], x[5]), lminf_pack_2_halves(x[6], x[7]));
+                        }
+                        *(uint4 *) (to + e) = res;
+                    }
+                }
             }
         }
     }
 }
 
+template <bool IS_F16>
 static __device__ __forceinline__ void lminf_load_tile(
-        __half * tile, int ld, const lminf_attn_operand & x, const char * rows, int n_cells, int n_embd, int n_warps, int tid) {
+        __half * tile, int ld, const lminf_attn_operand & x, const char * rows, int n_cells, int n_tile, int n_embd, int n_threads, int tid) {
+    if constexpr (IS_F16) {
+        lminf_load_rows<GGML_TYPE_F16>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid);
+        return;
+    }
     switch (x.type) {
-        case GGML_TYPE_F16:  lminf_load_tile<GGML_TYPE_F16> (tile, ld, rows, x.nb1, n_cells, n_embd, n_warps, tid); break;
-        case GGML_TYPE_Q8_0: lminf_load_tile<GGML_TYPE_Q8_0>(tile, ld, rows, x.nb1, n_cells, n_embd, n_warps, tid); break;
-        case GGML_TYPE_Q4_0: lminf_load_tile<GGML_TYPE_Q4_0>(tile, ld, rows, x.nb1, n_cells, n_embd, n_warps, tid); break;
+        case GGML_TYPE_F16:  lminf_load_rows<GGML_TYPE_F16> (tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
+        case GGML_TYPE_Q8_0: lminf_load_rows<GGML_TYPE_Q8_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
+        case GGML_TYPE_Q4_0: lminf_load_rows<GGML_TYPE_Q4_0>(tile, ld, rows, x.nb1, n_cells, n_tile, n_embd, n_threads, tid); break;
     }
 }
 
-// halves from row to row of a tile: whole 16s for wmma, and 16 bytes more so that rows start in different banks
+// Which of 32 tiles from cell begin on any of n_queries sees a cell of, as bits. Most are seen by the first query or the
+// last: these are asked for all of a warp's tiles at once.
+static __device__ __forceinline__ uint32_t lminf_open_tiles(
+        int * s_open, const char * mask, int64_t nb1, int n_queries, int begin, int end, int n_tile, int n_warps, int tid) {
+    constexpr int N = 8; // loads under way
+
+    const int warp    = tid / LMINF_CUDA_WARP;
+    const int lane    = tid % LMINF_CUDA_WARP;
+    const int n_tiles = min((end - begin + n_tile - 1)/n_tile, LMINF_CUDA_WARP);
+
+    __syncthreads(); // before others' flags are overwritten
+
+#pragma unroll 1
+    for (int tile0 = warp; tile0 < n_tiles; tile0 += N*n_warps) {
+        bool is_open[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int cell = begin + (tile0 + i*n_warps)*n_tile + lane;
+            is_open[i] = false;
+            for (int c = cell; c < cell + n_tile - lane; c += LMINF_CUDA_WARP) {
+                if (c < end) {
+                    const float first = __ldg((const float *) mask + c);
+                    const float last  = __ldg((const float *) (mask + (n_queries - 1)*nb1) + c);
+                    is_open[i] = is_open[i] || first != -INFINITY || last != -INFINITY;
+                }
+            }
+        }
+#pragma unroll 1
+        for (int i = 0; i < N && tile0 + i*n_warps < n_tiles; ++i) {
+            bool is_mine = false;
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                is_mine = j == i ? is_open[j] : is_mine;
+            }
+            const int tile = tile0 + i*n_warps;
+            const int cell = begin + tile*n_tile + lane;
+            bool is_seen = __ballot_sync(0xFFFFFFFFu, is_mine) != 0;
+#pragma unroll 1
+            for (int i_q = 1; i_q < n_queries - 1 && !is_seen; i_q += N) {
+                bool is_seen_here = false;
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    for (int c = cell; c < cell + n_tile - lane; c += LMINF_CUDA_WARP) {
+                        if (i_q + j < n_queries - 1 && c < end) {
+                            is_seen_here = is_seen_here || __ldg((const float *) (mask + (i_q + j)*nb1) + c) != -INFINITY;
+                        }
+                    }
+                }
+                is_seen = __ballot_sync(0xFFFFFFFFu, is_seen_here) != 0;
+            }
+            if (lane == 0) {
+                s_open[tile] = is_seen;
+            }
+        }
+    }
+
+    __syncthreads();
+    return __ballot_sync(0xFFFFFFFFu, lane < n_tiles && s_open[lane] != 0);
+}
+
+// halves from row to row of a tile: whole 16s, and 16 bytes more so that rows start in different banks
 static __host__ __device__ constexpr int lminf_tile_ld(int n_embd) {
     return (n_embd + 15)/16*16 + 8;
 }
 
-// queries that a tile of rows can touch
-static __host__ __device__ constexpr int lminf_tile_queries(int n_rows, int n_group) {
-    return (n_rows + n_group - 2)/n_group + 1;
+// of K's and V's tiles
+static __host__ __device__ constexpr int lminf_tile_kv_halves(int n_embd_head_k, int n_embd_head_v, int n_stages) {
+    const int n_cells = lminf_tile_cells(lminf_tile_frags(n_embd_head_k, n_embd_head_v));
+    const int ld_k    = lminf_tile_ld(n_embd_head_k);
+    const int ld_v    = lminf_tile_ld(n_embd_head_v);
+    return n_cells*(n_stages == 2 ? 2*(ld_k + ld_v) : ld_k > ld_v ? ld_k : ld_v);
 }
 
-// barrier of the warps that share rows
-template <int N_PARTS>
-static __device__ __forceinline__ void lminf_sync_rows() {
-    if (N_PARTS == 1) {
-        __syncwarp();
-    } else {
-        __syncthreads();
-    }
+// shared memory in bytes: q, K and V, which tiles are open
+static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_rows, int n_embd_head_k, int n_embd_head_v, int n_stages) {
+    return 2*n_rows*lminf_tile_ld(n_embd_head_k) + 2*lminf_tile_kv_halves(n_embd_head_k, n_embd_head_v, n_stages) + 4*LMINF_CUDA_WARP;
 }
 
-// shared memory in bytes: q, then K or V, scores, mask
-static __host__ __device__ constexpr int lminf_tile_kernel_shared(int n_rows, int n_embd_head_k, int n_embd_head_v, int n_group) {
-    const int ld_k  = lminf_tile_ld(n_embd_head_k);
-    const int ld_v  = lminf_tile_ld(n_embd_head_v);
-    const int ld_kv = ld_k > ld_v ? ld_k : ld_v;
-    return 2*n_rows*ld_k + 2*LMINF_CUDA_TILE*ld_kv + 4*n_rows*LMINF_CUDA_TILE_LD + 4*lminf_tile_queries(n_rows, n_group)*LMINF_CUDA_TILE_LD;
-}
-
-template <int N_FRAGS, int N_PARTS>
-static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(const lminf_cuda_params p) {
+// IS_F16: all of K and V are; without the rest of the code a kernel is a third as large
+template <int N_FRAGS, int N_PARTS, bool IS_F16>
+static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP, lminf_tile_kernel_blocks(N_FRAGS)) lminf_tile_kernel(const lminf_cuda_params p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
     GGML_UNUSED(p); // upstream builds for older devices too; ggml_cuda_lminf_attn_supported keeps them away
 #else
-    using namespace nvcuda;
-
     LMINF_CUDA_SHARED(shared);
+
+    constexpr int   N_CELLS = lminf_tile_cells(N_FRAGS);
+    constexpr float LOG2_E  = 1.44269504f; // scores are in units of log(2): exp2f is an instruction
 
     const lminf_attn_args & args = p.args;
 
@@ -719,67 +803,51 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
     const int split     = blockIdx.y;
     const int h_kv      = blockIdx.z % args.n_head_kv;
     const int stream    = blockIdx.z / args.n_head_kv;
-    const int row0      = blockIdx.x*16*n_warps/N_PARTS;
     const int max_rows  = 16*n_warps/N_PARTS;
+    const int row0      = blockIdx.x*max_rows;
     const int n_rows    = min(max_rows, args.n_q*p.n_group - row0);
     const int q0        = row0/p.n_group;
     const int n_queries = (row0 + n_rows - 1)/p.n_group - q0 + 1;
     const int n_embd_k  = args.n_embd_head_k;
     const int n_embd_v  = args.n_embd_head_v;
     const int ld_k      = lminf_tile_ld(n_embd_k);
-    const int ld_v      = lminf_tile_ld(n_embd_v);
-    const int ld_kv     = max(ld_k, ld_v);
 
-    __half * s_q     = (__half *) shared;                                    // [max_rows, ld_k]
-    __half * s_kv    = s_q + max_rows*ld_k;                                  // [cells, ld_k or ld_v]
-    float  * s_score = (float *) (s_kv + LMINF_CUDA_TILE*ld_kv);             // [max_rows, LMINF_CUDA_TILE_LD]
-    float  * s_mask  = s_score + max_rows*LMINF_CUDA_TILE_LD;                // [n_queries, LMINF_CUDA_TILE_LD]
+    __half * s_q    = (__half *) shared;                                                    // [max_rows, ld_k]
+    __half * s_k    = s_q + max_rows*ld_k;                                                  // [N_CELLS, ld_k]
+    int    * s_open = (int *) (s_k + lminf_tile_kv_halves(n_embd_k, n_embd_v, p.n_stages)); // [32]
 
-    // what this warp has for itself, or shares
-    constexpr int LD_PROB = LMINF_CUDA_TILE + 8;
-    __half * my_q  = s_q + 16*(warp/N_PARTS)*ld_k;
-    float  * score = s_score + 16*(warp/N_PARTS)*LMINF_CUDA_TILE_LD;
-    __half * prob  = (__half *) score; // [16, LD_PROB] takes the scores' place
-    float  * stage = score + 16*part;  // [16, 16] of the scores for itself in any case
-    static_assert(16*N_PARTS <= LMINF_CUDA_TILE, "");
+    const bool has_stages = p.n_stages == 2;
+    const int  n_stage    = has_stages ? N_CELLS*(ld_k + lminf_tile_ld(n_embd_v)) : 0; // halves to the other stage
+    const int  n_to_v     = has_stages ? N_CELLS*ld_k : 0;                             // and from K to V
+
+    // where this lane's rows of the matrices are that it names
+    const __half * my_q = s_q + (16*(warp/N_PARTS) + lane % 16)*ld_k + lane/16*8;
+    const __half * my_k = s_k + (lane/16*8 + lane % 8)*ld_k + lane/8 % 2*8;
 
     const int e_part = 16*N_FRAGS*part; // this warp's first element of V
 
-    // two lanes to a row in the softmax, 16 cells each
-    const int  my_row    = 16*(warp/N_PARTS) + lane/2;
-    const int  my_cell0  = lane % 2*16;
-    const bool my_exists = my_row < n_rows;
-    const int  my_h      = h_kv*p.n_group + (row0 + my_row) % p.n_group;
-    const int  my_query  = my_exists ? (row0 + my_row)/p.n_group - q0 : 0;
-
-    const float slope = lminf_slope(args, my_h);
-
-    float max_score = -INFINITY;
-    float sum       = 0.0f; // of this lane's cells
-
-    wmma::fragment<wmma::accumulator, 16, 16, 16, float> acc[N_FRAGS];
+    // the two rows that this lane has scores and sums of; one that does not exist repeats the last
+    int     my_query[2];
+    int     my_head[2];
+    float   slope[2];
 #pragma unroll
-    for (int f = 0; f < N_FRAGS; ++f) {
-        wmma::fill_fragment(acc[f], 0.0f);
+    for (int r = 0; r < 2; ++r) {
+        const int row = row0 + min(16*(warp/N_PARTS) + lane/4 + 8*r, n_rows - 1);
+        my_query[r] = row/p.n_group;
+        my_head[r]  = h_kv*p.n_group + row % p.n_group;
+        slope[r]    = LOG2_E*lminf_slope(args, my_head[r]);
     }
 
-    // which element of a fragment a lane holds is up to the hardware: ask it for the rows, to scale them later
-    int frag_row[8];
-    {
-        for (int i = lane; i < 16*16; i += LMINF_CUDA_WARP) {
-            stage[i/16*LMINF_CUDA_TILE_LD + i % 16] = i/16;
-        }
-        __syncwarp();
-        wmma::fragment<wmma::accumulator, 16, 16, 16, float> rows;
-        static_assert(sizeof(rows.x)/sizeof(rows.x[0]) == 8, "");
-        wmma::load_matrix_sync(rows, stage, LMINF_CUDA_TILE_LD, wmma::mem_row_major);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            frag_row[i] = (int) rows.x[i];
-        }
-    }
+    const bool  has_softcap = args.logit_softcap > 0.0f;
+    const float q_scale     = has_softcap ? args.scale : LOG2_E*args.scale;
 
-    const char * mask = lminf_row_data(args.mask, q0, 0, stream);
+    float max_score[2] = { -INFINITY, -INFINITY };
+    float sum[2]       = { 0.0f, 0.0f }; // of this lane's cells
+    float acc[2*N_FRAGS][4];
+#pragma unroll
+    for (int f = 0; f < 2*N_FRAGS; ++f) {
+        acc[f][0] = acc[f][1] = acc[f][2] = acc[f][3] = 0.0f;
+    }
 
 #pragma unroll 1
     for (int is_window = 0; is_window < 2; ++is_window) {
@@ -788,164 +856,231 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
             continue;
         }
 
-        // no barrier before: since any warp read q last there were two
-        for (int i = tid; i < max_rows*(ld_k - 8); i += n_threads) {
-            const int r = i / (ld_k - 8);
-            const int e = i % (ld_k - 8);
-            const int h = h_kv*p.n_group + (row0 + r) % p.n_group;
-            s_q[r*ld_k + e] = lminf_to_half(r < n_rows && e < n_embd_k ?
-                    args.scale*__ldg((const float *) lminf_row_data(sec.q, (row0 + r)/p.n_group, h, stream) + e) : 0.0f);
+        __syncthreads(); // before others' q is overwritten
+#pragma unroll 4
+        for (int r = warp; r < max_rows; r += n_warps) {
+            const int     row = row0 + min(r, n_rows - 1);
+            const float * q   = (const float *) lminf_row_data(sec.q, row/p.n_group, h_kv*p.n_group + row % p.n_group, stream);
+            for (int e = 2*lane; e < ld_k - 8; e += 2*LMINF_CUDA_WARP) {
+                const float2 x = r < n_rows && e < n_embd_k ? __ldg((const float2 *) (q + e)) : make_float2(0.0f, 0.0f);
+                *(uint32_t *) (s_q + r*ld_k + e) = lminf_pack_2_halves(lminf_saturate(q_scale*x.x), lminf_saturate(q_scale*x.y));
+            }
         }
 
-        const char * k = lminf_row_data(sec.k, 0, h_kv, stream);
-        const char * v = lminf_row_data(sec.v, 0, h_kv, stream);
+        const char * k    = lminf_row_data(sec.k, 0, h_kv, stream);
+        const char * v    = lminf_row_data(sec.v, 0, h_kv, stream);
+        const char * mask = lminf_row_data(args.mask, 0, 0, stream) + 4*sec.mask_col0;
 
-        for (int cell0 = sec.begin; cell0 < sec.end; cell0 += LMINF_CUDA_TILE) {
-            const int n_cells = min(LMINF_CUDA_TILE, sec.end - cell0);
+        // multi-head latent attention: K's tile has V already
+        const bool v_in_k = !has_stages && v == k && sec.v.nb1 == sec.k.nb1 && sec.v.type == sec.k.type;
+        const int  ld_v   = lminf_tile_ld(v_in_k ? n_embd_k : n_embd_v);
 
-            bool is_open = false;
-            for (int i = tid; i < n_queries*LMINF_CUDA_TILE; i += n_threads) {
-                const int   i_q  = i / LMINF_CUDA_TILE;
-                const int   cell = i % LMINF_CUDA_TILE;
-                const float m    = cell < n_cells ? ((const float *) (mask + i_q*args.mask.nb1))[sec.mask_col0 + cell0 + cell] : -INFINITY;
-                s_mask[i_q*LMINF_CUDA_TILE_LD + cell] = m;
-                is_open = is_open || m != -INFINITY;
-            }
-            if (!__syncthreads_or(is_open)) { // nor does any warp still read V
-                continue;
-            }
+        const __half * my_v = s_k + n_to_v + lane % 16*ld_v + lane/16*8 + e_part;
 
-            lminf_load_tile(s_kv, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, n_embd_k, n_warps, tid);
-            __syncthreads();
+        const char * my_mask[2] = { mask + my_query[0]*args.mask.nb1, mask + my_query[1]*args.mask.nb1 };
+        const bool   is_aligned = ((uintptr_t) (mask + 4*sec.begin) | args.mask.nb1) % 16 == 0;
 
-            // scores [16, 32], or this warp's part of them
+        float m[2][N_CELLS/4]; // the mask of what this lane has of a tile's scores, read while the tile before is multiplied
 
-            {
-                constexpr int N = LMINF_CUDA_TILE/16/N_PARTS;
-
-                wmma::fragment<wmma::accumulator, 16, 16, 16, float> s[N];
+        const auto load_mask = [&](int cell0, int n_cells) {
 #pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    wmma::fill_fragment(s[i], 0.0f);
+            for (int r = 0; r < 2; ++r) {
+                const float * row = (const float *) my_mask[r] + cell0 + lane % 4*4;
+#pragma unroll
+                for (int j = 0; j < N_CELLS/16; ++j) {
+                    if (is_aligned && n_cells == N_CELLS) {
+                        const float4 x = __ldg((const float4 *) (row + 16*j));
+                        m[r][4*j] = x.x; m[r][4*j + 1] = x.y; m[r][4*j + 2] = x.z; m[r][4*j + 3] = x.w;
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            m[r][4*j + i] = 16*j + lane % 4*4 + i < n_cells ? __ldg(row + 16*j + i) : -INFINITY;
+                        }
+                    }
                 }
+            }
+        };
+        const auto masked = [&](float x, int j, int i) { // score i of 4 of piece j
+            return x + slope[i/2]*m[i/2][4*(j/2) + j%2*2 + i%2];
+        };
+
+#pragma unroll 1
+        for (int chunk0 = sec.begin; chunk0 < sec.end; chunk0 += LMINF_CUDA_WARP*N_CELLS) {
+            uint32_t open = lminf_open_tiles(s_open, mask + q0*args.mask.nb1, args.mask.nb1, n_queries, chunk0, sec.end, N_CELLS, n_warps, tid);
+
+            int stage = 0; // of the tile that comes next, in halves
+
+            // the next open tile's cells
+            const auto get_cells = [&](int & cell0, int & n_cells) {
+                cell0   = chunk0 + (__ffs(open) - 1)*N_CELLS;
+                n_cells = min(N_CELLS, sec.end - cell0);
+            };
+            const auto load_k = [&]() { // and V, if there are stages
+                if (open == 0) {
+                    return;
+                }
+                int cell0, n_cells;
+                get_cells(cell0, n_cells);
+                lminf_load_tile<IS_F16>(s_k + stage, ld_k, sec.k, k + cell0*sec.k.nb1, n_cells, N_CELLS, n_embd_k, n_threads, tid);
+                if (has_stages) {
+                    lminf_load_tile<IS_F16>(s_k + stage + n_to_v, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
+                }
+            };
+            const auto load_next_mask = [&]() {
+                if (open == 0) {
+                    return;
+                }
+                int cell0, n_cells;
+                get_cells(cell0, n_cells);
+                load_mask(cell0, n_cells);
+            };
+
+            load_next_mask();
+            load_k();
+
+#pragma unroll 1
+            while (open != 0) {
+                int cell0, n_cells;
+                get_cells(cell0, n_cells);
+                open &= open - 1;
+
+                const int here = stage;
+                stage = n_stage - stage;
+
+                lminf_wait_for_copies();
+                __syncthreads(); // K, or K and V, are there, and nobody reads the other stage any more
+
+                if (has_stages) {
+                    load_k();
+                }
+
+                // scores [16, N_CELLS]
+
+                float s[N_CELLS/8][4];
+#pragma unroll
+                for (int j = 0; j < N_CELLS/8; ++j) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        s[j][i] = has_softcap ? 0.0f : masked(0.0f, j, i);
+                    }
+                }
+
+#pragma unroll 4
                 for (int e = 0; e < n_embd_k; e += 16) {
-                    wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major> a;
-                    wmma::load_matrix_sync(a, my_q + e, ld_k);
+                    uint32_t a[4];
+                    lminf_load_matrices(a, my_q + e);
 #pragma unroll
-                    for (int i = 0; i < N; ++i) {
-                        wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major> b;
-                        wmma::load_matrix_sync(b, s_kv + 16*(part*N + i)*ld_k + e, ld_k);
-                        wmma::mma_sync(s[i], a, b, s[i]);
+                    for (int j = 0; j < N_CELLS/16; ++j) {
+                        uint32_t b[4];
+                        lminf_load_matrices(b, my_k + here + 16*j*ld_k + e);
+                        lminf_mma(s[2*j],     a, b[0], b[1]);
+                        lminf_mma(s[2*j + 1], a, b[2], b[3]);
                     }
                 }
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    wmma::store_matrix_sync(score + 16*(part*N + i), s[i], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
+
+                if (!has_stages && !v_in_k) {
+                    __syncthreads(); // K was read
+                    lminf_load_tile<IS_F16>(s_k, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, N_CELLS, n_embd_v, n_threads, tid);
                 }
-            }
-            lminf_sync_rows<N_PARTS>();
 
-            // softmax
-
-            float  s[16];
-            float  max_new = max_score;
+                if (has_softcap) {
 #pragma unroll
-            for (int i = 0; i < 16; i += 4) {
-                const float4 x = *(const float4 *) (score  + lane/2*LMINF_CUDA_TILE_LD  + my_cell0 + i);
-                const float4 m = *(const float4 *) (s_mask + my_query*LMINF_CUDA_TILE_LD + my_cell0 + i);
-                const float xs[4] = { x.x, x.y, x.z, x.w };
-                const float ms[4] = { m.x, m.y, m.z, m.w };
+                    for (int j = 0; j < N_CELLS/8; ++j) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    s[i + j] = my_exists && ms[j] != -INFINITY ? lminf_softcap(args, xs[j]) + slope*ms[j] : -INFINITY;
-                    max_new  = fmaxf(max_new, s[i + j]);
-                }
-            }
-            max_new = fmaxf(max_new, __shfl_xor_sync(0xFFFFFFFFu, max_new, 1));
-
-            const float scale = lminf_exp(max_score, max_new);
-            max_score = max_new;
-            sum      *= scale;
-
-            __half e[16];
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                e[i] = __float2half_rn(lminf_exp(s[i], max_new));
-                sum += __half2float(e[i]); // as rounded, so that the weights add up to 1
-            }
-            lminf_sync_rows<N_PARTS>(); // before prob takes the place of score
-
-            if (part == 0) {
-                uint4 * to = (uint4 *) (prob + lane/2*LD_PROB + my_cell0);
-                to[0] = lminf_pack_halves(e);
-                to[1] = lminf_pack_halves(e + 8);
-            }
-
-            // V, where K was; lanes see each other's prob behind the same barriers
-
-            __syncthreads();
-            lminf_load_tile(s_kv, ld_v, sec.v, v + cell0*sec.v.nb1, n_cells, n_embd_v, n_warps, tid);
-            __syncthreads();
-
-            float frag_scale[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                frag_scale[i] = __shfl_sync(0xFFFFFFFFu, scale, 2*frag_row[i]);
-            }
-#pragma unroll
-            for (int f = 0; f < N_FRAGS; ++f) {
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    acc[f].x[i] *= frag_scale[i];
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < LMINF_CUDA_TILE; c += 16) {
-                wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major> a;
-                wmma::load_matrix_sync(a, prob + c, LD_PROB);
-#pragma unroll
-                for (int f = 0; f < N_FRAGS; ++f) {
-                    if (e_part + 16*f < n_embd_v) {
-                        wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::row_major> b;
-                        wmma::load_matrix_sync(b, s_kv + c*ld_v + e_part + 16*f, ld_v);
-                        wmma::mma_sync(acc[f], a, b, acc[f]);
+                        for (int i = 0; i < 4; ++i) {
+                            s[j][i] = masked(LOG2_E*lminf_softcap(args, s[j][i]), j, i);
+                        }
                     }
+                }
+                load_next_mask();
+
+                // softmax
+
+                float scale[2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float max_new = max_score[r];
+#pragma unroll
+                    for (int j = 0; j < N_CELLS/8; ++j) {
+                        max_new = fmaxf(max_new, fmaxf(s[j][2*r], s[j][2*r + 1]));
+                    }
+                    max_new = fmaxf(max_new, __shfl_xor_sync(0xFFFFFFFFu, max_new, 1));
+                    max_new = fmaxf(max_new, __shfl_xor_sync(0xFFFFFFFFu, max_new, 2));
+
+                    const float base = max_new == -INFINITY ? 0.0f : max_new; // nothing was seen: exp2f is 0
+                    scale[r]     = exp2f(max_score[r] - base);
+                    max_score[r] = max_new;
+                    sum[r]      *= scale[r];
+#pragma unroll
+                    for (int j = 0; j < N_CELLS/8; ++j) {
+                        s[j][2*r]     = exp2f(s[j][2*r]     - base);
+                        s[j][2*r + 1] = exp2f(s[j][2*r + 1] - base);
+                        sum[r] += s[j][2*r] + s[j][2*r + 1];
+                    }
+                }
+                if (__ballot_sync(0xFFFFFFFFu, scale[0] != 1.0f || scale[1] != 1.0f) != 0) {
+#pragma unroll
+                    for (int f = 0; f < 2*N_FRAGS; ++f) {
+                        acc[f][0] *= scale[0];
+                        acc[f][1] *= scale[0];
+                        acc[f][2] *= scale[1];
+                        acc[f][3] *= scale[1];
+                    }
+                }
+
+                if (!has_stages && !v_in_k) {
+                    lminf_wait_for_copies();
+                    __syncthreads();
+                }
+
+#pragma unroll
+                for (int j = 0; j < N_CELLS/16; ++j) {
+                    // as they are in registers, scores are weights in rows of matrix a
+                    const uint32_t a[4] = {
+                        lminf_pack_2_halves(s[2*j][0],     s[2*j][1]),     lminf_pack_2_halves(s[2*j][2],     s[2*j][3]),
+                        lminf_pack_2_halves(s[2*j + 1][0], s[2*j + 1][1]), lminf_pack_2_halves(s[2*j + 1][2], s[2*j + 1][3]),
+                    };
+#pragma unroll
+                    for (int f = 0; f < N_FRAGS; ++f) {
+                        if (e_part + 16*f < n_embd_v) {
+                            uint32_t b[4];
+                            lminf_load_matrices_transposed(b, my_v + here + 16*j*ld_v + 16*f);
+                            lminf_mma(acc[2*f],     a, b[0], b[1]);
+                            lminf_mma(acc[2*f + 1], a, b[2], b[3]);
+                        }
+                    }
+                }
+
+                if (!has_stages) {
+                    __syncthreads(); // V was read
+                    load_k();
                 }
             }
         }
     }
 
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
-
-    const int64_t i_out = lminf_out_index(args, my_h, q0 + my_query, stream);
-    const float   norm  = p.n_split == 1 ? lminf_norm(args, my_h, max_score, sum) : 1.0f;
-
-    if (p.n_split > 1 && my_exists && lane % 2 == 0 && part == 0) {
-        p.max_sum[(i_out*p.n_split + split)*2]     = max_score;
-        p.max_sum[(i_out*p.n_split + split)*2 + 1] = sum;
-    }
-
-    float * to = p.n_split == 1 ? args.dst + i_out*n_embd_v : p.acc + (i_out*p.n_split + split)*n_embd_v;
-
-    if (N_PARTS > 1) {
-        __syncthreads(); // the others may still read prob
-    }
-
-    // 16 elements of every row at a time through shared memory, whose layout is known
 #pragma unroll
-    for (int f = 0; f < N_FRAGS; ++f) {
-        if (e_part + 16*f < n_embd_v) {
-            __syncwarp();
-            wmma::store_matrix_sync(stage, acc[f], LMINF_CUDA_TILE_LD, wmma::mem_row_major);
-            __syncwarp();
-            const int e = e_part + 16*f + lane % 2*8;
-            if (my_exists && e < n_embd_v) {
-                const float * from = stage + lane/2*LMINF_CUDA_TILE_LD + lane % 2*8;
+    for (int r = 0; r < 2; ++r) {
+        sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 1);
+        sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], 2);
+        max_score[r] *= 1.0f/LOG2_E;
+
+        if (16*(warp/N_PARTS) + lane/4 + 8*r >= n_rows) {
+            continue;
+        }
+        const int64_t i_out = lminf_out_index(args, my_head[r], my_query[r], stream);
+        const float   norm  = p.n_split == 1 ? lminf_norm(args, my_head[r], max_score[r], sum[r]) : 1.0f;
+
+        if (p.n_split > 1 && lane % 4 == 0 && part == 0) {
+            p.max_sum[(i_out*p.n_split + split)*2]     = max_score[r];
+            p.max_sum[(i_out*p.n_split + split)*2 + 1] = sum[r];
+        }
+        float * to = p.n_split == 1 ? args.dst + i_out*n_embd_v : p.acc + (i_out*p.n_split + split)*n_embd_v;
 #pragma unroll
-                for (int j = 0; j < 8; j += 4) {
-                    const float4 x = *(const float4 *) (from + j);
-                    *(float4 *) (to + e + j) = make_float4(norm*x.x, norm*x.y, norm*x.z, norm*x.w);
-                }
+        for (int f = 0; f < 2*N_FRAGS; ++f) {
+            const int e = e_part + 8*f + lane % 4*2;
+            if (e < n_embd_v) {
+                *(float2 *) (to + e) = make_float2(norm*acc[f][2*r], norm*acc[f][2*r + 1]);
             }
         }
     }
@@ -956,31 +1091,46 @@ static __global__ void __launch_bounds__(4*LMINF_CUDA_WARP) lminf_tile_kernel(co
 // combine kernel: a block per row puts the splits together
 //
 
-constexpr int LMINF_CUDA_COMBINE_THREADS = 64;
+constexpr int LMINF_CUDA_COMBINE_THREADS = 128;
 
 static __global__ void __launch_bounds__(LMINF_CUDA_COMBINE_THREADS) lminf_combine_kernel(const lminf_cuda_params p) {
+    LMINF_CUDA_SHARED(shared);
+
+    float * weight = (float *) shared; // [n_split], what each split's sums are multiplied with
+
     const lminf_attn_args & args = p.args;
 
+    const int     tid   = threadIdx.x;
     const int64_t i_out = blockIdx.x;
-    const int     h     = i_out % args.n_head;
 
     const float * max_sum = p.max_sum + i_out*p.n_split*2;
     const float * acc     = p.acc     + i_out*p.n_split*args.n_embd_head_v;
 
+    // every warp for itself: no barrier, and no more waiting than one
     float max_all = -INFINITY;
-    for (int i = 0; i < p.n_split; ++i) {
+    for (int i = tid % LMINF_CUDA_WARP; i < p.n_split; i += LMINF_CUDA_WARP) {
         max_all = fmaxf(max_all, max_sum[2*i]);
     }
-    float sum = 0.0f;
-    for (int i = 0; i < p.n_split; ++i) {
-        sum += max_sum[2*i + 1]*lminf_exp(max_sum[2*i], max_all);
-    }
-    const float norm = lminf_norm(args, h, max_all, sum);
+    max_all = lminf_warp_max(max_all);
 
-    for (int e = threadIdx.x; e < args.n_embd_head_v; e += LMINF_CUDA_COMBINE_THREADS) {
+    float sum = 0.0f;
+    for (int i = tid % LMINF_CUDA_WARP; i < p.n_split; i += LMINF_CUDA_WARP) {
+        const float scale = lminf_exp(max_sum[2*i], max_all);
+        sum += max_sum[2*i + 1]*scale;
+        if (tid < LMINF_CUDA_WARP) {
+            weight[i] = scale;
+        }
+    }
+    sum = lminf_warp_sum(sum);
+    __syncthreads();
+
+    const float norm = lminf_norm(args, i_out % args.n_head, max_all, sum);
+
+    for (int e = tid; e < args.n_embd_head_v; e += LMINF_CUDA_COMBINE_THREADS) {
         float res = 0.0f;
+#pragma unroll 8
         for (int i = 0; i < p.n_split; ++i) {
-            res += acc[(int64_t) i*args.n_embd_head_v + e]*lminf_exp(max_sum[2*i], max_all);
+            res += acc[(int64_t) i*args.n_embd_head_v + e]*weight[i];
         }
         args.dst[i_out*args.n_embd_head_v + e] = norm*res;
     }

@@ -6,29 +6,28 @@
 // K and one V. A block takes a tile of rows and a range of cells ("split"); there are as many splits as it takes to fill the
 // device, and with more than one the blocks leave sums to a third kernel that combines them.
 //
-// Row kernel, 1 to 16 rows (decoding, and every K or V in f32 or bf16): f32 throughout, no tensor cores, as it waits for
-// memory. 4 warps work on their own tiles of 32 cells, without barriers. K goes through shared memory 32 elements at a time,
-// 4.5 KiB per warp whatever the head size, so that a lane can be a cell and a score needs no exchange between lanes;
-// V is read once, each lane 8 elements, and multiplied from registers. 16 rows are the most for which the sums fit into
-// registers, 8 where a head of V has more than 256 elements and a lane 16 of them. Cells that no row sees are not read at all.
+// Row kernel, 1 to 16 rows (f32 and bf16; of f16 up to 4 rows, of quantized types 16, of wide heads 0 and 8): f32 throughout, no tensor cores, as
+// it waits for memory. 4 warps work on their own tiles of 32 cells, without barriers. K goes through shared memory 32
+// elements at a time, 4.5 KiB per warp whatever the head size, so that a lane can be a cell and a score needs no exchange
+// between lanes; V is read once, each lane 8 elements, and multiplied from registers. 16 rows are the most for which the sums
+// fit into registers, 8 where a head of V has more than 256 elements and a lane 16 of them. Cells that no row sees are not
+// read at all.
 //
-// Tile kernel, more than 32 rows (prefill): 16 rows per warp on tensor cores by way of nvcuda::wmma, 4 warps, or 2 where
-// large heads need the shared memory (48 KiB are there on every device). Tiles are 32 cells, and K and V share a buffer in
-// f16, one after the other: with heads of 128 a block takes 36 to 44 KiB, so that two fit on a multiprocessor (one on
-// Turing, which has 64). Softmax and sums are f32; q, quantized K and V, and the weights are rounded to f16. Tiles that no
-// query of the block sees are skipped. f32 and bf16 do not fit into f16 and go to the row kernel, 16 rows at a time.
-// Wide heads, of more than 256 elements, from 17 rows on: the sums of 16 rows fill a warp's registers at 256 elements of V, so
-// two warps share 16 rows, each with half of the scores and half of V. K or V of a tile takes up to 37 KiB, and so does q of
-// 32 rows: a block asks for 70 to 82 KiB, and where the device has not that much, on Turing, for 51 to 60 KiB with 16 rows.
+// Tile kernel, all else: 16 rows per warp on tensor cores, 1 to 4 warps, as many as there are rows. Tiles are 64 cells with
+// heads of up to 64, else 32. mma leaves scores as the next product wants its weights, so they stay in registers; K and V
+// of the next tile come to shared memory by copies that go on meanwhile, one barrier a tile. q, K and V take 45 KiB with
+// heads of 64, 51 with 128; where they take more than a block can have, V takes K's place, and there are less rows. Softmax
+// and sums are f32; q, quantized K and V, and the weights are rounded to f16. Tiles that no query of the block sees are
+// skipped, after a look at the mask of 32 of them. Wide heads, of more than 256 elements: the sums of 16 rows fill a warp's
+// registers at 256 elements of V, so two warps share 16 rows, each with half of V, and scores of its own.
 //
-// Per token and layer, decoding reads (n_sink + n_kv)*n_head_kv rows of K and V once, up to 16 heads per KV head: with 4096
+// Per token and layer, decoding reads (n_sink + n_kv)*n_head_kv rows of K and V once, up to 64 heads per KV head: with 4096
 // f16 cells, 8 KV heads of 64 elements, 8.4 MB. The mask is 4 bytes per cell for each KV head, from L2.
 
 #include "common.cuh"
 
-#include <mma.h>
-
 #include "lminf-attn.cuh"
+#include "lminf-attn-ptx.cuh"
 #include "lminf-attn-launch.cuh"
 
 bool ggml_cuda_lminf_attn_supported(int device, const ggml_tensor * op) {

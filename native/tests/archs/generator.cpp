@@ -245,7 +245,7 @@ std::vector<arch_model> all_arch_models() {
     return res;
 }
 
-llama_model_ptr make_model(const arch_model & what, bool has_weights) {
+llama_model_ptr make_model(const arch_model & what, bool has_weights, ggml_backend_dev_t device) {
     const gguf_context_ptr file = get_gguf_ctx(llm_arch_from_string(what.arch), what.moe);
 
     complete(what.arch, file.get());
@@ -253,10 +253,11 @@ llama_model_ptr make_model(const arch_model & what, bool has_weights) {
         what.edit(file.get());
     }
 
-    ggml_backend_dev_t no_gpu[] = { nullptr };
+    ggml_backend_dev_t devices[] = { device, nullptr };
 
     llama_model_params params = llama_model_default_params();
-    params.devices           = no_gpu;
+    params.devices           = devices;
+    params.n_gpu_layers      = device ? -1 : 0;
     params.no_alloc          = !has_weights;
     params.progress_callback = silent_model_load_progress;
 

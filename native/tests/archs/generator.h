@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "ggml-backend.h"
 #include "llama-cpp.h"
 
 #include <string>
@@ -23,8 +24,8 @@ struct arch_model {
 
 std::vector<arch_model> all_arch_models();
 
-// throws if llama.cpp cannot make it; without weights only its sizes can be asked for
-llama_model_ptr make_model(const arch_model & model, bool has_weights = true);
+// throws if llama.cpp cannot make it; without weights only its sizes can be asked for; with a device all layers are there
+llama_model_ptr make_model(const arch_model & model, bool has_weights = true, ggml_backend_dev_t device = nullptr);
 
 std::vector<llama_token> random_tokens(uint32_t n_tokens, size_t seed);
 

@@ -1,10 +1,9 @@
-// stands in for cuda_runtime.h, cuda_fp16.h and mma.h, as far as native/kernels/cuda uses them: a C++ compiler then builds
-// the kernels' source, and lanes.h runs it
+// stands in for cuda_runtime.h, cuda_fp16.h and lminf-attn-ptx.cuh, as far as native/kernels/cuda uses them: a C++ compiler
+// then builds the kernels' source, and lanes.h runs it
 //
 //   lanes::launch(grid, block, n_shared, rng, [&] { kernel(params); })
 //
-// Shuffles and wmma are exchanges of a whole warp, whatever the mask says. wmma operations do not order memory accesses:
-// a __syncwarp that is missing before or after them shows.
+// Shuffles, ldmatrix and mma are exchanges of a whole warp, whatever the mask says.
 
 #pragma once
 
@@ -18,6 +17,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -39,9 +39,11 @@ using std::min;
 
 struct alignas(16) uint4  { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float    x, y, z, w; };
+struct alignas(8)  float2 { float    x, y; };
 
 static inline uint4  make_uint4 (uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return { x, y, z, w }; }
 static inline float4 make_float4(float    x, float    y, float    z, float    w) { return { x, y, z, w }; }
+static inline float2 make_float2(float    x, float    y)                         { return { x, y }; }
 
 static inline float __uint_as_float(uint32_t x) {
     float res;
@@ -93,94 +95,89 @@ static inline uint32_t __ballot_sync(uint32_t mask, bool x) {
     return res;
 }
 
-// --- tensor cores: 16x16 fragments, 8 elements per lane --------------------------------------------------------------
+static inline int __ffs(uint32_t x) { return x == 0 ? 0 : 1 + __builtin_ctz(x); }
 
-namespace nvcuda {
-namespace wmma {
+// --- lminf-attn-ptx.cuh ---------------------------------------------------------------------------------------------
 
-struct matrix_a    {};
-struct matrix_b    {};
-struct accumulator {};
-struct row_major   {};
-struct col_major   {};
-
-enum layout_t { mem_row_major, mem_col_major };
-
-// the hardware holds matrix_a and matrix_b twice, 16 elements per lane; nobody may look at them
-template <typename USE, int M, int N, int K, typename T, typename LAYOUT = void>
-struct fragment {
-    static_assert(M == 16 && N == 16 && K == 16, "");
-    static constexpr int num_elements = 8;
-    T x[num_elements];
-};
-
-// where element i of a lane lies in the matrix: no layout of real hardware, so that nothing can lean on one
-static inline int emulated_index(int i) {
-    return (lanes::lane()*8 + i)*37 % 256;
+static inline uint32_t lminf_pack_2_halves(float lo, float hi) {
+    return ggml_fp32_to_fp16(lo) | (uint32_t) ggml_fp32_to_fp16(hi) << 16;
 }
 
-// pointers must be aligned to 32 bytes, rows to 16
-template <typename T> void check(const T * p, unsigned ld) {
-    const ptrdiff_t offset = (const char *) p - lanes::shared();
-    if (offset % 32 != 0 || ld*sizeof(T) % 16 != 0) {
-        fprintf(stderr, "wmma: %td bytes into shared memory, rows of %zu bytes: not aligned\n", offset, ld*sizeof(T));
+static inline float emulated_half(uint32_t pair, int i) { return ggml_fp16_to_fp32((ggml_fp16_t) (pair >> 16*i)); }
+
+static inline void lminf_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    static float all_a[32][16][16], all_b[32][16][8]; // [warp]
+
+    const int g = lanes::lane()/4;
+    const int t = lanes::lane()%4;
+
+    auto & my_a = all_a[lanes::warp()];
+    auto & my_b = all_b[lanes::warp()];
+    for (int i = 0; i < 2; ++i) {
+        for (int r = 0; r < 4; ++r) {
+            my_a[g + r%2*8][2*t + r/2*8 + i] = emulated_half(a[r], i);
+        }
+        my_b[2*t + i][g]     = emulated_half(b0, i);
+        my_b[2*t + i + 8][g] = emulated_half(b1, i);
+    }
+    lanes::warp_barrier();
+    for (int i = 0; i < 4; ++i) {
+        for (int e = 0; e < 16; ++e) {
+            d[i] += my_a[g + i/2*8][e]*my_b[e][2*t + i%2];
+        }
+    }
+    lanes::warp_barrier();
+}
+
+static inline const uint16_t * emulated_matrix_row(const __half * row, int from) {
+    const ptrdiff_t offset = (const char *) row - lanes::shared();
+    if (offset % 16 != 0) {
+        fprintf(stderr, "ldmatrix: %td bytes into shared memory: not aligned\n", offset);
         abort();
     }
+    return (const uint16_t *) lanes::shuffle(row, from);
 }
 
-template <typename USE, typename T> void fill_fragment(fragment<USE, 16, 16, 16, T> & f, T value) {
-    std::fill_n(f.x, 8, value);
-}
-
-template <typename T> void load(T (&x)[8], const T * p, unsigned ld, bool is_row_major) {
-    check(p, ld);
-    for (int i = 0; i < 8; ++i) {
-        const int row = emulated_index(i)/16;
-        const int col = emulated_index(i)%16;
-        x[i] = is_row_major ? p[row*ld + col] : p[col*ld + row];
+static inline void lminf_load_matrices(uint32_t (&res)[4], const __half * row) {
+    for (int i = 0; i < 4; ++i) {
+        memcpy(&res[i], emulated_matrix_row(row, 8*i + lanes::lane()/4) + 2*(lanes::lane()%4), 4);
     }
 }
 
-template <typename USE, typename T> void load_matrix_sync(fragment<USE, 16, 16, 16, T, row_major> & f, const T * p, unsigned ld) { load(f.x, p, ld, true); }
-template <typename USE, typename T> void load_matrix_sync(fragment<USE, 16, 16, 16, T, col_major> & f, const T * p, unsigned ld) { load(f.x, p, ld, false); }
-
-template <typename T> void load_matrix_sync(fragment<accumulator, 16, 16, 16, T> & f, const T * p, unsigned ld, layout_t layout) {
-    load(f.x, p, ld, layout == mem_row_major);
-}
-
-template <typename T> void store_matrix_sync(T * p, const fragment<accumulator, 16, 16, 16, T> & f, unsigned ld, layout_t layout) {
-    check(p, ld);
-    for (int i = 0; i < 8; ++i) {
-        const int row = emulated_index(i)/16;
-        const int col = emulated_index(i)%16;
-        p[layout == mem_row_major ? row*ld + col : col*ld + row] = f.x[i];
+static inline void lminf_load_matrices_transposed(uint32_t (&res)[4], const __half * row) {
+    for (int i = 0; i < 4; ++i) {
+        const uint16_t * row0 = emulated_matrix_row(row, 8*i + 2*(lanes::lane()%4));
+        const uint16_t * row1 = emulated_matrix_row(row, 8*i + 2*(lanes::lane()%4) + 1);
+        res[i] = row0[lanes::lane()/4] | (uint32_t) row1[lanes::lane()/4] << 16;
     }
 }
 
-template <typename LA, typename LB>
-void mma_sync(
-        fragment<accumulator, 16, 16, 16, float> & d, const fragment<matrix_a, 16, 16, 16, __half, LA> & a,
-        const fragment<matrix_b, 16, 16, 16, __half, LB> & b, const fragment<accumulator, 16, 16, 16, float> & c) {
-    static float all_a[32][256], all_b[32][256]; // [warp][element]
+// copies are made as late as may be, when they are waited for
+struct emulated_copy {
+    void       * to;
+    const char * from; // NULL: zeros
+};
 
-    float * my_a = all_a[lanes::warp()];
-    float * my_b = all_b[lanes::warp()];
-    for (int i = 0; i < 8; ++i) {
-        my_a[emulated_index(i)] = __half2float(a.x[i]);
-        my_b[emulated_index(i)] = __half2float(b.x[i]);
+static inline std::vector<emulated_copy> & emulated_copies() {
+    static std::vector<emulated_copy> copies[1024]; // by thread
+    return copies[lanes::thread_index().x];
+}
+
+static inline void lminf_copy_16(void * to, const char * from, bool exists) {
+    if ((uintptr_t) to % 16 != 0 || (exists && (uintptr_t) from % 16 != 0)) {
+        fprintf(stderr, "cp.async: not aligned\n");
+        abort();
     }
-    lanes::warp_barrier();
-    for (int i = 0; i < 8; ++i) {
-        const int row = emulated_index(i)/16;
-        const int col = emulated_index(i)%16;
-        float sum = c.x[i];
-        for (int e = 0; e < 16; ++e) {
-            sum += my_a[16*row + e]*my_b[16*e + col];
+    emulated_copies().push_back({ to, exists ? from : nullptr });
+}
+
+static inline void lminf_wait_for_copies() {
+    for (const auto & copy : emulated_copies()) {
+        if (copy.from) {
+            memcpy(copy.to, copy.from, 16);
+        } else {
+            memset(copy.to, 0, 16);
         }
-        d.x[i] = sum;
     }
-    lanes::warp_barrier();
+    emulated_copies().clear();
 }
-
-} // namespace wmma
-} // namespace nvcuda
