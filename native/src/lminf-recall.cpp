@@ -51,8 +51,10 @@ void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type
     }
 }
 
-// what is found on the way to one stream's choice in one layer, between its phases
-struct work {
+}
+
+// what is found on the way to one stream's choice in one layer, between its phases; the next layer takes the same room
+struct lminf_recall_work {
     std::vector<float> q; // [n_head][n_queries][n_embd_head_k], the queries that vote, scaled
 
     // what the threads found that have finished a phase; with the paper's rule, of each head
@@ -71,8 +73,6 @@ struct work {
     std::vector<float> max;
     std::vector<float> sum;
 };
-
-}
 
 enum phase { SCAN, SCORE, VOTE, GATHER, N_PHASES };
 
@@ -94,8 +94,6 @@ struct lminf_recall_layer {
     float   scale         = 1.0f;
     float   logit_softcap = 0.0f;
     int64_t n_rows        = 0;
-
-    std::vector<work> works; // [n_stream]
 
     lminf_recall_layer(lminf_recall_batch & batch, const lminf_archive_layout::layer & l, size_t id) : batch(batch), l(l), id(id) {
         for (int i = 0; i < N_PHASES; ++i) {
@@ -215,7 +213,7 @@ struct lminf_recall_layer {
 
     // What a thread found joins what the others did, and the last one goes on. That spares a node of its own, which all would wait for
     template <typename F>
-    void finish(work & w, std::vector<lminf_best> found, int nth, F go_on) const {
+    void finish(lminf_recall_work & w, std::vector<lminf_best> found, int nth, F go_on) const {
         std::lock_guard<std::mutex> lock(w.mutex);
 
         if (w.n_finished == 0) {
@@ -236,7 +234,7 @@ struct lminf_recall_layer {
         return (const float *) ((const char *) q->data + ((s + 1)*seq.n_tokens - n_queries(seq) + i)*q->nb[2] + h*q->nb[1]);
     }
 
-    void prepare(const lminf_recall_seq & seq, work & w, const ggml_tensor * q, int64_t s, int ith, int nth) const {
+    void prepare(const lminf_recall_seq & seq, lminf_recall_work & w, const ggml_tensor * q, int64_t s, int ith, int nth) const {
         for (int64_t i = ith; i < n_scores(seq); i += nth) {
             const float * src = get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq));
             std::transform(src, src + l.n_embd_head_k, w.q.data() + i*l.n_embd_head_k, [&](float x) { return scale*x; });
@@ -290,7 +288,7 @@ struct lminf_recall_layer {
         }
     }
 
-    void list(const lminf_recall_seq & seq, work & w) const {
+    void list(const lminf_recall_seq & seq, lminf_recall_work & w) const {
         w.tokens.clear();
         w.rows.clear();
         w.tiles.clear();
@@ -330,7 +328,7 @@ struct lminf_recall_layer {
     }
 
     // a tile's scores [n_scores][t.n]
-    void dot(const lminf_recall_seq & seq, const work & w, const tile & t, float * scores) const {
+    void dot(const lminf_recall_seq & seq, const lminf_recall_work & w, const tile & t, float * scores) const {
         const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
 
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
@@ -343,7 +341,7 @@ struct lminf_recall_layer {
     }
 
     // a tile's scores become exp(score - max) of each query
-    void exponentiate(const lminf_recall_seq & seq, work & w, size_t i_tile, float * scores) const {
+    void exponentiate(const lminf_recall_seq & seq, lminf_recall_work & w, size_t i_tile, float * scores) const {
         const int64_t n = w.tiles[i_tile].n;
 
         for (int64_t i = 0; i < n_scores(seq); ++i) {
@@ -354,7 +352,7 @@ struct lminf_recall_layer {
     }
 
     //   found  of each head, with the paper's rule
-    void score(const lminf_recall_seq & seq, work & w, std::vector<lminf_best> & found, int ith, int nth) const {
+    void score(const lminf_recall_seq & seq, lminf_recall_work & w, std::vector<lminf_best> & found, int ith, int nth) const {
         std::vector<float> buf(w.scores.empty() ? n_scores(seq)*n_tile : 0);
 
         for (size_t i = ith; i < w.tiles.size(); i += nth) {
@@ -373,7 +371,7 @@ struct lminf_recall_layer {
         }
     }
 
-    void vote(const lminf_recall_seq & seq, work & w, lminf_best & found, int ith, int nth) const {
+    void vote(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_best & found, int ith, int nth) const {
         const int64_t n_s = n_scores(seq);
 
         std::vector<float>  max(n_s, -INFINITY);
@@ -405,7 +403,7 @@ struct lminf_recall_layer {
         }
     }
 
-    void choose(const lminf_recall_seq & seq, work & w, lminf_recall_choice & c) const {
+    void choose(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_recall_choice & c) const {
         const int64_t group = n_head/l.n_head_kv;
 
         const auto pick = [&](std::vector<lminf_best::entry> found, int64_t n) {
@@ -493,7 +491,7 @@ struct lminf_recall_layer {
             if (!seq.chooses || seq.n_chosen == 0) {
                 continue;
             }
-            auto & w = works[s];
+            auto & w = *batch.works[s];
 
             const auto lists = [&](int64_t n, int64_t n_best) { return std::vector<lminf_best>(n, lminf_best(n_best)); };
 
@@ -523,7 +521,11 @@ struct lminf_recall_layer {
 // lminf_recall_batch
 //
 
-lminf_recall_batch::lminf_recall_batch(lminf_recall & recall, int64_t n_stream) : recall(recall), seqs(n_stream), seq_ids(n_stream) {}
+lminf_recall_batch::lminf_recall_batch(lminf_recall & recall, int64_t n_stream) : recall(recall), seqs(n_stream), seq_ids(n_stream) {
+    for (int64_t s = 0; s < n_stream; ++s) {
+        works.push_back(std::make_unique<lminf_recall_work>());
+    }
+}
 
 lminf_recall_batch::~lminf_recall_batch() = default;
 
@@ -598,9 +600,8 @@ ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q
     layer.scale         = scale;
     layer.logit_softcap = logit_softcap;
     layer.n_rows        = n_rows;
-    layer.works        = std::vector<work>(seqs.size());
-    for (auto & w : layer.works) {
-        w.q.resize(q->ne[0]*q->ne[1]*std::min<int64_t>(q->ne[2]/seqs.size(), lminf_recall::n_votes));
+    for (auto & w : works) {
+        w->q.resize(std::max<size_t>(w->q.size(), q->ne[0]*q->ne[1]*std::min<int64_t>(q->ne[2]/works.size(), lminf_recall::n_votes)));
     }
 
     const auto fun = [](ggml_tensor * dst, int ith, int nth, void * userdata) {

@@ -82,6 +82,7 @@ private:
 
 // one layer's operation, what its nodes share
 struct lminf_recall_layer;
+struct lminf_recall_work;
 
 // what the nodes of one graph work on; filled for every micro-batch
 class lminf_recall_batch {
@@ -117,4 +118,5 @@ private:
     std::vector<llama_seq_id>        seq_ids; // [n_stream]
 
     std::vector<std::unique_ptr<lminf_recall_layer>> layers;
+    std::vector<std::unique_ptr<lminf_recall_work>>  works; // [n_stream]
 };
