@@ -175,6 +175,10 @@ int main(int argc, char ** argv) {
             }
             lminf_set_isa(isa);
 
+            std::vector<lminf_sketch_query> queries;
+            for (int64_t i = 0; i < 128; ++i) {
+                queries.emplace_back(&q[i*lminf_n_dirs], keys[i]);
+            }
             for (int64_t n_q : { 4, 128 }) {
                 for (const bool choose : { false, true }) {
                     std::vector<std::vector<float>> best(n_threads, std::vector<float>(N_CHUNK*lminf_n_lanes));
@@ -184,7 +188,7 @@ int main(int argc, char ** argv) {
                         const int64_t first = i % n_chunks*N_CHUNK;
                         const int64_t n     = std::min(N_CHUNK, n_blocks - first);
                         std::fill(best[ith].begin(), best[ith].end(), -INFINITY);
-                        lminf_sketch_max(sketches.get(i/n_chunks, first), n, q.data(), keys.data(), n_q, best[ith].data());
+                        lminf_sketch_max(sketches.get(i/n_chunks, first), n, queries.data(), n_q, best[ith].data());
                         if (choose) {
                             if (first == 0) {
                                 found[ith].clear(1024);

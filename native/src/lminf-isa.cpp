@@ -3,6 +3,8 @@
 
 #include "lminf-isa.h"
 
+#include "lminf-sketch.h"
+
 #include <atomic>
 #include <cmath>
 #include <cstring>

@@ -13,12 +13,7 @@
 // halves of the first 64 bytes, the next 4 the upper ones; then f16 scales [16 tokens]
 constexpr size_t LMINF_SKETCH_SIZE = 160;
 
-struct lminf_sketch_query {
-    int32_t x[4];   // 4 signed bytes each, as they lie in memory
-    int32_t start;  // -8 times their sum
-    float   scale;
-    float   offset;
-};
+struct lminf_sketch_query;
 
 struct lminf_isa {
     const char * name;

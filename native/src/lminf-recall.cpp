@@ -252,21 +252,21 @@ struct lminf_recall_layer {
         // (the free energy of that many random energies), so that queries of any temperature can be compared
         const float bound = sqrtf(2.0f*logf((float) seq.n_candidates));
 
-        std::vector<float> y(l.n_head_kv*n_q*lminf_n_dirs);
-        std::vector<float> offset(l.n_head_kv*n_q);
+        std::vector<lminf_sketch_query> queries;
         for (int64_t i = 0; i < l.n_head_kv*n_q; ++i) {
             const auto & a = axes[i/n_q];
 
-            lminf_project_query(a, get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq)), y.data() + i*lminf_n_dirs);
+            float y[lminf_n_dirs];
+            lminf_project_query(a, get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq)), y);
 
             float var = 0.0f;
             for (int64_t d = 0; d < lminf_n_dirs; ++d) {
-                y[i*lminf_n_dirs + d] *= scale;
-                var += a.var[d]*y[i*lminf_n_dirs + d]*y[i*lminf_n_dirs + d];
+                y[d] *= scale;
+                var += a.var[d]*y[d]*y[d];
             }
             const float dev = sqrtf(var);
 
-            offset[i] = dev < bound ? -0.5f*var : 0.5f*bound*bound - dev*bound;
+            queries.emplace_back(y, dev < bound ? -0.5f*var : 0.5f*bound*bound - dev*bound);
         }
 
         // whole segments: the sketches of all heads lie there one after the other, as memory is fetched best
@@ -284,7 +284,7 @@ struct lminf_recall_layer {
                 std::fill(best, best + n_piece, -INFINITY);
                 for (int64_t h = 0; h < l.n_head_kv; ++h) {
                     const char * blocks = seq.archive->get_segment(i0) + l.at_sketch + h*n_segment/lminf_n_lanes*lminf_sketch_size();
-                    lminf_sketch_max(blocks, n_piece/lminf_n_lanes, y.data() + h*n_q*lminf_n_dirs, offset.data() + h*n_q, n_q, best);
+                    lminf_sketch_max(blocks, n_piece/lminf_n_lanes, queries.data() + h*n_q, n_q, best);
                 }
                 const int64_t from = std::max(first, i0);
                 found.add(best + (from - i0), std::min(second, i0 + n_piece) - from, from - seq.candidates.front().first);

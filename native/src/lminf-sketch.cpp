@@ -53,39 +53,28 @@ void lminf_sketch_load(const void * block, int64_t lane, float * x) {
     }
 }
 
-static lminf_sketch_query get_sketch_query(const float * q, float offset) {
-    lminf_sketch_query res = { { 0 }, 0, NAN, offset };
+lminf_sketch_query::lminf_sketch_query(const float * q, float offset) : x{ 0 }, start(0), scale(NAN), offset(offset) {
     if (!are_finite(q, 16)) {
-        return res;
+        return;
     }
     float far = 0.0f;
     for (int i = 0; i < 16; ++i) {
         far = std::max(far, std::fabs(q[i]));
     }
-    res.scale = far/127.0f;
+    scale = far/127.0f;
 
-    const float inv = res.scale >= FLT_MIN ? 1.0f/res.scale : 0.0f;
+    const float inv = scale >= FLT_MIN ? 1.0f/scale : 0.0f;
 
-    int8_t x[16];
+    int8_t bytes[16];
     for (int i = 0; i < 16; ++i) {
-        x[i] = (int8_t) ((int) (q[i]*inv + 128.5f) - 128); // rounded; the conversion cuts
-        res.start -= 8*x[i];
+        bytes[i] = (int8_t) ((int) (q[i]*inv + 128.5f) - 128); // rounded; the conversion cuts
+        start -= 8*bytes[i];
     }
-    memcpy(res.x, x, sizeof(x));
-    return res;
+    memcpy(x, bytes, sizeof(x));
 }
 
-void lminf_sketch_max(const void * blocks, int64_t n_blocks, const float * q, const float * offset, int64_t n_q, float * best) {
-    constexpr int64_t n_part = 64;
-    lminf_sketch_query part[n_part];
-
-    for (int64_t i = 0; i < n_q; i += n_part) {
-        const int64_t n = std::min(n_part, n_q - i);
-        for (int64_t j = 0; j < n; ++j) {
-            part[j] = get_sketch_query(q + 16*(i + j), offset[i + j]);
-        }
-        lminf_get_isa().sketch_max((const char *) blocks, n_blocks, part, n, best);
-    }
+void lminf_sketch_max(const void * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
+    lminf_get_isa().sketch_max((const char *) blocks, n_blocks, q, n_q, best);
 }
 
 // --- principal axes -----------------------------------------------------------------------------------------------------

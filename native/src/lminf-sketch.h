@@ -20,8 +20,18 @@ size_t lminf_sketch_size();
 void   lminf_sketch_store(void * block, int64_t lane, const float * x); // x [16]
 void   lminf_sketch_load (const void * block, int64_t lane, float * x);
 
-// best [n_blocks*16] = max(best, max over i of q[i]·x + offset[i]); q [n_q][16], taken at 8 bits. What is not a number loses
-void lminf_sketch_max(const void * blocks, int64_t n_blocks, const float * q, const float * offset, int64_t n_q, float * best);
+// q [16] at 8 bits
+struct lminf_sketch_query {
+    int32_t x[4];   // 4 signed bytes each, as they lie in memory
+    int32_t start;  // -8 times their sum
+    float   scale;
+    float   offset;
+
+    lminf_sketch_query(const float * q, float offset);
+};
+
+// best [n_blocks*16] = max(best, max over i of q[i]·x + offset[i]). What is not a number loses
+void lminf_sketch_max(const void * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best);
 
 // --- principal axes of one head's keys --------------------------------------------------------------------------------
 

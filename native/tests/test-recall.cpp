@@ -287,7 +287,11 @@ static void test_sketch(int64_t n_blocks, int64_t n_q) {
         }
     }
     auto best = before;
-    lminf_sketch_max(blocks.data(), n_blocks, q.data(), offset.data(), n_q, best.data());
+    std::vector<lminf_sketch_query> queries;
+    for (int64_t i = 0; i < n_q; ++i) {
+        queries.emplace_back(&q[16*i], offset[i]);
+    }
+    lminf_sketch_max(blocks.data(), n_blocks, queries.data(), n_q, best.data());
 
     for (int64_t t = 0; t < n_tokens; ++t) {
         double expected = before[t], error = 0.0;
