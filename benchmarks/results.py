@@ -624,7 +624,7 @@ def tail_section(records: dict[str, Record]) -> str:
         "minus their loss after everything before them was, in nats per token. A window is L tokens; the first line of "
         "a model is all depths together, the others are octaves of depth. Each place is a sample.\n\n"
         + table(["", "depth", "places", "loss, everything", *columns], rows, 2)
-        + "\nModels with sliding-window or recurrent layers run, but are not here: not measured.\n"
+        + "\nModels with recurrent layers run, but are not here: not measured.\n"
     )
 
 
