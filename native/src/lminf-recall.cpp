@@ -460,13 +460,19 @@ struct lminf_recall_layer {
                 continue;
             }
 
-            const auto & heads   = c.tokens[id];
-            const char * segment = seq.archive->get_segment(heads[0][r]);
-            for (int64_t h = 0; h < l.n_head_kv; ++h) {
-                const int64_t i = heads[heads.size() == 1 ? 0 : h][r];
-                if (heads.size() > 1) {
-                    segment = seq.archive->get_segment(i);
+            const auto & heads = c.tokens[id];
+            if (heads.size() == 1) {
+                const int64_t i       = heads[0][r];
+                const char  * segment = seq.archive->get_segment(i);
+                lminf_row_load(l.type_k, segment + l.at_k + i % n_segment*l.size_k, n_embd_k, dst->type, dst_k);
+                if (l.n_embd_v_gqa > 0) {
+                    lminf_row_load(l.type_v, segment + l.at_v + i % n_segment*l.size_v, l.n_embd_v_gqa, dst->type, dst_v);
                 }
+                continue;
+            }
+            for (int64_t h = 0; h < l.n_head_kv; ++h) {
+                const int64_t i       = heads[h][r];
+                const char  * segment = seq.archive->get_segment(i);
                 load_key(segment, i, h, dst->type, dst_k + h*ggml_row_size(dst->type, l.n_embd_head_k));
                 if (l.n_embd_v_gqa > 0) {
                     load_value(segment, i, h, dst->type, dst_v + h*ggml_row_size(dst->type, l.n_embd_v_gqa/l.n_head_kv));
