@@ -213,13 +213,13 @@ int main(int argc, char ** argv) {
         for (int64_t i = 0; i < n_there*N_HEAD_KV; ++i) {
             lminf_row_store(type, &keys[rng() % (keys.size() - N_EMBD)], N_EMBD, &rows[i*size]);
         }
-        std::vector<int32_t> idxs(n_there);
+        std::vector<const char *> those;
         for (int64_t i = 0; i < n_there; ++i) {
-            idxs[i] = (int32_t) i;
+            those.push_back(&rows[i*stride]);
         }
-        std::shuffle(idxs.begin(), idxs.end(), rng);
+        std::shuffle(those.begin(), those.end(), rng);
         for (int64_t i = 0; i < n_there; i += n_rows) {
-            std::sort(&idxs[i], &idxs[i] + n_rows);
+            std::sort(those.begin() + i, those.begin() + i + n_rows);
         }
 
         for (const char * isa : lminf_isa_names()) {
@@ -234,13 +234,13 @@ int main(int argc, char ** argv) {
                 const int64_t n = N_LAYER*n_there/n_rows;
                 print(isa, std::string("2048 rows ") + ggml_type_name(type), n_q, measure(n, n_there/n_rows, [&](int ith, int64_t i) {
                     for (int64_t h = 0; h < N_HEAD_KV; ++h) {
-                        lminf_rows_dot(type, N_EMBD, rows.data() + h*size, stride, &idxs[i*n_rows % n_there], n_rows, q.data(), n_q, scores[ith].data());
+                        lminf_rows_dot(type, N_EMBD, &those[i*n_rows % n_there], h*size, n_rows, q.data(), n_q, scores[ith].data());
                     }
                 }), (double) N_LAYER*n_there*stride);
             }
             std::vector<std::vector<ggml_fp16_t>> halves(n_threads, std::vector<ggml_fp16_t>(N_EMBD*N_HEAD_KV));
             print(isa, std::string("2048 rows to f16, ") + ggml_type_name(type), 0, measure(N_LAYER*n_there, n_there, [&](int ith, int64_t i) {
-                lminf_row_load(type, &rows[idxs[i % n_there]*stride], N_EMBD*N_HEAD_KV, GGML_TYPE_F16, halves[ith].data());
+                lminf_row_load(type, those[i % n_there], N_EMBD*N_HEAD_KV, GGML_TYPE_F16, halves[ith].data());
             }), (double) N_LAYER*n_there*stride);
         }
     }

@@ -185,18 +185,18 @@ static inline void dot_16(int64_t n_embd, const float * k, const float * q, int6
 }
 
 template <ggml_type TYPE>
-static void rows_dot(int64_t n_embd, const char * base, size_t stride, const int32_t * idxs, int64_t n_rows, const float * q, int64_t n_q,
+static void rows_dot(int64_t n_embd, const char * const * rows, size_t offset, int64_t n_rows, const float * q, int64_t n_q,
         float * k, float * scores) {
     const size_t size = TYPE == GGML_TYPE_F32 ? n_embd*4 : TYPE == GGML_TYPE_F16 ? n_embd*2 : n_embd/32*(TYPE == GGML_TYPE_Q8_0 ? 34 : 18);
 
     for (int64_t r0 = 0; r0 < n_rows; r0 += 16) {
         const int64_t n = n_rows - r0 < 16 ? n_rows - r0 : 16;
 
-        const char * rows[16];
+        const char * row[16];
         for (int64_t r = 0; r < 16; ++r) {
-            rows[r] = base + idxs[r0 + (r < n ? r : 0)]*stride;
+            row[r] = rows[r0 + (r < n ? r : 0)] + offset;
             if (r0 + 16 + r < n_rows) {
-                prefetch(base + idxs[r0 + 16 + r]*stride, size);
+                prefetch(rows[r0 + 16 + r] + offset, size);
             }
         }
         // rows as lanes: sums stay within lanes, however many queries there are
@@ -204,7 +204,7 @@ static void rows_dot(int64_t n_embd, const char * base, size_t stride, const int
         for (; e + 16 <= n_embd; e += 16) {
             F x[16];
             for (int r = 0; r < 16; ++r) {
-                x[r] = load_row<TYPE>(rows[r], e);
+                x[r] = load_row<TYPE>(row[r], e);
             }
             transpose(x);
             for (int i = 0; i < 16; ++i) {
@@ -213,7 +213,7 @@ static void rows_dot(int64_t n_embd, const char * base, size_t stride, const int
         }
         for (; e < n_embd; ++e) {
             for (int r = 0; r < 16; ++r) {
-                k[16*e + r] = load_element<TYPE>(rows[r], e);
+                k[16*e + r] = load_element<TYPE>(row[r], e);
             }
         }
         for (int64_t i = 0; i < n_q; ) {
@@ -231,13 +231,13 @@ static void rows_dot(int64_t n_embd, const char * base, size_t stride, const int
     }
 }
 
-static void rows_dot(ggml_type type, int64_t n_embd, const char * base, size_t stride, const int32_t * idxs, int64_t n_rows, const float * q,
+static void rows_dot(ggml_type type, int64_t n_embd, const char * const * rows, size_t offset, int64_t n_rows, const float * q,
         int64_t n_q, float * k, float * scores) {
     switch (type) {
-        case GGML_TYPE_F32:  return rows_dot<GGML_TYPE_F32> (n_embd, base, stride, idxs, n_rows, q, n_q, k, scores);
-        case GGML_TYPE_F16:  return rows_dot<GGML_TYPE_F16> (n_embd, base, stride, idxs, n_rows, q, n_q, k, scores);
-        case GGML_TYPE_Q8_0: return rows_dot<GGML_TYPE_Q8_0>(n_embd, base, stride, idxs, n_rows, q, n_q, k, scores);
-        default:             return rows_dot<GGML_TYPE_Q4_0>(n_embd, base, stride, idxs, n_rows, q, n_q, k, scores);
+        case GGML_TYPE_F32:  return rows_dot<GGML_TYPE_F32> (n_embd, rows, offset, n_rows, q, n_q, k, scores);
+        case GGML_TYPE_F16:  return rows_dot<GGML_TYPE_F16> (n_embd, rows, offset, n_rows, q, n_q, k, scores);
+        case GGML_TYPE_Q8_0: return rows_dot<GGML_TYPE_Q8_0>(n_embd, rows, offset, n_rows, q, n_q, k, scores);
+        default:             return rows_dot<GGML_TYPE_Q4_0>(n_embd, rows, offset, n_rows, q, n_q, k, scores);
     }
 }
 

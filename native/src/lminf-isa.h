@@ -26,7 +26,7 @@ struct lminf_isa {
     // rows; k [n_embd][16] is room to work in
     void  (*to_floats) (ggml_type type, const char * src, int64_t n, float * dst);
     void  (*to_halves) (const float * src, int64_t n, uint16_t * dst);
-    void  (*rows_dot)  (ggml_type type, int64_t n_embd, const char * base, size_t stride, const int32_t * idxs, int64_t n_rows,
+    void  (*rows_dot)  (ggml_type type, int64_t n_embd, const char * const * rows, size_t offset, int64_t n_rows,
             const float * q, int64_t n_q, float * k, float * scores);
     float (*exp)       (float * x, int64_t n, float & max);
     void  (*add_scaled)(float * y, float a, const float * x, int64_t n);

@@ -31,14 +31,8 @@ void lminf_recall::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
 
 namespace {
 
-// tokens of a short list that lie in one segment, scored at one go
-struct tile {
-    const char * segment;
-    int64_t      at; // of its first token in the list
-    int64_t      n;
-};
-
-constexpr int64_t n_tile = 256;
+// tokens of a short list that are scored at one go
+constexpr int64_t n_tile = 128;
 
 // rows of any type that a cache has
 void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type, void * dst) {
@@ -62,11 +56,10 @@ struct lminf_recall_work {
     std::mutex              mutex;
     int                     n_finished = 0;
 
-    std::vector<int64_t>    tokens; // the short list
-    std::vector<int32_t>    rows;   // of these within their segments
-    std::vector<tile>       tiles;
+    std::vector<int64_t>      tokens; // the short list
+    std::vector<const char *> rows;   // their keys
 
-    // [n_head*n_votes][n] of each tile, one after the other; empty if they would be too many to keep
+    // [n_head*n_votes][n] of each n_tile of them, one after the other; empty if they would be too many to keep
     std::vector<float> scores;
 
     // [tiles][n_head*n_votes]
@@ -295,7 +288,6 @@ struct lminf_recall_layer {
     void list(const lminf_recall_seq & seq, lminf_recall_work & w) const {
         w.tokens.clear();
         w.rows.clear();
-        w.tiles.clear();
 
         if (has_sketches(seq) && (int64_t) w.best[0].finish().size() >= seq.n_chosen) { // else queries are not numbers
             for (const auto & [first, second] : seq.candidates) { // those without sketches: a few
@@ -315,46 +307,46 @@ struct lminf_recall_layer {
         }
 
         const char * segment = nullptr;
-        for (int64_t at = 0; at < (int64_t) w.tokens.size(); ++at) {
-            const int64_t i = w.tokens[at];
-
-            if (at == 0 || i/n_segment != w.tokens[at - 1]/n_segment) {
+        for (const int64_t i : w.tokens) {
+            if (w.rows.empty() || i/n_segment != w.tokens[w.rows.size() - 1]/n_segment) {
                 segment = seq.archive->get_segment(i);
             }
-            if (w.tiles.empty() || w.tiles.back().segment != segment || w.tiles.back().n == n_tile) {
-                w.tiles.push_back({ segment, at, 0 });
-            }
-            w.tiles.back().n++;
-            w.rows.push_back(i % n_segment);
+            w.rows.push_back(segment + l.at_k + i % n_segment*l.size_k);
         }
 
         constexpr size_t n_kept = 4 << 20;
 
         const size_t n = w.tokens.size()*n_scores(seq);
         w.scores.resize(n <= n_kept ? n : 0);
-        w.max.resize(w.tiles.size()*n_scores(seq));
-        w.sum.resize(w.tiles.size()*n_scores(seq));
+        w.max.resize(n_tiles(w)*n_scores(seq));
+        w.sum.resize(n_tiles(w)*n_scores(seq));
     }
 
-    // a tile's scores [n_scores][t.n]
-    void dot(const lminf_recall_seq & seq, const lminf_recall_work & w, const tile & t, float * scores) const {
+    static int64_t n_tiles(const lminf_recall_work & w) { return ((int64_t) w.tokens.size() + n_tile - 1)/n_tile; }
+
+    static int64_t tile_size(const lminf_recall_work & w, int64_t tile) { return std::min(n_tile, (int64_t) w.tokens.size() - tile*n_tile); }
+
+    // a tile's scores [n_scores][its size]
+    void dot(const lminf_recall_seq & seq, const lminf_recall_work & w, int64_t tile, float * scores) const {
+        const int64_t n = tile_size(w, tile);
+
         const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
 
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
-            lminf_rows_dot(l.type_k, l.n_embd_head_k, t.segment + l.at_k + h*ggml_row_size(l.type_k, l.n_embd_head_k), l.size_k,
-                    w.rows.data() + t.at, t.n, w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*t.n);
+            lminf_rows_dot(l.type_k, l.n_embd_head_k, w.rows.data() + tile*n_tile, h*ggml_row_size(l.type_k, l.n_embd_head_k), n,
+                    w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*n);
         }
-        for (int64_t i = 0; logit_softcap > 0.0f && i < n_scores(seq)*t.n; ++i) {
+        for (int64_t i = 0; logit_softcap > 0.0f && i < n_scores(seq)*n; ++i) {
             scores[i] = logit_softcap*tanhf(scores[i]/logit_softcap);
         }
     }
 
     // a tile's scores become exp(score - max) of each query
-    void exponentiate(const lminf_recall_seq & seq, lminf_recall_work & w, size_t i_tile, float * scores) const {
-        const int64_t n = w.tiles[i_tile].n;
+    void exponentiate(const lminf_recall_seq & seq, lminf_recall_work & w, int64_t tile, float * scores) const {
+        const int64_t n = tile_size(w, tile);
 
         for (int64_t i = 0; i < n_scores(seq); ++i) {
-            const size_t at = i_tile*n_scores(seq) + i;
+            const size_t at = tile*n_scores(seq) + i;
 
             w.sum[at] = lminf_exp(scores + i*n, n, w.max[at]);
         }
@@ -364,18 +356,17 @@ struct lminf_recall_layer {
     void score(const lminf_recall_seq & seq, lminf_recall_work & w, std::vector<lminf_best> & found, int ith, int nth) const {
         std::vector<float> buf(w.scores.empty() ? n_scores(seq)*n_tile : 0);
 
-        for (size_t i = ith; i < w.tiles.size(); i += nth) {
-            const tile & t = w.tiles[i];
-
-            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + t.at*n_scores(seq);
-            dot(seq, w, t, scores);
+        for (int64_t tile = ith; tile < n_tiles(w); tile += nth) {
+            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + tile*n_tile*n_scores(seq);
+            dot(seq, w, tile, scores);
 
             if (!is_paper()) {
-                exponentiate(seq, w, i, scores);
+                exponentiate(seq, w, tile, scores);
                 continue;
             }
+            const int64_t n = tile_size(w, tile);
             for (int64_t h = 0; h < n_head; ++h) {
-                found[h].add(scores + h*t.n, t.n, t.at);
+                found[h].add(scores + h*n, n, tile*n_tile);
             }
         }
     }
@@ -385,30 +376,34 @@ struct lminf_recall_layer {
 
         std::vector<float>  max(n_s, -INFINITY);
         std::vector<double> sum(n_s, 0.0);
-        for (size_t i = 0; i < w.max.size(); ++i) {
-            max[i % n_s] = std::max(max[i % n_s], w.max[i]);
+        for (int64_t tile = 0; tile < n_tiles(w); ++tile) {
+            for (int64_t i = 0; i < n_s; ++i) {
+                max[i] = std::max(max[i], w.max[tile*n_s + i]);
+            }
         }
-        for (size_t i = 0; i < w.max.size(); ++i) {
-            sum[i % n_s] += (double) w.sum[i]*expf(w.max[i] - max[i % n_s]);
+        for (int64_t tile = 0; tile < n_tiles(w); ++tile) {
+            for (int64_t i = 0; i < n_s; ++i) {
+                sum[i] += (double) w.sum[tile*n_s + i]*expf(w.max[tile*n_s + i] - max[i]);
+            }
         }
 
         std::vector<float> buf(w.scores.empty() ? n_s*n_tile : 0);
         std::vector<float> votes(n_tile);
 
-        for (size_t i_tile = ith; i_tile < w.tiles.size(); i_tile += nth) {
-            const tile & t = w.tiles[i_tile];
+        for (int64_t tile = ith; tile < n_tiles(w); tile += nth) {
+            const int64_t n = tile_size(w, tile);
 
-            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + t.at*n_s;
+            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + tile*n_tile*n_s;
             if (w.scores.empty()) {
-                dot(seq, w, t, scores);
-                exponentiate(seq, w, i_tile, scores);
+                dot(seq, w, tile, scores);
+                exponentiate(seq, w, tile, scores);
             }
 
             std::fill(votes.begin(), votes.end(), 0.0f);
             for (int64_t i = 0; i < n_s; ++i) {
-                lminf_add_scaled(votes.data(), (float) (expf(w.max[i_tile*n_s + i] - max[i])/sum[i]), scores + i*t.n, t.n);
+                lminf_add_scaled(votes.data(), (float) (expf(w.max[tile*n_s + i] - max[i])/sum[i]), scores + i*n, n);
             }
-            found.add(votes.data(), t.n, t.at);
+            found.add(votes.data(), n, tile*n_tile);
         }
     }
 
@@ -474,13 +469,19 @@ struct lminf_recall_layer {
                 continue;
             }
 
-            const auto & heads   = c.tokens[il];
-            const char * segment = seq.archive->get_segment(heads[0][r]);
-            for (int64_t h = 0; h < l.n_head_kv; ++h) {
-                const int64_t i = heads[heads.size() == 1 ? 0 : h][r];
-                if (heads.size() > 1) {
-                    segment = seq.archive->get_segment(i);
+            const auto & heads = c.tokens[il];
+            if (heads.size() == 1) {
+                const int64_t i       = heads[0][r];
+                const char  * segment = seq.archive->get_segment(i);
+                lminf_row_load(l.type_k, segment + l.at_k + i % n_segment*l.size_k, n_embd_k, dst->type, dst_k);
+                if (l.n_embd_v_gqa > 0) {
+                    lminf_row_load(l.type_v, segment + l.at_v + i % n_segment*l.size_v, l.n_embd_v_gqa, dst->type, dst_v);
                 }
+                continue;
+            }
+            for (int64_t h = 0; h < l.n_head_kv; ++h) {
+                const int64_t i       = heads[h][r];
+                const char  * segment = seq.archive->get_segment(i);
                 load_key(segment, i, h, dst->type, dst_k + h*ggml_row_size(dst->type, l.n_embd_head_k));
                 if (l.n_embd_v_gqa > 0) {
                     load_value(segment, i, h, dst->type, dst_v + h*ggml_row_size(dst->type, l.n_embd_v_gqa/l.n_head_kv));

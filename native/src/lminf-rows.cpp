@@ -58,12 +58,12 @@ void lminf_row_store(ggml_type type, const float * src, int64_t n, void * dst) {
     }
 }
 
-void lminf_rows_dot(ggml_type type, int64_t n_embd, const char * base, size_t stride, const int32_t * idxs, int64_t n_rows,
+void lminf_rows_dot(ggml_type type, int64_t n_embd, const char * const * rows, size_t offset, int64_t n_rows,
         const float * q, int64_t n_q, float * scores) {
     check_type(type);
 
     std::vector<float> k(16*n_embd);
-    lminf_get_isa().rows_dot(type, n_embd, base, stride, idxs, n_rows, q, n_q, k.data(), scores);
+    lminf_get_isa().rows_dot(type, n_embd, rows, offset, n_rows, q, n_q, k.data(), scores);
 }
 
 float lminf_exp(float * x, int64_t n, float & max) {

@@ -12,8 +12,8 @@
 void lminf_row_load (ggml_type type, const void * src, int64_t n, ggml_type dst_type, void * dst);
 void lminf_row_store(ggml_type type, const float * src, int64_t n, void * dst);
 
-// scores [n_q][n_rows]: of each query q [n_q][n_embd] with the rows at base + idxs[r]*stride
-void lminf_rows_dot(ggml_type type, int64_t n_embd, const char * base, size_t stride, const int32_t * idxs, int64_t n_rows,
+// scores [n_q][n_rows]: of each query q [n_q][n_embd] with what begins at rows[r] + offset
+void lminf_rows_dot(ggml_type type, int64_t n_embd, const char * const * rows, size_t offset, int64_t n_rows,
         const float * q, int64_t n_q, float * scores);
 
 // x = exp(x - max), for their largest; returns the sum. What is not a number counts as -infinity, whose power is e^-87

@@ -115,7 +115,9 @@ static void test_rows_dot(ggml_type type, int64_t n_embd, int64_t n_rows, int64_
 
     // a head of several, among rows that are not asked for and are NaN
     const size_t  size    = ggml_row_size(type, n_embd);
-    const size_t  stride  = size*(1 + draw(3));
+    const int64_t n_heads = 1 + draw(3);
+    const size_t  stride  = size*n_heads;
+    const size_t  offset  = size*draw(n_heads);
     const int64_t n_there = 1 + draw(3*n_rows + 1);
 
     std::vector<char>    rows(n_there*stride, (char) 0xFF);
@@ -130,8 +132,8 @@ static void test_rows_dot(ggml_type type, int64_t n_embd, int64_t n_rows, int64_
             if (idx == bad_row) {
                 k[idx][draw(n_embd)] = NAN;
             }
-            lminf_row_store(type, k[idx].data(), n_embd, &rows[idx*stride]);
-            k[idx] = to_floats(type, &rows[idx*stride], n_embd);
+            lminf_row_store(type, k[idx].data(), n_embd, &rows[idx*stride + offset]);
+            k[idx] = to_floats(type, &rows[idx*stride + offset], n_embd);
         }
     }
     auto q = random_floats(n_q*n_embd);
@@ -140,7 +142,11 @@ static void test_rows_dot(ggml_type type, int64_t n_embd, int64_t n_rows, int64_
     }
 
     std::vector<float> scores(n_q*n_rows + 16, 1234.5f);
-    lminf_rows_dot(type, n_embd, rows.data(), stride, idxs.data(), n_rows, q.data(), n_q, scores.data());
+    std::vector<const char *> those;
+    for (int32_t idx : idxs) {
+        those.push_back(&rows[idx*stride]);
+    }
+    lminf_rows_dot(type, n_embd, those.data(), offset, n_rows, q.data(), n_q, scores.data());
 
     for (int64_t i = 0; i < n_q; ++i) {
         for (int64_t r = 0; r < n_rows; ++r) {
@@ -175,7 +181,7 @@ static void test_all_rows() {
             }
         }
         test_rows_dot(type, 64, 256, 128);
-        lminf_rows_dot(type, 64, nullptr, 0, nullptr, 0, nullptr, 0, nullptr);
+        lminf_rows_dot(type, 64, nullptr, 0, 0, nullptr, 0, nullptr);
     }
 }
 
