@@ -14,7 +14,7 @@ import numpy as np
 from lminf_edge.errors import UserError
 
 _POSITION_BLOCK = 256  # graph positions are moved back by multiples of this
-_LAMBDA_MAGIC, _LAMBDA_VERSION = 0x464E4D4C, 4
+_LAMBDA_MAGIC, _LAMBDA_VERSION = 0x464E4D4C, 5
 _WINDOW, _SLIDING, _RECURRENT = 1, 2, 4  # kinds of parts
 
 
@@ -71,7 +71,7 @@ def stretch_lambda(state: bytes, stream_pos: int) -> bytearray:
     """
     far = _State(state)
     far.copy("Ii")
-    magic, version, *_, n_seq, is_partial = far.copy("II12i")
+    magic, version, *_, n_seq, is_partial = far.copy("II13i")
     if magic != _LAMBDA_MAGIC or version != _LAMBDA_VERSION or n_seq != 1 or is_partial:
         raise UserError("This is not the state of a sequence in a Λ cache.")
     _, start, resume, n_global, n_sink, begun, _, _, n_parts = far.read("3q6i")
