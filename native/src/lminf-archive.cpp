@@ -1,4 +1,5 @@
 #include "lminf-archive.h"
+#include "lminf-pages.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -77,15 +78,18 @@ std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
     }
 
     // untouched pages take no memory: nothing is zeroed that need not be
-    char * data = static_cast<char *>(::operator new[](size, std::align_val_t(64), std::nothrow));
+    const auto alignment = std::align_val_t(size < lminf_huge_page ? 64 : lminf_huge_page);
+
+    char * data = static_cast<char *>(::operator new[](size, alignment, std::nothrow));
     if (!data) {
         return nullptr;
     }
+    lminf_use_huge_pages(data, size);
     n_bytes_alive += size;
 
     auto res = std::make_shared<segment>();
-    res->data = std::shared_ptr<char[]>(data, [size](char * p) {
-        ::operator delete[](p, std::align_val_t(64));
+    res->data = std::shared_ptr<char[]>(data, [size, alignment](char * p) {
+        ::operator delete[](p, alignment);
         n_bytes_alive -= size;
     });
     return res;

@@ -40,7 +40,9 @@ lminf_kv::lminf_kv(const llama_model & model, const params & p, const std::vecto
         buffers.insert(layers.back().k->buffer);
     }
     if (!model.hparams.no_alloc) {
-        std::for_each(buffers.begin(), buffers.end(), lminf_use_huge_pages);
+        for (const auto & buffer : buffers) {
+            lminf_use_huge_pages(buffer);
+        }
     }
 }
 

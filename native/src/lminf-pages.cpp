@@ -20,29 +20,42 @@ static bool is_forbidden() {
     return setting.find("[never]") != std::string::npos;
 }
 
+// whole huge pages only: what lies before and behind them belongs to others as well
+static void advise(void * data, size_t size, int advice) {
+    const uintptr_t begin = ((uintptr_t) data + lminf_huge_page - 1)/lminf_huge_page*lminf_huge_page;
+    const uintptr_t end   = ((uintptr_t) data + size)/lminf_huge_page*lminf_huge_page;
+
+    if (begin < end) {
+        madvise((void *) begin, end - begin, advice);
+    }
+}
+
+void lminf_use_huge_pages(void * data, size_t size) {
+    if (!is_forbidden()) {
+        advise(data, size, MADV_HUGEPAGE); // a wish that the system fulfils in its own time, or at the first touch
+    }
+}
+
 void lminf_use_huge_pages(ggml_backend_buffer_t buffer) {
     if (!ggml_backend_buffer_is_host(buffer) || is_forbidden()) {
         return;
     }
+    void       * data = ggml_backend_buffer_get_base(buffer);
+    const size_t size = ggml_backend_buffer_get_size(buffer);
 
-    // whole huge pages only: what lies before and behind them belongs to others as well
-    constexpr uintptr_t size_page = 2*1024*1024;
-
-    const uintptr_t base  = (uintptr_t) ggml_backend_buffer_get_base(buffer);
-    const uintptr_t begin = (base + size_page - 1)/size_page*size_page;
-    const uintptr_t end   = (base + ggml_backend_buffer_get_size(buffer))/size_page*size_page;
-
-    if (begin < end) {
-        // the first is a wish that the system fulfils in its own time, the second does it now
-        madvise((void *) begin, end - begin, MADV_HUGEPAGE);
-        madvise((void *) begin, end - begin, MADV_COLLAPSE);
-    }
+    lminf_use_huge_pages(data, size);
+    advise(data, size, MADV_COLLAPSE); // now
 }
 
 #else
 
 void lminf_use_huge_pages(ggml_backend_buffer_t buffer) {
     GGML_UNUSED(buffer);
+}
+
+void lminf_use_huge_pages(void * data, size_t size) {
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
 }
 
 #endif

@@ -4,7 +4,14 @@
 
 #include "ggml-backend.h"
 
+#include <cstddef>
+
 // Asks the system to keep a buffer in huge pages, where it lies in main memory: attention reads every row of the cache for
 // every token, and has thousands of pages of 4 KiB to find. Contents stay as they are, which may take a copy; what the system
 // cannot or, by its setting, must not do stays undone. Linux only: macOS has no such call, Windows wants a privilege for it.
 void lminf_use_huge_pages(ggml_backend_buffer_t buffer);
+
+// the same of memory that nobody has touched yet: it comes in huge pages then
+void lminf_use_huge_pages(void * data, size_t size);
+
+constexpr size_t lminf_huge_page = 2*1024*1024;
