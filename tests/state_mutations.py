@@ -16,7 +16,7 @@ from reference import tiny_models
 
 L, G = 32, 4
 TOKENS = tiny_models.tokens(300)
-HEADER, SEQUENCE, PART = 8 + 14 * 4, 3 * 8 + 6 * 4, 16  # bytes: llama.cpp's own and ours; of a sequence; of a part
+HEADER, SEQUENCE, PART = 8 + 15 * 4, 3 * 8 + 6 * 4, 16  # bytes: llama.cpp's own and ours; of a sequence; of a part
 WINDOW, SLIDING, RECURRENT = 1, 2, 4  # kinds of parts; the first two hold cells
 VALUES = (0, 1, -1, 576, (1 << 31) - 2, (1 << 31) - 1, -(1 << 31))
 LARGE_VALUES = (*VALUES, 1 << 31, 1 << 33, 1 << 62, (1 << 63) - 257, (1 << 63) - 1, -(1 << 63))

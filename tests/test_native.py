@@ -723,7 +723,7 @@ def poisoned(state: bytes, value: float, n_newest: int, is_transposed: bool) -> 
     n_layer, row = 2, 32  # of the model "llama"
     words = np.frombuffer(state, dtype=np.float32).copy()
     integers = np.frombuffer(state, dtype=np.int32)
-    at = (8 + 56 + 48 + 16 + 8) // 4  # llama.cpp's words, header, sequence, part, cells
+    at = (8 + 60 + 48 + 16 + 8) // 4  # llama.cpp's words, header, sequence, part, cells
     n_used = int(integers[at - 1])
     at += n_used + 3
     positions = integers[at : at + 3 * n_used : 3]
