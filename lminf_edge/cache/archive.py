@@ -59,4 +59,3 @@ def trim(stored: Iterable[Stored], budget: int) -> None:
         if archive.n_bytes_all() <= budget:
             return
         each.checkpoint = replace(each.checkpoint, archive=None)
-        del archive

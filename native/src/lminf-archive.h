@@ -88,10 +88,7 @@ public:
 
     void clear();
 
-    // tokens that can be read, ascending
-    const std::vector<range> & get_ranges() const { return ranges; }
-
-    // its tokens within [i0, i1)
+    // tokens within [i0, i1) that can be read, ascending
     std::vector<range> find(int64_t i0, int64_t i1) const;
 
     int64_t n_tokens() const;
@@ -107,8 +104,6 @@ public:
 
     // how often tokens were taken away, of which a choice may hold some
     int64_t get_n_changes() const { return n_changes; }
-
-    const lminf_archive_layout & get_layout() const { return *layout; }
 
     // the segment that holds a token
     const char * get_segment(int64_t i) const { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
@@ -148,7 +143,7 @@ private:
     int64_t n_max;
 
     std::map<int64_t, std::shared_ptr<segment>> segments; // by the index of the first token over n_segment
-    std::vector<range>         ranges;
+    std::vector<range> ranges; // tokens that can be read, ascending
 
     range learned = { 0, 0 };
 

@@ -7,7 +7,6 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <mutex>
 
 constexpr int64_t n_segment = lminf_archive_layout::n_segment;
@@ -573,9 +572,9 @@ void lminf_recall_batch::set_seq(int64_t stream, llama_seq_id seq_id, int64_t in
     seq.chooses = n_tokens > 1 || index % params.recall_every == 0 || choice.index + choice.n_tokens != index ||
         choice.n_chosen != seq.n_chosen || choice.n_changes != seq.archive->get_n_changes();
     if (seq.chooses) {
-        choice.index    = index;
-        choice.n_tokens = 0;
-        choice.n_chosen = seq.n_chosen;
+        choice.index     = index;
+        choice.n_tokens  = 0;
+        choice.n_chosen  = seq.n_chosen;
         choice.n_changes = seq.archive->get_n_changes();
     }
     choice.n_tokens += n_tokens;

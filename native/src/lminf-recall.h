@@ -95,8 +95,6 @@ public:
 
     const lminf_recall_seq & get_seq(int64_t stream) const { return seqs[stream]; }
 
-    int64_t get_n_stream() const { return seqs.size(); }
-
     // stores a layer's new tokens: k [n_embd_head_k, n_head_kv, n_tokens] un-rotated, v [n_embd_head_v, n_head_kv, n_tokens] or NULL
     // with MLA, both F32. The result has no contents.
     ggml_tensor * build_store(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, int il);
