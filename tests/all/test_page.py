@@ -8,9 +8,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from served import Served, serve
 
 from lminf_edge import LMInfConfig
@@ -143,6 +144,104 @@ def test_skipped_tokens_are_shown(browser: Browser, nano_path: str) -> None:
         assert int(page.get_by_test_id("skipped").inner_text().replace(",", "")) > 500
         say(page, "And then?")
         expect(page.get_by_test_id("skipped")).to_be_hidden()
+        context.close()
+
+
+TOOLS = """[{"type": "function", "function": {"name": "get_tide", "parameters": {
+  "type": "object", "properties": {"port": {"enum": ["Lisbon", "Bergen"]}}, "required": ["port"]}}}]"""
+
+
+def test_a_file_is_read(page: Page, tmp_path: Path) -> None:
+    """All of it: what is chosen or dropped, and nothing that is no text. It stays with the message."""
+    novel, picture = tmp_path / "novel.txt", tmp_path / "picture.png"
+    novel.write_text("The sea was calm and the lamp was lit. " * 100)
+    picture.write_bytes(b"\x89PNG\0\xff")
+    page.get_by_test_id("choose-files").set_input_files([novel, picture])
+    expect(page.get_by_test_id("file")).to_contain_text("novel.txt · 3,900 characters")
+    expect(page.get_by_test_id("files-problem")).to_have_text("picture.png cannot be read: it is no text in UTF-8.")
+    drop = """text => {
+      const data = new DataTransfer();
+      data.items.add(new File([text], "letter.md"));
+      for (const type of ["dragover", "drop"])
+        document.getElementById("main").dispatchEvent(new DragEvent(type, {dataTransfer: data, bubbles: true}));
+    }"""
+    page.evaluate(drop, "A letter came from Lisbon.")
+    expect(page.get_by_test_id("file")).to_have_count(2)
+    bodies: list[dict[str, Any]] = []
+    page.on("request", lambda each: bodies.append(each.post_data_json) if each.post_data else None)
+    say(page, "What happened?")
+    [body] = bodies
+    assert body["messages"][0]["content"].startswith("novel.txt:\n\nThe sea was calm")
+    assert body["messages"][0]["content"].endswith("letter.md:\n\nA letter came from Lisbon.\n\nWhat happened?")
+    expect(page.get_by_test_id("file")).to_have_count(0)
+    expect(page.get_by_test_id("skipped")).to_be_hidden()
+    assert position(page) > 3900 // 8
+    page.reload()
+    sent = page.get_by_test_id("file-sent")
+    expect(sent).to_have_count(2)
+    sent.last.locator("summary").click()
+    expect(sent.last).to_contain_text("A letter came from Lisbon.")
+
+
+def test_tool_calls_and_their_results(page: Page) -> None:
+    """Folded, and answered by the user; the model is made to call."""
+    bodies: list[dict[str, Any]] = []
+
+    def make_it_call(route: Route) -> None:
+        body = route.request.post_data_json
+        bodies.append(body)
+        if body["messages"][-1]["role"] == "user":
+            body = {**body, "tool_choice": "required"}
+        route.continue_(post_data=json.dumps(body))
+
+    page.route("**/v1/chat/completions", make_it_call)
+    page.locator("#tools-prompt summary").click()
+    page.get_by_test_id("tools").fill("get_tide")
+    page.get_by_test_id("message-text").click()
+    expect(page.locator("#tools-problem")).to_contain_text("The tools are no JSON")
+    page.get_by_test_id("tools").fill(TOOLS)
+    say(page, "When is high water?")
+    call = page.get_by_test_id("call")
+    expect(call.locator("summary")).to_have_text("Called get_tide")
+    call.locator("summary").click()
+    assert json.loads(call.locator("pre").inner_text())["port"] in ("Lisbon", "Bergen")
+    page.get_by_test_id("result").fill('{"high": "14:20"}')
+    page.get_by_test_id("send-results").click()
+    answered = page.locator("[data-testid=message][data-role=assistant]:not([data-writing])")
+    expect(answered).to_have_count(2, timeout=60_000)
+    expect(page.get_by_test_id("tool-result")).to_contain_text("Result of get_tide")
+    called, result = bodies[1]["messages"][-2:]
+    assert called["tool_calls"][0]["id"] == result["tool_call_id"]
+    assert (result["role"], result["content"]) == ("tool", '{"high": "14:20"}')
+    assert bodies[1]["tools"] == json.loads(TOOLS)
+
+
+def test_thoughts_are_folded(page: Page) -> None:
+    events = [{"reasoning_content": "The tide "}, {"reasoning_content": "turns."}, {"content": "At two."}]
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in events]
+    stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    answer = {"content_type": "text/event-stream", "body": stream}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
+    say(page, "When is high water?")
+    thoughts = page.get_by_test_id("reasoning")
+    expect(thoughts.locator("summary")).to_have_text("Thoughts")
+    expect(thoughts.locator("p")).to_be_hidden()
+    thoughts.locator("summary").click()
+    expect(thoughts.locator("p")).to_have_text("The tide turns.")
+    page.reload()
+    expect(page.get_by_test_id("reasoning").locator("p")).to_have_text("The tide turns.")
+    expect(page.locator("[data-testid=message][data-role=assistant] .body")).to_have_text("At two.")
+
+
+def test_what_can_be_recalled_is_shown(browser: Browser, nano_path: str) -> None:
+    window = LMInfConfig(n_global=4, n_local=64, n_recall=8)
+    with serve(nano_path, Settings(model_name="nano"), lminf=window) as served:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url)
+        choose(page, max_tokens=4)
+        say(page, "The sea was calm and the lamp was lit. " * 50)
+        assert int(page.get_by_test_id("archived").inner_text().replace(",", "")) > 300
         context.close()
 
 

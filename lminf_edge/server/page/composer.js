@@ -1,6 +1,7 @@
 /** Where messages are written. What is being written is kept per conversation until it is sent, in this tab. */
 
 import { growWithText, submitOnEnter } from "./dom.js";
+import { Files } from "./files.js";
 
 const SAVE_MS = 300;
 
@@ -10,6 +11,8 @@ export class Composer {
   #send = document.getElementById("send");
   #stop = document.getElementById("stop");
   #draft = "draft:new"; // where in sessionStorage
+  #files = new Files(() => this.focus());
+  #others = new Map(); // files of what is being written elsewhere: kept until the page is left
   #timer = 0;
 
   constructor({ send, stop }) {
@@ -17,7 +20,7 @@ export class Composer {
     growWithText(this.#input);
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
-      if (this.text.trim() && this.#stop.hidden) send(this.text);
+      if ((this.text.trim() || this.#files.all.length) && this.#stop.hidden) send(this.text, this.#files.all);
     });
     this.#stop.addEventListener("click", stop);
     this.#input.addEventListener("input", () => {
@@ -39,14 +42,18 @@ export class Composer {
   /** Goes to what is being written in another conversation; `id` is null for a new one. */
   open(id) {
     this.#save();
+    this.#others.set(this.#draft, this.#files.all);
     this.#draft = `draft:${id ?? "new"}`;
+    this.#files.all = this.#others.get(this.#draft) ?? [];
     this.text = sessionStorage.getItem(this.#draft) ?? "";
   }
 
   /** The message is sent: nothing is being written, in a conversation which may have become `id` only now. */
   sent(id) {
     sessionStorage.removeItem(this.#draft);
+    this.#others.delete(this.#draft);
     this.#draft = `draft:${id}`;
+    this.#files.all = [];
     this.text = "";
   }
 

@@ -5,6 +5,7 @@ import { Composer } from "./composer.js";
 import { ConflictError, Conversations } from "./conversations.js";
 import { ask } from "./dialogs.js";
 import { announce } from "./dom.js";
+import { isAsking, parseTools } from "./messages.js";
 import { loadSettings, saveSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { showStatus } from "./status.js";
@@ -17,7 +18,7 @@ const $ = (id) => document.getElementById(id);
 const api = new Api(askKey);
 const sidebar = new Sidebar();
 const composer = new Composer({ send, stop: () => shown.turn?.stop() });
-const thread = new Thread({ edit, regenerate, retry });
+const thread = new Thread({ edit, regenerate, retry, results });
 const server = { model: "", cache: {} };
 const chats = new Map(); // id -> those shown or being answered: a record of the store, with messages, turn and problem
 let shown = newChat();
@@ -50,13 +51,14 @@ async function start() {
     $("forget-key").hidden = true;
   });
   $("system").addEventListener("change", changeSystem);
+  $("tools").addEventListener("change", changeTools);
   $("begin").addEventListener("click", () => composer.focus());
   await route();
   await connect();
 }
 
 function newChat() {
-  return { id: null, title: "", system: "", messages: [], turn: null, problem: null };
+  return { id: null, title: "", system: "", tools: "", messages: [], turn: null, problem: null };
 }
 
 /* The server */
@@ -107,7 +109,9 @@ async function route() {
   shown = chat;
   composer.open(chat.id);
   $("system").value = chat.system;
-  $("system-prompt").open = false;
+  $("tools").value = chat.tools;
+  $("tools-problem").textContent = "";
+  $("system-prompt").open = $("tools-prompt").open = false;
   thread.show(chat);
   refresh();
   composer.focus();
@@ -121,8 +125,7 @@ async function load(id) {
 
 /** After a reload, or an answer that was stopped early, the last message may be without an answer. */
 function withNotice(chat) {
-  const isUnanswered = chat.messages.at(-1)?.role === "user";
-  if (isUnanswered) chat.problem ??= { text: "This message has no answer yet.", retry: "Ask again" };
+  if (isAsking(chat.messages.at(-1))) chat.problem ??= { text: "This message has no answer yet.", retry: "Ask again" };
   return chat;
 }
 
@@ -176,9 +179,9 @@ async function reload(chat) {
 
 /* Asking and answering */
 
-async function send(text) {
+async function send(text, files) {
   const chat = shown;
-  if (await commit(chat, chat.messages.length, text)) {
+  if (await commit(chat, chat.messages.length, [userMessage(text, files)])) {
     if (chat === shown) composer.sent(chat.id);
     answer(chat);
   }
@@ -187,27 +190,34 @@ async function send(text) {
 async function edit(index, text) {
   const chat = shown;
   if (chat.turn) return;
-  const isKept = await commit(chat, index, text);
+  const isKept = await commit(chat, index, [userMessage(text, chat.messages[index].files)]);
   composer.focus();
   if (isKept) answer(chat);
   else composer.text = [composer.text, text].filter(Boolean).join("\n\n"); // nothing that was typed is lost
 }
 
-/** Puts a message of the user in the place of all messages from `index` on. Returns whether that could be kept. */
-async function commit(chat, index, text) {
+/** What the model's calls returned, as the user says. */
+async function results(messages) {
+  const chat = shown;
+  if (await commit(chat, chat.messages.length, messages)) answer(chat);
+}
+
+const userMessage = (content, files) => ({ role: "user", content, ...(files?.length ? { files } : {}) });
+
+/** Puts messages in the place of all from `index` on. Returns whether that could be kept. */
+async function commit(chat, index, messages) {
   if (chat.turn || chat.isCommitting) return false;
   chat.isCommitting = true;
-  const message = { role: "user", content: text };
   try {
-    const fields = index === 0 && !chat.isRenamed ? { title: titleOf(text) } : {};
+    const fields = index === 0 && !chat.isRenamed ? { title: titleOf(messages[0]) } : {};
     if (!chat.id) {
-      Object.assign(chat, await store.create({ ...fields, system: chat.system }));
+      Object.assign(chat, await store.create({ ...fields, system: chat.system, tools: chat.tools }));
       if (chat === shown) {
         chats.set(chat.id, chat);
         history.replaceState(null, "", `#${chat.id}`);
       }
     }
-    chat.revision = await store.replaceTail(chat.id, chat.revision, index, [message], fields);
+    chat.revision = await store.replaceTail(chat.id, chat.revision, index, messages, fields);
     Object.assign(chat, fields);
   } catch (error) {
     await failed(chat, error);
@@ -215,13 +225,13 @@ async function commit(chat, index, text) {
   } finally {
     chat.isCommitting = false;
   }
-  chat.messages.splice(index, Infinity, message);
+  chat.messages.splice(index, Infinity, ...messages);
   return true;
 }
 
-/** The first words. */
-function titleOf(text) {
-  const words = text.slice(0, 500).trim().replace(/\s+/g, " ");
+/** The first words, or the name of a file. */
+function titleOf({ content, files }) {
+  const words = (content.trim() ? content : files[0].name).slice(0, 500).trim().replace(/\s+/g, " ");
   if (words.length <= 50) return words;
   const end = words.lastIndexOf(" ", 50);
   return `${words.slice(0, end > 20 ? end : 50)}…`;
@@ -256,7 +266,11 @@ async function answer(chat, previous = null) {
     return;
   }
   refresh();
-  if (turn.answer) announce(`${turn.stopped ? "Stopped. " : ""}${turn.answer.content.slice(0, SAID)}`);
+  if (turn.answer) announce(`${turn.stopped ? "Stopped. " : ""}${saidBy(turn.answer)}`);
+}
+
+function saidBy({ content, tool_calls }) {
+  return [content.slice(0, SAID), ...(tool_calls ?? []).map(({ name }) => `Called ${name}.`)].filter(Boolean).join(" ");
 }
 
 async function failed(chat, error) {
@@ -312,6 +326,17 @@ async function remove() {
 async function changeSystem() {
   shown.system = $("system").value;
   if (shown.id) await store.update(shown.id, { system: shown.system });
+}
+
+async function changeTools() {
+  shown.tools = $("tools").value;
+  $("tools-problem").textContent = "";
+  try {
+    parseTools(shown.tools);
+  } catch (error) {
+    $("tools-problem").textContent = error.message;
+  }
+  if (shown.id) await store.update(shown.id, { tools: shown.tools });
 }
 
 async function changeSettings() {

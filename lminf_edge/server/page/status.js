@@ -3,15 +3,17 @@
 const UNKNOWN = "–";
 
 const fields = Object.fromEntries(
-  ["position", "skipped", "window", "kv-memory", "speed"].map((name) => [name, document.getElementById(name)]),
+  ["position", "skipped", "archived", "window", "kv-memory", "speed"].map((name) => [name, document.getElementById(name)]),
 );
 
-/** All as far as they are known, and `skipped` only if there are any; `estimated`: the position and the speed are. */
-export function showStatus({ position, skipped, window, sink, kv_bytes, tokens_per_second, estimated }) {
+/** All as far as they are known, and `skipped` and `archived` only if there are any; `estimated`: the position and the speed are. */
+export function showStatus({ position, skipped, archived, window, sink, kv_bytes, tokens_per_second, estimated }) {
   const about = estimated ? "≈ " : "";
   fields.position.textContent = known(position) ? about + count(position) : UNKNOWN;
-  fields.skipped.parentElement.hidden = !skipped;
-  fields.skipped.textContent = known(skipped) ? count(skipped) : UNKNOWN;
+  for (const [name, n] of Object.entries({ skipped, archived })) {
+    fields[name].parentElement.hidden = !n;
+    fields[name].textContent = known(n) ? count(n) : UNKNOWN;
+  }
   fields.window.textContent = known(window) ? (sink ? `${count(sink)} + ` : "") + count(window) : UNKNOWN;
   fields["kv-memory"].textContent = known(kv_bytes) ? bytes(kv_bytes) : UNKNOWN;
   fields.speed.textContent = known(tokens_per_second)

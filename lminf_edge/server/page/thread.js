@@ -1,6 +1,8 @@
 /** The messages of one conversation. Only the last are shown, more on request; only the one being written changes. */
 
+import { Folded, resultsForm, showCalls } from "./calls.js";
 import { button, copyButton, el, growWithText, iconButton, submitOnEnter } from "./dom.js";
+import { describe } from "./files.js";
 import { MarkdownView } from "./markdown-view.js";
 import { count } from "./status.js";
 
@@ -23,9 +25,11 @@ export class Thread {
   #earlier = document.getElementById("earlier");
   #activity = document.getElementById("activity");
   #notice = document.getElementById("notice");
+  #results = document.getElementById("results");
+  #open = null; // the answer whose calls wait for results
   #latest = document.getElementById("latest");
 
-  /** `actions`: edit(index, text), regenerate(), retry(). */
+  /** `actions`: edit(index, text), regenerate(), retry(), results(messages). */
   constructor(actions) {
     this.#actions = actions;
     this.#earlier.addEventListener("click", () => this.#showEarlier());
@@ -109,6 +113,14 @@ export class Thread {
     if (total > 0) Object.assign(bar, { max: total, value: processed });
     text.textContent = total > 0 ? `Reading ${count(processed)} of ${count(total)} tokens` : "Waiting for the answer";
 
+    const last = messages.at(-1);
+    const open = !turn && last?.tool_calls && last.state === "finished" ? last : null;
+    if (this.#open !== open) {
+      this.#open = open;
+      this.#results.hidden = !open;
+      this.#results.replaceChildren(...(open ? [resultsForm(open.tool_calls, this.#actions.results)] : []));
+    }
+
     if (this.#problem === problem) return;
     this.#problem = problem;
     this.#notice.hidden = !problem;
@@ -119,6 +131,7 @@ export class Thread {
 
   #row(message) {
     const isUser = message.role === "user";
+    if (message.role === "tool") return this.#toolRow(message);
     const body = el("div", { class: "body", dir: "auto" });
     const note = el("p", { class: "note", hidden: true });
     const row = { message, body, note, length: 0 };
@@ -138,13 +151,28 @@ export class Thread {
       note,
       actions,
     );
+    for (const file of message.files ?? []) {
+      const view = new Folded("file-sent");
+      view.title = describe(file);
+      view.node.addEventListener("toggle", () => (view.text = file.text), { once: true });
+      body.before(view.node);
+    }
     this.#fill(row, false);
     return row;
+  }
+
+  #toolRow(message) {
+    const result = new Folded("tool-result");
+    result.title = `Result of ${message.name}`;
+    result.text = message.content;
+    const attributes = { class: "message tool", "data-testid": "message", "data-role": "tool" };
+    return { message, node: el("li", attributes, result.node) };
   }
 
   /** Shows what a message has grown by. */
   #fill(row, isBeingWritten) {
     const { message, body, note, node } = row;
+    if (message.role === "tool") return;
     if (message.role === "user") {
       if (!row.length) this.#fillUser(body, message.content);
       row.length = message.content.length;
@@ -152,12 +180,13 @@ export class Thread {
     }
     if (message.reasoning) {
       if (!row.reasoning) {
-        row.reasoning = document.createTextNode("");
-        const details = el("details", { class: "reasoning" }, el("summary", {}, "Reasoning"), el("p", {}, row.reasoning));
-        body.before(details);
+        row.reasoning = new Folded("reasoning", "p");
+        body.before(row.reasoning.node);
       }
-      row.reasoning.appendData(message.reasoning.slice(row.reasoning.length));
+      row.reasoning.title = isBeingWritten && !message.content && !message.tool_calls ? "Thinking" : "Thoughts";
+      row.reasoning.text = message.reasoning;
     }
+    if (message.tool_calls) showCalls(message.tool_calls, (row.calls ??= []), note, isBeingWritten);
     if (message.content.length > row.length) row.markdown.push(message.content.slice(row.length));
     row.length = message.content.length;
     node.toggleAttribute("data-writing", isBeingWritten);
@@ -169,6 +198,7 @@ export class Thread {
   }
 
   #fillUser(body, text) {
+    body.hidden = !text;
     const isLong = text.length > 1.5 * FOLDED;
     body.textContent = isLong ? `${text.slice(0, FOLDED)}…` : text;
     if (isLong) body.append(button(`Show all ${count(text.length)} characters`, unfold, { class: "unfold" }));
@@ -197,7 +227,7 @@ export class Thread {
     );
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      if (!area.value.trim()) return;
+      if (!area.value.trim() && !row.message.files) return;
       close();
       this.#actions.edit(index, area.value);
     });

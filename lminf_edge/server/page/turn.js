@@ -1,6 +1,7 @@
 /** One answer being asked for: the request, what has arrived of it, and its way into the store. */
 
 import { ConflictError } from "./conversations.js";
+import { asSent, parseTools } from "./messages.js";
 
 const SAVE_MS = 1000;
 
@@ -16,7 +17,7 @@ export class Turn {
   #timer = 0;
   #saving = Promise.resolve();
   #stored = false;
-  #stats; // {position, skipped, estimated, tokens_per_second}: what the server said last, and what came since
+  #stats; // {position, skipped, archived, estimated, tokens_per_second}: what the server said last, and what came since
   #first = null; // {time, n}: when the first piece of text came, and how many have come after it
 
   /** `chat` has the messages so far; the answer is added to them. */
@@ -44,12 +45,13 @@ export class Turn {
 
   /** Runs to the end, whatever that is; `error` and `stopped` then say how it went. `options`: model, temperature... */
   async run(api, options, changed) {
-    const { id, system, messages } = this.#chat;
-    const history = messages.map(({ role, content }) => ({ role, content }));
+    const { id, system, messages, tools } = this.#chat;
+    const history = messages.map(asSent);
     if (system) history.unshift({ role: "system", content: system });
     try {
       // the server may go on with a conversation that has a name, whatever part of it is sent
-      const request = { ...options, messages: history, prompt_cache_key: id };
+      const request = { ...options, messages: history, tools: parseTools(tools), prompt_cache_key: id };
+      if (messages.at(-1)?.files) request.lminf = { prefill: "full" }; // a file is to be read, not only its end
       for await (const chunk of api.chat(request, this.#abort.signal)) {
         this.#take(chunk);
         changed();
@@ -67,17 +69,17 @@ export class Turn {
       Object.assign(this.#stats, { position: prompt_progress.processed, estimated: true });
     }
     const delta = choices?.[0]?.delta;
-    if (delta?.content || delta?.reasoning_content) this.#grow(delta);
+    if (delta?.content || delta?.reasoning_content || delta?.tool_calls) this.#grow(delta);
     if (choices?.[0]?.finish_reason && this.answer) this.answer.finish = choices[0].finish_reason;
     if (timings) this.#stats.tokens_per_second = timings.predicted_per_second;
     if (lminf) {
-      const { position, skipped, ...cache } = lminf;
+      const { position, skipped, archived, ...cache } = lminf;
       this.cache = cache;
-      Object.assign(this.#stats, { position, skipped, estimated: false });
+      Object.assign(this.#stats, { position, skipped, archived, estimated: false });
     }
   }
 
-  #grow({ content, reasoning_content }) {
+  #grow({ content, reasoning_content, tool_calls }) {
     if (!this.answer) {
       this.answer = { role: "assistant", content: "", state: "stopped" }; // what a reload finds
       this.#chat.messages.push(this.answer);
@@ -85,11 +87,19 @@ export class Turn {
     }
     if (content) this.answer.content += content;
     if (reasoning_content) this.answer.reasoning = (this.answer.reasoning ?? "") + reasoning_content;
+    for (const call of tool_calls ?? []) this.#growCall(call);
     this.#first.n++;
     if (this.#stats.position !== undefined) this.#stats.position++;
     this.#stats.estimated = true;
     // A long answer is saved less often: each save writes all of it.
     this.#timer ||= setTimeout(() => this.save(), SAVE_MS + this.answer.content.length / 100);
+  }
+
+  #growCall({ index, id, function: part }) {
+    this.answer.tool_calls ??= [];
+    const call = (this.answer.tool_calls[index] ??= { id, name: "", arguments: "" });
+    call.name += part?.name ?? "";
+    call.arguments += part?.arguments ?? "";
   }
 
   /** Saves what there is. If that fails, the answer ends here: it would be lost. */
@@ -106,7 +116,7 @@ export class Turn {
   async #save() {
     if (!this.answer || this.error instanceof ConflictError) return;
     const { id, revision } = this.#chat;
-    const answer = { ...this.answer }; // as it is now: it may grow meanwhile
+    const answer = structuredClone(this.answer); // as it is now: it may grow meanwhile
     this.#chat.revision = this.#stored
       ? await this.#store.saveMessage(id, revision, this.#index, answer)
       : await this.#store.replaceTail(id, revision, this.#index, [answer]);
