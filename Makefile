@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models patches worktree clean
+.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models reference patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -70,6 +70,9 @@ results: setup ## docs/results.md and its plots from the figures measured last, 
 
 models: setup ## docs/models.md: what happens to every architecture of llama.cpp
 	@$(BIN)/python scripts/models.py $(ARGS)
+
+reference: setup ## docs/commands.md and docs/api.md, from the parsers, signatures and docstrings
+	@$(BIN)/python scripts/reference_pages.py
 
 real-models: ## two real pretrained models for tests and measurements, into build/models: 350 MB
 	@$(PYTHON) scripts/real_models.py
