@@ -127,6 +127,11 @@ def option(action: argparse.Action) -> str:
     return code(f"{', '.join(action.option_strings)} {value}".strip())
 
 
+def is_required(action: argparse.Action) -> bool:
+    """Whether it cannot be left out; before Python 3.13 argparse says so of NAME... as well."""
+    return action.required and action.nargs not in ("?", "*")
+
+
 def groups(parser: argparse.ArgumentParser) -> list[Group]:
     found = []
     for group in parser._action_groups:
@@ -134,7 +139,7 @@ def groups(parser: argparse.ArgumentParser) -> list[Group]:
         rows = []
         for action in actions:
             text = escape((action.help or "") % {**vars(action), "prog": parser.prog})
-            rows.append((option(action), f"{text}; required" if action.required else text))
+            rows.append((option(action), f"{text}; required" if is_required(action) else text))
         if rows:
             title = "" if group in (parser._positionals, parser._optionals) else group.title or ""
             found.append(Group(title, group.description or "", tuple(rows)))
@@ -143,7 +148,7 @@ def groups(parser: argparse.ArgumentParser) -> list[Group]:
 
 def usage(parser: argparse.ArgumentParser) -> str:
     """The program and what cannot be left out."""
-    needed = [option(action).strip("`") for action in parser._actions if action.required]
+    needed = [option(action).strip("`") for action in parser._actions if is_required(action)]
     for alternatives in parser._mutually_exclusive_groups:
         if alternatives.required:
             needed.append("(" + " | ".join(option(action).strip("`") for action in alternatives._group_actions) + ")")
@@ -290,8 +295,13 @@ class Source:
         return " ".join(before)
 
 
+def unparse(node: ast.AST) -> str:
+    """Source, the same from each Python: 3.10 writes a space more."""
+    return ast.unparse(node).replace("lambda :", "lambda:")
+
+
 def decorators(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
-    return {ast.unparse(each).partition("(")[0] for each in node.decorator_list}
+    return {unparse(each).partition("(")[0] for each in node.decorator_list}
 
 
 def call(name: str, parameters: Sequence[str], returns: str = "") -> str:
@@ -320,14 +330,14 @@ def parameters(arguments: ast.arguments) -> list[str]:
 
 
 def parameter(argument: ast.arg, default: ast.expr | None = None) -> str:
-    text = argument.arg + (f": {ast.unparse(argument.annotation)}" if argument.annotation else "")
+    text = argument.arg + (f": {unparse(argument.annotation)}" if argument.annotation else "")
     if default is None:
         return text
-    return text + (" = " if argument.annotation else "=") + ast.unparse(default)
+    return text + (" = " if argument.annotation else "=") + unparse(default)
 
 
 def function(node: ast.FunctionDef) -> str:
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    returns = f" -> {unparse(node.returns)}" if node.returns else ""
     return call(node.name, parameters(node.args), returns)
 
 
@@ -337,18 +347,18 @@ def listing(text: str) -> str:
 
 def default(value: ast.expr, source: Source) -> ast.expr:
     """A field's default as a caller would write it: no factory, and a constant's value for its name."""
-    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+    if isinstance(value, ast.Call) and unparse(value.func) == "field":
         (factory,) = (keyword.value for keyword in value.keywords if keyword.arg == "default_factory")
         return ast.Call(factory, [], [])
     for node in source.tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == ast.unparse(value):
+        if isinstance(node, ast.Assign) and unparse(node.targets[0]) == unparse(value):
             return node.value
     return value
 
 
 def field_text(node: ast.AnnAssign, source: Source) -> str:
-    value = f" = {ast.unparse(default(node.value, source))}" if node.value else ""
-    return f"{ast.unparse(node.target)}: {ast.unparse(node.annotation)}{value}"
+    value = f" = {unparse(default(node.value, source))}" if node.value else ""
+    return f"{unparse(node.target)}: {unparse(node.annotation)}{value}"
 
 
 def public_fields(node: ast.ClassDef) -> list[tuple[str, ast.AnnAssign]]:
@@ -363,7 +373,7 @@ def class_parts(source: Source, node: ast.ClassDef) -> Iterator[str]:
     fields = public_fields(node) if "dataclass" in decorators(node) else []
     methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
     constructor = next((each for each in methods if each.name == "__init__"), None)
-    bases = ", ".join(base for base in map(ast.unparse, node.bases) if base not in ("RemoteLlama", "abc.ABC"))
+    bases = ", ".join(base for base in map(unparse, node.bases) if base not in ("RemoteLlama", "abc.ABC"))
     if fields:
         yield listing(call(node.name, [field_text(each, source) for _, each in fields]))
     elif constructor and not bases.endswith("Error"):
@@ -389,7 +399,7 @@ def class_parts(source: Source, node: ast.ClassDef) -> Iterator[str]:
         if doc is None or method.name.startswith("_") or f"{method.name}.setter" in has:
             continue
         if has & {"property"}:
-            shown = method.name + (f": {ast.unparse(method.returns)}" if method.returns else "")
+            shown = method.name + (f": {unparse(method.returns)}" if method.returns else "")
         elif has & {"classmethod", "staticmethod"}:
             shown = f"{node.name}.{function(method)}"
         else:
@@ -437,7 +447,7 @@ def exporter(module: str, name: str) -> str:
 def exported(init: Path) -> list[str]:
     """The names in the __all__ of a module."""
     for node in ast.parse(init.read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+        if isinstance(node, ast.Assign) and unparse(node.targets[0]) == "__all__":
             names: list[str] = ast.literal_eval(node.value)
             return names
     return []

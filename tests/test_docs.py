@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -67,6 +68,27 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), f"{link} leads nowhere"
         assert not anchor or anchor in anchors(target), f"{link}: there is no such heading"
+
+
+def texts(path: Path) -> str:
+    """All strings of a source, with … for what is put into them."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(each.value) if isinstance(each, ast.Constant) else "…" for each in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return "\n".join(found)
+
+
+def test_errors_in_troubleshooting_are_those_of_the_code() -> None:
+    sources = [*ROOT.glob("lminf_edge/**/*.py"), *ROOT.glob("scripts/*.py")]
+    code = "\n".join([*map(texts, sources), *(path.read_text() for path in ROOT.glob("native/src/*.cpp"))])
+    rows = re.findall(r'^\| (?:\d+, )?"(.*?)" \|', (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    assert len(rows) > 30
+    for row in rows:
+        for part in row.split("…"):
+            assert part.strip(" .:") in code, row
 
 
 def commands(page: Path) -> list[str]:
