@@ -152,6 +152,7 @@ def usage(parser: argparse.ArgumentParser) -> str:
     for alternatives in parser._mutually_exclusive_groups:
         if alternatives.required:
             needed.append("(" + " | ".join(option(action).strip("`") for action in alternatives._group_actions) + ")")
+    needed += [f"[{option(action).strip('`')} ...]" for action in parser._actions if action.nargs == "*"]
     # the short name is enough here
     return " ".join([parser.prog, *(re.sub(r"(-\w), --[\w-]+", r"\1", each) for each in needed), "[options]"])
 
@@ -208,39 +209,39 @@ raised, and not named here, is a bug. What is not on this page may change in any
 `Tokens` is int32 `(n_tokens,)`, `Logits` float32 `(n_rows, n_vocab)`, `Nll` float64 `(n_tokens,)`, in nats.
 """
 
-# heading, what it is for, and the names in it as MODULE:NAME
+# heading, what it is for, and the names in it as PLACE:NAME, where the place is a module or a folder of them
 API = (
     (
         "The model",
         "What is not said here of a `Llama` is llama_cpp's: "
         "[its reference](https://llama-cpp-python.readthedocs.io/en/latest/api-reference/).",
-        ("llama:Llama", "config:LMInfConfig", "config:StreamInfo", "config:Parts", "engine.params:SamplingParams"),
+        ("llama:Llama", "config:LMInfConfig", "config:StreamInfo", "config:Parts", "engine:SamplingParams"),
     ),
-    ("Keeping a stream", "", ("cache.checkpoint:Checkpoint", "cache.checkpoint:CheckpointError")),
+    ("Keeping a stream", "", ("cache:Checkpoint", "cache:CheckpointError")),
     ("For programs that make a `llama_cpp.Llama`", "", ("patching:patch", "patching:unpatch")),
     ("Errors", "", ("errors:UserError", "guard:ClosedError", "guard:StreamTakenError")),
     (
         "Measuring",
         "In `lminf_edge.evaluate`.",
         (
-            "evaluate.nll:token_nll",
-            "evaluate.nll:nll_blocks",
-            "evaluate.divergence:divergence_blocks",
-            "evaluate.reader:reader_of",
-            "evaluate.reader:Reader",
+            "evaluate:token_nll",
+            "evaluate:nll_blocks",
+            "evaluate:divergence_blocks",
+            "evaluate:reader_of",
+            "evaluate:Reader",
         ),
     ),
     (
         "Several streams at a time",
         "What the server runs on. Tokens in, tokens out: text is the caller's matter.",
         (
-            "engine.loading:load_engine",
-            "engine.engine:Engine",
-            "engine.request:Request",
-            "engine.request:Output",
-            "engine.request:RequestStats",
-            "engine.request:RequestCancelled",
-            "engine.engine:EngineClosedError",
+            "engine:load_engine",
+            "engine:Engine",
+            "engine:Request",
+            "engine:Output",
+            "engine:RequestStats",
+            "engine:RequestCancelled",
+            "engine:EngineClosedError",
         ),
     ),
     (
@@ -248,11 +249,11 @@ API = (
         "In `lminf_edge.server` (`pip install lminf-edge[server]`), for an ASGI server of your own; "
         "`lminf-edge serve` runs the same application.",
         (
-            "server.app:create_app",
-            "server.settings:Settings",
-            "text.service:TextService",
-            "engine.params:Defaults",
-            "server.state:Embedder",
+            "server:create_app",
+            "server:Settings",
+            "text:TextService",
+            "engine:Defaults",
+            "server:Embedder",
         ),
     ),
 )
@@ -269,15 +270,16 @@ class Source:
     tree: ast.Module
 
     @classmethod
-    def of(cls, name: str) -> Source:
-        text = (ROOT / "lminf_edge" / name.replace(".", "/")).with_suffix(".py").read_text()
+    def of(cls, path: Path) -> Source:
+        text = path.read_text(encoding="utf-8")
+        name = ".".join(path.relative_to(ROOT / "lminf_edge").with_suffix("").parts)
         return cls(name, text.splitlines(), ast.parse(text))
 
-    def definition(self, name: str) -> ast.ClassDef | ast.FunctionDef:
+    def definition(self, name: str) -> ast.ClassDef | ast.FunctionDef | None:
         for node in self.tree.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
                 return node
-        raise SystemExit(f"error: lminf_edge.{self.name} defines no {name}.")
+        return None
 
     def comment(self, node: ast.stmt) -> str:
         """What is said about a field behind it, or on the lines before."""
@@ -293,6 +295,17 @@ class Source:
                 break
             before.insert(0, line.strip().lstrip("# "))
         return " ".join(before)
+
+
+def find(place: str, name: str) -> tuple[Source, ast.ClassDef | ast.FunctionDef]:
+    """The definition of a name, and the module it is in."""
+    path = ROOT / "lminf_edge" / place
+    for each in sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+        source = Source.of(each)
+        node = source.definition(name)
+        if node:
+            return source, node
+    raise SystemExit(f"error: lminf_edge/{place} defines no {name}.")
 
 
 def unparse(node: ast.AST) -> str:
@@ -421,10 +434,9 @@ def api_page() -> str:
         if text:
             parts.append(text + "\n")
         for each in names:
-            module, _, name = each.partition(":")
-            source = Source.of(module)
-            node = source.definition(name)
-            parts.append(f"### {name}\n\n`from {exporter(module, name)} import {name}`\n")
+            place, _, name = each.partition(":")
+            source, node = find(place, name)
+            parts.append(f"### {name}\n\n`from {exporter(source.name, name)} import {name}`\n")
             if isinstance(node, ast.ClassDef):
                 parts += class_parts(source, node)
             else:
