@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models patches worktree clean
+.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models reference patches worktree lock clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -71,6 +71,9 @@ results: setup ## docs/results.md and its plots from the figures measured last, 
 models: setup ## docs/models.md: what happens to every architecture of llama.cpp
 	@$(BIN)/python scripts/models.py $(ARGS)
 
+reference: setup ## docs/commands.md and docs/api.md, from the parsers, signatures and docstrings
+	@$(BIN)/python scripts/reference_pages.py
+
 real-models: ## two real pretrained models for tests and measurements, into build/models: 350 MB
 	@$(PYTHON) scripts/real_models.py
 
@@ -79,6 +82,11 @@ worktree: setup ## a git work tree of llama.cpp with one commit per patch, in bu
 
 patches: ## regenerate patches/ from build/worktree
 	@$(BIN)/python scripts/upstream.py export
+
+lock: setup ## requirements-dev.lock: the newest versions of all that development needs, for every Python and system
+	@$(BIN)/python -m pip install -q uv
+	@printf 'cmake\nninja\nscikit-build-core\n' | $(BIN)/uv pip compile pyproject.toml - --extra dev --universal --python-version 3.10 \
+		--upgrade --no-emit-package lminf-edge --no-annotate --custom-compile-command "make lock" --quiet --output-file requirements-dev.lock
 
 clean: ## remove everything that was built or installed
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

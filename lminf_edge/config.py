@@ -208,20 +208,20 @@ class Parts:
     n_layer_sliding: int  # a sliding window, as the model was trained with
     n_layer_recurrent: int  # a state
     n_layer_fused: int  # of the first two, those whose attention is one fused operation
-    window_bytes: int
-    sink_bytes: int
-    sliding_bytes: int
-    recurrent_bytes: int
+    window_bytes: int  # of the windows of layers with full attention, slack and micro-batch included
+    sink_bytes: int  # of their sinks
+    sliding_bytes: int  # of sliding windows
+    recurrent_bytes: int  # of states
     archive_token_bytes: int = 0  # of one token in the archive of a sequence; archives come on top of all this
 
     @property
     def kv_bytes(self) -> int:
-        """All of it."""
+        """Bytes of all of them, archives left out."""
         return self.window_bytes + self.constant_bytes
 
     @property
     def constant_bytes(self) -> int:
-        """What does not depend on n_local."""
+        """Bytes that do not depend on n_local."""
         return self.sink_bytes + self.sliding_bytes + self.recurrent_bytes
 
     @property
@@ -232,7 +232,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """The position of a stream and the contents of its cache."""
+    """The position of a stream and the contents of its cache, in tokens, cells (one for each token) and bytes."""
 
     position: int  # tokens processed since the start of the stream, without limit
     evicted: int  # tokens that no query can attend to any more
@@ -247,7 +247,7 @@ class StreamInfo:
     parts: Parts
     archived: int = 0  # tokens that can be recalled once they have left the window
     forgotten: int = 0  # tokens processed that cannot: dropped from a full archive, or lost with a state without one
-    archive_bytes: int = 0
+    archive_bytes: int = 0  # bytes of the archive that these are recalled from
 
 
 def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:

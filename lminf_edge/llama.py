@@ -202,7 +202,10 @@ class Llama(RemoteLlama):
             _TO_CLOSE.add(self)
 
     def close(self) -> None:
-        """Frees the model after calls in progress in other threads; later uses raise ClosedError."""
+        """Frees the model after calls in progress in other threads, and writes its streams to checkpoint_folder.
+
+        Later uses raise ClosedError.
+        """
         guard: Guard | None = self.__dict__.get("_guard")
         if guard is None:  # there is nothing yet
             return
@@ -451,7 +454,7 @@ class Llama(RemoteLlama):
 
     @with_signature(_SAMPLE)
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """Samples a token.
+        """Samples a token from the last logits; the arguments are those of llama_cpp.Llama.sample. Returns its id.
 
         Raises RuntimeError if no token was processed before, and ValueError if a grammar cannot be used,
         allows no token, or takes too much work.
@@ -588,7 +591,7 @@ class Llama(RemoteLlama):
         return output
 
     def reach(self, prompt: Tokens) -> int:
-        """How many tokens of `prompt` (n_tokens,) need no processing."""
+        """How many tokens of `prompt` (n_tokens,) are in the cache or a checkpoint and need no processing."""
         slot = self.slot
         slot.resync()
         scheduler = self.scheduler

@@ -5,6 +5,7 @@
                            with --stock: the same without patches, to compare with
     upstream.py worktree   make a git work tree of the pin, one commit per patch, to edit the patches in
     upstream.py export     regenerate patches/ from that work tree                            (make patches)
+    upstream.py check      say which patches apply to another llama.cpp, --tree DIR, which is left as it is
 
 The pin is the one line of patches/upstream.txt, a pip requirement with its hash: pip downloads and verifies it, with
 whatever index, proxy or mirror the user has told pip about. Standard library only.
@@ -137,6 +138,37 @@ def apply_patches(tree: Path, patches: Sequence[Path]) -> None:
             raise UpstreamError(f"{patch.name} does not apply to {pin()[0]}: {reason}.")
 
 
+def touched_files(patch: Path) -> list[str]:
+    """The files of llama.cpp that a patch changes."""
+    return re.findall(r"^--- a/(.+)$", patch.read_text(encoding="utf-8"), re.M)
+
+
+def check(tree: Path) -> bool:
+    """Prints what of the series applies to `tree`, without fuzz; whether all of it does.
+
+    What a patch that does not apply leaves out is missing for those after it, which may fail for that reason.
+    """
+    if not (tree / "src" / "llama.h").exists() and not (tree / "include" / "llama.h").exists():
+        raise UpstreamError(f"{tree} is no source tree of llama.cpp: give one with --tree.")
+    patches, n_failed = patch_files(), 0
+    with tempfile.TemporaryDirectory(prefix="lminf-check-") as folder:
+        copy = Path(folder)
+        for name in sorted({name for patch in patches for name in touched_files(patch)}):
+            if (tree / name).exists():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(tree / name, copy / name)
+        for patch in patches:
+            result = git(copy, "apply", "--reject", "--whitespace=nowarn", str(patch))
+            fails = result.returncode != 0
+            print(f"{'FAIL' if fails else 'ok  '}  {patch.name}")
+            for line in result.stderr.splitlines() if fails else ():
+                if line.startswith("error: ") and not line.endswith("searching for:"):
+                    print(f"      {line.removeprefix('error: ')}")
+            n_failed += fails
+    print(f"{len(patches) - n_failed} of {len(patches)} patches apply to {tree}")
+    return n_failed == 0
+
+
 def mirror(source: Path, dest: Path) -> None:
     """Makes `dest` equal to `source`, touching only files that differ, so that ninja rebuilds only those."""
     wanted = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
@@ -207,16 +239,20 @@ def export(tree: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["fetch", "worktree", "export"])
+    parser.add_argument("command", choices=["fetch", "worktree", "export", "check"])
     parser.add_argument("--dest", type=Path, default=ROOT / "build" / "upstream", help="where the sdist is unpacked")
     parser.add_argument("--stock", action="store_true", help="fetch it without the patches")
-    parser.add_argument("--tree", type=Path, default=ROOT / "build" / "worktree", help="the git work tree")
+    parser.add_argument(
+        "--tree", type=Path, default=ROOT / "build" / "worktree", help="the git work tree; of check: any source tree"
+    )
     args = parser.parse_args()
     try:
         if args.command == "fetch":
             fetch(args.dest, args.stock)
         elif args.command == "worktree":
             worktree(args.dest, args.tree)
+        elif args.command == "check":
+            return 0 if check(args.tree) else 1
         else:
             export(args.tree)
     except UpstreamError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import os
@@ -15,6 +16,7 @@ from types import ModuleType
 
 import pytest
 
+import lminf_edge
 from lminf_edge import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +32,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+release = script("release")
 upstream = script("upstream")
 setup = script("setup")
 
@@ -63,6 +66,27 @@ def test_the_pin_is_one_line_and_the_package_requires_it() -> None:
 
 def test_the_pinned_bytes_are_those_that_were_built(sdist: Path) -> None:
     assert hashlib.sha256(sdist.read_bytes()).hexdigest() == upstream.pin()[1]
+
+
+# --- releases ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_release_needs_a_tag_that_fits_and_a_section_of_the_changelog() -> None:
+    release.check("v1.2.0", "1.2.0")
+    with pytest.raises(release.ReleaseError, match=r"The tag v1\.3 is not v1\.2\.0"):
+        release.check("v1.3", "1.2.0")
+    changelog = "# Changelog\n\n## Unreleased\n\n- a\n\n## 1.2.0 - 2026-12-01\n\n### Added\n\n- b\n\n## 1.1.0\n"
+    assert release.notes(changelog, "1.2.0") == "### Added\n\n- b"
+    for number in ("1.1.0", "1.2", "2.0"):
+        with pytest.raises(release.ReleaseError, match=f"says nothing of {number}"):
+            release.notes(changelog, number)
+
+
+def test_the_version_is_in_one_place() -> None:
+    assert release.version() == lminf_edge.__version__
+    assert importlib.metadata.version("lminf-edge") == lminf_edge.__version__
+    files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", ROOT / "CITATION.cff", *ROOT.glob("scripts/*.py")]
+    assert [path.name for path in files if f'"{lminf_edge.__version__}"' in path.read_text()] == []
 
 
 # --- the patches ------------------------------------------------------------------------------------------------------
@@ -106,6 +130,31 @@ def test_a_patch_that_does_not_fit_is_named(pristine: Path, tmp_path: Path) -> N
     assert tree_digest(pristine) == before
 
 
+def test_whether_the_patches_apply_to_another_tree(
+    pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree_digest(pristine)
+    assert upstream.check(pristine)
+    assert "FAIL" not in capsys.readouterr().out
+    assert tree_digest(pristine) == before
+
+    for name in {name for patch in upstream.patch_files() for name in upstream.touched_files(patch)}:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((pristine / name).read_bytes())
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "llama.h").touch()
+    (tmp_path / "ggml/src/ggml-cuda/ggml-cuda.cu").write_text("rewritten\n")
+    assert not upstream.check(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert [re.sub(r"FAIL  (\d+).*", r"\1", line) for line in failed] == ["0006"]
+    assert any(line.strip().startswith("patch failed: ggml/src/ggml-cuda/ggml-cuda.cu:") for line in lines)
+    assert lines[-1].startswith(f"{len(upstream.patch_files()) - 1} of {len(upstream.patch_files())} patches apply")
+
+    with pytest.raises(upstream.UpstreamError, match=r"is no source tree of llama\.cpp"):
+        upstream.check(tmp_path / "src")
+
+
 def test_patches_survive_the_way_through_a_work_tree(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +163,7 @@ def test_patches_survive_the_way_through_a_work_tree(
     exported.mkdir()
     # only the files that the patches touch, for speed
     for patch in upstream.patch_files():
-        for path in re.findall(r"^--- a/(.*)$", patch.read_text(), re.MULTILINE):
+        for path in upstream.touched_files(patch):
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             (tree / path).write_bytes((pristine / path).read_bytes())
     upstream.commit_series(tree)

@@ -250,7 +250,7 @@ class ConstantSequence(CacheSequence):
 
 def _own_pages(n_bytes: int) -> State:
     """Memory that returns to the system when it is freed: on the heap, states would fragment it."""
-    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    private: dict[str, Any] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     return np.frombuffer(mmap.mmap(-1, max(n_bytes, 1), **private), dtype=np.uint8)[:n_bytes]
 
 

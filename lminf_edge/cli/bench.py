@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=file_path,
         default=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lminf-edge",
-        help="where models of --shape are kept, 0.4 to 4 GB each in q4_0; default %(default)s",
+        help="where models of --shape are kept, 0.4 to 4 GB each in q4_0; default ~/.cache/lminf-edge",
     )
     parser.add_argument(
         "--stock-lib", metavar="DIR", type=file_path, help="folder of a stock llama.cpp library to compare with"

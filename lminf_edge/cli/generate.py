@@ -40,7 +40,7 @@ HELP = "continue a prompt, for as long as you like"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("-p", "--prompt", metavar="TEXT")
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument(
         "-f", "--file", metavar="FILE", type=expand_home, help="UTF-8 text with the prompt, - for stdin"
     )

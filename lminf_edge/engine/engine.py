@@ -26,7 +26,13 @@ class EngineClosedError(RuntimeError):
 
 
 class Engine:
-    """Owns a scheduler and steps it while there is work. All methods may be called from any thread."""
+    """Owns a scheduler and steps it while there is work. All methods may be called from any thread.
+
+    request = Request(np.array(tokens, dtype=np.int32), max_tokens=20)
+    engine.submit(request)
+    for output in engine.stream(request):
+        print(output.token)
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler

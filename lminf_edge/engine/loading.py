@@ -32,7 +32,9 @@ def load_engine(
     disk_budget: int = 8 << 30,
     **kwargs: Any,
 ) -> Engine:
-    """
+    """Loads a model and starts an engine for it. Close both: `engine.close()`, then `engine.model.close()`.
+
+    model          a path, or the name of an embedded model
     parallel       slots: conversations in the context, which can decode at the same time
     lminf, n_ctx   the window, as for Llama
     max_sinks      sinks that a conversation can have, if more than n_global

@@ -42,15 +42,26 @@ class SamplingParams:
     """How the next token is sampled. Names, defaults and limits are llama-server's.
 
     temperature            0 or less: greedy
-    top_k                  0 or less: all tokens; top_p, typical_p 1 or more, min_p 0 or less: off
-    repeat_penalty         1: off; also 0 or less, which cannot be a divisor
+    top_k                  sample from so many of the likeliest tokens; 0 or less: all
+    top_p                  sample from the likeliest tokens that have this probability in all; 1 or more: off
+    min_p                  drop tokens less likely than this share of the likeliest; 0 or less: off
+    typical_p              as top_p, of the tokens nearest to the expected surprise; 1 or more: off
+    repeat_penalty         divisor of the logits of repeated tokens; 1: off; also 0 or less, which cannot be a divisor
     repeat_last_n          tokens that the three penalties look back; -1: the attention window, 0: none
-    dry_multiplier         0: off; a dry_base below 1 means the default
+    frequency_penalty      subtracted for each repetition of a token; 0: off
+    presence_penalty       subtracted once for a repeated token; 0: off
+    dry_multiplier         penalty for a token that continues a repetition; 0: off
+    dry_base               factor of that for each token of the repetition; below 1: the default
+    dry_allowed_length     repetitions of so many tokens are free
     dry_penalty_last_n     as repeat_last_n
-    xtc_probability        0 or less: off, as a threshold above 0.5
-    top_n_sigma            0 or less: off
-    dynatemp_range         0 or less: off
+    dry_sequence_breakers  texts that no repetition extends across, at most 64
+    xtc_probability        how often all likely tokens but the last are dropped; 0 or less: off
+    xtc_threshold          probability from which a token is likely; above 0.5: off
+    top_n_sigma            drop logits so many standard deviations below the largest; 0 or less: off
+    dynatemp_range         the temperature varies by so much with the entropy; 0 or less: off
+    dynatemp_exponent      of that entropy
     mirostat               1 or 2: replaces all but the penalties and the grammar, as in llama_cpp
+    mirostat_tau, mirostat_eta  its target surprise in bits, and its learning rate
     seed                   32 bits of it; None or -1: a new one each time
     logit_bias             token -> what is added to its logit
     grammar                GBNF text, or a LlamaGrammar

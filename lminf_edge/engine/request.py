@@ -55,18 +55,19 @@ class End(Enum):
 class RequestStats:
     """What a request cost, in tokens and in seconds of time.perf_counter()."""
 
-    first_token: float | None = None
+    first_token: float | None = None  # when it was generated
     n_cached: int = 0  # of the prompt, in the cache
     n_prefilled: int = 0  # of the prompt, processed
     n_skipped: int = 0  # of the prompt, never processed: prefill "tail"
-    n_generated: int = 0
+    n_generated: int = 0  # tokens after the prompt; once it is finished, those that were taken
     position: int = 0  # of the stream, skipped and dropped tokens included
     n_archived: int = 0  # of the stream, tokens that can be recalled once they have left the window
 
 
 @dataclass(eq=False)
 class Request:
-    """
+    """What is asked of an engine, and what has become of it.
+
     prompt               int32 (n_prompt,), never empty
     sampling             how tokens are sampled
     max_tokens           None: no limit

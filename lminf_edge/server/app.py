@@ -24,7 +24,15 @@ PAGE = Path(__file__).parent / "page"
 
 
 def create_app(service: TextService, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
-    """An ASGI application. The caller closes the service's engine after the application has shut down."""
+    """An ASGI application. The caller closes the service's engine after the application has shut down.
+
+        engine = load_engine("model.gguf", parallel=4)
+        app = create_app(TextService(engine), Settings("model"))
+
+    service   the engine and what turns text into tokens
+    settings  the model's name, keys, limits
+    embedder  for /v1/embeddings; None: such requests are refused
+    """
     state = ServerState(service, settings, embedder)
 
     @asynccontextmanager

@@ -10,7 +10,8 @@ ENDLESS = 1 << 30
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """What the server allows and how long it waits.
+
     model_name       the model's name for clients
     api_keys         each client must send one of them; empty: no key is required
     hosts            names and addresses that a Host header may carry, without the port; empty: any
