@@ -19,8 +19,9 @@ stock: ## llama.cpp without our patches as well, for tests and benchmarks to com
 	@$(PYTHON) scripts/setup.py --stock
 
 # passive: where tests share the cores with other work, OpenMP threads that spin while they wait take ten times as long
+# most tests use one thread: two at a time, the tests of a file in one process as they share models
 test: stock ## the whole test suite; ARGS="-k name" for a part of it
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: test browser ## make test, then the server with a real browser, node clients, kills and load
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/all
