@@ -37,7 +37,7 @@ def from_file(path: Path) -> Any:
 
     def implementations(vectors: Any) -> Iterator[Implementation]:
         for case, losses in record.get(vectors.name, {}).items():
-            yield Implementation(path.name, "", case, partial(np.asarray, losses))
+            yield Implementation(path.name, "from a file", case, partial(np.asarray, losses))
 
     return SimpleNamespace(VERSIONS={}, implementations=implementations)
 
@@ -96,13 +96,17 @@ def verdict(record: dict[str, Any]) -> str:
 
 
 def rows(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Of a Markdown table: one for all records with the same verdict, with the largest differences among them."""
+    """Of a Markdown table: one for all records of a cache that conform, else for each way that the tokens come in.
+
+    It has the largest differences among them.
+    """
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
-        alike.setdefault((record["name"], record["case"], verdict(record)), []).append(record)
+        how = "" if conforms(record) else record["how"]
+        alike.setdefault((record["name"], record["case"], verdict(record), how), []).append(record)
     yield "| cache | tokens come in | compared with | largest | mean | first token that differs | losses |"
     yield "| --- | --- | --- | ---: | ---: | ---: | --- |"
-    for (name, case, said), group in alike.items():
+    for (name, case, said, _), group in alike.items():
         how = "; ".join(dict.fromkeys(record["how"] for record in group))
         found = [Difference(**record["found"]) for record in group if "found" in record]
         if not found:
