@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import oracle
 import pytest
 from reference import gguf_file, tiny_models
 from reference.gguf_file import Array
@@ -106,22 +107,36 @@ TABLES = [
 ]
 
 
+POLICY = {"ceiling": "lminf", "order": "sinks", "true": "sinks-uncapped"}
+
+
+def as_array(table: Table) -> oracle.Table:
+    """As the oracle has it: every row as long as the last."""
+    unseen = oracle.UNSEEN
+    filled = [[unseen if d is None else d for d in row] + [unseen] * (len(table) - len(row)) for row in table]
+    return np.array(filled)
+
+
 def attend_by_table(q: Array, k: Array, v: Array, table: Table, rope: Rope, slopes: Array) -> Array:
-    """Attention key by key: q turned to the table's distance, k not turned at all. Shapes as for attend."""
-    out = np.zeros_like(q)
-    for i, row in enumerate(table):
-        for head in range(q.shape[1]):
-            key_head = head * k.shape[1] // q.shape[1]
-            weights, values = [], []
-            for j, distance in enumerate(row):
-                if distance is None:
-                    continue
-                turned_q = rope.rotate(q[i : i + 1, head : head + 1], np.array([distance]))[0, 0]
-                turned_k = rope.rotate(k[j : j + 1, key_head : key_head + 1], np.array([0]))[0, 0]
-                weights.append(math.exp(float(turned_q @ turned_k) / 2 - slopes[head] * distance))
-                values.append(v[j, key_head])
-            out[i, head] = np.average(values, axis=0, weights=weights)
-    return out
+    """The oracle's attention. Shapes as for attend."""
+    n_rot = 2 * len(rope.frequencies)
+    pairs = np.arange(n_rot) if rope.adjacent else np.arange(n_rot).reshape(2, -1).T.ravel()
+    order = np.concatenate([pairs, np.arange(n_rot, q.shape[2])])
+    magnitude = np.where(np.arange(q.shape[2]) < n_rot, rope.magnitude, 1.0)
+    frequencies = np.zeros(q.shape[2] // 2)
+    frequencies[: len(rope.frequencies)] = rope.frequencies
+    q, k = ((x * magnitude)[..., order] for x in (q, k))
+    return oracle.attend(q, k, v, as_array(table), frequencies, slopes)
+
+
+@pytest.mark.parametrize(("rule", "table"), TABLES)
+def test_the_oracle_makes_the_same_table(rule: Rule, table: Table) -> None:
+    if rule.n_local is None:
+        made = oracle.distances(len(table), "full")
+    else:
+        ceiling = rule.max_distance or 0
+        made = oracle.distances(len(table), POLICY[rule.mode], rule.n_global, rule.n_local, ceiling)
+    np.testing.assert_array_equal(made, as_array(table))
 
 
 @pytest.mark.parametrize("block", [1, 3, 8])
@@ -134,7 +149,7 @@ def test_blocks_follow_the_table(rule: Rule, table: Table, encoding: str, block:
     # two pairs turn, the last two dimensions of a head do not
     frequencies = np.zeros(0) if encoding == "alibi" else np.array([1.0, 0.3])
     rope = Rope(frequencies, adjacent=encoding == "adjacent", magnitude=1.1)
-    blocked = attend(q, k, v, rule, rope, slopes, lambda dots: dots / 2, block)
+    blocked = attend(q, k, v, rule, rope, slopes, lambda dots: dots / math.sqrt(6), block)
     np.testing.assert_allclose(blocked, attend_by_table(q, k, v, table, rope, slopes), atol=1e-12)
 
 
