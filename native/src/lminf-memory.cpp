@@ -63,7 +63,7 @@ static void check_archive(const lminf_archive_layout & layout, int64_t n_tokens)
 
     if (size > total) {
         throw std::runtime_error(lminf_set_error(format(
-            "an archive of %lld tokens needs %.1f GiB, and half of the memory is %.1f GiB: choose a smaller n_archive or smaller archive types",
+            "an archive of %lld tokens needs %.2f GiB of memory, and archives may take %.2f GiB: choose a smaller n_archive, smaller archive types or a larger archive_memory",
             (long long) n_tokens, size/1024.0/1024.0/1024.0, total/1024.0/1024.0/1024.0)));
     }
 }
@@ -217,8 +217,10 @@ lminf_memory::lminf_memory(
     }
 
     if (params.n_recall > 0) {
-        auto layout = std::make_shared<lminf_archive_layout>(model, params.archive_type_k, params.archive_type_v, layers.full, layers.reuse);
-        check_archive(*layout, params.n_archive);
+        auto layout = std::make_shared<lminf_archive_layout>(model, params, layers.full, layers.reuse);
+        if (!params.archive_in_files) {
+            check_archive(*layout, params.n_archive);
+        }
         recall = std::make_unique<lminf_recall>(params, std::move(layout), n_seq_max);
     }
 
