@@ -86,6 +86,7 @@ class Info(ctypes.Structure):
         ("n_archived", ctypes.c_int64),
         ("n_forgotten", ctypes.c_int64),
         ("archive_bytes", ctypes.c_uint64),
+        ("n_rebuild", ctypes.c_int64),
     )
     stream_pos: int
     n_evicted: int
@@ -101,6 +102,7 @@ class Info(ctypes.Structure):
     n_archived: int
     n_forgotten: int
     archive_bytes: int
+    n_rebuild: int
 
 
 class NativeParts(ctypes.Structure):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MakeEngine, MakeLlama
+from conftest import F32, MakeEngine, MakeLlama
 
 from lminf_edge import Checkpoint, Llama, LMInfConfig
 from lminf_edge.cache import segments
@@ -120,6 +120,19 @@ def test_a_branch_within_a_segment_has_its_own(make_llama: MakeLlama, tokens: To
             read(each, tokens[2000:2100])
         np.testing.assert_array_equal(again.scores[-1], llm.scores[-1])
     assert len(set(files(folder_beside(tmp_path / "0"))) & set(files(folder_beside(tmp_path / "1")))) == 2
+
+
+def test_what_was_loaded_can_be_saved_elsewhere(make_llama: MakeLlama, saved: tuple[Path, Any]) -> None:
+    path, _ = saved
+    Checkpoint.load(path).save(path.with_name("b"))
+    before = files(folder_beside(path))
+    Checkpoint.load(path).save(path)
+    assert files(folder_beside(path)) == before
+    assert set(files(folder_beside(path.with_name("b")))) == set(before)
+    shutil.rmtree(folder_beside(path))
+    llm = make_llama(lminf=window())
+    llm.restore(Checkpoint.load(path.with_name("b")))
+    assert llm.stream_info().forgotten == 0
 
 
 def flip(path: Path, at: int) -> None:
@@ -507,3 +520,24 @@ def test_segments_are_read_once(make_llama: MakeLlama, tokens: Tokens, tmp_path:
     assert folder.write(checkpoint.archive) == (kept, None)
     assert len(segments._names) == n_names
     assert folder.n_bytes == sum(each.stat().st_size for each in tmp_path.iterdir())
+
+
+# --- going back -------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_diverges_far_back(make_llama: MakeLlama, tokens: Tokens) -> None:
+    """Beyond the slack the window is made anew, if the archive holds what it did."""
+    prompt = np.concatenate([tokens[:320], tokens[::-1][:100]])  # where a micro-batch begins: choices are one's
+    plain = window(n_checkpoints=0)
+    exact = window(n_checkpoints=0, archive_type_k="f32", archive_type_v="f32")
+    fresh = make_llama(lminf=exact, **F32)
+    fresh.eval(prompt)
+    for config, reaches in ((plain, 0), (exact, 320)):
+        llm = make_llama(lminf=config, **F32)
+        llm.eval(tokens[:1280])
+        assert llm.reach(prompt) == reaches
+        next(llm.generate(prompt, temp=0))
+        assert llm.scheduler.counters.cached_tokens == reaches
+        assert llm.n_tokens == len(prompt)
+        if config is exact:
+            np.testing.assert_allclose(llm.scores[-1], fresh.scores[-1], atol=2e-3)

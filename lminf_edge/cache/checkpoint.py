@@ -169,10 +169,13 @@ class Checkpoint:
         What the stream can recall is written to a folder beside it, PATH.archive: only what is not there yet.
         """
         target = Path(path).expanduser()
-        if self.archive is None:
+        archive: Archive | tuple[Kept, Path] | None = self.archive
+        if archive is None and self.kept is not None and self.folder is not None:
+            archive = self.kept, self.folder
+        if archive is None:
             replace(self, kept=None)._save(target)
             return
-        with writing_beside(target, self.archive) as kept:
+        with writing_beside(target, archive) as kept:
             replace(self, kept=kept)._save(target)
 
     def _save(self, target: Path) -> None:

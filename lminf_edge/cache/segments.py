@@ -17,7 +17,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,10 @@ _PART = struct.Struct("<qqQ32s")
 # SHA-256 of segments of this process by id and number of tokens, so that each is read once
 _names: dict[tuple[int, int], str] = {}
 _MAX_NAMES = 1 << 16
+
+
+class _BadSegmentError(OSError):
+    """A file does not hold what it should; `strerror` says what it is instead."""
 
 
 class Part(NamedTuple):
@@ -160,6 +164,17 @@ class SegmentFolder:
         self._trim()
         return Kept(archive.types, archive.ranges, tuple(parts)), error
 
+    def copy(self, kept: Kept, folder: Path) -> Kept:
+        """Takes over what is sound of another folder's segments. Raises OSError if it cannot be written."""
+        parts = []
+        for part in kept.parts:
+            with contextlib.suppress(_BadSegmentError):
+                data = SegmentFolder(folder)._read(part)
+                if part.name not in self._sizes:
+                    self._write_file(part.name, data)
+                parts.append(part)
+        return replace(kept, parts=tuple(parts))
+
     def write_segment(self, archive: Archive, segment: Segment) -> Path:
         """Writes a segment that no checkpoint names yet. Raises OSError."""
         path = self.path(self._write(archive, segment).name)
@@ -272,22 +287,22 @@ class SegmentFolder:
         return reason
 
     def _read(self, part: Part) -> Bytes:
-        """The contents of a file. Raises OSError if that does not hold what it should."""
+        """The contents of a file. Raises _BadSegmentError."""
         try:
             file, n_bytes = open_regular(self.path(part.name), follow=False)
         except FileNotFoundError:
-            raise OSError(0, "is missing") from None
+            raise _BadSegmentError(0, "is missing") from None
         except OSError as error:
-            raise OSError(0, f"cannot be read ({error.strerror})") from error
+            raise _BadSegmentError(0, f"cannot be read ({error.strerror})") from error
         with file:
             if n_bytes != DATA_AT + part.n_bytes:
-                raise OSError(0, "is cut short or damaged")
+                raise _BadSegmentError(0, "is cut short or damaged")
             if _HEAD.unpack(file.read(_HEAD.size)) != (MAGIC, VERSION, 0, part.n_bytes):
-                raise OSError(0, "is not one of this version of lminf_edge")
+                raise _BadSegmentError(0, "is not one of this version of lminf_edge")
             file.seek(DATA_AT)
             data = np.fromfile(file, dtype=np.uint8)
         if data.nbytes != part.n_bytes or hashlib.sha256(data.data).hexdigest() != part.name:
-            raise OSError(0, "is damaged")
+            raise _BadSegmentError(0, "is damaged")
         with self._lock:
             if part.name in self._sizes:
                 self._sizes[part.name] = self._sizes.pop(part.name)
@@ -317,17 +332,21 @@ def folder_beside(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def writing_beside(path: Path, archive: Archive) -> Iterator[Kept]:
-    """Writes an archive; in the block the checkpoint takes its place, then older segments go. Raises OSError."""
+def writing_beside(path: Path, archive: Archive | tuple[Kept, Path]) -> Iterator[Kept]:
+    """Writes an archive, or what is in another folder; in the block the checkpoint takes its place, then older segments
+    go. Raises OSError."""
     folder = SegmentFolder(folder_beside(path))
     with contextlib.suppress(FileNotFoundError), os.scandir(folder.folder) as entries:
         for entry in entries:
             name, _, rest = entry.name.partition(".")
             if _NAME.fullmatch(name) and f".{rest}" == SUFFIX:
                 folder._sizes[name] = entry.stat(follow_symlinks=False).st_size
-    kept, error = folder.write(archive)
-    if error is not None:
-        raise error
+    if isinstance(archive, Archive):
+        kept, error = folder.write(archive)
+        if error is not None:
+            raise error
+    else:
+        kept = folder.copy(*archive)
     yield kept
     folder.hold(kept)
     folder.sweep()

@@ -96,6 +96,7 @@ struct lminf_info {
     int64_t  n_archived;    // tokens in the archive, those that the window still holds among them
     int64_t  n_forgotten;   // tokens processed that are not: dropped when it was full, or lost with a state that had none
     uint64_t archive_bytes; // of this sequence, in memory
+    int64_t  n_rebuild;     // tokens that lminf_rollback can take back, with the archive, where seq_rm cannot
 };
 
 // what a context's memory is made of; bytes are those of all sequences
@@ -164,6 +165,7 @@ LLAMA_API llama_pos lminf_next_pos(struct llama_context * ctx, llama_seq_id seq_
 
 // Forgets all tokens from this stream position on. False, and nothing changed, if the older cells that the next query
 // needs are gone. llama_memory_seq_rm does the same in graph positions.
+// With an archive of the cache's own types, or of F32, both F32 or F16, the window is made anew from that if its cells are gone.
 LLAMA_API bool lminf_rollback(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
 
 // Advances the stream by n_tokens, n_local or more, that are not processed. The next token sees the sinks, which must all

@@ -307,7 +307,7 @@ bool lminf_rollback(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos
     }
 
     const llama_pos pos = mem->graph_pos(seq_id, stream_pos);
-    if (pos <= 0 || !mem->seq_rm(seq_id, pos, -1)) {
+    if ((pos <= 0 || !mem->seq_rm(seq_id, pos, -1)) && !mem->rebuild(seq_id, stream_pos)) {
         lminf_set_error(format("the sequence cannot go back to stream position %lld: what the next query needs of the tokens before it is gone",
                 (long long) stream_pos));
         return false;
