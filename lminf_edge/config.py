@@ -93,7 +93,7 @@ class LMInfConfig:
     n_archive      tokens of a stream that can be recalled, the newest
     archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
     archive        "ram": they are kept in memory; else a folder: all but the last 1024 tokens are kept in files there,
-                   read as they are needed, so that an archive can be larger than memory
+                   read as they are needed, so that an archive can be larger than memory (not on Windows)
     archive_memory  bytes of memory that all archives of the process take at most; None: half of the machine's. What
                    checkpoints can recall gives way first, then the oldest tokens of a stream
     archive_disk   bytes of the files that archives are kept in, with checkpoint_folder or a folder for `archive`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -208,7 +209,10 @@ class Model:
         if not self.window.n_recall:
             return None
         if config.archive != IN_MEMORY:
-            place: Path | None = Path(config.archive).expanduser() / self.identity.folder_name
+            # what other checkpoints name is not ours to sweep
+            store = "" if folder is None else str(folder.absolute())
+            name = hashlib.sha256(os.fsencode(store)).hexdigest()[:16]
+            place: Path | None = Path(config.archive).expanduser() / self.identity.folder_name / name
         else:
             place = None if folder is None else folder / "archive"
         memory_budget, maps = self.window.archive_bytes or MAX_BYTES, bool(self.window.archive_in_files)

@@ -316,6 +316,7 @@ def test_a_folder_is_used_by_one_at_a_time(make_llama: MakeLlama, tmp_path: Path
         make_llama(lminf=window(archive=tmp_path))
     first.close()
     make_llama(lminf=window(archive=tmp_path))
+    make_llama(lminf=window(archive=tmp_path), checkpoint_folder=tmp_path / "store")  # has files of its own
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be used"):
         make_llama(lminf=window(archive=tmp_path / "file"))

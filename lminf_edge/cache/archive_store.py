@@ -50,6 +50,7 @@ class ArchiveStore:
         Raises UserError if the folder is to hold the running archives and another process uses it.
         """
         self.memory_budget = memory_budget
+        self.n_failed = 0  # times that something could not be written
         self._new_archive, self._maps = new_archive, maps
         self._folder = SegmentFolder(folder, disk_budget) if folder is not None and disk_budget > 0 else None
         self._lock: BinaryIO | None = None
@@ -107,8 +108,9 @@ class ArchiveStore:
             log.warning("%s", lost)
         return replace(checkpoint, archive=archive)
 
-    def _note(self, error: OSError) -> None:
-        reason = error.strerror or str(error)
+    def _note(self, error: OSError | MemoryError) -> None:
+        self.n_failed += 1
+        reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
         if reason not in self._errors:
             self._errors.add(reason)
             log.warning(
@@ -160,7 +162,7 @@ class ArchiveStore:
         assert self._folder is not None
         try:
             return self._folder.write_segment(archive, segment)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._note(error)
             return None
 

@@ -42,6 +42,7 @@ _PART = struct.Struct("<qqQ32s")
 
 # SHA-256 of segments of this process by id and number of tokens, so that each is read once
 _names: dict[tuple[int, int], str] = {}
+_names_lock = threading.Lock()
 _MAX_NAMES = 1 << 16
 
 
@@ -238,11 +239,16 @@ class SegmentFolder:
         """What was not used for longest goes until the rest fits the budget, whoever names it."""
         if self._budget is None:
             return
-        n_bytes = self.n_bytes
-        while n_bytes > self._budget and self._sizes:
-            name, size = next(iter(self._sizes.items()))
+        with self._lock:
+            n_over = sum(self._sizes.values()) - self._budget
+            gone = []
+            for name, size in self._sizes.items():
+                if n_over <= 0:
+                    break
+                gone.append(name)
+                n_over -= size
+        for name in gone:
             self._delete(name)
-            n_bytes -= size
 
     def _delete(self, name: str) -> None:
         with self._lock:
@@ -313,9 +319,10 @@ class SegmentFolder:
 
 def _remember(key: tuple[int, int], name: str) -> None:
     if key[0]:
-        while len(_names) >= _MAX_NAMES:
-            _names.pop(next(iter(_names)), None)
-        _names[key] = name
+        with _names_lock:
+            while len(_names) >= _MAX_NAMES:
+                _names.pop(next(iter(_names)))
+            _names[key] = name
 
 
 def _unlink(path: Path) -> None:
