@@ -62,7 +62,6 @@ class Native:
             function.restype, function.argtypes = result, arguments
             return function
 
-        self.declare = declare
         pointer, int32, int64, boolean = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_bool
         self._default_params = declare("lminf_default_params", Params)
         self._refusal = declare("lminf_refusal", ctypes.c_char_p, pointer)

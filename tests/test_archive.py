@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import F32, MakeEngine, MakeLlama
+from conftest import F32, SMALL, MakeEngine, MakeLlama
 
 from lminf_edge import Checkpoint, Llama, LMInfConfig
 from lminf_edge.cache import segments
@@ -51,16 +51,28 @@ def files(folder: Path) -> dict[str, int]:
     return {each.name: each.stat().st_mtime_ns for each in folder.rglob("*.segment")}
 
 
-@pytest.fixture
-def saved(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> tuple[Path, Any]:
+@pytest.fixture(scope="module")
+def original(nano_f32_path: str, tokens: Tokens, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A checkpoint file, and the logits of what follows if it is restored from memory."""
-    llm = make_llama(lminf=window())
+    path = tmp_path_factory.mktemp("original") / "a"
+    llm = Llama(nano_f32_path, **{**SMALL, "lminf": window()})
     read(llm, tokens[:N_TOKENS])
     checkpoint = llm.checkpoint()
-    checkpoint.save(tmp_path / "a")
+    checkpoint.save(path)
     llm.restore(checkpoint)
-    read(llm, tokens[N_TOKENS:])
-    return tmp_path / "a", llm.scores[-1].copy()
+    llm.eval(tokens[N_TOKENS : N_TOKENS + 200])
+    logits = llm.scores[-1].copy()
+    llm.close()
+    return path, logits
+
+
+@pytest.fixture
+def saved(original: tuple[Path, Any], tmp_path: Path) -> tuple[Path, Any]:
+    """A copy of that, to be damaged."""
+    path, logits = original
+    shutil.copy(path, tmp_path / "a")
+    shutil.copytree(folder_beside(path), folder_beside(tmp_path / "a"))
+    return tmp_path / "a", logits
 
 
 # --- beside a checkpoint ----------------------------------------------------------------------------------------------
@@ -75,12 +87,12 @@ def test_a_file_recalls_as_the_stream_did(
         llm.restore(Checkpoint.load(path))
         info = llm.stream_info()
         assert (info.archived, info.forgotten) == (N_TOKENS, 0)
-        read(llm, tokens[N_TOKENS:])
+        llm.eval(tokens[N_TOKENS : N_TOKENS + 200])
         np.testing.assert_array_equal(llm.scores[-1], expected)
     without = make_llama(lminf=window())
     shutil.rmtree(folder_beside(path))
     without.restore(Checkpoint.load(path))
-    read(without, tokens[N_TOKENS:])
+    without.eval(tokens[N_TOKENS : N_TOKENS + 200])
     assert np.abs(without.scores[-1] - expected).max() > 0.01
 
 
@@ -96,6 +108,7 @@ def test_only_what_is_new_is_written(make_llama: MakeLlama, tokens: Tokens, tmp_
     assert len(second) == 3  # what the file names no more is gone
     assert len(first.items() & second.items()) == 2
     llm.reset()
+    (folder_beside(path) / f"{'ab' * 32}.segment.part").touch()  # of a process that was killed
     llm.checkpoint().save(path)
     assert not folder_beside(path).exists()
 
@@ -181,7 +194,7 @@ def test_a_bad_file_costs_what_it_held(
     assert info.archived == N_TOKENS - part.n_tokens
     assert f"{part.n_tokens} of {N_TOKENS} archived tokens cannot be recalled" in caplog.text
     assert what in caplog.text
-    read(llm, tokens[N_TOKENS:])
+    llm.eval(tokens[N_TOKENS : N_TOKENS + 200])
     assert np.isfinite(llm.scores[-1]).all()
     assert np.abs(llm.scores[-1] - expected).max() > 0
 
@@ -198,7 +211,7 @@ def test_without_the_axes_sketches_are_made_anew(
         llm = make_llama(lminf=window(archive=place))
         llm.restore(Checkpoint.load(path))
         assert llm.stream_info().forgotten == 0
-        read(llm, tokens[N_TOKENS:])
+        llm.eval(tokens[N_TOKENS : N_TOKENS + 200])
         np.testing.assert_allclose(llm.scores[-1], expected, atol=1e-3)
 
 

@@ -126,16 +126,12 @@ class SegmentFolder:
         for kept in users:
             self.hold(kept)
         found = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder) as entries:
-            for entry in entries:
-                name, _, rest = entry.name.partition(".")
-                if not _NAME.fullmatch(name) or f".{rest}" not in (SUFFIX, f"{SUFFIX}.part"):
-                    continue
-                if rest.endswith(".part") or name not in self._users:
-                    _unlink(Path(entry.path))
-                else:
-                    status = entry.stat(follow_symlinks=False)
-                    found.append((status.st_mtime, name, status.st_size))
+        for name, entry in _entries(self.folder):
+            if name not in self._users:
+                _unlink(Path(entry.path))
+            else:
+                status = entry.stat(follow_symlinks=False)
+                found.append((status.st_mtime, name, status.st_size))
         for _, name, size in sorted(found):
             self._sizes[name] = size
         self._trim()
@@ -325,6 +321,17 @@ def _remember(key: tuple[int, int], name: str) -> None:
             _names[key] = name
 
 
+def _entries(folder: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """The segments in a folder, by name; deletes what a process that was killed did not finish. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            name, _, rest = entry.name.partition(".")
+            if _NAME.fullmatch(name) and f".{rest}" == SUFFIX:
+                yield name, entry
+            elif _NAME.fullmatch(name) and f".{rest}" == f"{SUFFIX}.part":
+                _unlink(Path(entry.path))
+
+
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
@@ -343,11 +350,8 @@ def writing_beside(path: Path, archive: Archive | tuple[Kept, Path]) -> Iterator
     """Writes an archive, or what is in another folder; in the block the checkpoint takes its place, then older segments
     go. Raises OSError."""
     folder = SegmentFolder(folder_beside(path))
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder.folder) as entries:
-        for entry in entries:
-            name, _, rest = entry.name.partition(".")
-            if _NAME.fullmatch(name) and f".{rest}" == SUFFIX:
-                folder._sizes[name] = entry.stat(follow_symlinks=False).st_size
+    for name, entry in _entries(folder.folder):
+        folder._sizes[name] = entry.stat(follow_symlinks=False).st_size
     if isinstance(archive, Archive):
         kept, error = folder.write(archive)
         if error is not None:
