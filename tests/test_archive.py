@@ -555,3 +555,20 @@ def test_a_prompt_that_diverges_far_back(make_llama: MakeLlama, tokens: Tokens) 
         assert llm.n_tokens == len(prompt)
         if config is exact:
             np.testing.assert_allclose(llm.scores[-1], fresh.scores[-1], atol=2e-3)
+
+
+def test_what_is_in_files_comes_back_from_there(make_engine: MakeEngine, tokens: Tokens, tmp_path: Path) -> None:
+    """A checkpoint in memory gives its archive up where memory is short, and has it again when it is needed."""
+    one, two = tokens[:1300], tokens[::-1][:1300].copy()
+    engine = make_engine(parallel=1, lminf=window(), folder=tmp_path)
+    engine.store.archives.memory_budget = 0
+    for _ in range(2):
+        for i, each in enumerate((one, two)):
+            assert answer(engine, np.concatenate([each, tokens[: 5 * i]]))[1] > 1300
+            engine.store._writes.submit(int).result(10)
+    assert all(each.archive is None for each in engine.store.checkpoints)
+    before = engine.scheduler.counters.cached_tokens
+    _, position, archived = answer(engine, np.concatenate([one, tokens[:9]]))
+    assert archived == position
+    assert engine.scheduler.counters.cached_tokens - before >= 1300 - 1
+    close(engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,10 @@ class ArchiveStore:
             self._lock = _lock(self._folder.folder)
 
     @property
+    def has_files(self) -> bool:
+        return self._folder is not None
+
+    @property
     def disk_bytes(self) -> int:
         return self._folder.n_bytes if self._folder is not None else 0
 
@@ -108,6 +112,12 @@ class ArchiveStore:
             log.warning("%s", lost)
         return replace(checkpoint, archive=archive)
 
+    def reattach(self, stored: Stored, checkpoint: Checkpoint, saving: Future[bool] | None) -> Checkpoint:
+        """The same of a checkpoint in memory, once it is in its file."""
+        if saving is not None:
+            saving.result()
+        return self.attach(replace(checkpoint, kept=stored.kept))
+
     def _note(self, error: OSError | MemoryError) -> None:
         self.n_failed += 1
         reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
@@ -121,18 +131,21 @@ class ArchiveStore:
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    def trim(self, stored: Iterable[Stored], room: int = 0) -> None:
+    def trim(self, stored: Collection[Stored], save: Callable[[Stored], object], room: int = 0) -> None:
         """Drops archives of checkpoints, the first first, until all of the process leave `room` within the budget.
 
-        What streams that are running can recall stays, and so does what is in files.
+        What streams that are running can recall stays. Those go first that are in files, the others once `save` has
+        begun to write them.
         """
-        for each in stored:
-            archive = each.checkpoint.archive if each.checkpoint is not None else None
-            if each.checkpoint is None or archive is None:
-                continue
-            if archive.n_bytes_all() + room <= self.memory_budget:
-                return
-            each.checkpoint = replace(each.checkpoint, archive=None)
+        for is_kept in (True, False):
+            for each in stored:
+                archive = each.checkpoint.archive if each.checkpoint is not None else None
+                if each.checkpoint is None or archive is None or (each.kept is not None) != is_kept:
+                    continue
+                if archive.n_bytes_all() + room <= self.memory_budget:
+                    return
+                save(each)
+                each.checkpoint = replace(each.checkpoint, archive=None)
 
     def spill(self, sequence: CacheSequence, worker: Worker) -> None:
         """Moves full segments of a running stream from memory to files, where they stay.

@@ -166,8 +166,8 @@ class CheckpointStore:
         """
         if stored.checkpoint is None:
             return self._reads.submit(self._read, stored.name, stored.head())
-        if stored.checkpoint.archive is None and stored.kept is not None:
-            return self._reads.submit(self.archives.attach, replace(stored.checkpoint, kept=stored.kept))
+        if stored.checkpoint.archive is None and self.archives.has_files:  # it gave that up
+            return self._reads.submit(self.archives.reattach, stored, stored.checkpoint, stored.saving)
         self._in_memory[stored] = self._in_memory.pop(stored)
         done: Future[Checkpoint] = Future()
         done.set_result(stored.checkpoint)
@@ -256,11 +256,11 @@ class CheckpointStore:
         if self.memory_bytes > self.memory_budget:
             self._trim_memory()
         self._trim_disk()
-        self.archives.trim(self._in_memory)
+        self.archives.trim(self._in_memory, self._save)
 
     def tend_archives(self, sequences: Sequence[CacheSequence], room: int) -> None:
         """To be called between batches: checkpoints give way where streams need `room` bytes for their archives."""
-        self.archives.trim(self._in_memory, room)
+        self.archives.trim(self._in_memory, self._save, room)
         for sequence in sequences:
             self.archives.spill(sequence, self._writes)
 
