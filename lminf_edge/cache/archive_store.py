@@ -65,10 +65,6 @@ class ArchiveStore:
     def has_files(self) -> bool:
         return self._folder is not None
 
-    @property
-    def disk_bytes(self) -> int:
-        return self._folder.n_bytes if self._folder is not None else 0
-
     def scan(self, users: Iterable[Kept | None]) -> None:
         """Takes in the segments that checkpoints in files name, and deletes all others."""
         if self._folder is not None:

@@ -113,11 +113,6 @@ class SegmentFolder:
         self._users: Counter[str] = Counter()  # checkpoints that name them
         self._lock = threading.Lock()  # of _sizes
 
-    @property
-    def n_bytes(self) -> int:
-        with self._lock:
-            return sum(self._sizes.values())
-
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
 

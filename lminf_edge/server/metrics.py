@@ -61,7 +61,6 @@ class EngineCollector(Collector):
             ("kv_bytes", "KV cache; never changes.", engine.parts.kv_bytes),
             ("archived_tokens", "Tokens that can be recalled, of conversations in the context.", archived),
             ("archive_bytes", "What these take of memory.", archive_bytes),
-            ("archive_disk_bytes", "Archives in files, of all conversations.", store.archives.disk_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
             ("memory_budget_bytes", "What these may take.", store.memory_budget),
             ("text_bytes", "Texts of messages with their tokens.", self._service.tokenizer.n_bytes),
