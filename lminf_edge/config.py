@@ -26,6 +26,7 @@ PREFILLS: tuple[Prefill, ...] = ("full", "tail")
 DEFAULT_WINDOW = 4096
 DEFAULT_SLACK = 64
 MAX_WINDOW = 1 << 30
+MAX_BYTES = 1 << 62
 
 # GGML type number -> (name, bytes per block, elements per block), for types that a KV cache may have
 KV_TYPES: dict[int, tuple[str, int, int]] = {
@@ -55,6 +56,8 @@ RECALL_PARAMETERS = (
 )
 ARCHIVE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 DEFAULT_ARCHIVE = 131072
+IN_MEMORY = "ram"  # of an archive
+DEFAULT_ARCHIVE_DISK = 16 << 30  # bytes
 MAX_RECALL = 4096
 
 
@@ -89,6 +92,11 @@ class LMInfConfig:
                    "exact": all keys are
     n_archive      tokens of a stream that can be recalled, the newest
     archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
+    archive        "ram": they are kept in memory; else a folder: all but the last 1024 tokens are kept in files there,
+                   read as they are needed, so that an archive can be larger than memory (not on Windows)
+    archive_memory  bytes of memory that all archives of the process take at most; None: half of the machine's. What
+                   checkpoints can recall gives way first, then the oldest tokens of a stream
+    archive_disk   bytes of the files that archives are kept in, with checkpoint_folder or a folder for `archive`
     attention      "fused": one operation for sinks and window, on CPU, CUDA and Metal; "stock": operations that every
                    ggml backend has, slower; "auto": fused if possible. The results differ only in rounding.
 
@@ -114,6 +122,9 @@ class LMInfConfig:
     n_archive: int = DEFAULT_ARCHIVE
     archive_type_k: ArchiveType = "q8_0"
     archive_type_v: ArchiveType = "q8_0"
+    archive: str | os.PathLike[str] = IN_MEMORY
+    archive_memory: int | None = None
+    archive_disk: int = DEFAULT_ARCHIVE_DISK
 
     def __post_init__(self) -> None:
         _check("n_global", self.n_global, 0)
@@ -144,6 +155,11 @@ class LMInfConfig:
         ):
             if getattr(self, name) not in values:
                 raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
+        if self.archive_memory is not None:
+            whole_number("archive_memory", self.archive_memory, 1, MAX_BYTES)
+        whole_number("archive_disk", self.archive_disk, 0, MAX_BYTES)
+        if not isinstance(self.archive, (str, os.PathLike)) or not os.fspath(self.archive):
+            raise UserError(f"archive must be {IN_MEMORY!r} or the path of a folder, not {self.archive!r}.")
         if self.n_recall and self.sink_mode != "ceiling":
             raise UserError(f"n_recall={self.n_recall} needs sink_mode 'ceiling', not {self.sink_mode!r}.")
         if self.n_recall and self.recall_rule == "paper" and self.attention == "fused":
@@ -170,6 +186,8 @@ class Window:
     n_archive: int = DEFAULT_ARCHIVE
     archive_type_k: ArchiveType = "q8_0"
     archive_type_v: ArchiveType = "q8_0"
+    archive_in_files: int = 0
+    archive_bytes: int = 0  # of memory; 0: the library chooses
 
     @property
     def recall(self) -> dict[str, int]:
@@ -247,7 +265,7 @@ class StreamInfo:
     parts: Parts
     archived: int = 0  # tokens that can be recalled once they have left the window
     forgotten: int = 0  # tokens processed that cannot: dropped from a full archive, or lost with a state without one
-    archive_bytes: int = 0  # bytes of the archive that these are recalled from
+    archive_bytes: int = 0  # bytes of memory of the archive that these are recalled from; in files come on top
 
 
 def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
@@ -284,6 +302,8 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         attention=config.attention,
         **{name: getattr(config, name) for name in RECALL_PARAMETERS if name != "recall_distance"},
         recall_distance=config.recall_distance or default_recall_distance(n_local, max_distance, n_ctx_train),
+        archive_in_files=int(config.archive != IN_MEMORY),
+        archive_bytes=config.archive_memory if config.archive_memory is not None else (physical_memory() or 0) // 2,
     )
     return window
 

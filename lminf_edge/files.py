@@ -25,3 +25,13 @@ def open_regular(path: str | os.PathLike[str], follow: bool = True) -> tuple[Bin
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Writes the names in a folder to disk: what was renamed lasts only then. Raises OSError."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

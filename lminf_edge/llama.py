@@ -184,7 +184,8 @@ class Llama(RemoteLlama):
     def _start(self, model: Model, keeps_scores: bool, folder: str | None) -> None:
         config, window = model.config, model.window
         place = None if folder is None else Path(folder) / model.identity.folder_name
-        store = CheckpointStore(model.identity, place, n_checkpoints=config.n_checkpoints)
+        archives = model.archives(place)
+        store = CheckpointStore(model.identity, place, n_checkpoints=config.n_checkpoints, archives=archives)
         self._scores_kept = ScoreWindow(model.n_vocab) if keeps_scores else None
         self._lminf = model
         self._scheduler = Scheduler(

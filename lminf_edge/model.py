@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -15,10 +17,13 @@ from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_chat_format import Llava15ChatHandler, MTMDChatHandler
 
 from lminf_edge import native, rpc
+from lminf_edge.cache.archive_store import ArchiveStore
 from lminf_edge.cache.checkpoint import Identity, model_digest
 from lminf_edge.cache.sequence import Batch, CacheSequence, ConstantSequence
 from lminf_edge.config import (
     DEFAULT_WINDOW,
+    IN_MEMORY,
+    MAX_BYTES,
     LMInfConfig,
     Window,
     check_kv_type,
@@ -197,6 +202,21 @@ class Model:
 
     def close(self) -> None:
         self.llama.close()
+
+    def archives(self, folder: Path | None) -> ArchiveStore | None:
+        """What checkpoints that are kept in a folder can recall; None: nothing. Raises UserError."""
+        config = self.config
+        if not self.window.n_recall:
+            return None
+        if config.archive != IN_MEMORY:
+            # what other checkpoints name is not ours to sweep
+            store = "" if folder is None else str(folder.absolute())
+            name = hashlib.sha256(os.fsencode(store)).hexdigest()[:16]
+            place: Path | None = Path(config.archive).expanduser() / self.identity.folder_name / name
+        else:
+            place = None if folder is None else folder / "archive"
+        memory_budget, maps = self.window.archive_bytes or MAX_BYTES, bool(self.window.archive_in_files)
+        return ArchiveStore(self.sequences[0].new_archive, place, config.archive_disk, memory_budget, maps)
 
     # --- vocabulary ---------------------------------------------------------------------------------------------------
 

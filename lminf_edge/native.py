@@ -15,121 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lminf_edge import startup
-from lminf_edge.config import (
-    ARCHIVE_TYPES,
-    ATTENTIONS,
-    RECALL_INDEXES,
-    RECALL_PARAMETERS,
-    RECALL_RULES,
-    SINK_MODES,
-    Parts,
-    Window,
-)
+from lminf_edge.config import Parts
 from lminf_edge.errors import UserError
 from lminf_edge.startup import LIBRARY_NAMES as LIBRARY_NAMES
+from lminf_edge.structures import Info as Info
+from lminf_edge.structures import NativeParts, Segment
+from lminf_edge.structures import Params as Params
 
 MARK = "lminf_set_next"  # a function only the patched library has
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "sink_mode": SINK_MODES,
-    "attention": ATTENTIONS,
-    "recall_rule": RECALL_RULES,
-    "recall_index": RECALL_INDEXES,
-}
-
-
-class Params(ctypes.Structure):
-    """struct lminf_params"""
-
-    _fields_ = (
-        ("n_global", ctypes.c_int32),
-        ("n_local", ctypes.c_int32),
-        ("max_distance", ctypes.c_int32),
-        ("n_slack", ctypes.c_int32),
-        ("sink_mode", ctypes.c_int32),
-        ("pos_bound", ctypes.c_int32),
-        ("attention", ctypes.c_int32),
-        ("n_seq_max", ctypes.c_int32),
-        *((name, ctypes.c_int32) for name in RECALL_PARAMETERS),
-    )
-    n_global: int
-    n_local: int
-    max_distance: int
-    n_slack: int
-    sink_mode: int
-    pos_bound: int
-    attention: int
-    n_seq_max: int
-    n_recall: int
-    recall_distance: int
-    recall_from: int
-    recall_every: int
-    recall_rule: int
-    recall_index: int
-    n_archive: int
-    archive_type_k: int
-    archive_type_v: int
-
-    @classmethod
-    def of(cls, window: Window, n_seq_max: int) -> Params:
-        values = {name: getattr(window, name) for name in cls.__annotations__ if name != "n_seq_max"}
-        for name, choices in _CHOICES.items():
-            values[name] = choices.index(values[name])
-        for name in ("archive_type_k", "archive_type_v"):
-            values[name] = ARCHIVE_TYPES[values[name]]
-        return cls(n_seq_max=n_seq_max, **values)
-
-
-class Info(ctypes.Structure):
-    """struct lminf_info"""
-
-    _fields_ = (
-        ("stream_pos", ctypes.c_int64),
-        ("n_evicted", ctypes.c_int64),
-        ("n_sink", ctypes.c_int32),
-        ("n_global", ctypes.c_int32),
-        ("n_window", ctypes.c_int32),
-        ("n_cells", ctypes.c_int32),
-        ("n_rollback", ctypes.c_int32),
-        ("n_rebase", ctypes.c_int32),
-        ("max_graph_pos", ctypes.c_int32),
-        ("pos_bound", ctypes.c_int32),
-        ("kv_bytes", ctypes.c_uint64),
-        ("n_archived", ctypes.c_int64),
-        ("n_forgotten", ctypes.c_int64),
-        ("archive_bytes", ctypes.c_uint64),
-    )
-    stream_pos: int
-    n_evicted: int
-    n_sink: int
-    n_global: int
-    n_window: int
-    n_cells: int
-    n_rollback: int
-    n_rebase: int
-    max_graph_pos: int
-    pos_bound: int
-    kv_bytes: int
-    n_archived: int
-    n_forgotten: int
-    archive_bytes: int
-
-
-class NativeParts(ctypes.Structure):
-    """struct lminf_parts"""
-
-    _fields_ = (
-        ("n_layer_full", ctypes.c_int32),
-        ("n_layer_sliding", ctypes.c_int32),
-        ("n_layer_recurrent", ctypes.c_int32),
-        ("n_layer_fused", ctypes.c_int32),
-        ("window_bytes", ctypes.c_uint64),
-        ("sink_bytes", ctypes.c_uint64),
-        ("sliding_bytes", ctypes.c_uint64),
-        ("recurrent_bytes", ctypes.c_uint64),
-        ("archive_token_bytes", ctypes.c_uint64),
-    )
 
 
 class Support(enum.IntEnum):
@@ -169,7 +62,6 @@ class Native:
             function.restype, function.argtypes = result, arguments
             return function
 
-        self.declare = declare
         pointer, int32, int64, boolean = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_bool
         self._default_params = declare("lminf_default_params", Params)
         self._refusal = declare("lminf_refusal", ctypes.c_char_p, pointer)
@@ -188,6 +80,19 @@ class Native:
         self._seq_set_recall = declare("lminf_seq_set_recall", boolean, pointer, int32, int32)
         self._grammar_overran = declare("lminf_grammar_overran", boolean)
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
+        # what cache/archive.py calls
+        segment = ctypes.POINTER(Segment)
+        self.archive_get = declare("lminf_archive_get", pointer, pointer, int32)
+        self.archive_new = declare("lminf_archive_new", pointer, pointer)
+        self.archive_set = declare("lminf_archive_set", boolean, pointer, int32, pointer)
+        self.archive_free = declare("lminf_archive_free", None, pointer)
+        self.archive_bytes = declare("lminf_archive_bytes", ctypes.c_uint64)
+        self.archive_segments = declare("lminf_archive_segments", int32, pointer, segment, int32)
+        self.archive_read = declare("lminf_archive_read", None, pointer, segment, pointer)
+        self.archive_ranges = declare("lminf_archive_ranges", int32, pointer, ctypes.POINTER(int64), int32)
+        self.archive_add = declare("lminf_archive_add", boolean, pointer, segment, pointer)
+        self.archive_map = declare("lminf_archive_map", boolean, pointer, int64, ctypes.c_char_p, ctypes.c_uint64)
+        self.archive_set_ranges = declare("lminf_archive_set_ranges", None, pointer, ctypes.POINTER(int64), int32)
 
     def default_params(self) -> Params:
         params: Params = self._default_params()

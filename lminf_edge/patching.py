@@ -12,7 +12,10 @@ from lminf_edge import native
 from lminf_edge.config import LMInfConfig, whole_number
 from lminf_edge.errors import UserError
 
-_TEXTS = ("sink_mode", "attention", "prefill", "recall_rule", "recall_index", "archive_type_k", "archive_type_v")
+_TEXTS = (
+    *("sink_mode", "attention", "prefill", "recall_rule", "recall_index"),
+    *("archive", "archive_type_k", "archive_type_v"),
+)
 _PARAMETERS = (*(field.name for field in fields(LMInfConfig)), "n_ctx")
 
 

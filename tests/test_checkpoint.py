@@ -295,13 +295,13 @@ def test_the_format(tmp_path: Path) -> None:
     """The layout other programs may rely on, field by field."""
     data = small().to_bytes()
     assert data[:8] == b"LMINFCKP"
-    assert struct.unpack_from("<II", data, 8) == (5, 3)
+    assert struct.unpack_from("<II", data, 8) == (6, 3)
     assert data[16:48] == b"m" * 32
     assert struct.unpack_from("<11i", data, 48) == (4, 64, 64, 0, 1, 1, 0, 0, 0, 0, 0)
     assert struct.unpack_from("<qqQ", data, 92) == (519, 4, 512)
     assert data[116:132] == BASE
-    assert struct.unpack_from("<QQQ", data, 132) == (5, 9, 2 * 16 + 3)
-    assert HEADER_BYTES == 156 + 32
+    assert struct.unpack_from("<QQQQ", data, 132) == (5, 9, 2 * 16 + 3, 0)
+    assert HEADER_BYTES == 164 + 32
     assert struct.unpack_from("<5i", data, HEADER_BYTES) == (0, 1, 2, 3, 4)
     assert data[HEADER_BYTES + 20 : HEADER_BYTES + 29] == bytes(range(9))
     assert struct.unpack_from("<qQ3sqQ", data, HEADER_BYTES + 29) == (515, 3, b"\x07\x08\x09", 517, 0)
@@ -310,7 +310,7 @@ def test_the_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("at", "value", "what"),
     [
-        (8, struct.pack("<I", 3), "has format 3, this version of lminf_edge reads 5"),
+        (8, struct.pack("<I", 3), "has format 3, this version of lminf_edge reads 6"),
         (92, struct.pack("<q", -1), "numbers of tokens make no sense"),
         (100, struct.pack("<q", -1), "numbers of tokens make no sense"),
         (100, struct.pack("<q", 520), "numbers of tokens make no sense"),
@@ -318,6 +318,9 @@ def test_the_format(tmp_path: Path) -> None:
         (132, struct.pack("<Q", 6), "cut short or damaged"),
         (132, struct.pack("<Q", 1 << 63), "cut short or damaged"),
         (148, struct.pack("<Q", 34), "cut short or damaged"),
+        (156, struct.pack("<Q", 1), "cut short or damaged"),
+        (148, struct.pack("<QQ", 34, 1), "earlier states make no sense"),
+        (148, struct.pack("<QQ", 0, 35), "its archive makes no sense"),
         (HEADER_BYTES + 29, struct.pack("<q", 519), "earlier states make no sense"),
         (HEADER_BYTES + 29, struct.pack("<q", 517), "earlier states make no sense"),
         (HEADER_BYTES + 29, struct.pack("<q", 0), "earlier states make no sense"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from native_context import F32, NativeContext
+from native_context import F16, F32, Q8_0, NativeContext
 from reference.rule import Recall, Rule
 from reference.transformer import Transformer
 
@@ -245,6 +245,97 @@ def test_what_was_skipped_is_not_recalled(nano_f32_path: str, text: Tokens) -> N
         info = context.info()
         assert (info.n_archived, info.n_forgotten) == (256, 100_000)
         assert info.archive_bytes < 10 * context.archive_bytes()
+
+
+# --- going back further than the window reaches -----------------------------------------------------------------------
+
+
+def again(context: NativeContext, text: Tokens, n_read: int, n_kept: int) -> npt.NDArray[np.float64]:
+    """Reads n_read tokens, goes back to n_kept and scores the rest."""
+    context.feed(text[:n_read])
+    assert context.info().n_rollback < n_read - n_kept <= context.info().n_rebuild
+    assert context.rollback(n_kept)
+    info = context.info()
+    assert info.stream_pos == info.n_archived == n_kept
+    return context.token_nll(text[n_kept:])
+
+
+@pytest.mark.parametrize("attention", ["fused", "stock"])
+@pytest.mark.parametrize(("n_read", "n_kept"), [(450, 150), (450, 50), (400, 100)])
+def test_the_window_is_made_anew(
+    nano_f32_path: str, transformer: Transformer, text: Tokens, n_read: int, n_kept: int, attention: str
+) -> None:
+    """With an archive in f32 the tokens after that are those of the rule, in float64."""
+    expected = transformer.token_nll(text, Rule(N_LOCAL, N_GLOBAL, recall=Recall(16, 100, 50)))
+    with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, attention=attention, **SOME) as context:
+        check(again(context, text, n_read, n_kept), expected[n_kept:], 50)
+
+
+def test_the_window_is_made_anew_before_its_origin(nano_f32_path: str, transformer: Transformer, tokens: Any) -> None:
+    """Positions in the graph have moved on several times, and must move back."""
+    many = np.array(tokens[:1500], dtype=np.int32)
+    expected = transformer.token_nll(many, Rule(N_LOCAL, N_GLOBAL, recall=Recall(16, 100, 50)))
+    with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, n_slack=64, **SOME) as context:
+        check(again(context, many, 1500, 300), expected[300:], 50)
+        assert context.info().n_rebase >= 2
+        # and what is there can be taken back, saved and restored as ever
+        assert context.info().n_rollback >= 64
+        state, archive = context.save(), context.archive()
+        first = context.feed(many[:50])
+        assert context.load(state)
+        assert context.set_archive(archive)
+        np.testing.assert_array_equal(context.feed(many[:50]), first)
+        context.free_archive(archive)
+
+
+def test_types_that_are_rounded_alike(nano_f32_path: str, text: Tokens) -> None:
+    """f16 is rounded once more, as when positions are moved; nothing coarser is taken for what the window held."""
+    for archive, cache, works in (
+        (F16, F16, True),
+        (F32, F16, True),
+        (F16, F32, False),
+        (Q8_0, F16, False),
+        (Q8_0, Q8_0, False),
+    ):
+        settings = {"archive_type_k": archive, "archive_type_v": archive, "n_recall": 16, "n_ubatch": 50}
+        kv: dict[str, Any] = {"type_k": cache, "type_v": cache, "flash_attn": cache == Q8_0}
+        with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, **settings, **kv) as context:
+            context.feed(text[:150])
+            expected = context.token_nll(text[150:])
+            assert (context.info().n_rebuild > 300) == works
+            before = context.info()
+            assert context.rollback(150) == works
+            if works:
+                found = context.token_nll(text[150:])
+                np.testing.assert_allclose(found, expected, atol=0.1)
+                assert np.abs(found - expected).mean() < 5e-3
+            else:
+                assert context.info().stream_pos == before.stream_pos
+
+
+def test_it_is_not_made_of_what_is_not_there(nano_f32_path: str, text: Tokens, tokens: Any) -> None:
+    many = np.array(tokens[:1200], dtype=np.int32)
+    with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, n_archive=400, **SOME) as context:
+        context.feed(many)
+        info = context.info()
+        assert info.n_rollback < info.n_rebuild == info.n_archived - (N_LOCAL - 1)
+        least = 1200 - info.n_rebuild
+        assert not context.rollback(least - 1)
+        assert context.info().stream_pos == 1200
+        assert context.rollback(least)
+        assert np.isfinite(context.feed(text[:100])).all()
+    with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, **SOME) as context:
+        context.feed(text[:50])
+        assert context.skip(1000)
+        context.feed(text[50:450])
+        assert context.info().n_rebuild == 399  # not across a skip
+        assert context.rollback(1100)
+        found = context.feed(text[100:200])
+    with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=50, **SOME) as context:
+        context.feed(text[:50])
+        assert context.skip(1000)
+        context.feed(text[50:100])
+        np.testing.assert_allclose(found, context.feed(text[100:200]), atol=1e-3)
 
 
 @pytest.mark.parametrize(

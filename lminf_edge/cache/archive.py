@@ -1,61 +1,83 @@
-"""What a stream can recall, kept beside its checkpoints: in memory only, and shared with the stream, not copied."""
+"""What a stream can recall, kept beside its checkpoints: shared with the stream, not copied. In files: segments.py."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from lminf_edge.config import physical_memory
+import numpy as np
+import numpy.typing as npt
+
 from lminf_edge.native import Native
+from lminf_edge.structures import Segment
 
-if TYPE_CHECKING:
-    from lminf_edge.cache.conversation import Stored
+N_SEGMENT = 1024  # tokens of a segment that is full
 
-_SHARE = 4  # of the machine's memory that archives may take, as a divisor
-_LEAST = 1 << 30  # bytes, where that is not known
+Range = tuple[int, int]  # tokens [first, last) of a stream
+Bytes = npt.NDArray[np.uint8]  # (n_bytes,)
 
 
 class Archive:
     """What a sequence can recall at one moment; freed with this object."""
 
-    def __init__(self, native: Native, ctx: Any, seq_id: int) -> None:
-        self._native = native
-        get = native.declare("lminf_archive_get", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
-        free = native.declare("lminf_archive_free", None, ctypes.c_void_p)
-        self._handle = get(ctx, seq_id)
-        if not self._handle:
+    def __init__(self, native: Native, handle: Any, types: tuple[int, int]) -> None:
+        """`types`: GGML type numbers of its keys and values."""
+        if not handle:
             raise RuntimeError("This context recalls nothing.")
-        weakref.finalize(self, free, self._handle)
+        self.types = types
+        self._native, self._handle = native, handle
+        weakref.finalize(self, native.archive_free, handle)
 
     def give(self, ctx: Any, seq_id: int) -> bool:
         """Lets a sequence with the same tokens recall it; False if that has keys of other sizes or types."""
-        pointer, int32 = ctypes.c_void_p, ctypes.c_int32
-        return bool(
-            self._native.declare("lminf_archive_set", ctypes.c_bool, pointer, int32, pointer)(ctx, seq_id, self._handle)
-        )
+        return bool(self._native.archive_set(ctx, seq_id, self._handle))
 
     def n_bytes_all(self) -> int:
-        """Bytes of all archives of the process, what several share counted once."""
-        return int(self._native.declare("lminf_archive_bytes", ctypes.c_uint64)())
+        """Bytes of memory of all archives of the process, what several share counted once."""
+        return int(self._native.archive_bytes())
 
+    def segments(self) -> list[Segment]:
+        """Its segments; one with `first` -1, which comes first, has what all their sketches need."""
+        n_segments = self._native.archive_segments(self._handle, None, 0)
+        found = (Segment * n_segments)()
+        self._native.archive_segments(self._handle, found, n_segments)
+        return list(found)
 
-def default_budget() -> int:
-    """Bytes that all archives of a process may take by default: a quarter of its memory."""
-    return (physical_memory() or _LEAST * _SHARE) // _SHARE
+    def read(self, segment: Segment) -> Bytes:
+        """The contents of one of these. May be called from any thread."""
+        data = np.empty(segment.n_bytes, dtype=np.uint8)
+        self._native.archive_read(self._handle, ctypes.byref(segment), data.ctypes.data)
+        return data
 
+    def add(self, segment: Segment, data: Bytes) -> bool:
+        """Adds what `read` gave, what has `first` -1 before all others; sets the segment's id.
 
-def trim(stored: Iterable[Stored], budget: int) -> None:
-    """Drops archives of checkpoints, the first first, until all of the process fit a budget of bytes.
+        False if it does not fit or there is no memory for it.
+        """
+        assert data.nbytes == segment.n_bytes
+        return bool(self._native.archive_add(self._handle, ctypes.byref(segment), data.ctypes.data))
 
-    What streams that are running can recall stays.
-    """
-    for each in stored:
-        archive = each.checkpoint.archive if each.checkpoint is not None else None
-        if each.checkpoint is None or archive is None:
-            continue
-        if archive.n_bytes_all() <= budget:
-            return
-        each.checkpoint = replace(each.checkpoint, archive=None)
+    def map(self, first: int, path: Path, at: int) -> bool:
+        """Takes a full segment from a place in a file that does not change any more; False if that cannot be done.
+
+        Only the thread that decodes may do this with an archive that a sequence shares.
+        """
+        return bool(self._native.archive_map(self._handle, first, os.fsencode(path), at))
+
+    @property
+    def ranges(self) -> tuple[Range, ...]:
+        """Tokens that can be recalled, by their index in the stream, ascending."""
+        n_ranges = self._native.archive_ranges(self._handle, None, 0)
+        found = (ctypes.c_int64 * (2 * n_ranges))()
+        self._native.archive_ranges(self._handle, found, n_ranges)
+        return tuple(zip(found[::2], found[1::2], strict=True))
+
+    @ranges.setter
+    def ranges(self, ranges: Sequence[Range]) -> None:
+        """Of these, what is in its segments can be recalled."""
+        flat = [token for each in ranges for token in each]
+        self._native.archive_set_ranges(self._handle, (ctypes.c_int64 * len(flat))(*flat), len(ranges))

@@ -19,21 +19,23 @@ import numpy as np
 import numpy.typing as npt
 
 from lminf_edge.cache.archive import Archive
+from lminf_edge.cache.segments import Kept, folder_beside, writing_beside
 from lminf_edge.cache.token_log import BLOCK, KEY_BYTES, TokenLog, Tokens
 from lminf_edge.config import KV_TYPES, RECALL_RULES, SINK_MODES, physical_memory
 from lminf_edge.errors import UserError
-from lminf_edge.files import open_regular
+from lminf_edge.files import open_regular, sync_folder
 
 State = npt.NDArray[np.uint8]  # (n_bytes,)
 
 MAGIC = b"LMINFCKP"
-VERSION = 5
+VERSION = 6
 
 # magic, version, n_rollback, model, n_global, n_local, max_distance, sink_mode, type_k, type_v, v_transposed, n_recall,
 # recall_distance, recall_from, recall_rule, position, n_skipped, tokens before the recent ones and their hash, number
-# of recent tokens, of bytes of state, of bytes of earlier states; all little endian. Then the SHA-256 of this head and
-# of all that follows it: the tokens (int32), the state, and of each earlier state its position and size and itself.
-_HEAD = struct.Struct(f"<8sII32s11iqqQ{KEY_BYTES}sQQQ")
+# of recent tokens, of bytes of state, of bytes of earlier states, of bytes of `kept`; all little endian. Then the
+# SHA-256 of this head and of all that follows it: the tokens (int32), the state, of each earlier state its position and
+# size and itself, and which files hold the archive.
+_HEAD = struct.Struct(f"<8sII32s11iqqQ{KEY_BYTES}sQQQQ")
 _EARLIER = struct.Struct("<qQ")
 _DIGEST_BYTES = 32
 HEADER_BYTES = _HEAD.size + _DIGEST_BYTES
@@ -100,7 +102,9 @@ class Checkpoint:
     state: State  # the used part of the cache, as llama.cpp writes it
     # recurrent states at earlier positions of the stream, to which it can go back only with them
     earlier: Mapping[int, State] = field(default_factory=dict)
-    archive: Archive | None = None  # what it can recall; not in a file
+    archive: Archive | None = None  # what it can recall
+    kept: Kept | None = None  # the files that hold that
+    folder: Path | None = None  # where they are, unless the caller knows
 
     @property
     def state_bytes(self) -> int:
@@ -110,7 +114,8 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes this takes in a file."""
-        return HEADER_BYTES + self.log.recent().nbytes + self.state_bytes
+        n_kept = len(self.kept.to_bytes()) if self.kept is not None else 0
+        return HEADER_BYTES + self.log.recent().nbytes + self.state_bytes + n_kept
 
     def reach(self, prompt: TokenLog) -> int:
         """How many tokens of a prompt (a whole log) a stream restored from this need not process.
@@ -129,12 +134,13 @@ class Checkpoint:
         body = [np.ascontiguousarray(self.log.recent(), dtype="<i4").data, np.ascontiguousarray(self.state).data]
         for position, state in self.earlier.items():
             body += [memoryview(_EARLIER.pack(position, state.nbytes)), np.ascontiguousarray(state).data]
+        body.append(memoryview(self.kept.to_bytes() if self.kept is not None else b""))
         yield head + _digest(head, body)
         yield from body
 
     def to_bytes(self) -> bytes:
-        """The contents of a checkpoint file."""
-        return b"".join(self.chunks())
+        """The contents of a checkpoint file, without an archive."""
+        return b"".join(replace(self, kept=None).chunks())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Checkpoint:
@@ -145,6 +151,7 @@ class Checkpoint:
         recent = np.frombuffer(data, dtype="<i4", count=head.n_recent, offset=HEADER_BYTES)
         begin = HEADER_BYTES + 4 * head.n_recent
         end = begin + head.n_state
+        end_earlier = end + head.n_earlier
         return cls(
             identity=head.identity,
             position=head.position,
@@ -152,12 +159,26 @@ class Checkpoint:
             n_skipped=head.n_skipped,
             log=head.log(recent),
             state=np.frombuffer(data, dtype=np.uint8, count=head.n_state, offset=begin),
-            earlier=_parse_earlier(data, end, head.position),
+            earlier=_parse_earlier(data[:end_earlier], end, head.position),
+            kept=parse_kept(data[end_earlier:]),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the checkpoint to a file, atomically: at any moment the file is the old one or the new one."""
+        """Writes the checkpoint to a file, atomically: at any moment the file is the old one or the new one.
+
+        What the stream can recall is written to a folder beside it, PATH.archive: only what is not there yet.
+        """
         target = Path(path).expanduser()
+        archive: Archive | tuple[Kept, Path] | None = self.archive
+        if archive is None and self.kept is not None and self.folder is not None:
+            archive = self.kept, self.folder
+        if archive is None:
+            replace(self, kept=None)._save(target)
+            return
+        with writing_beside(target, archive) as kept:
+            replace(self, kept=kept)._save(target)
+
+    def _save(self, target: Path) -> None:
         unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(unfinished, "wb") as file:
@@ -169,12 +190,7 @@ class Checkpoint:
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
-        if os.name == "posix":  # the new name itself lasts only once its folder is written
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        sync_folder(target.parent)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -187,7 +203,7 @@ class Checkpoint:
         try:
             file, n_bytes = open_regular(name)
             with file:
-                return cls.read(file, n_bytes)
+                return replace(cls.read(file, n_bytes), folder=folder_beside(Path(name)))
         except CheckpointError:
             raise
         except (OSError, ValueError, MemoryError) as error:  # a ValueError for a name with a NUL in it
@@ -219,7 +235,7 @@ class Checkpoint:
         model, *parameters = (getattr(self.identity, each.name) for each in fields(Identity))
         tokens = (self.position, self.n_skipped, self.log.n_base, self.log.base, len(self.log.recent()))
         n_earlier = self.state_bytes - self.state.nbytes
-        sizes = (self.state.nbytes, n_earlier)
+        sizes = (self.state.nbytes, n_earlier, self.nbytes - HEADER_BYTES - self.log.recent().nbytes - self.state_bytes)
         return _HEAD.pack(MAGIC, VERSION, self.n_rollback, model, *parameters, *tokens, *sizes)
 
 
@@ -234,6 +250,7 @@ class _Head:
     n_recent: int
     n_state: int
     n_earlier: int
+    n_kept: int
 
     def log(self, recent: Tokens) -> TokenLog:
         return TokenLog(recent, n_base=self.n_base, base=self.base if self.n_base else b"")
@@ -245,6 +262,19 @@ def state_bytes(head: bytes, n_bytes: int) -> int:
     return parsed.n_state + parsed.n_earlier
 
 
+def kept_bytes(head: bytes, n_bytes: int) -> int:
+    """Bytes at the end of such a file that say which files hold the archive, see `parse_kept`."""
+    return _parse(head, n_bytes).n_kept
+
+
+def parse_kept(data: bytes) -> Kept | None:
+    """Raises CheckpointError if they make no sense."""
+    try:
+        return Kept.from_bytes(data)
+    except ValueError as error:
+        raise CheckpointError(f"The checkpoint is damaged: {error}.") from None
+
+
 def _parse(head: bytes, n_bytes: int) -> _Head:
     """Parses the head of a file of n_bytes. Raises CheckpointError if it is not that of a checkpoint."""
     if head[: len(MAGIC)] != MAGIC:
@@ -252,18 +282,17 @@ def _parse(head: bytes, n_bytes: int) -> _Head:
     if len(head) < HEADER_BYTES:
         raise CheckpointError("The checkpoint is cut short.")
     fields = _HEAD.unpack_from(head)
-    _, version, n_rollback, model, *parameters = fields[:-7]
-    position, n_skipped, n_base, base, n_recent, n_state, n_earlier = fields[-7:]
+    _, version, n_rollback, model, *parameters = fields[:-8]
+    position, n_skipped, n_base, base, n_recent, n_state, n_earlier, n_kept = fields[-8:]
     if version != VERSION:
         raise CheckpointError(f"The checkpoint has format {version}, this version of lminf_edge reads {VERSION}.")
-    n_expected = HEADER_BYTES + 4 * n_recent + n_state + n_earlier
+    n_expected = HEADER_BYTES + 4 * n_recent + n_state + n_earlier + n_kept
     if n_bytes != n_expected:
         raise CheckpointError(f"The checkpoint is cut short or damaged: {n_bytes} bytes instead of {n_expected}.")
     if n_base % BLOCK or position < 0 or not 0 <= n_skipped <= position:
         raise CheckpointError("The checkpoint is damaged: its numbers of tokens make no sense.")
-    return _Head(
-        Identity(model, *parameters), position, n_rollback, n_skipped, n_base, base, n_recent, n_state, n_earlier
-    )
+    sizes = (n_state, n_earlier, n_kept)
+    return _Head(Identity(model, *parameters), position, n_rollback, n_skipped, n_base, base, n_recent, *sizes)
 
 
 def _parse_earlier(data: bytes, at: int, position: int) -> dict[int, State]:

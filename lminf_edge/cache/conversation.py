@@ -6,12 +6,13 @@ import itertools
 import mmap
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lminf_edge.cache.checkpoint import Checkpoint, State
-from lminf_edge.cache.files import Head
+from lminf_edge.cache.files import Found, Head
+from lminf_edge.cache.segments import Kept
 from lminf_edge.cache.token_log import TokenLog, Tokens, as_tokens, common_prefix
 
 N_NEWEST = 8  # checkpoints of a conversation that are never thinned out
@@ -38,6 +39,26 @@ class Stored:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)  # of its file
     in_file: bool = False
     saving: Future[bool] | None = None  # while it is being written
+    kept: Kept | None = None  # files that hold its archive, see Checkpoint.kept
+
+    @classmethod
+    def of(cls, found: Found, conversation: Conversation) -> Stored:
+        """A checkpoint that a process before has left."""
+        head = found.head
+        return cls(
+            conversation=conversation,
+            number=head.number,
+            position=head.position,
+            n_rollback=head.n_rollback,
+            n_dropped=head.n_dropped,
+            n_skipped=head.n_skipped,
+            n_sinks=head.n_sinks,
+            keys={bytes.fromhex(key): n_tokens for key, n_tokens in head.keys.items()},
+            n_bytes=head.n_bytes,
+            name=found.name,
+            in_file=True,
+            kept=found.kept,
+        )
 
     @property
     def n_tokens(self) -> int:
@@ -132,6 +153,18 @@ class Conversation:
             n_same = common_prefix(self.log.recent(), as_tokens(tokens))
             self.log.truncate(n_same)
             self.log.extend(tokens[n_same:])
+
+
+def restored(found: Iterable[Found], conversations: dict[str, Conversation]) -> Iterator[Stored]:
+    """The checkpoints that a process before has left, of conversations that are added."""
+    for each in sorted(found, key=lambda each: each.head.number):
+        head = each.head
+        conversation = conversations.setdefault(
+            head.conversation, Conversation(head.conversation, head.owner, head.label, used=0.0)
+        )
+        if (conversation.owner, conversation.label) == (head.owner, head.label):
+            conversation.used = max(conversation.used, each.used)
+            yield Stored.of(each, conversation)
 
 
 def thinned(lengths: Iterable[int], end: int, n_most: int | None = None) -> set[int]:

@@ -23,7 +23,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
-from lminf_edge.cache.checkpoint import HEADER_BYTES, Checkpoint, CheckpointError, state_bytes
+from lminf_edge.cache.checkpoint import HEADER_BYTES, Checkpoint, CheckpointError, kept_bytes, parse_kept, state_bytes
+from lminf_edge.cache.segments import Kept
 from lminf_edge.cache.token_log import TokenLog
 from lminf_edge.errors import UserError
 from lminf_edge.files import open_regular
@@ -78,6 +79,7 @@ class Found:
     name: str
     head: Head
     used: float  # seconds since 1970
+    kept: Kept | None = None  # the files that hold its archive
 
 
 class Worker(ThreadPoolExecutor):
@@ -115,7 +117,7 @@ class CheckpointFiles:
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = _locked(folder / _LOCK)
+            self._lock = locked(folder / _LOCK)
         except BlockingIOError:
             raise UserError(
                 f"The conversations in {folder} are in use, perhaps by another server: end that one, or give this one "
@@ -140,7 +142,9 @@ class CheckpointFiles:
                 continue
             try:
                 with self._open(name) as (file, size):
-                    found.append(Found(name, _read_head(file, size)[0], os.fstat(file.fileno()).st_mtime))
+                    head, _ = _read_head(file, size)
+                    used = os.fstat(file.fileno()).st_mtime
+                    found.append(Found(name, head, used, _read_kept(file, size)))
             except CheckpointError:
                 n_damaged += 1
                 self.delete(name)
@@ -310,6 +314,14 @@ def _read_head(file: BinaryIO, size: int) -> tuple[Head, bytes]:
     return head, tokens_digest
 
 
+def _read_kept(file: BinaryIO, size: int) -> Kept | None:
+    """Reads which files hold the archive of the checkpoint that the file stands at. Raises CheckpointError."""
+    begin = file.tell()
+    n_bytes = kept_bytes(file.read(HEADER_BYTES), size - begin)
+    file.seek(size - n_bytes)
+    return parse_kept(file.read(n_bytes))
+
+
 def _hash(data: bytes | memoryview) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
@@ -318,7 +330,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _MAX_COUNT
 
 
-def _locked(path: Path) -> BinaryIO:
+def locked(path: Path) -> BinaryIO:
     """A file that no other process can lock as long as it is open. Raises BlockingIOError if one has."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
     file = os.fdopen(os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600), "r+b", buffering=0)

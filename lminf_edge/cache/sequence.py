@@ -3,10 +3,12 @@ a state."""
 
 from __future__ import annotations
 
+import logging
 import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,13 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.cache.archive import Archive
 from lminf_edge.cache.checkpoint import Checkpoint, State
+from lminf_edge.cache.segments import SegmentFolder
 from lminf_edge.cache.token_log import Tokens
-from lminf_edge.config import ATTENTIONS, Attention, Window
+from lminf_edge.config import ARCHIVE_TYPES, ATTENTIONS, Attention, Window
 from lminf_edge.errors import UserError
 from lminf_edge.native import Info, Native, captured_errors
+
+log = logging.getLogger("lminf_edge.engine")
 
 Logits = npt.NDArray[np.float32]
 
@@ -122,7 +127,15 @@ class CacheSequence:
 
     def archive(self) -> Archive | None:
         """What the stream can recall now. A rollback of the stream does not change it."""
-        return Archive(self._native, self.ctx, self.seq_id) if self.window.n_recall else None
+        return self._archive(self._native.archive_get(self.ctx, self.seq_id)) if self.window.n_recall else None
+
+    def new_archive(self) -> Archive | None:
+        """An empty one that can be given to any sequence of the context. May be called from any thread."""
+        return self._archive(self._native.archive_new(self.ctx)) if self.window.n_recall else None
+
+    def _archive(self, handle: Any) -> Archive:
+        types = ARCHIVE_TYPES[self.window.archive_type_k], ARCHIVE_TYPES[self.window.archive_type_v]
+        return Archive(self._native, handle, types)
 
     def save_recurrent(self) -> State:
         """A copy of the recurrent layers' states alone, for `rewind`. Raises RuntimeError if the library fails."""
@@ -170,12 +183,24 @@ class CacheSequence:
         with captured_errors() as errors:
             n_read = bindings.llama_state_seq_set_data(self.ctx, _pointer(state), state.nbytes, self.seq_id)
             if n_read != 0 and self._has_loaded(checkpoint):
-                if checkpoint.archive is not None:
-                    checkpoint.archive.give(self.ctx, self.seq_id)
+                archive = checkpoint.archive
+                if archive is None and checkpoint.folder is not None:
+                    archive = self._read_archive(checkpoint, checkpoint.folder)
+                if archive is not None:
+                    archive.give(self.ctx, self.seq_id)
                 return None
             self.clear()
         reasons = (error.partition("error loading state: ")[2] for error in errors)
         return next(filter(None, reasons), "its contents do not fit this cache")
+
+    def _read_archive(self, checkpoint: Checkpoint, folder: Path) -> Archive | None:
+        archive = self.new_archive()
+        if archive is None or checkpoint.kept is None:
+            return None
+        lost = SegmentFolder(folder).load(checkpoint.kept, archive, bool(self.window.archive_in_files))
+        if lost:
+            log.warning("%s", lost)
+        return archive
 
 
 class ConstantSequence(CacheSequence):

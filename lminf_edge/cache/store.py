@@ -17,10 +17,11 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-from lminf_edge.cache import archive
+from lminf_edge.cache.archive_store import ArchiveStore
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError, Identity
-from lminf_edge.cache.conversation import Conversation, Stored, thinned
+from lminf_edge.cache.conversation import Conversation, Stored, restored, thinned
 from lminf_edge.cache.files import CheckpointFiles, Failures, Found, Head, Worker
+from lminf_edge.cache.sequence import CacheSequence
 from lminf_edge.cache.token_log import TokenLog
 
 _N_LEAST = 2  # checkpoints of a conversation, however large
@@ -41,6 +42,7 @@ class CheckpointStore:
         disk_budget: int = 8 << 30,
         conversation_budget: int = 1 << 62,
         n_checkpoints: int | None = None,
+        archives: ArchiveStore | None = None,
     ) -> None:
         """
         identity             of the streams, but for their number of sinks
@@ -48,15 +50,15 @@ class CheckpointStore:
         memory_budget        bytes, as disk_budget
         conversation_budget  bytes of one conversation's checkpoints, in memory or in files; the newest are kept anyway
         n_checkpoints        in memory; None: as many as the budget allows
+        archives             what they can recall, which is closed with the store; None: nothing
 
         Raises UserError if the folder cannot be used, perhaps because another process uses it.
         """
         self.memory_budget, self.disk_budget = memory_budget, disk_budget
-        self._conversation_budget, self._archive_budget = conversation_budget, archive.default_budget()
+        self._conversation_budget, self.archives = conversation_budget, archives or ArchiveStore()
         self.conversations: dict[str, Conversation] = {}
         self.failures = Failures(folder)
-        self._identity, self.folder = identity, folder
-        self._n_checkpoints = n_checkpoints
+        self._identity, self.folder, self._n_checkpoints = identity, folder, n_checkpoints
         self._in_memory: dict[Stored, None] = {}  # the least recently used first
         self._by_key: dict[bytes, Stored] = {}
         self._lengths: Counter[int] = Counter()  # of the prefixes that have a key
@@ -67,17 +69,19 @@ class CheckpointStore:
         self._is_closed = False
         self._writes = Worker(1, thread_name_prefix="lminf-files")  # in their order
         self._reads = Worker(1, thread_name_prefix="lminf-reads")
+        found: list[Found] = []
         if folder is not None:
             self._files = CheckpointFiles(folder)
             try:
                 found, n_damaged = self._files.scan()
             except OSError as error:
                 self.failures.note(error)
-                found, n_damaged = [], 0
-            self._take_in(found)
+                n_damaged = 0
             if n_damaged:
                 self.failures.damaged(f"{n_damaged} checkpoints are damaged", n_damaged)
-            self._trim_disk()
+        self.archives.scan(each.kept for each in found)
+        self._take_in(found)
+        self._trim_disk()
 
     def close(self) -> None:
         """Writes everything that is not on disk yet. Idempotent."""
@@ -96,6 +100,7 @@ class CheckpointStore:
                 if (tip := conversation.tip) is not None and tip.in_file:
                     self._files.touch(tip.name, conversation.used)
             self._files.close()
+        self.archives.close()
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
@@ -161,6 +166,8 @@ class CheckpointStore:
         """
         if stored.checkpoint is None:
             return self._reads.submit(self._read, stored.name, stored.head())
+        if stored.checkpoint.archive is None and self.archives.has_files:  # it gave that up
+            return self._reads.submit(self.archives.reattach, stored, stored.checkpoint, stored.saving)
         self._in_memory[stored] = self._in_memory.pop(stored)
         done: Future[Checkpoint] = Future()
         done.set_result(stored.checkpoint)
@@ -237,7 +244,7 @@ class CheckpointStore:
         self._in_memory.pop(stored, None)
         if stored.in_file or stored.saving is not None:
             assert self._files is not None
-            self._writes.submit(self._files.delete, stored.name)
+            self._writes.submit(self._delete, stored)
         self._drop_if_empty(conversation)
         self._count(conversation)
 
@@ -249,7 +256,13 @@ class CheckpointStore:
         if self.memory_bytes > self.memory_budget:
             self._trim_memory()
         self._trim_disk()
-        archive.trim(self._in_memory, self._archive_budget)
+        self.archives.trim(self._in_memory, self._save)
+
+    def tend_archives(self, sequences: Sequence[CacheSequence], room: int) -> None:
+        """To be called between batches: checkpoints give way where streams need `room` bytes for their archives."""
+        self.archives.trim(self._in_memory, self._save, room)
+        for sequence in sequences:
+            self.archives.spill(sequence, self._writes)
 
     def _drop_if_empty(self, conversation: Conversation) -> None:
         """Without a checkpoint and a slot, a conversation is of no use."""
@@ -329,28 +342,8 @@ class CheckpointStore:
 
     def _take_in(self, found: list[Found]) -> None:
         """What a process before has left."""
-        for each in sorted(found, key=lambda each: each.head.number):
-            head = each.head
-            conversation = self.conversations.setdefault(
-                head.conversation, Conversation(head.conversation, head.owner, head.label, used=0.0)
-            )
-            if (conversation.owner, conversation.label) != (head.owner, head.label):
-                continue
-            stored = Stored(
-                conversation=conversation,
-                number=head.number,
-                position=head.position,
-                n_rollback=head.n_rollback,
-                n_dropped=head.n_dropped,
-                n_skipped=head.n_skipped,
-                n_sinks=head.n_sinks,
-                keys={bytes.fromhex(key): n_tokens for key, n_tokens in head.keys.items()},
-                n_bytes=head.n_bytes,
-                name=each.name,
-                in_file=True,
-            )
+        for stored in restored(found, self.conversations):
             self._link(stored)
-            conversation.used = max(conversation.used, each.used)
         for conversation in self.conversations.values():
             self._count(conversation)
 
@@ -361,7 +354,7 @@ class CheckpointStore:
         if self._files is None or stored.n_bytes > self.disk_budget:
             return None
         assert stored.checkpoint is not None
-        stored.saving = self._writes.submit(self._write, stored.name, stored.head(), stored.checkpoint)
+        stored.saving = self._writes.submit(self._write, stored, stored.head(), stored.checkpoint)
         self._unsettled.append(stored)
         self._count(stored.conversation)
         return stored.saving
@@ -377,17 +370,24 @@ class CheckpointStore:
             stored.in_file, stored.saving = stored.saving.result(), None
             if stored.in_file and stored not in stored.conversation.checkpoints:  # forgotten meanwhile
                 assert self._files is not None
-                self._writes.submit(self._files.delete, stored.name)
+                self._writes.submit(self._delete, stored)
             self._count(stored.conversation)
 
-    def _write(self, name: str, head: Head, checkpoint: Checkpoint) -> bool:
+    def _write(self, stored: Stored, head: Head, checkpoint: Checkpoint) -> bool:
         assert self._files is not None
         try:
-            self._files.write(name, head, checkpoint)
+            stored.kept = self.archives.write(checkpoint)
+            self._files.write(stored.name, head, replace(checkpoint, kept=stored.kept))
             return True
         except (OSError, MemoryError) as error:
             self.failures.note(error)
+            self.archives.release(stored)
             return False
+
+    def _delete(self, stored: Stored) -> None:
+        assert self._files is not None
+        self._files.delete(stored.name)
+        self.archives.release(stored)
 
     def _read(self, name: str, head: Head) -> Checkpoint:
         assert self._files is not None
@@ -397,4 +397,4 @@ class CheckpointStore:
         except CheckpointError as error:
             self.failures.damaged(f"A checkpoint is lost ({error})", 1)
             raise
-        return checkpoint
+        return self.archives.attach(checkpoint)

@@ -159,7 +159,7 @@ def _add_recall(parser: argparse.ArgumentParser) -> None:
     """A part of add_window."""
     plain = LMInfConfig()
     group = parser.add_argument_group(
-        "recall", "Tokens that have left the window are attended to again, from an archive in memory."
+        "recall", "Tokens that have left the window are attended to again, from an archive in memory or in files."
     )
 
     group.add_argument(
@@ -216,6 +216,26 @@ def _add_recall(parser: argparse.ArgumentParser) -> None:
         choices=ARCHIVE_TYPES,
         default=plain.archive_type_k,
         help=f"number format of the archive; default {plain.archive_type_k}",
+    )
+    group.add_argument(
+        "--archive",
+        metavar="DIR",
+        type=expand_home,
+        default=plain.archive,
+        help="folder of files that the archive is in, so that it can be larger than memory; default: memory",
+    )
+    group.add_argument(
+        "--archive-memory",
+        metavar="SIZE",
+        type=size,
+        help="memory for all archives; default: half of the machine's",
+    )
+    group.add_argument(
+        "--archive-disk",
+        metavar="SIZE",
+        type=size,
+        default=plain.archive_disk,
+        help="disk for the files of archives, with --archive or where conversations are kept; default 16G",
     )
 
 
@@ -341,6 +361,9 @@ def window_config(args: argparse.Namespace) -> LMInfConfig:
             n_local=args.n_local,
             max_distance=args.max_distance,
             attention=args.attention,
+            archive=args.archive,
+            archive_memory=args.archive_memory,
+            archive_disk=args.archive_disk,
             **recall,
         )
 
@@ -391,6 +414,8 @@ _OPTIONS = {
     "n_archive": "--archive-tokens",
     "archive_type_k": "--archive-type",
     "archive_type_v": "--archive-type",
+    "archive_memory": "--archive-memory",
+    "archive_disk": "--archive-disk",
 }
 _NAMES = (*_OPTIONS, *RECALL_PARAMETERS, "n_local", "n_global", "max_distance")
 _PARAMETER = re.compile(rf"(?<![\w/.-])({'|'.join(_NAMES)})(?![\w/-]|\.\w)")

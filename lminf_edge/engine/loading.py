@@ -57,7 +57,8 @@ def load_engine(
         # one conversation must not take the place of all others
         n_least = 1 if parallel == 1 and folder is None else N_LEAST
         share = max(memory_budget, 0 if folder is None else disk_budget) // n_least
-        store = CheckpointStore(loaded.identity, place, memory_budget, disk_budget, share)
+        archives = loaded.archives(place)
+        store = CheckpointStore(loaded.identity, place, memory_budget, disk_budget, share, archives=archives)
         scheduler = Scheduler(
             loaded,
             store,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from llama_cpp import llama_cpp as bindings
 
+from lminf_edge.cache.archive import N_SEGMENT
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError
 from lminf_edge.cache.conversation import Conversation, spared, thinned
 from lminf_edge.cache.sequence import DecodeError, Logits, Run
@@ -590,6 +591,9 @@ class Scheduler:
                 if slot.conversation is None and conversation is not None:
                     self.store.release(conversation)
             raise
+        if self.window.n_recall:  # each may soon need a segment more
+            room = len(runs) * N_SEGMENT * self.model.parts.archive_token_bytes
+            self.store.tend_archives([slot.sequence for slot, _, _ in runs], room)
         for (slot, tokens, _), n, end in zip(runs, n_logits, ends, strict=True):
             if n:
                 self._logits_at[slot] = end

@@ -106,7 +106,8 @@ class Slot:
         if self.sequence.has_states and n_tokens > 0:
             position = len(self) + self.n_dropped
             return n_tokens in self.states and n_tokens + self.n_dropped >= self._kept_since(position)
-        return n_tokens == 0 or len(self) - n_tokens <= self.sequence.info().n_rollback
+        info = self.sequence.info()
+        return n_tokens == 0 or len(self) - n_tokens <= max(info.n_rollback, info.n_rebuild)
 
     def reach(self, n_tokens: int) -> int:
         """The longest part of the log's first n_tokens that the cache can roll back to; 0: nothing but its start."""

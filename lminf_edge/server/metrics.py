@@ -27,6 +27,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         engine = self._service.engine
         counters, store = engine.counters, engine.store
+        n_failed = store.failures.n_failed + store.archives.n_failed
         for name, text, value in (
             ("requests", "Requests that got a slot.", counters.requests),
             ("cancelled", "Requests whose client went away.", counters.cancelled),
@@ -44,7 +45,7 @@ class EngineCollector(Collector):
             ("restored_from_files", "Of them, those read from a file.", counters.from_files),
             ("trimmed", "Conversations that went on without their oldest messages.", counters.trimmed),
             ("checkpoint_failures", "Checkpoints that could not be made.", counters.checkpoint_failures),
-            ("store_failures", "Times that something could not be written or read.", store.failures.n_failed),
+            ("store_failures", "Times that something could not be written or read.", n_failed),
             ("store_damaged", "Conversations and checkpoints that were damaged or missing.", store.failures.n_damaged),
         ):
             yield CounterMetricFamily(f"lminf_{name}", text, value=value)
@@ -59,7 +60,7 @@ class EngineCollector(Collector):
             ("conversations", "Conversations known, in the context or not.", len(store.conversations)),
             ("kv_bytes", "KV cache; never changes.", engine.parts.kv_bytes),
             ("archived_tokens", "Tokens that can be recalled, of conversations in the context.", archived),
-            ("archive_bytes", "What these take.", archive_bytes),
+            ("archive_bytes", "What these take of memory.", archive_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
             ("memory_budget_bytes", "What these may take.", store.memory_budget),
             ("text_bytes", "Texts of messages with their tokens.", self._service.tokenizer.n_bytes),

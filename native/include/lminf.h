@@ -76,6 +76,8 @@ struct lminf_params {
     int32_t n_archive;       // tokens of each sequence that can be recalled, the newest, 1 or more
     int32_t archive_type_k;  // enum ggml_type: F32, F16, Q8_0 or Q4_0
     int32_t archive_type_v;
+    int32_t archive_in_files; // 1: full segments are put into files by lminf_archive_map, an archive may be larger than memory
+    uint64_t archive_bytes;   // of memory, that all archives of the process take at most; 0: half of the machine's
 };
 
 struct lminf_info {
@@ -93,7 +95,8 @@ struct lminf_info {
 
     int64_t  n_archived;    // tokens in the archive, those that the window still holds among them
     int64_t  n_forgotten;   // tokens processed that are not: dropped when it was full, or lost with a state that had none
-    uint64_t archive_bytes; // of this sequence
+    uint64_t archive_bytes; // of this sequence, in memory
+    int64_t  n_rebuild;     // tokens that lminf_rollback can take back, with the archive, where seq_rm cannot
 };
 
 // what a context's memory is made of; bytes are those of all sequences
@@ -118,7 +121,8 @@ enum lminf_support_type {
 };
 
 // n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO, n_seq_max 0; n_recall 0,
-// recall_distance 0, recall_from 0, recall_every 1, recall_rule LAYER, recall_index SKETCH, n_archive 131072, archive types Q8_0
+// recall_distance 0, recall_from 0, recall_every 1, recall_rule LAYER, recall_index SKETCH, n_archive 131072, archive types Q8_0,
+// archive_in_files 0, archive_bytes 0
 LLAMA_API struct lminf_params lminf_default_params(void);
 
 LLAMA_API int32_t lminf_support(const struct llama_model * model);
@@ -161,6 +165,7 @@ LLAMA_API llama_pos lminf_next_pos(struct llama_context * ctx, llama_seq_id seq_
 
 // Forgets all tokens from this stream position on. False, and nothing changed, if the older cells that the next query
 // needs are gone. llama_memory_seq_rm does the same in graph positions.
+// With an archive of the cache's own types, or of F32, both F32 or F16, the window is made anew from that if its cells are gone.
 LLAMA_API bool lminf_rollback(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);
 
 // Advances the stream by n_tokens, n_local or more, that are not processed. The next token sees the sinks, which must all
@@ -180,8 +185,8 @@ LLAMA_API bool lminf_seq_set_recall(struct llama_context * ctx, llama_seq_id seq
 
 // What a sequence can recall, as it is now. A state does not hold it: it is kept beside the state, and given to the sequence
 // that the state is restored to. It is shared with the sequence, not copied, and stays as it is while that goes on.
-// NULL without recall. All such functions belong to the thread that owns the context, but lminf_archive_free and
-// lminf_archive_bytes, which belong to none.
+// NULL without recall. lminf_archive_get, _set and _map belong to the thread that owns the context, the others to whoever has the
+// archive.
 struct lminf_archived;
 
 LLAMA_API struct lminf_archived * lminf_archive_get(const struct llama_context * ctx, llama_seq_id seq_id);
@@ -193,8 +198,41 @@ LLAMA_API bool lminf_archive_set(struct llama_context * ctx, llama_seq_id seq_id
 
 LLAMA_API void lminf_archive_free(struct lminf_archived * archived);
 
-// bytes of all archives in this process, what several share counted once
+// bytes of memory of all archives in this process, what several share counted once
 LLAMA_API uint64_t lminf_archive_bytes(void);
+
+// Archives in files. One is a list of segments of 1024 tokens, the last of which is not full; with `first` -1 one more that all their
+// sketches need. A segment is always packed the same way: into what has the same sizes and types of the same model it can be
+// added again, in any process of a machine of the same byte order.
+struct lminf_segment {
+    uint64_t id;       // in this process the same id and n_tokens mean the same contents; 0: that is not known
+    int64_t  first;    // index in the stream of its first token
+    int64_t  n_tokens;
+    uint64_t size;     // bytes
+};
+
+// how many it has; the first n_max are written
+LLAMA_API int32_t lminf_archive_segments(const struct lminf_archived * archived, struct lminf_segment * segments, int32_t n_max);
+
+// writes the contents of one of these, also while the sequence goes on
+LLAMA_API void lminf_archive_read(const struct lminf_archived * archived, const struct lminf_segment * segment, void * data);
+
+// which tokens can be read, as pairs [first, last) of indices in the stream; how many pairs there are, the first n_max are written
+LLAMA_API int32_t lminf_archive_ranges(const struct lminf_archived * archived, int64_t * ranges, int32_t n_max);
+
+// an empty one for the sequences of a context; NULL without recall
+LLAMA_API struct lminf_archived * lminf_archive_new(const struct llama_context * ctx);
+
+// Adds what lminf_archive_read wrote, what has `first` -1 before all others; the segment gets the id that it has here. False if it
+// does not fit, makes no sense or there is no memory for it: what it holds cannot be recalled then.
+LLAMA_API bool lminf_archive_add(struct lminf_archived * archived, struct lminf_segment * segment, const void * data);
+
+// Takes a full segment from this place of a file, as lminf_archive_read wrote it: one that is there already gives its memory back.
+// The file must stay as it is while the archive or a sequence has it. False if the system cannot do that.
+LLAMA_API bool lminf_archive_map(struct lminf_archived * archived, int64_t first, const char * path, uint64_t offset);
+
+// which tokens can be read: of these n pairs, ascending, what its segments have
+LLAMA_API void lminf_archive_set_ranges(struct lminf_archived * archived, const int64_t * ranges, int32_t n);
 
 // lets an empty sequence begin at this stream position, 0 or more (for tests: no need to wait for 2^33 tokens)
 LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos);

@@ -162,6 +162,8 @@ lminf_params lminf_default_params() {
         /*.n_archive       =*/ 131072,
         /*.archive_type_k  =*/ GGML_TYPE_Q8_0,
         /*.archive_type_v  =*/ GGML_TYPE_Q8_0,
+        /*.archive_in_files =*/ 0,
+        /*.archive_bytes   =*/ 0,
     };
 }
 
@@ -200,6 +202,8 @@ bool lminf_set_next(const lminf_params * params) {
     next_params.n_archive       = params->n_archive;
     next_params.archive_type_k  = (ggml_type) params->archive_type_k;
     next_params.archive_type_v  = (ggml_type) params->archive_type_v;
+    next_params.archive_in_files = params->archive_in_files != 0;
+    next_params.archive_bytes   = params->archive_bytes;
 
     return true;
 }
@@ -243,6 +247,7 @@ bool lminf_get_params(const llama_context * ctx, lminf_params * params) {
         p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound, p.attention,
         (int32_t) llama_n_seq_max(ctx),
         p.n_recall, p.recall_distance, p.recall_from, p.recall_every, p.recall_rule, p.recall_index, p.n_archive, p.archive_type_k, p.archive_type_v,
+        p.archive_in_files, p.archive_bytes,
     };
 
     return true;
@@ -302,7 +307,7 @@ bool lminf_rollback(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos
     }
 
     const llama_pos pos = mem->graph_pos(seq_id, stream_pos);
-    if (pos <= 0 || !mem->seq_rm(seq_id, pos, -1)) {
+    if ((pos <= 0 || !mem->seq_rm(seq_id, pos, -1)) && !mem->rebuild(seq_id, stream_pos)) {
         lminf_set_error(format("the sequence cannot go back to stream position %lld: what the next query needs of the tokens before it is gone",
                 (long long) stream_pos));
         return false;
@@ -357,6 +362,49 @@ void lminf_archive_free(lminf_archived * archived) {
 
 uint64_t lminf_archive_bytes() {
     return lminf_archive::n_bytes_all();
+}
+
+int32_t lminf_archive_segments(const lminf_archived * archived, lminf_segment * segments, int32_t n_max) {
+    const auto found = archived->archive.get_segments();
+
+    std::copy_n(found.begin(), std::min<size_t>(found.size(), std::max(0, n_max)), segments);
+    return (int32_t) found.size();
+}
+
+void lminf_archive_read(const lminf_archived * archived, const lminf_segment * segment, void * data) {
+    archived->archive.read(*segment, (char *) data);
+}
+
+int32_t lminf_archive_ranges(const lminf_archived * archived, int64_t * ranges, int32_t n_max) {
+    const auto & found = archived->archive.get_ranges();
+
+    for (int32_t i = 0; i < std::min((int32_t) found.size(), n_max); ++i) {
+        ranges[2*i + 0] = found[i].first;
+        ranges[2*i + 1] = found[i].second;
+    }
+    return (int32_t) found.size();
+}
+
+lminf_archived * lminf_archive_new(const llama_context * ctx) {
+    const auto * mem = get_memory(ctx, 0);
+
+    return mem && mem->get_recall() ? new lminf_archived{ mem->get_recall()->new_archive(), mem } : nullptr;
+}
+
+bool lminf_archive_add(lminf_archived * archived, lminf_segment * segment, const void * data) {
+    return archived->archive.add(*segment, (const char *) data);
+}
+
+bool lminf_archive_map(lminf_archived * archived, int64_t first, const char * path, uint64_t offset) {
+    return archived->archive.map(first, path, offset);
+}
+
+void lminf_archive_set_ranges(lminf_archived * archived, const int64_t * ranges, int32_t n) {
+    std::vector<lminf_archive::range> wanted;
+    for (int32_t i = 0; i < n; ++i) {
+        wanted.push_back({ ranges[2*i], ranges[2*i + 1] });
+    }
+    archived->archive.set_ranges(wanted);
 }
 
 bool lminf_seq_start(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos) {

@@ -6,16 +6,21 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <new>
 
 constexpr int64_t n_segment = lminf_archive_layout::n_segment;
 
+// tokens that axes are found from
+constexpr int64_t n_first = 16; // the first tokens' keys are like no others
+constexpr int64_t n_learn = n_segment - n_first;
+
 static ggml_type fit_type(ggml_type type, int64_t n_embd) {
     return n_embd % ggml_blck_size(type) == 0 ? type : GGML_TYPE_F16;
 }
 
-lminf_archive_layout::lminf_archive_layout(const llama_model & model, ggml_type type_k, ggml_type type_v, const std::vector<int32_t> & layers_kv,
+lminf_archive_layout::lminf_archive_layout(const llama_model & model, const lminf_cparams & params, const std::vector<int32_t> & layers_kv,
         const std::map<int32_t, int32_t> & reuse) {
     const auto & hparams = model.hparams;
 
@@ -31,8 +36,8 @@ lminf_archive_layout::lminf_archive_layout(const llama_model & model, ggml_type 
         l.n_head_kv     = hparams.n_head_kv(il);
         l.n_embd_head_k = hparams.n_embd_head_k(il);
         l.n_embd_v_gqa  = hparams.is_mla() ? 0 : hparams.n_embd_v_gqa(il);
-        l.type_k        = fit_type(type_k, l.n_embd_head_k);
-        l.type_v        = hparams.is_mla() ? l.type_k : fit_type(type_v, hparams.n_embd_head_v(il));
+        l.type_k        = fit_type(params.archive_type_k, l.n_embd_head_k);
+        l.type_v        = hparams.is_mla() ? l.type_k : fit_type(params.archive_type_v, hparams.n_embd_head_v(il));
         l.size_k        = ggml_row_size(l.type_k, l.n_embd_head_k*l.n_head_kv);
         l.size_v        = ggml_row_size(l.type_v, l.n_embd_v_gqa);
         l.at_k          = add(n_segment*l.size_k);
@@ -42,10 +47,13 @@ lminf_archive_layout::lminf_archive_layout(const llama_model & model, ggml_type 
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
     }
+
     size_t free  = 0;
     size_t total = 0;
     ggml_backend_dev_memory(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), &free, &total);
-    if (total > 0) {
+    if (params.archive_bytes > 0) {
+        max_bytes = params.archive_bytes;
+    } else if (total > 0) {
         max_bytes = total/2;
     }
 
@@ -65,10 +73,31 @@ bool lminf_archive_layout::operator==(const lminf_archive_layout & other) const 
     return map_layer_ids == other.map_layer_ids && std::equal(layers.begin(), layers.end(), other.layers.begin(), other.layers.end(), same);
 }
 
-static std::atomic<size_t> n_bytes_alive;
+size_t lminf_archive_layout::get_packed_size(int64_t n) const {
+    size_t res = 0;
+    for (const auto & l : layers) {
+        res += n*(l.size_k + l.size_v) + l.n_head_kv*((n + lminf_n_lanes - 1)/lminf_n_lanes)*lminf_sketch_size();
+    }
+    return res;
+}
+
+size_t lminf_archive_layout::get_axes_size() const {
+    size_t res = 2*sizeof(int64_t);
+    for (const auto & l : layers) {
+        res += l.n_head_kv*(l.n_embd_head_k*(1 + lminf_n_dirs) + lminf_n_dirs)*sizeof(float);
+    }
+    return res;
+}
+
+static std::atomic<size_t>  n_bytes_alive;
+static std::atomic<int64_t> last_id;
 
 size_t lminf_archive::n_bytes_all() {
     return n_bytes_alive;
+}
+
+size_t lminf_archive::n_bytes() const {
+    return layout->get_segment_size()*std::count_if(segments.begin(), segments.end(), [](const auto & each) { return !each.second->is_mapped; });
 }
 
 std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
@@ -92,7 +121,18 @@ std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
         ::operator delete[](p, alignment);
         n_bytes_alive -= size;
     });
+    res->id = ++last_id;
+    for (const auto & l : layout->get_layers()) { // not all of them get to be written
+        memset(data + l.at_sketch, 0, n_segment/lminf_n_lanes*l.n_head_kv*lminf_sketch_size());
+    }
     return res;
+}
+
+void lminf_archive::zero_rows(segment & s, int64_t row0, int64_t row1) const {
+    for (const auto & l : layout->get_layers()) {
+        memset(s.data.get() + l.at_k + row0*l.size_k, 0, (row1 - row0)*l.size_k);
+        memset(s.data.get() + l.at_v + row0*l.size_v, 0, (row1 - row0)*l.size_v);
+    }
 }
 
 bool lminf_archive::assign(const lminf_archive & other, int64_t i1, bool copies) {
@@ -112,6 +152,9 @@ bool lminf_archive::assign(const lminf_archive & other, int64_t i1, bool copies)
     }
 
     for (auto & [i, shared] : segments) {
+        if (shared->is_mapped) {
+            continue;
+        }
         auto made = new_segment();
         if (!made) {
             clear();
@@ -119,6 +162,7 @@ bool lminf_archive::assign(const lminf_archive & other, int64_t i1, bool copies)
         }
         memcpy(made->data.get(), shared->data.get(), layout->get_segment_size());
         made->n_tokens = shared->n_tokens;
+        made->id       = shared->id;
         shared = std::move(made);
     }
     for (auto & axes_of_layer : layers_axes) {
@@ -149,8 +193,14 @@ void lminf_archive::append(int64_t i0, int64_t n) {
         const int64_t row1 = std::min(i1 - i*n_segment, n_segment);
 
         const auto it = segments.find(i);
-        if (it != segments.end() && (it->second.use_count() == 1 || it->second->n_tokens <= row0)) {
-            it->second->n_tokens = row1;
+        if (it != segments.end() && ((it->second.use_count() == 1 && !it->second->is_mapped) || it->second->n_tokens <= row0)) {
+            auto & s = *it->second;
+            if (s.n_tokens < row0) {
+                zero_rows(s, s.n_tokens, row0);
+            } else if (s.n_tokens > row0) {
+                s.id = ++last_id;
+            }
+            s.n_tokens = row1;
             continue;
         }
 
@@ -164,12 +214,17 @@ void lminf_archive::append(int64_t i0, int64_t n) {
             made = new_segment();
         }
         if (!made) {
-            LLAMA_LOG_WARN("%s: archives have all the memory that they may have: %lld tokens will not be recalled\n", __func__, (long long) n);
+            if (!is_short) {
+                is_short = true;
+                LLAMA_LOG_WARN("%s: archives have all the memory that they may have: tokens from %lld on will not be recalled\n", __func__, (long long) i0);
+            }
             truncate(i*n_segment);
             return;
         }
         if (it != segments.end()) {
             memcpy(made->data.get(), it->second->data.get(), layout->get_segment_size());
+        } else {
+            zero_rows(*made, 0, row0);
         }
         made->n_tokens = row1;
         segments[i] = std::move(made);
@@ -236,9 +291,6 @@ void lminf_archive::clear() {
 }
 
 void lminf_archive::learn(int64_t i0) {
-    constexpr int64_t n_first = 16; // the first tokens' keys are like no others
-    constexpr int64_t n_learn = n_segment - n_first;
-
     if (!layers_axes.empty()) {
         return;
     }
@@ -275,4 +327,160 @@ int64_t lminf_archive::n_tokens() const {
         res += second - first;
     }
     return res;
+}
+
+//
+// files
+//
+
+template <typename F>
+void lminf_archive::for_stretches(int64_t n, F fun) const {
+    const size_t size_head = (n + lminf_n_lanes - 1)/lminf_n_lanes*lminf_sketch_size();
+
+    for (const auto & l : layout->get_layers()) {
+        fun(l.at_k, n*l.size_k);
+        fun(l.at_v, n*l.size_v);
+        for (int64_t h = 0; h < l.n_head_kv; ++h) {
+            fun(l.at_sketch + h*(n_segment/lminf_n_lanes*lminf_sketch_size()), size_head);
+        }
+    }
+}
+
+template <typename F>
+void lminf_archive::for_floats(std::vector<std::shared_ptr<axes>> & layers_axes, F fun) {
+    for (const auto & axes_of_layer : layers_axes) {
+        for (auto & head : *axes_of_layer) {
+            for (auto * part : { &head.mean, &head.axes, &head.var }) {
+                fun(part->data(), part->size());
+            }
+        }
+    }
+}
+
+std::vector<lminf_segment> lminf_archive::get_segments() const {
+    std::vector<lminf_segment> res;
+    if (!layers_axes.empty()) {
+        res.push_back({ 0, -1, 0, layout->get_axes_size() });
+    }
+    for (const auto & [i, s] : segments) {
+        int64_t n = 0;
+        for (const auto & [first, second] : find(i*n_segment, (i + 1)*n_segment)) {
+            n = second - i*n_segment;
+        }
+        if (n > 0) { // its sketches are made once there are axes
+            res.push_back({ (uint64_t) s->id*2 + !layers_axes.empty(), i*n_segment, n, layout->get_packed_size(n) });
+        }
+    }
+    return res;
+}
+
+void lminf_archive::read(const lminf_segment & part, char * dst) const {
+    const auto copy = [&](const void * src, size_t size) {
+        memcpy(dst, src, size);
+        dst += size;
+    };
+    if (part.first < 0) {
+        const int64_t i[] = { learned.first, learned.second };
+        copy(i, sizeof(i));
+
+        auto all = layers_axes;
+        for_floats(all, [&](const float * x, size_t n) { copy(x, n*sizeof(float)); });
+        return;
+    }
+    // another thread may just put a file into its place
+    const std::shared_ptr<char[]> data = std::atomic_load(&segments.at(part.first/n_segment)->data);
+
+    for_stretches(part.n_tokens, [&](size_t at, size_t size) { copy(data.get() + at, size); });
+}
+
+bool lminf_archive::add(lminf_segment & part, const char * src) {
+    const auto copy = [&](void * dst, size_t size) {
+        memcpy(dst, src, size);
+        src += size;
+    };
+    if (part.first < 0) {
+        if (part.size != layout->get_axes_size()) {
+            return false;
+        }
+        int64_t i[2];
+        copy(i, sizeof(i));
+
+        bool ok = i[0] >= 0 && i[0] < INT64_MAX - n_segment && i[1] == i[0] + n_learn && i[0]/n_segment == (i[1] - 1)/n_segment;
+
+        std::vector<std::shared_ptr<axes>> all;
+        for (const auto & l : layout->get_layers()) {
+            all.push_back(std::make_shared<axes>(l.n_head_kv));
+            for (auto & head : *all.back()) {
+                head.n_embd = l.n_embd_head_k;
+                head.mean.resize(l.n_embd_head_k);
+                head.axes.resize(l.n_embd_head_k*lminf_n_dirs);
+                head.var .resize(lminf_n_dirs);
+            }
+        }
+        for_floats(all, [&](float * x, size_t n) {
+            copy(x, n*sizeof(float));
+            ok = ok && std::all_of(x, x + n, [](float each) { return std::isfinite(each); });
+        });
+        if (ok) {
+            learned     = { i[0], i[1] };
+            layers_axes = std::move(all);
+        }
+        return ok;
+    }
+
+    if (part.first % n_segment != 0 || part.n_tokens < 1 || part.n_tokens > n_segment || part.size != layout->get_packed_size(part.n_tokens) ||
+            segments.count(part.first/n_segment) > 0) {
+        return false;
+    }
+    const auto made = new_segment();
+    if (!made) {
+        return false;
+    }
+    for_stretches(part.n_tokens, [&](size_t at, size_t size) { copy(made->data.get() + at, size); });
+
+    made->n_tokens = part.n_tokens;
+    segments[part.first/n_segment] = made;
+    part.id = (uint64_t) made->id*2 + !layers_axes.empty();
+    return true;
+}
+
+bool lminf_archive::map(int64_t first, const char * path, size_t offset) {
+    const size_t size = layout->get_segment_size();
+    if (first < 0 || first % n_segment != 0 || size != layout->get_packed_size(n_segment)) {
+        return false;
+    }
+    const auto data = lminf_map_file(path, offset, size);
+    if (!data) {
+        return false;
+    }
+    auto & s = segments[first/n_segment];
+    if (!s) {
+        s = std::make_shared<segment>();
+        s->id       = ++last_id;
+        s->n_tokens = n_segment;
+    } else if (s->n_tokens != n_segment) {
+        return false;
+    }
+    std::atomic_store(&s->data, data);
+    s->is_mapped = true;
+    return true;
+}
+
+void lminf_archive::set_ranges(const std::vector<range> & wanted) {
+    ranges.clear();
+    for (const auto & [i, s] : segments) {
+        for (const auto & [first, second] : wanted) {
+            const int64_t i0 = std::max(first,  i*n_segment);
+            const int64_t i1 = std::min(second, i*n_segment + s->n_tokens);
+
+            if (i0 >= i1 || (!ranges.empty() && ranges.back().second > i0)) {
+                continue;
+            }
+            if (!ranges.empty() && ranges.back().second == i0) {
+                ranges.back().second = i1;
+            } else {
+                ranges.push_back({ i0, i1 });
+            }
+        }
+    }
 }

@@ -6,12 +6,16 @@
 //                             V  [n_segment][n_embd_v_gqa]  as the cache stores them; none with MLA, where they are a part of K
 //                             sketches [n_head_kv][n_segment/16] of K, see lminf-sketch.h
 //
+// A segment can be kept in a file: it is read here, packed, and added to another archive. One that is full never changes, so its
+// file can take the place of its memory.
+//
 // Tokens are counted by their index in the stream. The graph writes and reads (lminf-recall.h); here is what it finds there.
 
 #pragma once
 
 #include "llama.h"
 
+#include "lminf-params.h"
 #include "lminf-sketch.h"
 
 #include <map>
@@ -44,12 +48,18 @@ public:
     //   layers   those that store keys
     //   reuse    of a layer that attends to another one's keys: which
     // A layer whose heads are no multiple of a quantized type's blocks is stored in f16.
-    lminf_archive_layout(const llama_model & model, ggml_type type_k, ggml_type type_v, const std::vector<int32_t> & layers,
+    lminf_archive_layout(const llama_model & model, const lminf_cparams & params, const std::vector<int32_t> & layers,
             const std::map<int32_t, int32_t> & reuse);
 
     size_t get_segment_size() const { return segment_size; }
 
-    // all archives of the process take no more: the machine needs memory for other things
+    // of a segment's first n tokens without gaps between layers; that of all of them is the segment as it lies in memory
+    size_t get_packed_size(int64_t n) const;
+
+    // of the axes of all layers
+    size_t get_axes_size() const;
+
+    // of memory, that all archives of the process take at most
     size_t get_max_bytes() const { return max_bytes; }
 
     const std::vector<layer> & get_layers() const { return layers; }
@@ -93,9 +103,10 @@ public:
 
     int64_t n_tokens() const;
 
-    size_t n_bytes() const { return segments.size()*layout->get_segment_size(); }
+    // of memory
+    size_t n_bytes() const;
 
-    // of all archives in this process, what several share counted once
+    // the same of all archives in this process, what several share counted once
     static size_t n_bytes_all();
 
     // takes over what another one holds of the tokens before i1, with copies of its segments if another thread may write to
@@ -108,6 +119,26 @@ public:
     // the segment that holds a token
     const char * get_segment(int64_t i) const { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
     char       * get_segment(int64_t i)       { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
+
+    //
+    // files: segments, the axes of their sketches as one more with `first` -1, and which of the tokens in them can be read
+    //
+
+    std::vector<lminf_segment> get_segments() const;
+
+    // one of these; also while another thread goes on writing behind its tokens
+    void read(const lminf_segment & part, char * dst) const;
+
+    // what `read` gave; false if there is no memory for it or it makes no sense
+    bool add(lminf_segment & part, const char * src);
+
+    // takes a full segment from a file, in which it is packed, that does not change: one that is there already must be the same
+    bool map(int64_t first, const char * path, size_t offset);
+
+    const std::vector<range> & get_ranges() const { return ranges; }
+
+    // of these, the tokens in segments that are there
+    void set_ranges(const std::vector<range> & wanted);
 
     //
     // sketches: in a basis found from the first segment's worth of tokens that is there, the same for the same stream
@@ -128,11 +159,24 @@ private:
     struct segment {
         std::shared_ptr<char[]> data;
 
-        int64_t n_tokens = 0; // the first that no copy has written
+        int64_t n_tokens  = 0; // the first that no copy has written
+        int64_t id        = 0; // of what it holds: another one once something is overwritten
+        bool    is_mapped = false;
     };
 
     // NULL if there is no memory
     std::shared_ptr<segment> new_segment() const;
+
+    // tokens that are never written, so that no file holds what the memory held before
+    void zero_rows(segment & s, int64_t row0, int64_t row1) const;
+
+    // calls fun(size_t at, size_t size) for each stretch of a segment's first n tokens that has no gap
+    template <typename F>
+    void for_stretches(int64_t n, F fun) const;
+
+    // calls fun(float * x, size_t n) for what makes the axes
+    template <typename F>
+    static void for_floats(std::vector<std::shared_ptr<axes>> & layers_axes, F fun);
 
     void forget_axes();
 

@@ -5,6 +5,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <set>
 
@@ -114,6 +115,43 @@ void lminf_kv::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
 
     cache->seq_cp(seq_id_src, seq_id_dst, -1, -1);
     dirty[seq_id_dst] = dirty[seq_id_src];
+}
+
+void lminf_kv::fill(llama_seq_id seq_id, llama_pos p0, int64_t n, const std::function<void(size_t layer, int64_t i, char * k, char * v)> & load) {
+    free_cells(seq_id, -1);
+
+    for (size_t il = 0; il < layers.size(); ++il) {
+        const auto & [k, v] = layers[il];
+
+        const size_t stream = cache->get_stream(seq_id);
+        const size_t size_v = v ? v->ne[0]*v->nb[0] : 0;
+
+        std::vector<char> rows_k(n*k->nb[1]);
+        std::vector<char> rows_v(n*size_v);
+        for (int64_t i = 0; i < n; ++i) {
+            load(il, i, rows_k.data() + i*k->nb[1], v ? rows_v.data() + i*size_v : nullptr);
+        }
+
+        ggml_backend_tensor_set(k, rows_k.data(), stream*k->nb[2], rows_k.size());
+        if (v && !p.v_trans) {
+            ggml_backend_tensor_set(v, rows_v.data(), stream*v->nb[2], rows_v.size());
+        } else if (v) {
+            std::vector<char> column(n*v->nb[0]);
+            for (int64_t j = 0; j < v->ne[0]; ++j) {
+                for (int64_t i = 0; i < n; ++i) {
+                    memcpy(column.data() + i*v->nb[0], rows_v.data() + i*size_v + j*v->nb[0], v->nb[0]);
+                }
+                ggml_backend_tensor_set(v, column.data(), stream*v->nb[2] + j*p.n_cells*v->nb[0], column.size());
+            }
+        }
+    }
+
+    auto & cells = const_cast<llama_kv_cells &>(get_cells(seq_id));
+    for (int64_t i = 0; i < n; ++i) {
+        cells.pos_set(i, 0);
+        cells.seq_add(i, seq_id);
+        cells.pos_add(i, p0 + i);
+    }
 }
 
 void lminf_kv::mark_dirty(llama_seq_id seq_id) {

@@ -47,6 +47,12 @@ public:
 
     void copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
+    // a sequence has these n tokens from now on, from graph position p0 on, and no others. Their keys come un-rotated, and are rotated
+    // by the next update:
+    //   load(layer, i, k, v)  writes the i-th token's rows of the layer with this index, v NULL with MLA
+    // The cache's types must be F32 or F16: others are stored under a Hadamard rotation.
+    void fill(llama_seq_id seq_id, llama_pos p0, int64_t n, const std::function<void(size_t layer, int64_t i, char * k, char * v)> & load);
+
     // to be called before cells that a sequence uses can be recycled
     void mark_dirty(llama_seq_id seq_id);
 

@@ -9,6 +9,7 @@
 #include "llama-model.h"
 
 #include "lminf-attn.h"
+#include "lminf-rows.h"
 
 #include <algorithm>
 #include <limits>
@@ -63,7 +64,7 @@ static void check_archive(const lminf_archive_layout & layout, int64_t n_tokens)
 
     if (size > total) {
         throw std::runtime_error(lminf_set_error(format(
-            "an archive of %lld tokens needs %.1f GiB, and half of the memory is %.1f GiB: choose a smaller n_archive or smaller archive types",
+            "an archive of %lld tokens needs %.2f GiB of memory, and archives may take %.2f GiB: choose a smaller n_archive, smaller archive types or a larger archive_memory",
             (long long) n_tokens, size/1024.0/1024.0/1024.0, total/1024.0/1024.0/1024.0)));
     }
 }
@@ -217,8 +218,10 @@ lminf_memory::lminf_memory(
     }
 
     if (params.n_recall > 0) {
-        auto layout = std::make_shared<lminf_archive_layout>(model, params.archive_type_k, params.archive_type_v, layers.full, layers.reuse);
-        check_archive(*layout, params.n_archive);
+        auto layout = std::make_shared<lminf_archive_layout>(model, params, layers.full, layers.reuse);
+        if (!params.archive_in_files) {
+            check_archive(*layout, params.n_archive);
+        }
         recall = std::make_unique<lminf_recall>(params, std::move(layout), n_seq_max);
     }
 
@@ -624,6 +627,80 @@ bool lminf_memory::can_truncate(llama_seq_id seq_id, llama_pos p0) const {
     return p0 <= std::max<int64_t>(0, streams[seq_id].pos_start()) || p0 >= rollback_min(seq_id);
 }
 
+// an archive that holds no less than a cache of this type did
+static bool is_as_fine(ggml_type archive, ggml_type cache) {
+    return archive == cache || (archive == GGML_TYPE_F32 && cache == GGML_TYPE_F16);
+}
+
+int64_t lminf_memory::rebuild_min(llama_seq_id seq_id) const {
+    const auto & stream = streams[seq_id];
+    const auto & kv     = window->get_params();
+
+    const int64_t none = stream.origin + next_pos(seq_id);
+
+    // states of recurrent layers and cells of sliding ones are in no archive, nor are positions in a picture; quantized keys are
+    // stored under a rotation of their own
+    if (!recall || recurrent || sliding || hparams.n_pos_per_embd() > 1 || (kv.type_k != GGML_TYPE_F32 && kv.type_k != GGML_TYPE_F16) ||
+            (kv.type_v != GGML_TYPE_F32 && kv.type_v != GGML_TYPE_F16)) {
+        return none;
+    }
+    for (const auto & l : recall->get_layout().get_layers()) {
+        if (!is_as_fine(l.type_k, kv.type_k) || (l.n_embd_v_gqa > 0 && !is_as_fine(l.type_v, kv.type_v))) {
+            return none;
+        }
+    }
+
+    const auto & ranges = recall->get_archive(seq_id).get_ranges();
+    if (ranges.empty() || ranges.back().second != none - stream.start) {
+        return none;
+    }
+    // the next query sees n_local - 1 tokens, or all since the last skip; one is left at least, to count on from
+    const int64_t first  = ranges.back().first + stream.start;
+    const int64_t resume = stream.resume;
+
+    return std::min(none, first <= resume ? resume + 1 : first + std::max(params.n_local - 1, 1));
+}
+
+bool lminf_memory::rebuild(llama_seq_id seq_id, int64_t stream_pos) {
+    auto & stream = streams[seq_id];
+
+    if (stream_pos < rebuild_min(seq_id) || stream_pos >= stream.origin + next_pos(seq_id)) {
+        return false;
+    }
+    const auto & archive = recall->get_archive(seq_id);
+    const auto & layout  = recall->get_layout();
+
+    // all that the window has room for, so that as much can be taken back as before
+    const int64_t oldest = std::max(archive.get_ranges().back().first + stream.start, stream.resume);
+    const int64_t first  = std::max(oldest, stream_pos - params.n_local - params.n_slack);
+    // 0 is what removes the whole of a stream that has skipped
+    const int64_t before = first - stream.is_skipped();
+
+    wait();
+    stream.origin = std::min(stream.origin, before - before % block);
+
+    const auto & kv = window->get_params();
+
+    window->fill(seq_id, first - stream.origin, stream_pos - first, [&](size_t layer, int64_t i, char * k, char * v) {
+        const auto    & l       = layout.get_layers()[layer];
+        const int64_t   index   = first - stream.start + i;
+        const int64_t   row     = index % lminf_archive_layout::n_segment;
+        const char    * segment = archive.get_segment(index);
+
+        lminf_row_load(l.type_k, segment + l.at_k + row*l.size_k, l.n_embd_head_k*l.n_head_kv, kv.type_k, k);
+        if (v) {
+            lminf_row_load(l.type_v, segment + l.at_v + row*l.size_v, l.n_embd_v_gqa, kv.type_v, v);
+        }
+    });
+    window->mark_dirty(seq_id);
+    truncate(seq_id, (llama_pos) (stream_pos - stream.origin));
+
+    // rotate the keys now, as after a rebase
+    lctx->memory_update(false);
+
+    return true;
+}
+
 lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
     const auto & stream = streams[seq_id];
 
@@ -641,6 +718,7 @@ lminf_info lminf_memory::get_info(llama_seq_id seq_id) const {
     info.n_global      = stream.n_global;
     info.n_window      = window->get_cells(seq_id).get_used();
     info.n_rollback    = std::max(0, next - rollback_min(seq_id));
+    info.n_rebuild     = info.stream_pos - rebuild_min(seq_id);
     info.n_cells       = window->get_params().n_cells;
     info.n_rebase      = n_rebase;
     info.max_graph_pos = max_graph_pos;

@@ -83,6 +83,12 @@ public:
     // an empty sequence begins at this stream position
     bool seq_start(llama_seq_id seq_id, int64_t stream_pos);
 
+    // The first stream position that the sequence can go back to if its window is made anew from the archive; its own if to none.
+    // Only where that holds what the window did: keys are rounded once more at most, as a rebase rounds them.
+    int64_t rebuild_min(llama_seq_id seq_id) const;
+    // goes back so; false, and nothing changed, if that is not possible
+    bool rebuild(llama_seq_id seq_id, int64_t stream_pos);
+
     // the sequence goes on n_tokens further, with its sinks and an empty window
     bool skip(llama_seq_id seq_id, int64_t n_tokens);
 

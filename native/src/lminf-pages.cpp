@@ -59,3 +59,38 @@ void lminf_use_huge_pages(void * data, size_t size) {
 }
 
 #endif
+
+#if defined(_WIN32)
+
+std::shared_ptr<char[]> lminf_map_file(const char * path, size_t offset, size_t size) {
+    GGML_UNUSED(path);
+    GGML_UNUSED(offset);
+    GGML_UNUSED(size);
+    return nullptr;
+}
+
+#else
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+std::shared_ptr<char[]> lminf_map_file(const char * path, size_t offset, size_t size) {
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) {
+        return nullptr;
+    }
+    struct stat status;
+    void * data = MAP_FAILED;
+    if (fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && (size_t) status.st_size >= offset + size) {
+        data = mmap(nullptr, offset + size, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0); // from its start: offset need be no page's
+    }
+    close(fd);
+    if (data == MAP_FAILED) {
+        return nullptr;
+    }
+    return std::shared_ptr<char[]>((char *) data + offset, [offset, size](char * p) { munmap(p - offset, offset + size); });
+}
+
+#endif

@@ -58,6 +58,8 @@ public:
 
     void copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
+    lminf_archive new_archive() const { return lminf_archive(layout, params.n_archive); }
+
     const lminf_archive_layout & get_layout() const { return *layout; }
 
     // queries of a micro-batch that vote, the last ones
