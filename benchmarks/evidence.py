@@ -66,6 +66,7 @@ WEIGHTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 WINDOW = ("n_global", "n_local", "max_distance")
 N_BATCH = 512
 TAIL_WINDOW = 512  # tokens; also half of it
+LONG_PROMPT = 1 << 16  # tokens; of longer ones half as many are asked
 LARGE = 1 << 26  # bytes of a model file: from there on depth has its price
 INTERRUPTED = 130
 
@@ -100,6 +101,13 @@ class Size:
     tail_block: int = 256
     places_per_octave: int = 9
     n_octaves: int = 4  # of a large model half as many
+    recall_lengths: tuple[int, ...] = (8192, 32768, 131072)
+    recall_lengths_large: tuple[int, ...] = (4096, 8192)
+    recall_depths: tuple[float, ...] = tuple(i / 4 for i in range(5))
+    n_recall_trials: int = 2  # for each place
+    n_ceiling_trials: int = 4
+    n_recall_loss: int = 8192  # of each text; of a large model half
+    recall_loss_start: int = 1024
     n_text: int | None = None  # of each text, at most
     save_every: float = 60.0
 
@@ -121,6 +129,11 @@ TINY = Size(
     first_place=2048,
     places_per_octave=3,
     n_octaves=1,
+    recall_lengths=(1024,),
+    recall_depths=(0.0, 0.5),
+    n_recall_trials=1,
+    n_ceiling_trials=1,
+    n_recall_loss=2048,
     n_text=6144,
     save_every=0.5,
 )
@@ -539,6 +552,79 @@ def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Res
     return {"command": command, "window": window_facts(window), "policies": policies}
 
 
+def measure_recall(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """Right answers by length and place of the fact, with recall and without; the ceiling is the fact in the window."""
+    settings = experiment.settings
+    config = LMInfConfig(n_global=N_GLOBAL, n_local=settings["window"] - N_GLOBAL, n_recall=settings["n_recall"])
+    window = resolve(config, None, subject.n_train)
+    setup = subject.setup(window, settings["kv_type"])
+    asked = {
+        "ceiling": ("lminf", [settings["ceiling"]], settings["n_ceiling"]),
+        "recall": ("recall", settings["lengths"], settings["trials"]),
+        "lminf": ("lminf", settings["lengths"], settings["n_without"]),
+        "full": ("full", [n for n in settings["lengths"] if n <= subject.n_train], settings["trials"]),
+    }
+    figures: Results = {}
+    done = 0
+    with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
+        task = Prompts(vocabulary, settings["task"], subject.prose)
+
+        def results() -> Results:
+            lists = {"lengths": settings["lengths"], "depths": [f"{100 * depth:g}" for depth in settings["depths"]]}
+            command = (
+                f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt "
+                f"--task {settings['task']} --policies lminf,recall "
+                + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
+                + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
+                + f" --recall {window.n_recall}"
+            )
+            facts = {**window_facts(window), "recall_distance": window.recall_distance}
+            return {"command": command, "tokens": done, "window": facts, "policies": figures}
+
+        for name, (policy, lengths, n_trials) in asked.items():
+            if not lengths or name not in settings["policies"]:
+                continue
+            cells = []
+            with setup.reader(POLICIES[policy], max(lengths) + MAX_ANSWER) as reader:
+                for length, depth in itertools.product(lengths, settings["depths"]):
+                    n = max(1, n_trials // 2) if length > LONG_PROMPT else n_trials
+                    prompts = [task.prompt(length, depth, trial) for trial in range(n)]
+                    begun = time.perf_counter()
+                    cells.append(measure(reader, prompts, vocabulary.detokenize, length, depth))
+                    done += length * n
+                    figures[name] = policy_report(cells)
+                    save(results())
+                    say(f"{name}, {length}, {depth:.0%}: {cells[-1].correct} of {cells[-1].trials} right, "
+                        f"{time.perf_counter() - begun:.0f} s")  # fmt: skip
+        return results()
+
+
+def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """The loss of a text as one stream, block by block, with more and more tokens recalled."""
+    settings = experiment.settings
+    ways: Results = {}
+    for n_recall in settings["n_recall"]:
+        config = LMInfConfig(n_global=N_GLOBAL, n_local=settings["window"] - N_GLOBAL, n_recall=n_recall)
+        window = resolve(config, None, subject.n_train)
+        begun = time.perf_counter()
+        ways[str(n_recall)] = {"texts": {}, "recall_distance": window.recall_distance if n_recall else None}
+        with subject.setup(window, settings["kv_type"]).reader(
+            POLICIES["recall" if n_recall else "lminf"], 0
+        ) as reader:
+            for name, tokens in subject.texts.items():
+                figures, _ = curve(reader, tokens, min(settings["tokens"], len(tokens) - 1), settings["block"])
+                ways[str(n_recall)]["texts"][name] = figures["block_nll"]
+                reader.clear()
+        ways[str(n_recall)]["seconds"] = round(time.perf_counter() - begun, 2)
+        say(f"{n_recall} recalled: {np.mean([np.mean(each) for each in ways[str(n_recall)]['texts'].values()]):.4f}")
+    return {
+        "command": ppl(subject, "text.txt", window, settings["kv_type"], f"--tokens {settings['tokens'] + 1} "
+                       f"--policies lminf,recall --recall R --bucket {settings['block']}"),
+        "window": window_facts(window),
+        "ways": ways,
+    }  # fmt: skip
+
+
 def measure_tail(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """The loss of blocks of text after all that stands before them was processed, and after its tail alone.
 
@@ -647,6 +733,27 @@ def experiments(
                     f"tail-{name}-{window}", model, measure_tail, kv_type="f16", window=window, block=size.tail_block,
                     places=places(size, n_octaves), n_tail=[1, 2, 3], n_contrast=64,
                 )  # fmt: skip
+    for model, name in zip(models, names, strict=True):
+        path, header = model_header(model)
+        is_large = Path(path).stat().st_size > LARGE
+        if model in EMBEDDED[1:] or not (is_large or model == main):
+            continue  # what the smallest ones were not trained to answer
+        for task in ("facts", "chat") if is_large else ("prose",):
+            for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (header.n_ctx_train // 2,):
+                add(
+                    f"recall-{name}-{task}-{window}", model, measure_recall, kv_type="f16", task=task, window=window,
+                    n_recall=max(8, window // 8) if is_large else 8, ceiling=window - MAX_ANSWER,
+                    lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
+                    depths=list(size.recall_depths), trials=size.n_recall_trials, n_ceiling=size.n_ceiling_trials,
+                    n_without=1,
+                    policies=["ceiling", "lminf", "recall", "full"] if is_large else ["ceiling", "lminf", "recall"],
+                )  # fmt: skip
+        window = TAIL_WINDOW if is_large else header.n_ctx_train // 2
+        add(
+            f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,
+            tokens=size.n_recall_loss >> is_large, start=size.recall_loss_start, block=size.tail_block,
+            n_recall=[0, 8, 32, 64, 256],
+        )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
     add(

@@ -107,6 +107,34 @@ def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate
     return found
 
 
+# --- recall -----------------------------------------------------------------------------------------------------------
+
+
+def recall_records(records: dict[str, Record]) -> list[Record]:
+    """Those of what recall finds, the smallest model first."""
+    found = [record for name, record in records.items() if name.startswith("recall-") and "policies" in record]
+    return sorted(found, key=lambda record: (record["model"]["n_params"], record["experiment"]))
+
+
+def recall_losses(records: dict[str, Record]) -> list[Record]:
+    """Those of what it does to the loss."""
+    found = [record for name, record in records.items() if name.startswith("recall-loss-")]
+    return sorted(found, key=lambda record: (record["model"]["n_params"], record["experiment"]))
+
+
+def found_of(record: Record, policy: str, length: int | None = None) -> tuple[int, int]:
+    """Right answers and what was asked for, of prompts of this length, whatever the place of the fact."""
+    cells = record["policies"].get(policy, {"cells": []})["cells"]
+    asked = [cell for cell in cells if length in (None, cell["length"])]
+    return sum(cell["correct"] for cell in asked), sum(cell["trials"] for cell in asked)
+
+
+def recall_blocks(record: Record, way: str) -> Array:
+    """Mean losses of the blocks from settings["start"] on, text after text."""
+    skipped = record["settings"]["start"] // record["settings"]["block"]
+    return np.concatenate([np.array(losses[skipped:]) for losses in record["ways"][way]["texts"].values()])
+
+
 # --- the tail ---------------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ from measured import (
     drift_points,
     far_blocks,
     far_end,
+    found_of,
     fresh_blocks,
     load_records,
     loss_records,
@@ -42,6 +43,9 @@ from measured import (
     reach,
     read_everywhere,
     readings_again,
+    recall_blocks,
+    recall_losses,
+    recall_records,
     smallest_enough,
     stream_records,
     tail_blocks,
@@ -51,7 +55,7 @@ from measured import (
     variant_of,
 )
 from report import Figures, pick, positions_section, table
-from trend import Estimate, mean_difference
+from trend import Estimate, mean_difference, proportion
 
 from lminf_edge.bench.alternate import Result, fastest, ratio
 from lminf_edge.cli.common import human_bytes
@@ -628,6 +632,69 @@ def tail_section(records: dict[str, Record]) -> str:
     )
 
 
+# --- recall -----------------------------------------------------------------------------------------------------------
+
+
+def answers(record: Record, policy: str, length: int | None = None) -> str:
+    right, asked = found_of(record, policy, length)
+    if not asked:
+        return "–"
+    low, high = proportion(right, asked)
+    return f"{right} of {asked} ({low:.0%} to {high:.0%})"
+
+
+def recall_section(records: dict[str, Record]) -> str:
+    found, losses = recall_records(records), recall_losses(records)
+    parts = []
+    if found:
+        rows = []
+        for record in found:
+            settings = record["settings"]
+            cells = [cell for name, p in record["policies"].items() if name != "ceiling" for cell in p["cells"]]
+            for i, length in enumerate(sorted({cell["length"] for cell in cells})):
+                what = [
+                    f"`{record['model']['name']}`, {settings['task']}",
+                    f"{window_of(record)}; {settings['n_recall']} at {record['window']['recall_distance']}",
+                ]
+                shares = [answers(record, policy, length) for policy in ("lminf", "recall", "full")]
+                rows.append(
+                    [*(("", "") if i else what), f"{length:,}", *shares, "" if i else answers(record, "ceiling")]
+                )
+        header = ["", "window; recalled at distance", "tokens", "Λ", "Λ with recall", "full attention", "ceiling"]
+        parts.append(
+            ("![right answers by length and place](results/recall.png)\n\n" if recall_picture(records) else "")
+            + f"Right answers about a fact told once, at {len(found[0]['settings']['depths'])} places of the text; "
+            "f16 KV, archives in q8_0. In brackets 95 % intervals. The ceiling is Λ with the fact in its window.\n\n"
+            + table(header, rows, 3)
+        )
+    if losses:
+        columns = list(losses[0]["ways"])
+        rows = [
+            [
+                f"`{record['model']['name']}`, {window_of(record)}",
+                str(len(recall_blocks(record, "0"))),
+                f"{recall_blocks(record, '0').mean():.4f}",
+                *(
+                    verdict(mean_difference(recall_blocks(record, way), recall_blocks(record, "0")))
+                    for way in columns[1:]
+                ),
+            ]
+            for record in losses
+        ]
+        settings = losses[0]["settings"]
+        parts.append(
+            f"Loss on novels from token {settings['start']:,} on, with recall minus without, in blocks of "
+            f"{settings['block']} tokens:\n\n"
+            + table(["", "blocks", "Λ", *(f"R = {way}" for way in columns[1:])], rows, 1)
+        )
+    return "## What recall finds\n\n" + "\n".join(parts) if parts else ""
+
+
+def recall_picture(records: dict[str, Record]) -> Record | None:
+    """The one that is drawn: of the smallest model."""
+    return next((record for record in recall_records(records) if "recall" in record["policies"]), None)
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -904,6 +971,10 @@ def draw(records: dict[str, Record], folder: Path) -> None:
         cells = {name: cells_of(policy) for name, policy in record["policies"].items()}
         title = f"Passkey retrieval, {record['model']['name']}, window {window_of(record)}"
         plots.plot_passkey(folder / "passkey.png", cells, title)
+    if (drawn := recall_picture(records)) is not None:
+        cells = {name: cells_of(policy) for name, policy in drawn["policies"].items() if name in ("lminf", "recall")}
+        title = f"{drawn['model']['name']}, window {window_of(drawn)}, {drawn['settings']['n_recall']} recalled"
+        plots.plot_passkey(folder / "recall.png", cells, title)
 
 
 def page(records: dict[str, Record], refused: dict[str, Record], performance: Figures, published: Record) -> str:
@@ -917,6 +988,7 @@ def page(records: dict[str, Record], refused: dict[str, Record], performance: Fi
         tail_section(records),
         kl_section(records),
         passkey_section(records),
+        recall_section(records),
         performance_section(performance),
         paper_section(records, performance, published),
         own_model_section(records, performance),

@@ -45,6 +45,17 @@ def t_quantile(n_free: int) -> float:
     return float(z + sum(term / n_free ** (i + 1) for i, term in enumerate(terms)))
 
 
+def proportion(n_right: int, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share of which n_right of n samples were right.
+
+    Source: the score interval of Wilson 1927, doi 10.1080/01621459.1927.10502953.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    middle = (n_right + z * z / 2) / (n + z * z)
+    margin = z * (n_right * (n - n_right) / n + z * z / 4) ** 0.5 / (n + z * z)
+    return max(0.0, middle - margin), min(1.0, middle + margin)
+
+
 def mean_difference(a: Sequence[float] | Array, b: Sequence[float] | Array) -> Estimate:
     """Mean of a - b over samples that belong together: the same blocks of text, so that its difficulty cancels.
 

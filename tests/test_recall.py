@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from native_context import F16, F32, Q8_0, NativeContext
 from reference.rule import Recall, Rule
 from reference.transformer import Transformer
+
+from lminf_edge import Llama
+from lminf_edge.cli.demo import python_documentation
 
 Tokens = npt.NDArray[np.int32]
 
@@ -90,6 +94,22 @@ def test_the_papers_rule(
     settings = {"recall_distance": distance, "recall_from": 2, "recall_rule": PAPER}
     with NativeContext(nano_f32_path, 40, 4, n_ubatch=n_batch, n_recall=n, **EXACTLY, **settings) as context:
         check(context.token_nll(few), expected, n_batch)
+
+
+@pytest.mark.parametrize(("distance", "since", "n_batch"), [(32, 4, 1), (64, 0, 1), (128, 2, 50)])
+def test_the_papers_rule_on_a_trained_model(stories_path: Any, distance: int, since: int, n_batch: int) -> None:
+    """Five keys for each head, as the authors do, and heads that share keys. They insert them at half of the window,
+    from the fifth layer on.
+    """
+    with contextlib.closing(Llama(stories_path, vocab_only=True, verbose=False)) as vocabulary:
+        tokens = np.array(vocabulary.tokenize(python_documentation()[:2000].encode())[:400], dtype=np.int32)
+    rule = Rule(64, 10, recall=Recall(5, distance, n_batch, since=since, paper=True))
+    transformer = Transformer(stories_path)
+    expected = transformer.token_nll(tokens, rule)
+    settings = {"recall_distance": distance, "recall_from": since, "recall_rule": PAPER}
+    with NativeContext(stories_path, 64, 10, n_ubatch=n_batch, n_recall=5, **EXACTLY, **settings) as context:
+        check(context.token_nll(tokens), expected, n_batch)
+    assert np.abs(transformer.token_nll(tokens, Rule(64, 10)) - expected).max() > 0.05
 
 
 def test_sketches_find_nearly_the_same(nano_f32_path: str, tokens: Any) -> None:

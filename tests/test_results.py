@@ -23,7 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other
 import evidence
 import measured
 from quantize import quantize, tensor_types
-from trend import mean_difference, slope, t_quantile
+from trend import mean_difference, proportion, slope, t_quantile
 
 Record = dict[str, Any]
 
@@ -35,6 +35,8 @@ EXPERIMENTS = {
     "loss-nano-q8_0",
     "passkey",
     "passkey-sinks",
+    "recall-loss-nano-256",
+    "recall-nano-prose-256",
     "stream",
     "sweep-distance",
     "sweep-global",
@@ -83,7 +85,8 @@ def test_a_file_for_each_experiment(folder: Path, records: dict[str, Record]) ->
         assert record["texts"]["text"]["n_tokens"] == N_TEXT
         assert record["settings"]
         program = ".venv/bin/python benchmarks/evidence.py" if name.startswith("tail") else "lminf-edge"
-        verb = "--text text.txt" if name.startswith("tail") else f"{'passkey' if 'passkey' in name else 'ppl'} -m"
+        asks = "passkey" in name or "prose" in name
+        verb = "--text text.txt" if name.startswith("tail") else f"{'passkey' if asks else 'ppl'} -m"
         assert record["command"].startswith(f"{program} {verb} ")
         assert str(folder) not in json.dumps(record)
 
@@ -177,6 +180,21 @@ def test_sweeps(records: dict[str, Record]) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_what_recall_finds(records: dict[str, Record]) -> None:
+    [record] = measured.recall_records(records)
+    assert set(record["policies"]) == {"ceiling", "lminf", "recall"}
+    assert measured.found_of(record, "ceiling") == (2, 2)
+    right, asked = measured.found_of(record, "recall", 1024)
+    assert asked == measured.found_of(record, "lminf", 1024)[1] == 2
+    assert right > measured.found_of(record, "lminf", 1024)[0]
+    [losses] = measured.recall_losses(records)
+    assert list(losses["ways"]) == ["0", "8", "32", "64", "256"]
+    plain = measured.recall_blocks(losses, "0")
+    assert len(plain) == (2048 - 1024) // losses["settings"]["block"]
+    for way in losses["ways"]:
+        assert np.corrcoef(measured.recall_blocks(losses, way), plain)[0, 1] > 0.9
+
+
 def test_the_tail(records: dict[str, Record]) -> None:
     for record in measured.tail_records(records):
         assert record["settings"]["places"] == [2048, 2730, 3413]
@@ -236,14 +254,15 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
     text = make()
     for name in records:
         assert f"(results/{name}.json)" in text
-    for picture in ("loss-nano", "drift", "divergence", "passkey"):
+    for picture in ("loss-nano", "drift", "divergence", "passkey", "recall"):
         assert f"(results/{picture}.png)" in text
         assert (folder / "results" / f"{picture}.png").stat().st_size > 10_000
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == [
         "## In short", "## Loss by position", "## Without end", "## Which settings",
         '## What prefill "tail" costs',
-        "## Divergence from full attention", "## What is remembered", "## Speed and memory by stream position",
+        "## Divergence from full attention", "## What is remembered", "## What recall finds",
+        "## Speed and memory by stream position",
         "## Beside the paper", "## Your own model",
         "## How it was measured",
     ]  # fmt: skip
@@ -373,6 +392,13 @@ def test_quantiles() -> None:
     # from tables of Student's t
     for n_free, expected in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (30, 2.042), (1000, 1.962)):
         assert t_quantile(n_free) == pytest.approx(expected, abs=0.001)
+
+
+def test_shares() -> None:
+    # Wilson's interval, by hand
+    assert proportion(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert proportion(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert proportion(20, 20)[1] == pytest.approx(1.0)
 
 
 def test_intervals_hold_the_truth_19_times_in_20() -> None:

@@ -9,8 +9,8 @@
 //   transpose   of a matrix of 16 rows
 //   append_ge   writes first + i for each a[i] >= b[i]; returns how many; what it writes behind them, up to 16, does not count
 //   load_bytes, set_int, to_float
-//   low, high   the lower and the upper half of each byte
-//   dot4        c + the four products in each lane: bytes from 0 to 15 by signed ones
+//   quarter<N>  of each byte the two bits from bit N on
+//   dot4        c + the four products in each lane: bytes from 0 to 3 by signed ones
 //
 // Nothing of the standard library in here: it would be compiled for this instruction set, and the linker might take that
 // for everybody.
@@ -19,26 +19,30 @@
 
 template <int N>
 static inline void sketch_max_blocks(const char * blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
-    I x[N][4];
+    I x[N][8];
     F scale[N];
     F top[N];
     for (int b = 0; b < N; ++b) {
         const char * block = blocks + b*LMINF_SKETCH_SIZE;
 
-        x[b][0]  = low (load_bytes(block));
-        x[b][1]  = high(load_bytes(block));
-        x[b][2]  = low (load_bytes(block + 64));
-        x[b][3]  = high(load_bytes(block + 64));
+        for (int j = 0; j < 2; ++j) {
+            const I bytes = load_bytes(block + 64*j);
+            x[b][4*j    ] = quarter<0>(bytes);
+            x[b][4*j + 1] = quarter<2>(bytes);
+            x[b][4*j + 2] = quarter<4>(bytes);
+            x[b][4*j + 3] = quarter<6>(bytes);
+        }
         scale[b] = load_half((const uint16_t *) (block + 128));
         top[b]   = load(best + 16*b);
     }
     for (int64_t i = 0; i < n_q; ++i) {
         for (int b = 0; b < N; ++b) {
-            I sum = set_int(q[i].start);
-            for (int j = 0; j < 4; ++j) {
+            I sum = set_int(0);
+            for (int j = 0; j < 8; ++j) {
                 sum = dot4(x[b][j], set_int(q[i].x[j]), sum);
             }
-            top[b] = max(fma(mul(to_float(sum), set(q[i].scale)), scale[b], set(q[i].offset)), top[b]);
+            const F res = mul(add(to_float(sum), set(q[i].start)), set(q[i].scale));
+            top[b] = max(fma(res, scale[b], set(q[i].offset)), top[b]);
         }
     }
     for (int b = 0; b < N; ++b) {

@@ -70,7 +70,7 @@ typedef __m512  F;
 typedef __m512i I;
 
 constexpr int N_SUMS     = 8;
-constexpr int N_SKETCHES = 4;
+constexpr int N_SKETCHES = 2;
 
 static inline F    load     (const float * p)    { return _mm512_loadu_ps(p); }
 static inline F    load_half(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
@@ -132,8 +132,9 @@ static inline int64_t append_ge(F a, F b, int32_t first, int32_t * found) {
 static inline I load_bytes(const char * p) { return _mm512_loadu_si512(p); }
 static inline I set_int   (int32_t x)      { return _mm512_set1_epi32(x); }
 static inline F to_float  (I x)            { return _mm512_cvtepi32_ps(x); }
-static inline I low       (I x)            { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-static inline I high      (I x)            { return low(_mm512_srli_epi16(x, 4)); }
+
+template <int N>
+static inline I quarter(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, N), _mm512_set1_epi8(3)); }
 
 } // namespace avx512_ops
 
@@ -246,8 +247,11 @@ static inline I load_bytes(const char * p) {
 }
 static inline I set_int   (int32_t x) { return { _mm256_set1_epi32(x), _mm256_set1_epi32(x) }; }
 static inline F to_float  (I x)       { return { _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b) }; }
-static inline I low       (I x)       { return { _mm256_and_si256(x.a, _mm256_set1_epi8(15)), _mm256_and_si256(x.b, _mm256_set1_epi8(15)) }; }
-static inline I high      (I x)       { return low({ _mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4) }); }
+
+template <int N>
+static inline __m256i quarter(__m256i x) { return _mm256_and_si256(_mm256_srli_epi16(x, N), _mm256_set1_epi8(3)); }
+template <int N>
+static inline I quarter(I x) { return { quarter<N>(x.a), quarter<N>(x.b) }; }
 
 static inline __m256i dot4(__m256i a, __m256i b, __m256i c) {
     return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
@@ -332,8 +336,12 @@ static inline int64_t append_ge(F a, F b, int32_t first, int32_t * found) {
 static inline I load_bytes(const char * p) { LMINF_EACH(I, vld1q_s8((const int8_t *) p + 16*i)); }
 static inline I set_int   (int32_t x)      { LMINF_EACH(I, vreinterpretq_s8_s32(vdupq_n_s32(x))); }
 static inline F to_float  (I x)            { LMINF_EACH(F, vcvtq_f32_s32(vreinterpretq_s32_s8(x.v[i]))); }
-static inline I low       (I x)            { LMINF_EACH(I, vandq_s8(x.v[i], vdupq_n_s8(15))); }
-static inline I high      (I x)            { LMINF_EACH(I, vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(x.v[i]), 4))); }
+
+template <int N>
+static inline I quarter(I x) {
+    const auto shift = [](uint8x16_t y) { return N == 0 ? y : vshrq_n_u8(y, N == 0 ? 1 : N); };
+    LMINF_EACH(I, vreinterpretq_s8_u8(vandq_u8(shift(vreinterpretq_u8_s8(x.v[i])), vdupq_n_u8(3))));
+}
 
 } // namespace neon_ops
 
@@ -435,8 +443,9 @@ static inline I load_bytes(const char * p) {
 }
 static inline I set_int (int32_t x) { LMINF_EACH(I, (uint32_t) x); }
 static inline F to_float(I x)       { LMINF_EACH(F, (float) (int32_t) x.v[i]); }
-static inline I low     (I x)       { LMINF_EACH(I, x.v[i] & 0x0F0F0F0F); }
-static inline I high    (I x)       { LMINF_EACH(I, x.v[i] >> 4 & 0x0F0F0F0F); }
+
+template <int N>
+static inline I quarter(I x) { LMINF_EACH(I, x.v[i] >> N & 0x03030303); }
 
 static inline int32_t byte(uint32_t x, int j) { return (int8_t) (x >> 8*j); }
 static inline I dot4(I a, I b, I c) {

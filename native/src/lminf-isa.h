@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <vector>
 
-// halves of bytes [2][16 tokens][4], numbers from 0 to 15 with an offset of 8: the first 4 of 16 directions are the lower
-// halves of the first 64 bytes, the next 4 the upper ones; then f16 scales [16 tokens]
+// quarters of bytes [2][16 tokens][4], numbers from 0 to 3 with an offset of 1.5: the first 4 of 32 coordinates are the lowest
+// quarters of the first 64 bytes, the next 4 the second ones; then f16 scales [16 tokens]
 constexpr size_t LMINF_SKETCH_SIZE = 160;
 
 struct lminf_sketch_query;

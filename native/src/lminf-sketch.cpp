@@ -20,25 +20,71 @@ size_t lminf_sketch_size() {
     return LMINF_SKETCH_SIZE;
 }
 
+// Walsh and Hadamard's matrix, which is symmetric, after some signs. Without these a key that lies along one axis would have
+// coordinates of one size, and several such keys the same ones
+static constexpr uint32_t signs = 0x9E3779B9;
+
+static void flip(float * x) {
+    for (int i = 0; i < lminf_n_dirs; ++i) {
+        x[i] = signs >> i & 1 ? -x[i] : x[i];
+    }
+}
+
+static void mix(float * x) {
+    for (int step = 1; step < lminf_n_dirs; step *= 2) {
+        for (int i = 0; i < lminf_n_dirs; ++i) {
+            if (!(i & step)) {
+                const float a = x[i], b = x[i + step];
+                x[i]        = a + b;
+                x[i + step] = a - b;
+            }
+        }
+    }
+    const float norm = 1.0f/std::sqrt((float) lminf_n_dirs);
+    for (int i = 0; i < lminf_n_dirs; ++i) {
+        x[i] *= norm;
+    }
+}
+
+void lminf_turn(float * x) {
+    flip(x);
+    mix(x);
+}
+
+// where the j-th of a lane's numbers lies: 4 bytes hold numbers 0 to 15, the same ones of the next 64 bytes the others
+static int64_t byte_of(int64_t lane, int j) { return j/16*64 + 4*lane + j % 4; }
+static int     bit_of (int j)               { return j % 16/4*2; }
+
 void lminf_sketch_store(void * block, int64_t lane, const float * x) {
     char * data = (char *) block;
 
-    // as q4_0: what is farthest from zero becomes -8
-    float far = 0.0f;
-    for (int i = 0; i < 16; ++i) {
-        far = std::fabs(x[i]) > std::fabs(far) ? x[i] : far;
-    }
-    const ggml_fp16_t half  = are_finite(x, 16) ? ggml_fp32_to_fp16(far/-8.0f) : F16_NAN;
-    const float       scale = ggml_fp16_to_fp32(half);
-    const float       inv   = std::isfinite(scale) && scale != 0.0f ? 1.0f/scale : 0.0f;
+    float y[lminf_n_dirs];
+    std::copy(x, x + lminf_n_dirs, y);
+    lminf_turn(y);
 
-    uint8_t u[16];
-    for (int i = 0; i < 16; ++i) {
-        u[i] = inv == 0.0f ? 8 : (uint8_t) std::min(15.0f, std::max(0.0f, x[i]*inv + 8.5f));
+    // numbers c - 1.5 times a step that is best for coordinates with a normal distribution
+    double square = 0.0;
+    for (float a : y) {
+        square += (double) a*a;
     }
-    for (int i = 0; i < 4; ++i) {
-        data[     4*lane + i] = (char) (u[i    ] | u[i +  4] << 4);
-        data[64 + 4*lane + i] = (char) (u[i + 8] | u[i + 12] << 4);
+    const double step = 0.9957*std::sqrt(square/lminf_n_dirs);
+    const double inv  = step > 0.0 && std::isfinite(step) ? 1.0/step : 0.0;
+
+    int    c[lminf_n_dirs];
+    double product = 0.0;
+    for (int i = 0; i < lminf_n_dirs; ++i) {
+        c[i] = inv == 0.0 ? 2 : (int) std::min(3.0, std::max(0.0, y[i]*inv + 2.0));
+        product += y[i]*(c[i] - 1.5);
+    }
+    // the scale is such that the sketch's product with the key is that of the key with itself: scores are not too low then
+    ggml_fp16_t half = are_finite(x, lminf_n_dirs) ? ggml_fp32_to_fp16(product > 0.0 ? (float) (square/product) : 0.0f) : F16_NAN;
+    if (!std::isfinite(ggml_fp16_to_fp32(half))) {
+        half = F16_NAN;
+    }
+
+    for (int i = 0; i < lminf_n_dirs; ++i) {
+        char & byte = data[byte_of(lane, i)];
+        byte = (char) ((i % 16 < 4 ? 0 : (uint8_t) byte) | c[i] << bit_of(i));
     }
     memcpy(data + 128 + 2*lane, &half, sizeof(half));
 }
@@ -48,27 +94,32 @@ void lminf_sketch_load(const void * block, int64_t lane, float * x) {
 
     ggml_fp16_t scale;
     memcpy(&scale, data + 128 + 2*lane, sizeof(scale));
-    for (int i = 0; i < 16; ++i) {
-        x[i] = ggml_fp16_to_fp32(scale)*((data[i/8*64 + 4*lane + i % 4] >> i/4 % 2*4 & 15) - 8);
+    for (int i = 0; i < lminf_n_dirs; ++i) {
+        x[i] = ggml_fp16_to_fp32(scale)*((float) (data[byte_of(lane, i)] >> bit_of(i) & 3) - 1.5f);
     }
+    mix(x);
+    flip(x);
 }
 
-lminf_sketch_query::lminf_sketch_query(const float * q, float offset) : x{ 0 }, start(0), scale(NAN), offset(offset) {
-    if (!are_finite(q, 16)) {
+lminf_sketch_query::lminf_sketch_query(const float * q, float offset) : x{ 0 }, start(0.0f), scale(NAN), offset(offset) {
+    float y[lminf_n_dirs];
+    std::copy(q, q + lminf_n_dirs, y);
+    lminf_turn(y);
+    if (!are_finite(y, lminf_n_dirs)) {
         return;
     }
     float far = 0.0f;
-    for (int i = 0; i < 16; ++i) {
-        far = std::max(far, std::fabs(q[i]));
+    for (float a : y) {
+        far = std::max(far, std::fabs(a));
     }
     scale = far/127.0f;
 
     const float inv = scale >= FLT_MIN ? 1.0f/scale : 0.0f;
 
-    int8_t bytes[16];
-    for (int i = 0; i < 16; ++i) {
-        bytes[i] = (int8_t) ((int) (q[i]*inv + 128.5f) - 128); // rounded; the conversion cuts
-        start -= 8*bytes[i];
+    int8_t bytes[lminf_n_dirs];
+    for (int i = 0; i < lminf_n_dirs; ++i) {
+        bytes[i] = (int8_t) ((int) (y[i]*inv + 128.5f) - 128); // rounded; the conversion cuts
+        start -= 1.5f*bytes[i];
     }
     memcpy(x, bytes, sizeof(x));
 }
@@ -205,8 +256,8 @@ lminf_axes lminf_find_axes(const float * k, int64_t n_rows, int64_t n_embd) {
         c /= std::max<int64_t>(n_rows, 1);
     }
 
-    // orthogonal iteration on twice as many vectors as are wanted: the error falls by (var[32]/var[15])^2 each time
-    const int64_t n_vec = std::min(2*lminf_n_dirs, n);
+    // orthogonal iteration, on a few vectors more than are wanted: each time the error falls by (var[39]/var[31])^2
+    const int64_t n_vec = std::min(lminf_n_dirs + 8, n);
     std::vector<float> v(n_vec*n), w(n_vec*n);
 
     uint32_t state = 1;
@@ -260,16 +311,22 @@ lminf_axes lminf_find_axes(const float * k, int64_t n_rows, int64_t n_embd) {
     return res;
 }
 
+static void project(const lminf_axes & axes, const float * x, float * res) {
+    for (int64_t d = 0; d < lminf_n_dirs; d += 16) {
+        lminf_get_isa().project(axes.n_embd, axes.axes.data() + d*axes.n_embd, x, res + d);
+    }
+}
+
 void lminf_project(const lminf_axes & axes, const float * k, float * x) {
     std::vector<float> centered(k, k + axes.n_embd);
     for (int64_t i = 0; i < axes.n_embd; ++i) {
         centered[i] -= axes.mean[i];
     }
-    lminf_get_isa().project(axes.n_embd, axes.axes.data(), centered.data(), x);
+    project(axes, centered.data(), x);
 }
 
 float lminf_project_query(const lminf_axes & axes, const float * q, float * y) {
-    lminf_get_isa().project(axes.n_embd, axes.axes.data(), q, y);
+    project(axes, q, y);
     return (float) dot(q, axes.mean.data(), axes.n_embd);
 }
 

@@ -12,18 +12,25 @@
 #include <vector>
 
 constexpr int64_t lminf_n_lanes = 16;
-constexpr int64_t lminf_n_dirs  = 16; // of a sketch
+constexpr int64_t lminf_n_dirs  = 32; // of a sketch
 
-// --- sketches: 16 numbers of 4 bits and a scale per token, a key in the basis of lminf_axes ---------------------------
+// --- sketches: 32 numbers of 2 bits and a scale per token, a key in the basis of lminf_axes, turned -------------------
+//
+// Two bits are enough for many directions, and more directions are worth more than more bits: among 32,000 keys of nano the
+// 1,024 best by 32 directions of 2 bits have 99 % of the votes of the best 8, those by 16 directions of 4 bits 82 %. The turn is
+// what allows it: it spreads a key over all coordinates alike, so that one scale fits them.
 
 size_t lminf_sketch_size();
-void   lminf_sketch_store(void * block, int64_t lane, const float * x); // x [16]
+void   lminf_sketch_store(void * block, int64_t lane, const float * x); // x [32]
 void   lminf_sketch_load (const void * block, int64_t lane, float * x);
 
-// q [16] at 8 bits
+// x [32] by a fixed orthogonal matrix
+void lminf_turn(float * x);
+
+// q [32] at 8 bits
 struct lminf_sketch_query {
-    int32_t x[4];   // 4 signed bytes each, as they lie in memory
-    int32_t start;  // -8 times their sum
+    int32_t x[8];   // 4 signed bytes each, as they lie in memory
+    float   start;  // -1.5 times their sum
     float   scale;
     float   offset;
 
@@ -39,17 +46,17 @@ struct lminf_axes {
     int64_t n_embd = 0;
 
     std::vector<float> mean; // [n_embd]
-    std::vector<float> axes; // [16][n_embd], orthonormal, by falling variance; n_embd < 16: the rest are zeros
-    std::vector<float> var;  // [16]
+    std::vector<float> axes; // [32][n_embd], orthonormal, by falling variance; n_embd < 32: the rest are zeros
+    std::vector<float> var;  // [32]
 };
 
 // of the rows of k [n_rows][n_embd] that are finite; the same rows give the same axes
 lminf_axes lminf_find_axes(const float * k, int64_t n_rows, int64_t n_embd);
 
-// x [16] = axes·(k - mean)
+// x [32] = axes·(k - mean)
 void lminf_project(const lminf_axes & axes, const float * k, float * x);
 
-// y [16] = axes·q; returns q·mean: q·k is about y·x + q·mean
+// y [32] = axes·q; returns q·mean: q·k is about y·x + q·mean
 float lminf_project_query(const lminf_axes & axes, const float * q, float * y);
 
 // --- choice of the best -----------------------------------------------------------------------------------------------

@@ -235,6 +235,16 @@ static void test_add_scaled(int64_t n) {
     check(memcmp(&before[n], &y[n], 16*sizeof(float)) == 0, "add_scaled, behind its end");
 }
 
+static double dot(const float * a, const float * b, int64_t n) {
+    double res = 0.0;
+    for (int64_t i = 0; i < n; ++i) {
+        res += (double) a[i]*b[i];
+    }
+    return res;
+}
+
+constexpr int n_dirs = lminf_n_dirs;
+
 // --- sketches -----------------------------------------------------------------------------------------------------------
 
 static void test_sketch(int64_t n_blocks, int64_t n_q) {
@@ -244,41 +254,62 @@ static void test_sketch(int64_t n_blocks, int64_t n_q) {
     const int64_t n_tokens = n_blocks*lminf_n_lanes;
 
     std::vector<char>    blocks(n_blocks*size, (char) 0xFF);
-    std::vector<float>   x(n_tokens*16);
+    std::vector<float>   x(n_tokens*n_dirs);
     std::vector<int64_t> order(n_tokens);
     for (int64_t i = 0; i < n_tokens; ++i) {
         order[i] = i;
     }
     std::shuffle(order.begin(), order.end(), rng);
     for (int64_t i : order) {
-        auto xi = random_floats(16, std::exp((float) draw(8) - 4.0f));
+        auto xi = random_floats(n_dirs, std::exp((float) draw(8) - 4.0f));
         if (draw(10) == 0) {
             std::fill(xi.begin(), xi.end(), 0.0f);
         }
         if (draw(10) == 0) {
-            xi[draw(16)] = bad_number();
+            xi[draw(n_dirs)] = bad_number();
         }
         lminf_sketch_store(&blocks[i/lminf_n_lanes*size], i % lminf_n_lanes, xi.data());
-        std::copy(xi.begin(), xi.end(), &x[16*i]);
+        std::copy(xi.begin(), xi.end(), &x[n_dirs*i]);
     }
     for (int64_t i = 0; i < n_tokens; ++i) {
-        float far = 0.0f;
         bool  bad = false;
-        for (int j = 0; j < 16; ++j) {
-            bad = bad || !std::isfinite(x[16*i + j]);
-            far = std::max(far, std::fabs(x[16*i + j]));
+        float turned[n_dirs], res[n_dirs], turned_res[n_dirs];
+        for (int j = 0; j < n_dirs; ++j) {
+            bad = bad || !std::isfinite(x[n_dirs*i + j]);
+            turned[j] = x[n_dirs*i + j];
         }
-        float res[16];
         lminf_sketch_load(&blocks[i/lminf_n_lanes*size], i % lminf_n_lanes, res);
-        for (int j = 0; j < 16; ++j) {
-            // a step is an eighth of the largest; what lies opposite to that has one step less
-            const bool is_opposite = std::fabs(x[16*i + j]) > far*7.4f/8.0f;
-            check(bad ? std::isnan(res[j]) : std::fabs(res[j] - x[16*i + j]) <= far/8.0f*(is_opposite ? 1.01f : 0.51f), "load, " + name);
-            x[16*i + j] = res[j];
+        std::copy(res, res + n_dirs, turned_res);
+        lminf_turn(turned);
+        lminf_turn(turned_res);
+
+        const double square = dot(&x[n_dirs*i], &x[n_dirs*i], n_dirs), step = 0.9957*std::sqrt(square/n_dirs);
+
+        float least = INFINITY; // half of what a number counts
+        for (float a : turned_res) {
+            least = std::min(least, std::fabs(a));
+        }
+        for (int j = 0; j < n_dirs; ++j) {
+            if (bad) {
+                check(std::isnan(res[j]), "bad, " + name);
+            } else if (square == 0.0) {
+                check(res[j] == 0.0f, "zeros, " + name);
+            } else {
+                const bool   is_outer = std::fabs(turned_res[j]) > 2.0f*least;
+                const double nearest  = (is_outer ? 1.5 : 0.5)*std::copysign(step, turned_res[j]);
+                const bool   is_out   = is_outer && std::fabs(turned[j]) > 2.0*step;
+                check(std::fabs(turned[j] - nearest) <= 0.5001*step || (is_out && turned[j]*nearest > 0.0), "load, " + name);
+            }
+            x[n_dirs*i + j] = res[j];
+        }
+        if (!bad) { // as long as it has to be
+            float own[n_dirs];
+            std::copy(turned, turned + n_dirs, own);
+            check(std::fabs(dot(own, turned_res, n_dirs) - square) <= 1e-3*square, "length, " + name);
         }
     }
 
-    auto q      = random_floats(n_q*16, std::exp((float) draw(8) - 4.0f));
+    auto q      = random_floats(n_q*n_dirs, std::exp((float) draw(8) - 4.0f));
     auto offset = random_floats(n_q, (float) draw(3));
     auto before = random_floats(n_tokens, (float) draw(3));
     if (draw(3) == 0) {
@@ -286,27 +317,34 @@ static void test_sketch(int64_t n_blocks, int64_t n_q) {
     }
     for (int64_t i = 0; i < n_q; ++i) {
         switch (draw(8)) {
-            case 0:  q[16*i + draw(16)] = bad_number(); break;
+            case 0:  q[n_dirs*i + draw(n_dirs)] = bad_number(); break;
             case 1:  offset[i] = NAN;                   break;
-            case 2:  std::fill(&q[16*i], &q[16*i] + 16, 0.0f); break;
+            case 2:  std::fill(&q[n_dirs*i], &q[n_dirs*i] + n_dirs, 0.0f); break;
             default: break;
         }
     }
     auto best = before;
     std::vector<lminf_sketch_query> queries;
     for (int64_t i = 0; i < n_q; ++i) {
-        queries.emplace_back(&q[16*i], offset[i]);
+        queries.emplace_back(&q[n_dirs*i], offset[i]);
     }
     lminf_sketch_max(blocks.data(), n_blocks, queries.data(), n_q, best.data());
 
+    auto turned_x = x, turned_q = q;
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        lminf_turn(&turned_x[n_dirs*t]);
+    }
+    for (int64_t i = 0; i < n_q; ++i) {
+        lminf_turn(&turned_q[n_dirs*i]);
+    }
     for (int64_t t = 0; t < n_tokens; ++t) {
         double expected = before[t], error = 0.0;
         for (int64_t i = 0; i < n_q; ++i) {
             double sum = offset[i], sum_abs = 0.0, far = 0.0;
-            for (int j = 0; j < 16; ++j) {
-                sum     += (double) q[16*i + j]*x[16*t + j];
-                sum_abs += std::fabs(x[16*t + j]);
-                far      = std::max<double>(far, std::fabs(q[16*i + j]));
+            for (int j = 0; j < n_dirs; ++j) {
+                sum     += (double) q[n_dirs*i + j]*x[n_dirs*t + j];
+                sum_abs += std::fabs(turned_x[n_dirs*t + j]);
+                far      = std::max<double>(far, std::fabs(turned_q[n_dirs*i + j]));
             }
             if (std::isfinite(sum)) {
                 expected = std::max(expected, sum);
@@ -389,18 +427,10 @@ static void test_best() {
 
 // --- axes ---------------------------------------------------------------------------------------------------------------
 
-static double dot(const float * a, const float * b, int64_t n) {
-    double res = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-        res += (double) a[i]*b[i];
-    }
-    return res;
-}
-
-// the largest part of the variance that 16 directions can have: the sum of the largest eigenvalues, by deflation
+// the largest part of the variance that n_dirs directions can have: the sum of the largest eigenvalues, by deflation
 static double best_variance(std::vector<double> cov, int64_t n) {
     double res = 0.0;
-    for (int64_t k = 0; k < std::min<int64_t>(16, n); ++k) {
+    for (int64_t k = 0; k < std::min<int64_t>(n_dirs, n); ++k) {
         std::vector<double> v(n), w(n);
         for (auto & x : v) {
             x = (double) rng()/4294967296.0 - 0.5;
@@ -461,7 +491,7 @@ static void test_axes(int64_t n_rows, int64_t n, bool falling) {
     const lminf_axes axes = lminf_find_axes(k.data(), n_rows, n);
     const lminf_axes same = lminf_find_axes(with_bad.data(), n_rows + 3, n);
     check(axes.mean == same.mean && axes.axes == same.axes && axes.var == same.var, "the same again, " + name);
-    check(axes.n_embd == n && (int64_t) axes.mean.size() == n && (int64_t) axes.axes.size() == 16*n && axes.var.size() == 16, "sizes, " + name);
+    check(axes.n_embd == n && (int64_t) axes.mean.size() == n && (int64_t) axes.axes.size() == n_dirs*n && axes.var.size() == n_dirs, "sizes, " + name);
 
     std::vector<double> true_mean(n), cov(n*n);
     for (int64_t r = 0; r < n_rows; ++r) {
@@ -481,7 +511,7 @@ static void test_axes(int64_t n_rows, int64_t n, bool falling) {
     }
 
     double total = 0.0;
-    for (int64_t a = 0; a < 16; ++a) {
+    for (int64_t a = 0; a < n_dirs; ++a) {
         for (int64_t b = 0; b <= a; ++b) {
             const double expected = a == b && a < n ? 1.0 : 0.0;
             check(std::fabs(dot(&axes.axes[a*n], &axes.axes[b*n], n) - expected) <= 1e-4, "orthonormal, " + name);
@@ -501,14 +531,14 @@ static void test_axes(int64_t n_rows, int64_t n, bool falling) {
 
     // projections
     const auto q = random_floats(n);
-    std::vector<float> centered(n), x(16, NAN), y(16, NAN);
+    std::vector<float> centered(n), x(n_dirs, NAN), y(n_dirs, NAN);
     for (int64_t i = 0; i < n; ++i) {
         centered[i] = q[i] - axes.mean[i];
     }
     lminf_project(axes, q.data(), x.data());
     const float offset = lminf_project_query(axes, q.data(), y.data());
     check(std::fabs(offset - dot(q.data(), axes.mean.data(), n)) <= 1e-4, "offset, " + name);
-    for (int64_t a = 0; a < 16; ++a) {
+    for (int64_t a = 0; a < n_dirs; ++a) {
         check(std::fabs(x[a] - dot(&axes.axes[a*n], centered.data(), n)) <= 1e-4, "projection, " + name);
         check(std::fabs(y[a] - dot(&axes.axes[a*n], q.data(), n)) <= 1e-4, "projection of a query, " + name);
     }
@@ -526,8 +556,8 @@ static void test_all_axes() {
     for (int64_t n_rows : { 0, 20 }) {
         const std::vector<float> same(n_rows*24, 1.5f);
         const lminf_axes axes = lminf_find_axes(same.data(), n_rows, 24);
-        for (int64_t a = 0; a < 16; ++a) {
-            check(std::fabs(dot(&axes.axes[a*24], &axes.axes[a*24], 24) - 1.0) <= 1e-4 && axes.var[a] <= 1e-6, "axes of equal keys");
+        for (int64_t a = 0; a < n_dirs; ++a) {
+            check(std::fabs(dot(&axes.axes[a*24], &axes.axes[a*24], 24) - (a < 24 ? 1.0 : 0.0)) <= 1e-4 && axes.var[a] <= 1e-6, "axes of equal keys");
         }
     }
 }
