@@ -47,9 +47,11 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.include_router(metrics.router)
     add_error_handlers(app)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+    if settings.page:
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> FileResponse:
+            return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.mount("/docs/ui", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static"), name="docs")

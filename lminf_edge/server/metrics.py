@@ -1,4 +1,4 @@
-"""Metrics for Prometheus."""
+"""Metrics for Prometheus: ours, and llama-server's by its names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import in_thread
 from lminf_edge.text.service import TextService
@@ -69,14 +70,50 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(f"lminf_{name}", text, value=value)
 
 
-@router.get("/metrics", response_class=Response)
+def llama_server_metrics(service: TextService) -> str:
+    """What dashboards made for llama-server read. The client package would rename what does not end in "_total"."""
+    engine = service.engine
+    counters = engine.counters
+    prompt_rate = counters.prefilled_tokens / (counters.prefill_seconds or 1.0)
+    predicted_rate = counters.generated_tokens / (counters.decode_seconds or 1.0)
+    found = (
+        ("prompt_tokens_total", "counter", "Tokens of prompts that were processed.", counters.prefilled_tokens),
+        ("prompt_tokens_cached_total", "counter", "Tokens of prompts from the cache.", counters.cached_tokens),
+        ("prompt_seconds_total", "counter", "Seconds spent in prefill batches.", counters.prefill_seconds),
+        ("tokens_predicted_total", "counter", "Tokens generated.", counters.generated_tokens),
+        ("tokens_predicted_seconds_total", "counter", "Seconds spent in decode batches.", counters.decode_seconds),
+        ("n_decode_total", "counter", "Batches.", counters.batches),
+        ("n_tokens_max", "counter", "Tokens of the longest stream.", counters.longest),
+        ("spec_decode_num_draft_tokens_total", "counter", "There is no draft model.", 0),
+        ("spec_decode_num_accepted_tokens_total", "counter", "There is no draft model.", 0),
+        ("spec_decode_num_drafts_total", "counter", "There is no draft model.", 0),
+        ("prompt_tokens_seconds", "gauge", "Tokens of prompts per second, since the start.", prompt_rate),
+        ("predicted_tokens_seconds", "gauge", "Tokens generated per second, since the start.", predicted_rate),
+        ("requests_processing", "gauge", "Slots at work.", engine.n_busy),
+        ("requests_deferred", "gauge", "Requests that have no slot yet.", engine.n_waiting),
+        ("n_busy_slots_per_decode", "gauge", "Requests per batch.", counters.batch_parts / (counters.batches or 1)),
+    )
+    lines = []
+    for name, kind, text, value in found:
+        lines += [f"# HELP llamacpp:{name} {text}", f"# TYPE llamacpp:{name} {kind}", f"llamacpp:{name} {value}"]
+    return "\n".join(lines) + "\n"
+
+
+@router.get("/metrics", response_class=Response, responses={501: {"model": ErrorResponse}})
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
-    service = ServerState.of(request).service
+    state = ServerState.of(request)
+    if not state.settings.metrics:
+        raise ApiError(501, "This server tells no metrics: it was started with --no-metrics.")
+    service = state.service
     collector = EngineCollector(service)
 
+    def read() -> bytes:
+        return bytes(generate_latest(collector)) + llama_server_metrics(service).encode()
+
     def collect() -> Response:
-        text = service.engine.call(lambda: generate_latest(collector))  # in its thread: nothing changes meanwhile
-        return Response(text, media_type=CONTENT_TYPE)
+        text = service.engine.call(read)  # in its thread: nothing changes meanwhile
+        headers = {"Process-Start-Time-Unix": str(int(state.started))}
+        return Response(text, media_type=CONTENT_TYPE, headers=headers)
 
     return await in_thread(request, collect)

@@ -17,9 +17,15 @@ from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.events import chat_events, text_events
 from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
-from lminf_edge.server.responses import chat_answer, chat_chunks, completion_answer, completion_chunks
+from lminf_edge.server.responses import (
+    chat_answer,
+    chat_chunks,
+    completion_answer,
+    completion_chunks,
+    progress_chunk,
+)
 from lminf_edge.server.state import ServerState
-from lminf_edge.server.streaming import EventStream, ProgressReporter, encoded, in_thread
+from lminf_edge.server.streaming import EventStream, ProgressChunk, ProgressReporter, encoded, in_thread
 from lminf_edge.text.chat import ChatPrompt
 from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs
 from lminf_edge.text.service import Exchange
@@ -58,9 +64,10 @@ async def respond(
     request: Request,
     body: Sampling,
     prepare: Callable[[Exchange], T],
-    whole: Callable[[Exchange, T], dict[str, Any]],
+    whole: Callable[[Exchange, T], Any],
     chunks: Callable[[Exchange, T], Iterator[dict[str, Any]]],
     done: str | None,
+    progress: ProgressChunk = progress_chunk,
 ) -> Response:
     """One JSON response or, with `stream`, chunks and then `done`.
 
@@ -69,7 +76,7 @@ async def respond(
     events = EventStream(request) if body.stream else None
     on_progress = None
     if events is not None and body.return_progress:
-        on_progress = ProgressReporter(events.put)
+        on_progress = ProgressReporter(events.put, progress)
     ours = body.lminf
     exchange = Exchange(
         ServerState.of(request).service,
@@ -78,6 +85,8 @@ async def respond(
         pin_system=ours.pin_system if ours else None,
         prefill=ours.prefill if ours else None,
         recall=ours.recall if ours else None,
+        slot=None if body.id_slot in (None, -1) else body.id_slot,
+        reuses=body.cache_prompt is not False,
         on_progress=on_progress,
     )
     if events is None:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Required, TypedDict
 
-from lminf_edge.engine.params import MAX_BREAKERS
+from lminf_edge.engine.params import MAX_BREAKERS, MAX_SAMPLERS, sampler_name
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1024
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_BIASES = 1 << 16
+MAX_PROMPTS = 128
+MAX_FIELDS = 64
 
 
 def _few_biases(value: Any) -> Any:
@@ -65,6 +76,10 @@ class LambdaOptions(_Lenient):
 # how other servers are given pictures or embeddings beside a prompt
 _NOT_TEXT = ("image_data", "multimodal_data", "multi_modal_data", "prompt_embeds")
 
+# what llama-server has and we do not, unless it is given as off
+_NOT_SERVED = ("lora", "n_indent", "t_max_predict_ms", "adaptive_target", "grammar_lazy", "grammar_triggers")
+_OFF: tuple[Any, ...] = (None, False, 0, -1, "", [], {})
+
 TokenLimit = Annotated[int, Field(ge=1, le=1 << 40)] | Literal[-1] | None
 
 
@@ -92,6 +107,8 @@ class Sampling(_Lenient):
     mirostat: Literal[0, 1, 2] | None = None
     mirostat_tau: float | None = Field(None, ge=0, le=100)
     mirostat_eta: float | None = Field(None, ge=0, le=100)
+    samplers: Many[str] | None = Field(None, max_length=MAX_SAMPLERS, description="which take part, in this order")
+    min_keep: int | None = Field(None, ge=0, le=1 << 30, description="tokens that samplers leave at least")
     seed: int | None = Field(None, description="the same seed, prompt and parameters give the same text")
     stop: str | Many[str] | None = None
     stream: bool | None = False
@@ -102,10 +119,20 @@ class Sampling(_Lenient):
         description="names the conversation: it may continue after its oldest messages were dropped",
     )
     return_progress: bool | None = Field(False, description="report prefill progress, in a stream")
+    id_slot: int | None = Field(None, ge=-1, le=1 << 30, description="the slot to be answered in; -1: any")
+    cache_prompt: bool | None = Field(True, description="false: all of the prompt is processed")
+
+    @field_validator("samplers")
+    @classmethod
+    def _named_samplers(cls, names: list[str] | None) -> list[str] | None:
+        return None if names is None else [sampler_name(name) for name in names]
 
     @model_validator(mode="before")
     @classmethod
-    def _only_text(cls, body: Any) -> Any:
+    def _only_what_is_here(cls, body: Any) -> Any:
+        for name in _NOT_SERVED:
+            if isinstance(body, dict) and body.get(name) not in _OFF:
+                raise ValueError(f"{name}: this server does not have it")
         for name in _NOT_TEXT:
             if isinstance(body, dict) and body.get(name):
                 raise ValueError(f"{name}: only text can be read")
@@ -153,6 +180,17 @@ class CompletionRequest(_OpenAISampling):
     grammar: str | None = None
 
 
+class PromptText(_Lenient):
+    """A prompt as an object, which llama-server has for pictures."""
+
+    prompt_string: str
+    multimodal_data: Any = Field(None, description="nothing: only text can be read")
+
+
+TokensAndText = Many[int] | Many[int | str]
+LlamaPrompt = str | PromptText | TokensAndText | Many[str | PromptText | TokensAndText]
+
+
 class EmbeddingRequest(_Lenient):
     """POST /v1/embeddings"""
 
@@ -164,13 +202,28 @@ class EmbeddingRequest(_Lenient):
 class LlamaCompletionRequest(Sampling):
     """POST /completion, in llama.cpp's dialect"""
 
-    prompt: str | Many[int] | Many[int | str] = ""
-    n_predict: int | None = Field(-1, ge=-1, le=1 << 40)
-    n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
-    logit_bias: LogitBias[Many[tuple[int, float | bool]] | dict[str, float] | None] = None
+    prompt: LlamaPrompt = Field("", description=f"text, tokens, or both mixed; or up to {MAX_PROMPTS} of these")
+    n_predict: int | None = Field(
+        -1, ge=-1, le=1 << 40, validation_alias=AliasChoices("n_predict", "max_completion_tokens", "max_tokens")
+    )
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES, validation_alias=AliasChoices("n_cmpl", "n"))
+    n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS, validation_alias=AliasChoices("n_probs", "logprobs"))
+    post_sampling_probs: bool | None = Field(False, description="n_probs: of what the samplers left")
+    logit_bias: LogitBias[Many[tuple[int | str, float | bool]] | dict[str, float | bool] | None] = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     ignore_eos: bool | None = Field(False, description="go on to the limit")
+    return_tokens: bool | None = Field(False, description="the tokens of the text, too; a stream always has them")
+    timings_per_token: bool | None = Field(False, description="timings in every part of a stream")
+    response_fields: Many[Annotated[str, Field(max_length=256)]] | None = Field(
+        None, max_length=MAX_FIELDS, description='only these in the answer, such as "generation_settings/n_predict"'
+    )
+
+
+class SlotRequest(_Lenient):
+    """POST /slots/N"""
+
+    filename: str | None = Field(None, max_length=255, description="save, restore: a plain name")
 
 
 class TokenizeRequest(_Lenient):

@@ -126,6 +126,8 @@ class ServerState:
             "object": "model",
             "created": int(self.started),
             "owned_by": "lminf-edge",
+            "aliases": list(self.settings.aliases),
+            "tags": list(self.settings.tags),
             "name": self.settings.model_name,
             "context_length": ENDLESS,
             "max_model_len": ENDLESS,

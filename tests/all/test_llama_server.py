@@ -126,7 +126,7 @@ def main() -> int:
         for each in run(unpack(Path(folder)), model, *sys.argv[1:]):
             entries = [entry for entry in table if covers(entry, each.id)]
             counts[each.outcome if not entries else f"left out, {each.outcome}"] += 1
-            why = table[entries[0]] if entries else each.reason
+            why = ": ".join(part for part in (table[entries[0]] if entries else "", each.reason) if part)
             print(f"{each.outcome:8}{'*' if entries else ' '} {each.id}{': ' + why if why else ''}")
     print("* in the table.", ", ".join(f"{n} {name}" for name, n in sorted(counts.items())))
     return 0

@@ -78,7 +78,9 @@ FIELDS: dict[str, Callable[[Any], list[str]]] = {
     **dict.fromkeys(("model_hf_repo", "model_hf_file", "model_file", "offline", "server_port", "n_ctx"), ignored),
     **dict.fromkeys(("n_ubatch", "fa", "kv_unified", "swa_full", "server_continuous_batching", "jinja"), ignored),
     **dict.fromkeys(("cache_prompt", "external_server", "log_path", "backend_sampling"), ignored),
-    **dict.fromkeys(("process", "ready", "pid", "server_slots", "server_metrics"), ignored),
+    "server_slots": lambda given: [] if given else ["--no-slots"],
+    "server_metrics": lambda given: [] if given else ["--no-metrics"],
+    **dict.fromkeys(("process", "ready", "pid"), ignored),
 }
 
 
@@ -137,13 +139,21 @@ def stop(self: utils.ServerProcess) -> None:
 
 
 utils.ServerProcess.start, utils.ServerProcess.stop = start, stop
-send = requests.Session.send
+send, make_request = requests.Session.send, utils.ServerProcess.make_request
 
 
 def send_for_a_while(self: requests.Session, request: Any, **kwargs: Any) -> requests.Response:
     return send(self, request, **{**kwargs, "timeout": min(kwargs.get("timeout") or SECONDS, SECONDS)})
 
 
+def make_request_of_any_case(*args: Any, **kwargs: Any) -> utils.ServerResponse:
+    """Names of headers have no case, but those of the dict that the tests look into do."""
+    response = make_request(*args, **kwargs)
+    response.headers = requests.structures.CaseInsensitiveDict(response.headers)
+    return response
+
+
+utils.ServerProcess.make_request = make_request_of_any_case
 requests.Session.send = send_for_a_while  # type: ignore[method-assign]
 
 
