@@ -10,17 +10,23 @@ from typing import Any
 
 import httpx
 import pytest
+from reference.gguf_file import copy_with
 from served import Served, serve
 
 from lminf_edge import LMInfConfig
 from lminf_edge.cache.checkpoint import Checkpoint
 from lminf_edge.errors import UserError
 from lminf_edge.server import Settings
+from lminf_edge.server.infill import infill_tokens
+from lminf_edge.server.requests import InfillRequest
+from lminf_edge.server.settings import origin_pattern
 from lminf_edge.server.slot_files import MAX_FILES, save_slot_file, slot_file
 
 WINDOW = LMInfConfig(n_global=4, n_local=128)
 TEXT = "The ferry left at six, an hour before the sun came over the hills"
 BODY = {"prompt": TEXT, "n_predict": 8, "temperature": 0}
+SNIPPET = "\n\n--- snippet ---\n\n"
+NAMES = ("prefix", "suffix", "middle")
 KEYS = {"one": {"Authorization": "Bearer one"}, "two": {"Authorization": "Bearer two"}}
 
 
@@ -130,6 +136,78 @@ def test_any_content_type_is_json(client: httpx.Client, kind: str) -> None:
     headers = {"Content-Type": kind} if kind else {}
     response = client.post("/completion", content=b'{"prompt": "a", "n_predict": 2.0}', headers=headers)
     assert response.json()["tokens_predicted"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [({"temperature": -1}, ("temperature", 0)), ({"top_p": 7}, ("top_p", 1)), ({"top_k": -3.5}, ("top_k", 0))],
+)
+def test_numbers_are_brought_into_range(
+    client: httpx.Client, given: dict[str, float], taken: tuple[str, float]
+) -> None:
+    assert ask(client, **given, n_predict=1.9)["generation_settings"].items() >= {taken, ("n_predict", 1)}
+
+
+# --- other routes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_of_messages(client: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": TEXT}]}
+    prompt = client.post("/apply-template", json=body).json()["prompt"]
+    assert TEXT in prompt
+    for path in ("/v1/chat/completions", "/chat/completions"):
+        n_tokens = client.post(f"{path}/input_tokens", json=body).json()["input_tokens"]
+        answer = client.post(path, json={**body, "max_tokens": 1}).json()
+        assert n_tokens == answer["usage"]["prompt_tokens"]
+
+
+def test_infill(client: httpx.Client, nano_path: str, tmp_path: Path) -> None:
+    body = {"input_prefix": "The ferry ", "input_suffix": " at six.", "prompt": "le", "n_predict": 4}
+    assert client.post("/infill", json=body).status_code == 501
+    model = tmp_path / "infill.gguf"
+    copy_with(nano_path, model, {f"tokenizer.ggml.{name}_token_id": 300 + i for i, name in enumerate(NAMES)})
+    with serve(str(model), lminf=WINDOW) as served:
+        tokenizer = served.service.tokenizer
+
+        def tokens(text: str, special: bool = False) -> list[int]:
+            return list(tokenizer.tokenize(text, False, special).tolist())
+
+        made = infill_tokens(served.service, InfillRequest(**body))
+        assert made == [1, 300, *tokens("The ferry "), *tokens("le", True), 301, *tokens(" at six."), 302]
+        long = {"input_prefix": "a b " * 500, "input_suffix": "c d " * 500}
+        files = [{"text": "the beginning " + "e f " * 500}, {"filename": "x", "text": "the end"}]
+        made = infill_tokens(served.service, InfillRequest(**long, input_extra=files))
+        begin, end = made.index(300), made.index(301)
+        half = served.engine.window.size // 2
+        assert made[begin + 1 : end] == tokens("a b " * 500)[-(3 * half // 4) :]
+        assert made[end + 1 : -1] == tokens("c d " * 500)[: half // 4 - 2]
+        extra = [*tokens(SNIPPET), *tokens(files[0]["text"]), *tokens(SNIPPET), *tokens("the end")]
+        assert made[:begin] == [*extra[-half:], 1]
+        assert httpx.post(f"{served.url}/infill", json=body).json()["tokens_predicted"] == 4
+        wrong = httpx.post(f"{served.url}/infill", json={**body, "input_extra": [{"filename": "x"}]})
+        assert (wrong.status_code, "input_extra" in wrong.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "origin", "allowed"),
+    [
+        ("localhost", "http://localhost:3000", True),
+        ("localhost", "https://[::1]", True),
+        ("localhost", "http://localhost.evil.example", False),
+        ("localhost", "http://evil.example#localhost", False),
+        ("apps", "app://obsidian.md", True),
+        ("apps", "vscode-webview://1a2b3c", True),
+        ("apps", "file://", True),
+        ("apps", "http://tauri.localhost", True),
+        ("apps", "null", False),
+        ("apps", "https://app", False),
+        ("https://a.example", "https://a.example", True),
+        ("https://a.example", "https://a-example", False),
+    ],
+)
+def test_origins_by_name(name: str, origin: str, allowed: bool) -> None:
+    assert bool(re.fullmatch(origin_pattern((name,)), origin)) == allowed
+    assert not re.fullmatch(origin_pattern(()), origin)
 
 
 # --- slots ------------------------------------------------------------------------------------------------------------

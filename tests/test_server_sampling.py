@@ -65,9 +65,8 @@ WRONG: list[dict[str, Any]] = [
     {"dry_multiplier": -1},
     {"dry_sequence_breakers": "x"},
     {"dry_sequence_breakers": ["x"] * 65},
-    {"xtc_probability": 2},
+    {"repeat_penalty": -1},
     {"dynatemp_range": "wide"},
-    {"mirostat": 3},
 ]
 
 

@@ -101,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         action="append",
         default=[],
-        help="a web page that may use this server; repeatable",
+        help="a web page that may use this server; repeatable. localhost: those of this machine, at any port; apps: "
+        "those of desktop apps (Electron, Tauri, Obsidian, VS Code, ...)",
     )
     group.add_argument(
         "--allowed-host",

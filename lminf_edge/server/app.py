@@ -16,7 +16,7 @@ import lminf_edge
 from lminf_edge.server import llama_cpp_routes, metrics, openai_routes
 from lminf_edge.server.errors import add_error_handlers
 from lminf_edge.server.security import SecurityMiddleware
-from lminf_edge.server.settings import Settings
+from lminf_edge.server.settings import Settings, origin_pattern
 from lminf_edge.server.state import Embedder, ServerState
 from lminf_edge.text.service import TextService
 
@@ -63,6 +63,9 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping)
     # around the guard: a listed page must be able to read why it was refused
     app.add_middleware(
-        CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        CORSMiddleware,
+        allow_origin_regex=origin_pattern(settings.origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
     )
     return app

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from lminf_edge.engine.scheduler import Scheduler
 from lminf_edge.server.arguments import (
     AskedLlamaCpp,
+    asked_chat,
     asked_llama_cpp,
     generation_settings,
     llama_cpp_prompts,
@@ -20,9 +22,17 @@ from lminf_edge.server.arguments import (
 )
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse, engine_stopped
+from lminf_edge.server.infill import infill_tokens
 from lminf_edge.server.llama_cpp_answers import llama_cpp_answer, llama_cpp_chunks, llama_cpp_progress
 from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, respond
-from lminf_edge.server.requests import DetokenizeRequest, LlamaCompletionRequest, SlotRequest, TokenizeRequest
+from lminf_edge.server.requests import (
+    ChatRequest,
+    DetokenizeRequest,
+    InfillRequest,
+    LlamaCompletionRequest,
+    SlotRequest,
+    TokenizeRequest,
+)
 from lminf_edge.server.responses import FINGERPRINT
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.slot_files import load_slot_file, save_slot_file, slot_file
@@ -195,6 +205,40 @@ def piece_of(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
+@router.post("/apply-template", response_model=None, responses=PROBLEMS)
+async def apply_template(request: Request, body: ChatRequest) -> Response:
+    """The prompt that a chat request makes of its messages, as text."""
+
+    def told(prompt: ChatPrompt) -> dict[str, Any]:
+        return {"prompt": prompt.text}
+
+    return await respond_prompt(request, body, told)
+
+
+@router.post("/chat/completions/input_tokens", response_model=None, responses=PROBLEMS)
+@router.post("/v1/chat/completions/input_tokens", response_model=None, include_in_schema=False)
+async def input_tokens(request: Request, body: ChatRequest) -> Response:
+    """How many tokens the prompt of a chat request has."""
+
+    def told(prompt: ChatPrompt) -> dict[str, Any]:
+        return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}
+
+    return await respond_prompt(request, body, told)
+
+
+async def respond_prompt(request: Request, body: ChatRequest, told: Callable[[ChatPrompt], dict[str, Any]]) -> Response:
+    """What is told of a chat request's prompt; nothing is generated."""
+    service = ServerState.of(request).service
+    exchange = Exchange(service, owner=request.state.owner)
+
+    def work() -> Response:
+        asked = asked_chat(service, body)
+        more = {"tools": asked.tools, "tool_choice": asked.tool_choice} if asked.tools else {}
+        return encoded(told(exchange.chat_prompt(asked.messages, "", {**more, **asked.template})))
+
+    return await in_thread(request, work, exchange.cancel)
+
+
 @router.post("/detokenize", response_model=None, responses=PROBLEMS)
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """The text of tokens."""
@@ -211,12 +255,27 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 @router.post("/completions", response_model=None, include_in_schema=False)
 async def completion(request: Request, body: LlamaCompletionRequest) -> Response:
     """The continuation of a text, in llama.cpp's dialect."""
+    service = ServerState.of(request).service
+    return await respond_llama_cpp(request, body, lambda: llama_cpp_prompts(service, body.prompt))
+
+
+@router.post("/infill", response_model=None, responses=ANSWERS)
+async def infill(request: Request, body: InfillRequest) -> Response:
+    """What stands between two texts, by a model that has tokens for that."""
+    service = ServerState.of(request).service
+    return await respond_llama_cpp(request, body, lambda: [infill_tokens(service, body)])
+
+
+async def respond_llama_cpp(
+    request: Request, body: LlamaCompletionRequest, prompts: Callable[[], Sequence[str | list[int]]]
+) -> Response:
+    """Completions of prompts, which are made in a worker thread."""
     state = ServerState.of(request)
     name = state.settings.model_name
 
     def prepare(exchange: Exchange) -> tuple[AskedLlamaCpp, list[ChatPrompt]]:
         asked = asked_llama_cpp(state.service, state.engine.model.eog_tokens, body)
-        return asked, [exchange.text_prompt(each) for each in llama_cpp_prompts(state.service, body.prompt)]
+        return asked, [exchange.text_prompt(each) for each in prompts()]
 
     return await respond(
         request,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -199,8 +200,21 @@ class EmbeddingRequest(_Lenient):
     encoding_format: Literal["float", "base64"] | None = "float"
 
 
+# what llama-server brings into range where others refuse it
+_CLAMPED: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 30),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold"), (0, 1)),
+    "mirostat": (0, 2),
+}
+_WHOLE = ("top_k", "mirostat", "seed", "n_predict", "max_tokens", "n_probs", "repeat_last_n", "min_keep", "id_slot")
+
+
 class LlamaCompletionRequest(Sampling):
-    """POST /completion, in llama.cpp's dialect"""
+    """POST /completion, in llama.cpp's dialect: numbers are taken as leniently as there."""
+
+    frequency_penalty: float | None = Field(None, ge=-100, le=100)
+    presence_penalty: float | None = Field(None, ge=-100, le=100)
 
     prompt: LlamaPrompt = Field("", description=f"text, tokens, or both mixed; or up to {MAX_PROMPTS} of these")
     n_predict: int | None = Field(
@@ -218,6 +232,36 @@ class LlamaCompletionRequest(Sampling):
     response_fields: Many[Annotated[str, Field(max_length=256)]] | None = Field(
         None, max_length=MAX_FIELDS, description='only these in the answer, such as "generation_settings/n_predict"'
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_range(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        changed = {}
+        for name, value in body.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            if name in _CLAMPED:
+                value = min(max(value, _CLAMPED[name][0]), _CLAMPED[name][1])
+            changed[name] = int(value) if name in _WHOLE else value
+        return {**body, **changed}
+
+
+class InfillExtra(_Lenient):
+    """More text for /infill, of another file."""
+
+    text: str
+    filename: str = "tmp"
+
+
+class InfillRequest(LlamaCompletionRequest):
+    """POST /infill: what stands between two texts; `prompt` is how it begins."""
+
+    prompt: str = ""
+    input_prefix: str
+    input_suffix: str
+    input_extra: Many[InfillExtra] | None = None
 
 
 class SlotRequest(_Lenient):

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 # the advertised context size, in tokens: front ends trim histories to it, and there is no limit here
 ENDLESS = 1 << 30
+
+# origins by name: pages of this machine, and of desktop apps, whose schemes no web page can have. Not "null": sandboxed
+# frames of any page have that one, too.
+ORIGINS = {
+    "localhost": r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?",
+    "apps": r"(app|capacitor|electron|file|tauri|vscode-file|vscode-webview)://[\w.~-]*(:\d{1,5})?"
+    r"|https?://tauri\.localhost",
+}
+
+
+def origin_pattern(origins: tuple[str, ...]) -> str:
+    """A regular expression for all of an Origin header."""
+    return "|".join(ORIGINS.get(origin) or re.escape(origin) for origin in origins) or "(?!)"
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class Settings:
     slots, metrics   whether /slots and /metrics are answered
     api_keys         each client must send one of them; empty: no key is required
     hosts            names and addresses that a Host header may carry, without the port; empty: any
-    origins          web pages that may use the server, as in an Origin header
+    origins          web pages that may use the server, as in an Origin header, or names of ORIGINS
     slot_folder      where clients may save what a slot holds; None: nowhere
     max_body         bytes of a request's body
     max_requests     requests answered at a time
