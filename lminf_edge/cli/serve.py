@@ -6,6 +6,7 @@ without a token limit ends with finish_reason "length" once the model repeats it
 
 --json prints, once the server is ready,
   url, model, pid, sink, window (null without one), parallel, kv_bytes, folder (null if nothing is kept on disk)
+  (of a server of embeddings or rankings alone, the first three)
   parts: n_layer_full, n_layer_sliding, n_layer_recurrent, n_layer_fused, window_bytes, sink_bytes, sliding_bytes,
   recurrent_bytes
 """
@@ -50,7 +51,8 @@ from lminf_edge.errors import UserError
 if TYPE_CHECKING:
     from lminf_edge.engine.engine import Engine
     from lminf_edge.server.connections import Server
-    from lminf_edge.server.state import Embedder, ServerState
+    from lminf_edge.server.embedder import Embedder
+    from lminf_edge.server.state import ServerState
     from lminf_edge.text.service import TextService
 
 HELP = "serve a model to chat front ends (needs the extra [server])"
@@ -84,7 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-slots", dest="slots", action="store_false", help="tell nothing of slots at /slots")
     parser.add_argument("--no-metrics", dest="metrics", action="store_false", help="tell no figures at /metrics")
     parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
-    parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings, from a second context")
+    parser.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="also serve /v1/embeddings, from a second context; a model that is no text generator serves them alone",
+    )
+    parser.add_argument(
+        "--reranking", action="store_true", help="serve /rerank alone, with a model that was made for that"
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=("none", "mean", "cls", "last", "rank"),
+        help="what makes one vector of those of a text's tokens; default: as the model says, else mean",
+    )
     add_conversations(parser)
     group = parser.add_argument_group("safety")
     group.add_argument(
@@ -242,8 +256,8 @@ def run(args: argparse.Namespace) -> int:
         sockets = [stack.enter_context(listen(args.host[0], args.port))]
         port = sockets[0].getsockname()[1]
         sockets += [stack.enter_context(listen(host, port)) for host in args.host[1:]]
-        service = open_service(args)
-        engine = service.engine
+        embeds_alone = args.reranking or (args.embeddings and not model_header(args.model)[1].is_causal)
+        service = None if embeds_alone else open_service(args)
         name = args.alias[0] if args.alias else Path(args.model).stem
         settings = Settings(
             model_name=name,
@@ -264,14 +278,14 @@ def run(args: argparse.Namespace) -> int:
         )
         app = create_app(service, settings, open_embedder(args, stack))
         server = Server(app, log_level="warning" if args.json else "info")
-        stack.callback(close, engine, server, app.state.server)
+        stack.callback(close, service.engine if service else None, server, app.state.server)
         # uvicorn raises the signal that stopped it again, so that a handler set before it runs: this one exits, and
         # the callbacks above run
         signal.signal(signal.SIGTERM, exit_once)
         show_log(args.log_messages)
         host = f"[{args.host[0]}]" if ":" in args.host[0] else args.host[0]
         url = f"http://{host}:{port}"
-        announce(args, engine, name, url)
+        announce(args, service.engine if service else None, name, url)
         server.run(sockets=sockets)
     return FAILED if server.has_failed else 0
 
@@ -282,14 +296,16 @@ def exit_once(*_: Any) -> None:
     sys.exit(0)
 
 
-def close(engine: Engine, server: Server, state: ServerState) -> None:
+def close(engine: Engine | None, server: Server, state: ServerState) -> None:
     """Closes everything. Threads that still work for clients that are gone end with the process."""
-    engine.close()
+    if engine is not None:
+        engine.close()
     if not state.close(CLOSE_SECONDS):
         logging.shutdown()
         sys.stdout.flush()
         os._exit(FAILED if server.has_failed else 0)
-    engine.model.close()
+    if engine is not None:
+        engine.model.close()
 
 
 def check_server_installed() -> None:
@@ -352,22 +368,33 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def open_embedder(args: argparse.Namespace, stack: ExitStack) -> Embedder | None:
-    if not args.embeddings:
+    if not (args.embeddings or args.reranking):
         return None
     from lminf_edge import Llama
     from lminf_edge.native import captured_errors
-    from lminf_edge.server.state import Embedder
+    from lminf_edge.server.embedder import POOLINGS, Embedder
 
     path, header = model_header(args.model)
     n_ctx = header.n_ctx_train or 512
     settings: dict[str, Any] = {**model_settings(args), "n_batch": n_ctx, "n_ubatch": n_ctx}
+    pooling = "rank" if args.reranking else args.pooling
+    if pooling is not None:
+        settings["pooling_type"] = POOLINGS[pooling]
     with captured_errors():
         llm = Llama(path, embedding=True, n_ctx=n_ctx, verbose=False, **settings)
     stack.callback(llm.close)
-    return Embedder(llm)
+    return Embedder(llm, keeps_tokens=pooling == "none")
 
 
-def announce(args: argparse.Namespace, engine: Engine, name: str, url: str) -> None:
+def announce(args: argparse.Namespace, engine: Engine | None, name: str, url: str) -> None:
+    if engine is None:
+        what = "rankings" if args.reranking else "embeddings"
+        if args.json:
+            print_json({"url": url, "model": name, "pid": os.getpid()})
+        else:
+            print(f"{name} at {url}: {what}")
+        print(end="", flush=True)
+        return
     folder = engine.store.folder
     if args.json:
         print_json(

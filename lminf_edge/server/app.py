@@ -13,18 +13,22 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 import lminf_edge
-from lminf_edge.server import llama_cpp_routes, metrics, openai_routes
+from lminf_edge.server import embedding_routes, llama_cpp_routes, metrics, openai_routes
+from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.errors import add_error_handlers
 from lminf_edge.server.security import SecurityMiddleware
 from lminf_edge.server.settings import Settings, origin_pattern
-from lminf_edge.server.state import Embedder, ServerState
+from lminf_edge.server.state import ServerState
 from lminf_edge.text.service import TextService
 
 PAGE = Path(__file__).parent / "page"
 
 
-def create_app(service: TextService, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
-    """An ASGI application. The caller closes the service's engine after the application has shut down."""
+def create_app(service: TextService | None, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
+    """An ASGI application; without a service, for embeddings alone.
+
+    The caller closes the service's engine after the application has shut down.
+    """
     state = ServerState(service, settings, embedder)
 
     @asynccontextmanager
@@ -44,10 +48,11 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.include_router(openai_routes.router)
     app.include_router(openai_routes.unprefixed)
     app.include_router(llama_cpp_routes.router)
+    app.include_router(embedding_routes.router)
     app.include_router(metrics.router)
     add_error_handlers(app)
 
-    if settings.page:
+    if settings.page and service is not None:
 
         @app.get("/", include_in_schema=False)
         async def page() -> FileResponse:

@@ -48,7 +48,7 @@ router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
 @router.get("/v1/health", include_in_schema=False)
 async def health(request: Request) -> dict[str, str]:
     """Whether the server is up. Needs no key."""
-    if not ServerState.of(request).engine.is_alive:
+    if not ServerState.of(request).is_alive:
         raise engine_stopped()
     return {"status": "ok"}
 

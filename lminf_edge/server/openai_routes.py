@@ -1,14 +1,11 @@
-"""OpenAI's API, as its clients use it: models, chat, completions, embeddings."""
+"""OpenAI's API, as its clients use it: models, chat, completions."""
 
 from __future__ import annotations
 
-import base64
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from lminf_edge.completion import as_text, prompt_logprobs
@@ -16,7 +13,7 @@ from lminf_edge.server.arguments import Asked, AskedChat, asked_chat, asked_comp
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.events import chat_events, text_events
-from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
+from lminf_edge.server.requests import ChatRequest, CompletionRequest, Sampling
 from lminf_edge.server.responses import (
     chat_answer,
     chat_chunks,
@@ -163,29 +160,6 @@ def echo(
     if n_top is None:
         return text, []
     return text, prompt_logprobs(llm, exchange.prompt_logits(prompt.tokens), LogprobReporter(llm, n_top, 0))
-
-
-@router.post("/embeddings", response_model=None, responses=PROBLEMS)
-async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-    """A vector for each text. The server must be started with --embeddings."""
-    state = ServerState.of(request)
-    embedder = state.embedder
-    if embedder is None:
-        raise ApiError(501, "This server makes no embeddings: start it with --embeddings.", "embeddings_disabled")
-    cancelled = threading.Event()
-
-    def embed() -> Response:
-        inputs = prompts_of(body.input, state.llm.n_vocab())
-        vectors, n_tokens = embedder.embed(inputs, cancelled.is_set)
-        data: list[dict[str, Any]] = []
-        for i, vector in enumerate(vectors):
-            as_floats = body.encoding_format != "base64"
-            packed = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
-            data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return encoded({"object": "list", "data": data, "model": state.settings.model_name, "usage": usage})
-
-    return await in_thread(request, embed, cancelled.set)
 
 
 # llama-server has these at its root, too; /completions and /embeddings are other things there

@@ -25,6 +25,7 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 1 << 16
 MAX_PROMPTS = 128
 MAX_FIELDS = 64
+MAX_INPUTS = 2048  # of a request for embeddings, as at OpenAI
 
 
 def _few_biases(value: Any) -> Any:
@@ -192,11 +193,49 @@ TokensAndText = Many[int] | Many[int | str]
 LlamaPrompt = str | PromptText | TokensAndText | Many[str | PromptText | TokensAndText]
 
 
+class TextPart(_Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class TextContent(_Lenient):
+    """A text in the parts of a message."""
+
+    content: Many[TextPart]
+
+
+EmbeddingInput = str | PromptText | TextContent | TokensAndText
+
+
+class RerankRequest(_Lenient):
+    """POST /rerank: documents in Jina's format, or texts in that of TEI."""
+
+    model: str | None = None
+    query: str
+    documents: Many[str] | None = None
+    texts: Many[str] | None = None
+    top_n: int | None = Field(None, ge=0)
+    return_text: bool | None = False
+
+    @model_validator(mode="after")
+    def _some(self) -> RerankRequest:
+        n = len(self.given)
+        if not 0 < n <= MAX_INPUTS:
+            raise ValueError(f"documents: there may be 1 to {MAX_INPUTS} of them, not {n}")
+        return self
+
+    @property
+    def given(self) -> list[str]:
+        return self.documents or self.texts or []
+
+
 class EmbeddingRequest(_Lenient):
     """POST /v1/embeddings"""
 
     model: str | None = None
-    input: str | Many[str] | Many[int] | Many[Many[int]]
+    input: EmbeddingInput | Many[EmbeddingInput] = Field(
+        validation_alias=AliasChoices("input", "content"), description=f"one text, or up to {MAX_INPUTS}"
+    )
     encoding_format: Literal["float", "base64"] | None = "float"
 
 

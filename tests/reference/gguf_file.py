@@ -42,24 +42,24 @@ def copy_as_f32(source: str | PathLike[str], target: str | PathLike[str]) -> Non
     it can be compared with the reference to the last digits.
     """
     reader = GGUFReader(source)
-    writer = _with_metadata(reader, target, ("general.file_type",))
+    writer = with_metadata(reader, target, ("general.file_type",))
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-    _finish(writer)
+    finish(writer)
 
 
 def copy_with(source: str | PathLike[str], target: str | PathLike[str], keys: Mapping[str, int]) -> None:
     """Write `source` to `target` with more metadata."""
     reader = GGUFReader(source)
-    writer = _with_metadata(reader, target, keys)
+    writer = with_metadata(reader, target, keys)
     for name, value in keys.items():
         writer.add_uint32(name, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    _finish(writer)
+    finish(writer)
 
 
-def _with_metadata(reader: GGUFReader, target: str | PathLike[str], without: Container[str]) -> GGUFWriter:
+def with_metadata(reader: GGUFReader, target: str | PathLike[str], without: Container[str]) -> GGUFWriter:
     """A writer that has the metadata of another file but some."""
     writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for name, field in reader.fields.items():
@@ -70,7 +70,7 @@ def _with_metadata(reader: GGUFReader, target: str | PathLike[str], without: Con
     return writer
 
 
-def _finish(writer: GGUFWriter) -> None:
+def finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,9 +114,9 @@ def start(self: utils.ServerProcess, timeout_seconds: float = 20) -> None:
     log = Path(self.log_path or "server.log")
     self.pid = os.fork()
     if self.pid == 0:
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = log.open("a", buffering=1)
+        for descriptor in (1, 2):
+            os.dup2(sys.stdout.fileno(), descriptor)
         os._exit(main(command))
     utils.server_instances.add(self)
     until = time.monotonic() + timeout_seconds
