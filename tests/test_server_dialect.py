@@ -131,6 +131,15 @@ def test_a_prompt_may_be_processed_anew(client: httpx.Client) -> None:
     assert again["content"] == ask(client)["content"]
 
 
+def test_the_limit_has_two_names(client: httpx.Client) -> None:
+    for path in ("/v1/completions", "/completion"):
+        for name in ("max_tokens", "n_predict"):
+            answer = client.post(
+                path, json={"prompt": TEXT, name: 3, "ignore_eos": True, "logit_bias": {"2": -100}}
+            ).json()
+            assert (answer["timings"]["predicted_n"]) == 3
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_any_content_type_is_json(client: httpx.Client, kind: str) -> None:
     headers = {"Content-Type": kind} if kind else {}

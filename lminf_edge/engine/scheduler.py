@@ -236,7 +236,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `step` has something to do now."""
         return (
-            any(map(self._free_slots, self._waiting))
+            (self.n_busy < len(self.slots) and any(map(self._free_slots, self._waiting)))
             or any(work.arrived is not None and work.arrived.done() for work in self._work.values())
             or (any(self._is_ready(work) for work in self._work.values()) and self._seconds_to_gather() <= 0)
         )
@@ -316,7 +316,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives free slots to waiting requests, in order."""
-        while True:
+        while self.n_busy < len(self.slots):
             found = next(filter(self._free_slots, self._waiting), None)
             if found is None:
                 return

@@ -175,6 +175,11 @@ class ChatRequest(_OpenAISampling):
 class CompletionRequest(_OpenAISampling):
     """POST /v1/completions"""
 
+    max_tokens: TokenLimit = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="not given or -1: until the model stops",
+    )
     prompt: str | Many[int] | Many[str] | Many[Many[int]] = ""
     suffix: str | None = None
     echo: bool | None = False
