@@ -25,6 +25,7 @@ class Header:
     architecture: str
     n_tensors: int  # in this file
     n_ctx_train: int  # tokens, 0 if the file does not say
+    is_causal: bool = True  # whether it predicts the next token
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -119,4 +120,5 @@ def _parse(reader: _Reader) -> tuple[Header, str | None]:
         fault = f"claims to have {n_layer} layers, and llama.cpp runs 1 to {_MAX_LAYERS}"
     elif number("full_attention_interval") == 0:
         fault = "claims that one layer in 0 has full attention"
-    return Header(architecture, n_tensors, number("context_length") or 0), fault
+    is_causal = values.get(f"{architecture}.attention.causal") is not False
+    return Header(architecture, n_tensors, number("context_length") or 0, is_causal), fault

@@ -14,7 +14,7 @@ from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.server import Settings, create_app
 from lminf_edge.server.connections import Server
-from lminf_edge.server.state import Embedder
+from lminf_edge.server.embedder import Embedder
 from lminf_edge.text.service import TextService
 
 

@@ -239,9 +239,9 @@ def test_what_cannot_be_served(
 
 
 def test_names_a_server_goes_by() -> None:
-    assert "192.168.1.5" in allowed_hosts("192.168.1.5", [])
-    assert "0.0.0.0" not in allowed_hosts("0.0.0.0", ["My.Host"])
-    assert "my.host" in allowed_hosts("0.0.0.0", ["My.Host"])
+    assert "192.168.1.5" in allowed_hosts(["192.168.1.5", "0.0.0.0"], [])
+    assert "0.0.0.0" not in allowed_hosts(["0.0.0.0"], ["My.Host"])
+    assert "my.host" in allowed_hosts(["0.0.0.0"], ["My.Host"])
 
 
 def test_an_idle_conversation_is_written(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ SAMPLING = {
     "--repeat-last-n": 256, "--frequency-penalty": 0.2, "--presence-penalty": -0.2, "--dry-multiplier": 0.8,
     "--dry-base": 1.5, "--dry-allowed-length": 3, "--dry-penalty-last-n": 99, "--xtc-probability": 0.4,
     "--xtc-threshold": 0.2, "--top-n-sigma": 1.5, "--dynatemp-range": 0.3, "--dynatemp-exponent": 1.2,
-    "--mirostat": 2, "--mirostat-tau": 4.0, "--mirostat-eta": 0.2, "--seed": 42,
+    "--mirostat": 2, "--mirostat-tau": 4.0, "--mirostat-eta": 0.2, "--min-keep": 3, "--seed": 42,
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_every_sampling_parameter_has_an_option(command: list[str]) -> None:
     assert params.dry_sequence_breakers == ("\n", "###")
     assert not args.detect_loops
     missing = {each.name for each in dataclasses.fields(SamplingParams)} - set(names.values())
-    assert missing == {"dry_sequence_breakers", "logit_bias", "grammar", "logits_processor"}
+    assert missing == {"dry_sequence_breakers", "samplers", "logit_bias", "grammar", "logits_processor"}
     args = build_parser().parse_args([*command, "-m", "nano"])
     assert sampling_params(args) == SamplingParams()
     args = build_parser().parse_args([*command, "-m", "nano", "--dry-sequence-breaker", "none"])

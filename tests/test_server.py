@@ -22,9 +22,9 @@ from served import Served, serve
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli.serve import listen
 from lminf_edge.server import Settings
+from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.security import host_name
 from lminf_edge.server.settings import ENDLESS
-from lminf_edge.server.state import Embedder
 
 WINDOW = LMInfConfig(n_global=4, n_local=128)
 QUESTION = [{"role": "user", "content": "The ferry left at six, an hour before the sun came over the hills."}]
@@ -456,7 +456,7 @@ def test_a_client_that_hangs_up_stops_its_work(server: Served, stream: bool, lon
 
 
 def test_progress_and_keep_alives(nano_path: str) -> None:
-    settings = Settings(model_name="nano", ping_seconds=0.05)
+    settings = Settings(model_name="nano", ping_seconds=0.005)  # less than a batch takes
     with (
         serve(nano_path, settings, lminf=WINDOW, n_ubatch=64) as served,
         httpx.Client(base_url=served.url, timeout=120) as client,

@@ -151,9 +151,7 @@ def test_bodies_are_held_within_a_budget(door: Served) -> None:
 def bare_server(app: Any, **settings: Any) -> Iterator[int]:
     """The HTTP server alone; its port."""
     stopping = asyncio.Event()
-    state = SimpleNamespace(
-        settings=Settings("bare", **settings), engine=SimpleNamespace(is_alive=True), stopping=stopping
-    )
+    state = SimpleNamespace(settings=Settings("bare", **settings), is_alive=True, stopping=stopping)
     app.state = SimpleNamespace(server=state)
     sock = socket.create_server(("127.0.0.1", 0))
     server = Server(app, log_level="warning")

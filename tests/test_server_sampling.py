@@ -38,6 +38,8 @@ GIVEN: dict[str, Any] = {
     "mirostat": 2,
     "mirostat_tau": 3.0,
     "mirostat_eta": 0.5,
+    "samplers": ["temperature", "top_k"],
+    "min_keep": 2,
     "seed": 7,
 }
 # each with what it is compared to: it must make a difference
@@ -49,15 +51,22 @@ EFFECTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 1, "top_n_sigma": 0.01}, {"temperature": 1}),
     ({"temperature": 0.1, "dynatemp_range": 5}, {"temperature": 0.1}),
     ({"temperature": 1, "mirostat": 2, "mirostat_tau": 0.1}, {"temperature": 1}),
+    ({"temperature": 3, "samplers": ["temp", "top-k"]}, {"temperature": 3}),
+    ({"temperature": 1, "top_p": 0, "min_keep": 50}, {"temperature": 1, "top_p": 0}),
 ]
 WRONG: list[dict[str, Any]] = [
     {"repeat_last_n": -2},
+    {"samplers": ["best"]},
+    {"samplers": ["top_k"] * 33},
+    {"min_keep": -1},
+    {"lora": [{"id": 0, "scale": 1.0}]},
+    {"adaptive_target": 0.5},
+    {"t_max_predict_ms": 100},
     {"dry_multiplier": -1},
     {"dry_sequence_breakers": "x"},
     {"dry_sequence_breakers": ["x"] * 65},
-    {"xtc_probability": 2},
+    {"repeat_penalty": -1},
     {"dynatemp_range": "wide"},
-    {"mirostat": 3},
 ]
 
 

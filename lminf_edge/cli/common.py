@@ -31,7 +31,7 @@ from lminf_edge.config import (
     is_quantized,
     resolve,
 )
-from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.params import SAMPLERS, SamplingParams, sampler_name
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import find_model
@@ -328,6 +328,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--mirostat", "N", whole_number(0, 2), "Mirostat 1 or 2 in place of all but the penalties; 0: off")
     add("--mirostat-tau", "T", number(0), "Mirostat: target entropy")
     add("--mirostat-eta", "E", number(0), "Mirostat: learning rate")
+    add("--min-keep", "N", whole_number(0), "tokens that top-p, min-p, typical-p and XTC leave at least")
+    group.add_argument(
+        "--samplers",
+        metavar="NAME;...",
+        type=sampler_names,
+        default=plain.samplers,
+        help=f"those that take part, in this order; default {';'.join(plain.samplers)}",
+    )
     group.add_argument("--seed", metavar="S", type=whole_number(-1), help="default: a different one each time")
     group.add_argument(
         "--no-loop-detection",
@@ -335,6 +343,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not stop a text without a token limit when it repeats itself exactly, over and over",
     )
+
+
+def sampler_names(text: str) -> tuple[str, ...]:
+    """An argparse type: names of samplers with semicolons between them."""
+    names = tuple(sampler_name(name.strip()) for name in text.split(";") if name.strip())
+    unknown = [name for name in names if name not in SAMPLERS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(SAMPLERS)}")
+    return names
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

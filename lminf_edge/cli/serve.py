@@ -6,6 +6,7 @@ without a token limit ends with finish_reason "length" once the model repeats it
 
 --json prints, once the server is ready,
   url, model, pid, sink, window (null without one), parallel, kv_bytes, folder (null if nothing is kept on disk)
+  (of a server of embeddings or rankings alone, the first three)
   parts: n_layer_full, n_layer_sliding, n_layer_recurrent, n_layer_fused, window_bytes, sink_bytes, sliding_bytes,
   recurrent_bytes
 """
@@ -18,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,7 +51,8 @@ from lminf_edge.errors import UserError
 if TYPE_CHECKING:
     from lminf_edge.engine.engine import Engine
     from lminf_edge.server.connections import Server
-    from lminf_edge.server.state import Embedder, ServerState
+    from lminf_edge.server.embedder import Embedder
+    from lminf_edge.server.state import ServerState
     from lminf_edge.text.service import TextService
 
 HELP = "serve a model to chat front ends (needs the extra [server])"
@@ -66,12 +69,36 @@ APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.loc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only"
+        "--host",
+        type=addresses,
+        default=("127.0.0.1",),
+        help="address to listen on, or several with commas between them; default 127.0.0.1, this machine only",
     )
     parser.add_argument("--port", type=whole_number(0, 65535), default=8080, help="default 8080; 0: any free port")
-    parser.add_argument("--alias", metavar="NAME", help="the model's name for clients; default: its file name")
+    parser.add_argument(
+        "--alias",
+        metavar="NAME,...",
+        type=names,
+        help="the model's name for clients, of several the first in the alphabet; default: its file name",
+    )
+    parser.add_argument("--tags", metavar="NAME,...", type=names, default=(), help="labels for /v1/models")
+    parser.add_argument("--no-ui", dest="page", action="store_false", help="no page to chat on")
+    parser.add_argument("--no-slots", dest="slots", action="store_false", help="tell nothing of slots at /slots")
+    parser.add_argument("--no-metrics", dest="metrics", action="store_false", help="tell no figures at /metrics")
     parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
-    parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings, from a second context")
+    parser.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="also serve /v1/embeddings, from a second context; a model that is no text generator serves them alone",
+    )
+    parser.add_argument(
+        "--reranking", action="store_true", help="serve /rerank alone, with a model that was made for that"
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=("none", "mean", "cls", "last", "rank"),
+        help="what makes one vector of those of a text's tokens; default: as the model says, else mean",
+    )
     add_conversations(parser)
     group = parser.add_argument_group("safety")
     group.add_argument(
@@ -88,7 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         action="append",
         default=[],
-        help="a web page that may use this server; repeatable",
+        help="a web page that may use this server; repeatable. localhost: those of this machine, at any port; apps: "
+        "those of desktop apps (Electron, Tauri, Obsidian, VS Code, ...)",
     )
     group.add_argument(
         "--allowed-host",
@@ -120,6 +148,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_compute(parser, stock=False)
 
 
+def names(text: str) -> tuple[str, ...]:
+    """An argparse type: names with commas between them, in the order of the alphabet."""
+    found = sorted({name.strip() for name in text.split(",")} - {""})
+    if not found:
+        raise argparse.ArgumentTypeError("must be a name, or several with commas between them")
+    return tuple(found)
+
+
+def addresses(text: str) -> tuple[str, ...]:
+    """An argparse type: addresses with commas between them."""
+    return tuple(dict.fromkeys(host for host in map(str.strip, text.split(",")) if host)) or ("127.0.0.1",)
+
+
 def add_conversations(parser: argparse.ArgumentParser) -> None:
     """Options about conversations."""
     group = parser.add_argument_group("conversations")
@@ -149,6 +190,12 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--folder", metavar="DIR", type=file_path, help="folder of these files; default: the user's data folder"
+    )
+    group.add_argument(
+        "--slot-save-path",
+        metavar="DIR",
+        type=file_path,
+        help="let clients save what a slot holds to files in this folder, tokens included; default: they may not",
     )
 
 
@@ -202,15 +249,25 @@ def run(args: argparse.Namespace) -> int:
     from lminf_edge.server.connections import Server
 
     keys = api_keys(args)
-    if args.host not in LOOPBACK and not keys:
-        raise CommandError(f"To listen at {args.host}, which others can reach, give --api-key or set {KEY_VARIABLE}.")
+    for host in args.host:
+        if host not in LOOPBACK and not keys:
+            raise CommandError(f"To listen at {host}, which others can reach, give --api-key or set {KEY_VARIABLE}.")
     with ExitStack() as stack:
-        sock = stack.enter_context(listen(args.host, args.port))
-        service = open_service(args)
-        engine = service.engine
-        name = args.alias or Path(args.model).stem
+        sockets = [stack.enter_context(listen(args.host[0], args.port))]
+        port = sockets[0].getsockname()[1]
+        sockets += [stack.enter_context(listen(host, port)) for host in args.host[1:]]
+        embeds_alone = args.reranking or (args.embeddings and not model_header(args.model)[1].is_causal)
+        service = None if embeds_alone else open_service(args)
+        name = args.alias[0] if args.alias else Path(args.model).stem
         settings = Settings(
             model_name=name,
+            aliases=args.alias or (),
+            tags=args.tags,
+            model_file=Path(model_header(args.model)[0]).name,
+            slot_folder=args.slot_save_path,
+            page=args.page,
+            slots=args.slots,
+            metrics=args.metrics,
             api_keys=keys,
             hosts=allowed_hosts(args.host, args.allowed_host),
             origins=(*APP_ORIGINS, *(origin.rstrip("/") for origin in args.allowed_origin)),
@@ -221,15 +278,15 @@ def run(args: argparse.Namespace) -> int:
         )
         app = create_app(service, settings, open_embedder(args, stack))
         server = Server(app, log_level="warning" if args.json else "info")
-        stack.callback(close, engine, server, app.state.server)
+        stack.callback(close, service.engine if service else None, server, app.state.server)
         # uvicorn raises the signal that stopped it again, so that a handler set before it runs: this one exits, and
         # the callbacks above run
         signal.signal(signal.SIGTERM, exit_once)
         show_log(args.log_messages)
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        url = f"http://{host}:{sock.getsockname()[1]}"
-        announce(args, engine, name, url)
-        server.run(sockets=[sock])
+        host = f"[{args.host[0]}]" if ":" in args.host[0] else args.host[0]
+        url = f"http://{host}:{port}"
+        announce(args, service.engine if service else None, name, url)
+        server.run(sockets=sockets)
     return FAILED if server.has_failed else 0
 
 
@@ -239,14 +296,16 @@ def exit_once(*_: Any) -> None:
     sys.exit(0)
 
 
-def close(engine: Engine, server: Server, state: ServerState) -> None:
+def close(engine: Engine | None, server: Server, state: ServerState) -> None:
     """Closes everything. Threads that still work for clients that are gone end with the process."""
-    engine.close()
+    if engine is not None:
+        engine.close()
     if not state.close(CLOSE_SECONDS):
         logging.shutdown()
         sys.stdout.flush()
         os._exit(FAILED if server.has_failed else 0)
-    engine.model.close()
+    if engine is not None:
+        engine.model.close()
 
 
 def check_server_installed() -> None:
@@ -284,11 +343,9 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(dict.fromkeys(keys))
 
 
-def allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
-    """Names that a Host header may carry: this machine's, those listed, and the address unless it is a wildcard."""
-    names = [*LOOPBACK, *more]
-    if host not in ("0.0.0.0", "::"):
-        names.append(host)
+def allowed_hosts(hosts: Sequence[str], more: list[str]) -> tuple[str, ...]:
+    """Names that a Host header may carry: this machine's, those listed, and the addresses that are no wildcards."""
+    names = [*LOOPBACK, *more, *(host for host in hosts if host not in ("0.0.0.0", "::"))]
     return tuple(dict.fromkeys(name.lower() for name in names))
 
 
@@ -298,6 +355,8 @@ def listen(host: str, port: int) -> socket.socket:
     # asyncio turns Nagle's algorithm off only if the protocol is given; it would delay responses by 40 ms
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
+        if family == socket.AF_INET6:  # or it would take the place of the IPv4 address beside it
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
@@ -309,22 +368,33 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def open_embedder(args: argparse.Namespace, stack: ExitStack) -> Embedder | None:
-    if not args.embeddings:
+    if not (args.embeddings or args.reranking):
         return None
     from lminf_edge import Llama
     from lminf_edge.native import captured_errors
-    from lminf_edge.server.state import Embedder
+    from lminf_edge.server.embedder import POOLINGS, Embedder
 
     path, header = model_header(args.model)
     n_ctx = header.n_ctx_train or 512
     settings: dict[str, Any] = {**model_settings(args), "n_batch": n_ctx, "n_ubatch": n_ctx}
+    pooling = "rank" if args.reranking else args.pooling
+    if pooling is not None:
+        settings["pooling_type"] = POOLINGS[pooling]
     with captured_errors():
         llm = Llama(path, embedding=True, n_ctx=n_ctx, verbose=False, **settings)
     stack.callback(llm.close)
-    return Embedder(llm)
+    return Embedder(llm, keeps_tokens=pooling == "none")
 
 
-def announce(args: argparse.Namespace, engine: Engine, name: str, url: str) -> None:
+def announce(args: argparse.Namespace, engine: Engine | None, name: str, url: str) -> None:
+    if engine is None:
+        what = "rankings" if args.reranking else "embeddings"
+        if args.json:
+            print_json({"url": url, "model": name, "pid": os.getpid()})
+        else:
+            print(f"{name} at {url}: {what}")
+        print(end="", flush=True)
+        return
     folder = engine.store.folder
     if args.json:
         print_json(

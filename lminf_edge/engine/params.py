@@ -17,6 +17,11 @@ LogitsProcessor = Callable[[Any, Any], Any]  # (int32 (n_tokens,), float32 (n_vo
 MAX_BREAKERS = 64  # each is searched for in the whole vocabulary
 MAX_NUMBER = 1e9  # llama.cpp calculates in f32
 
+# the parts of llama.cpp's chain whose order can be chosen, in llama-server's order
+SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+MAX_SAMPLERS = 32
+_SAMPLER_ALIASES = {"nucleus": "top_p", "temp": "temperature", "typ": "typ_p", "typical_p": "typ_p"}
+
 # names in llama_cpp.Llama.generate that differ here
 _LLAMA_CPP_NAMES = {"temp": "temperature", "mirostat_mode": "mirostat"}
 _COMPLETION_ARGUMENTS = (
@@ -62,6 +67,8 @@ class SamplingParams:
     dynatemp_exponent      of that entropy
     mirostat               1 or 2: replaces all but the penalties and the grammar, as in llama_cpp
     mirostat_tau, mirostat_eta  its target surprise in bits, and its learning rate
+    samplers               which of SAMPLERS take part, in this order; of those that do not, nothing is used
+    min_keep               tokens that top_p, min_p, typical_p and XTC leave at least
     seed                   32 bits of it; None or -1: a new one each time
     logit_bias             token -> what is added to its logit
     grammar                GBNF text, or a LlamaGrammar
@@ -92,6 +99,8 @@ class SamplingParams:
     mirostat: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
+    samplers: Sequence[str] = SAMPLERS
+    min_keep: int = 0
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: str | LlamaGrammar | None = None
@@ -107,6 +116,12 @@ class SamplingParams:
                 raise UserError(f"{name} must be -1 (the attention window) or more, not {getattr(self, name)}.")
         if self.mirostat not in (0, 1, 2):
             raise UserError(f"mirostat must be 0 (off), 1 or 2, not {self.mirostat}.")
+        if isinstance(self.samplers, str) or not set(self.samplers) <= set(SAMPLERS):
+            raise UserError(f"samplers must be a list of these: {', '.join(SAMPLERS)}.")
+        if len(self.samplers) > MAX_SAMPLERS:
+            raise UserError(f"samplers may be {MAX_SAMPLERS} at most, not {len(self.samplers)}.")
+        if not 0 <= self.min_keep <= 1 << 30:
+            raise UserError(f"min_keep must be 0 or more, not {self.min_keep}.")
         breakers = self.dry_sequence_breakers
         if isinstance(breakers, str) or not all(isinstance(each, str) for each in breakers):
             raise UserError("dry_sequence_breakers must be a list of strings.")
@@ -133,6 +148,13 @@ class SamplingParams:
     def may_leave_none(self) -> bool:
         """Whether no token may be left to sample: llama.cpp would abort the process."""
         return self.grammar is not None or bool(self.logits_processor) or -math.inf in self.logit_bias.values()
+
+
+def sampler_name(name: str) -> str:
+    """The name in SAMPLERS for one that llama-server takes, such as "top-k" or "temp"; others stay as they are."""
+    plain = name.lower().replace("-", "_")
+    without = {each.replace("_", ""): each for each in SAMPLERS}
+    return _SAMPLER_ALIASES.get(plain) or without.get(plain.replace("_", "")) or name
 
 
 def as_processors(processors: Any) -> list[LogitsProcessor] | None:

@@ -48,7 +48,7 @@ def find_prefix(
     may_skip    whether its stream may have skipped tokens
     has_logits  slots whose last token's logits are available: their prefix may be the whole prompt
     """
-    if request.wants_prompt_logits:
+    if request.wants_prompt_logits or not request.reuses:
         return PrefixMatch()
     prompt = TokenLog(request.prompt)
     n_most = len(prompt) - 1

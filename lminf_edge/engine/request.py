@@ -31,7 +31,7 @@ class RequestCancelled(Exception):
 
 @dataclass(frozen=True)
 class Output:
-    """A token, and the logits (n_vocab,) it was sampled from, if the request wants them."""
+    """A token, and the logits (n_vocab,) that the request wants: see `wants_logits` and `wants_sampled`."""
 
     token: int
     logits: Logits | None = None
@@ -56,6 +56,7 @@ class RequestStats:
     """What a request cost, in tokens and in seconds of time.perf_counter()."""
 
     first_token: float | None = None  # when it was generated
+    slot: int = -1  # that it got
     n_cached: int = 0  # of the prompt, in the cache
     n_prefilled: int = 0  # of the prompt, processed
     n_skipped: int = 0  # of the prompt, never processed: prefill "tail"
@@ -80,11 +81,14 @@ class Request:
     prefill              "tail": of what is not in the cache, process only the first tokens and the last windows
     n_recall             tokens that each layer recalls; None: all that the context has room for
     wants_logits         a copy of the logits comes with each token
+    wants_sampled        the same, after all samplers: -inf for tokens that they took away
     wants_prompt_logits  the outputs are PromptParts; all of the prompt is processed, and nothing is generated
     penalizes_prompt     penalties and DRY also count the prompt's tokens, as in llama-server
+    slot                 which slot it wants; None: any
+    reuses               whether it may start from what is known of its prompt
     continues            `prompt` follows whatever the slot holds; for schedulers of one slot
     draft_model          proposes tokens after recent ones (n_tokens,); accepted ones cost one batch in all
-    on_progress          called by the thread that steps the scheduler, after each part of the prompt
+    on_progress          called by the thread that steps the scheduler, before the prompt and after each part of it
     """
 
     prompt: Tokens
@@ -99,8 +103,11 @@ class Request:
     prefill: Prefill | None = None
     n_recall: int | None = None
     wants_logits: bool = False
+    wants_sampled: bool = False
     wants_prompt_logits: bool = False
     penalizes_prompt: bool = False
+    slot: int | None = None
+    reuses: bool = True
     continues: bool = False
     draft_model: DraftModel | None = None
     on_progress: Callable[[Request], None] | None = None

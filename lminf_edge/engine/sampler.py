@@ -35,6 +35,7 @@ class Sampler(LlamaSampler):
         super().__init__()  # type: ignore[no-untyped-call]
         self.params = params
         self._n_vocab = int(model.n_vocab())
+        self.is_greedy = False  # it draws the likeliest token
         self._failures: list[BaseException] = []  # of logits processors, as C code cannot pass them on
         self._n_window = n_window
         self._model = model
@@ -54,8 +55,18 @@ class Sampler(LlamaSampler):
 
     def draw(self, logits: Logits) -> int:
         """Draws from `logits` (n_vocab,), which stay as they are; raises as `sample` does."""
+        return self.draw_of(logits)[0]
+
+    def draw_of(self, logits: Logits) -> tuple[int, Logits]:
+        """Draws as `draw` does; returns the token and the logits (n_vocab,) it was drawn by, -inf for what had gone."""
         try:
-            return sample_checked(self, logits)
+            token, left = _drawn(self, logits)
+            after = np.full(self._n_vocab, -np.inf, dtype=np.float32)
+            if self.is_greedy:
+                after[token] = 0.0
+            else:
+                after[left["id"]] = left["logit"]
+            return token, after
         finally:
             if self._failures:  # what a logits processor did is the reason
                 raise self._failures.pop()
@@ -88,15 +99,38 @@ class Sampler(LlamaSampler):
             raise UserError(GRAMMAR_UNUSABLE)
         bindings.llama_sampler_chain_add(self.sampler, sampler)
 
-    def add_penalties_and_dry(self, previous: Sequence[int] | Tokens) -> None:
+    def add_named(self, name: str, temperature: float, seed: int, previous: Sequence[int] | Tokens) -> None:
+        """Adds one of SAMPLERS. `previous` are the tokens before the answer."""
+        p, keep = self.params, max(self.params.min_keep, 1)
+        if name == "penalties":
+            self._add_penalties(previous)
+        elif name == "dry":
+            self._add_dry(previous)
+        elif name == "top_n_sigma" and p.top_n_sigma > 0:
+            self.add_top_n_sigma(p.top_n_sigma)
+        elif name == "top_k":
+            self.add_top_k(min(max(p.top_k, 0), self._n_vocab))
+        elif name == "typ_p":
+            self.add_typical(p.typical_p, keep)
+        elif name == "top_p":
+            self.add_top_p(p.top_p, keep)
+        elif name == "min_p":
+            self.add_min_p(p.min_p, keep)
+        elif name == "xtc" and p.xtc_probability > 0:
+            self.add_xtc(p.xtc_probability, p.xtc_threshold, keep, seed)
+        elif name == "temperature":
+            self.add_temp_ext(temperature, max(p.dynatemp_range, 0.0), p.dynatemp_exponent)
+
+    def _add_penalties(self, previous: Sequence[int] | Tokens) -> None:
         p = self.params
         if p.repeat_last_n and (p.repeat_penalty, p.frequency_penalty, p.presence_penalty) != (1.0, 0.0, 0.0):
             repeat = p.repeat_penalty if p.repeat_penalty > 0 else 1.0
             n = self._last_n(p.repeat_last_n)
             self.add_penalties(self._n_vocab, n, repeat, p.frequency_penalty, p.presence_penalty)
             self._tell_last(previous[-n:])
-        if p.grammar is not None:
-            self.add_grammar_text(p.grammar)
+
+    def _add_dry(self, previous: Sequence[int] | Tokens) -> None:
+        p = self.params
         if p.dry_multiplier and p.dry_penalty_last_n:
             base = p.dry_base if p.dry_base >= 1 else SamplingParams.dry_base
             breakers = [text.replace("\0", "").encode("utf-8", "replace").decode() for text in p.dry_sequence_breakers]
@@ -116,7 +150,12 @@ class Sampler(LlamaSampler):
 
 
 def sample_checked(sampler: LlamaSampler, logits: Logits) -> int:
-    """What llama_sampler_sample draws from `logits` (n_vocab,), a copy of which it works on.
+    """What llama_sampler_sample draws from `logits` (n_vocab,), which stay as they are; raises as `_drawn` does."""
+    return _drawn(sampler, logits)[0]
+
+
+def _drawn(sampler: LlamaSampler, logits: Logits) -> tuple[int, Any]:
+    """What llama_sampler_sample draws, and the candidates that were left to draw from, as an array of _TOKEN_DATA.
 
     Raises UserError if there is no grammar, as it could not be parsed, if it allows no token, or if it takes too much
     work: llama.cpp would go on without it, end the process, or go on for ever.
@@ -140,7 +179,7 @@ def sample_checked(sampler: LlamaSampler, logits: Logits) -> int:
         bindings.llama_sampler_accept(chain, chosen.id)
         if library.grammar_overran() and not overran:
             raise UserError(f"{TOO_MUCH}.")
-    return int(chosen.id)
+    return int(chosen.id), candidates[: array.size]
 
 
 def make_sampler(
@@ -150,7 +189,7 @@ def make_sampler(
     seen: Callable[[], Tokens] = lambda: np.empty(0, dtype=np.int32),
     previous: Sequence[int] | Tokens = (),
 ) -> Sampler:
-    """llama-server's chain: bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature.
+    """llama-server's chain: bias, grammar, then what `params.samplers` names.
 
     n_window   tokens of the attention window, for last_n of -1
     seen       the tokens so far, for the logits processors
@@ -169,29 +208,29 @@ def make_sampler(
         sampler.add_processors(p.logits_processor, seen)
     if p.logit_bias:
         sampler.add_logit_bias(n_vocab, dict(p.logit_bias))
-    sampler.add_penalties_and_dry(previous)
+    if p.grammar is not None:
+        sampler.add_grammar_text(p.grammar)
 
     seed = random.getrandbits(32) if p.seed is None or p.seed == -1 else p.seed & 0xFFFFFFFF
     temperature = p.temperature if p.temperature >= MIN_TEMPERATURE else 0.0
-    is_greedy = temperature == 0 and p.dynatemp_range <= 0
-    if p.mirostat and not is_greedy:
+    sampler.is_greedy = temperature == 0 and p.dynatemp_range <= 0 and "temperature" in p.samplers
+    if p.mirostat and not sampler.is_greedy:
+        for name in ("penalties", "dry"):
+            sampler.add_named(name, temperature, seed, previous)
         if p.mirostat == 1:
             sampler.add_mirostat(n_vocab, seed, p.mirostat_tau, p.mirostat_eta, MIROSTAT_CANDIDATES)
         else:
             sampler.add_mirostat_v2(seed, p.mirostat_tau, p.mirostat_eta)
         return sampler
-    if not is_greedy or p.xtc_probability > 0:  # of the others, none takes the likeliest token away
-        if p.top_n_sigma > 0:
-            sampler.add_top_n_sigma(p.top_n_sigma)
-        sampler.add_top_k(min(max(p.top_k, 0), n_vocab))
-        sampler.add_typical(p.typical_p)
-        sampler.add_top_p(p.top_p)
-        sampler.add_min_p(p.min_p)
-        if p.xtc_probability > 0:
-            sampler.add_xtc(p.xtc_probability, p.xtc_threshold, 1, seed)
-    if is_greedy:
+    names = list(dict.fromkeys(p.samplers))
+    if sampler.is_greedy:
+        names.remove("temperature")
+        if p.xtc_probability <= 0 or "xtc" not in names:  # of the others, none takes the likeliest token away
+            names = [name for name in names if name in ("penalties", "dry")]
+    for name in names:
+        sampler.add_named(name, temperature, seed, previous)
+    if sampler.is_greedy:
         sampler.add_greedy()  # type: ignore[no-untyped-call]
     else:
-        sampler.add_temp_ext(temperature, max(p.dynatemp_range, 0.0), p.dynatemp_exponent)
         sampler.add_dist(seed)
     return sampler

@@ -58,6 +58,8 @@ class Counters:
     generated_tokens: int = 0
     wasted_tokens: int = 0  # generated ahead, and rolled back
     batches: int = 0
+    batch_parts: int = 0  # requests in them, one batch after the other
+    longest: int = 0  # tokens of the longest stream so far
     prefill_seconds: float = 0.0  # in batches that held parts of a prompt
     decode_seconds: float = 0.0  # in the others
     restored: int = 0  # checkpoints restored
@@ -147,6 +149,8 @@ class Scheduler:
             raise UserError("The prompt is empty: give at least one token.")
         if prompt.min() < 0 or prompt.max() >= self.model.n_vocab:
             raise UserError(f"The prompt contains token ids outside 0..{self.model.n_vocab - 1}.")
+        if request.slot is not None and not 0 <= request.slot < len(self.slots):
+            raise UserError(f"There is no slot {request.slot}: the slots are 0 to {len(self.slots) - 1}.")
         if not request.wants_prompt_logits:
             request.sampler = make_sampler(
                 request.sampling,
@@ -233,7 +237,7 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `step` has something to do now."""
         return (
-            bool(self._waiting and self.n_busy < len(self.slots))
+            (self.n_busy < len(self.slots) and any(map(self._free_slots, self._waiting)))
             or any(work.arrived is not None and work.arrived.done() for work in self._work.values())
             or (any(self._is_ready(work) for work in self._work.values()) and self._seconds_to_gather() <= 0)
         )
@@ -313,13 +317,18 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Gives free slots to waiting requests, in order."""
-        while self._waiting:
-            free = [slot for slot in self.slots if slot.request is None]
-            if not free:
+        while self.n_busy < len(self.slots):
+            found = next(filter(self._free_slots, self._waiting), None)
+            if found is None:
                 return
-            request = self._waiting.popleft()
-            with self._boundary(request):
-                self._start(request, free)
+            self._waiting.remove(found)
+            with self._boundary(found):
+                self._start(found, self._free_slots(found))
+
+    def _free_slots(self, request: Request) -> list[Slot]:
+        """The slots that a waiting request may have now."""
+        wanted = self.slots if request.slot is None else [self.slots[request.slot]]
+        return [slot for slot in wanted if slot.request is None]
 
     def _start(self, request: Request, free: list[Slot]) -> None:
         n_sinks = self.n_sinks if request.n_sinks is None else request.n_sinks
@@ -330,6 +339,7 @@ class Scheduler:
         slot = match.slot or self._choose(match, free)
         work = self._work[request] = _Work(request, slot, match)
         slot.request = request
+        request.stats.slot = self.slots.index(slot)
         if match.stored is not None:
             match.stored.conversation.used = time.time()  # so that it is not evicted to make room for itself
             work.arrived = self.store.fetch(match.stored)
@@ -458,6 +468,13 @@ class Scheduler:
         self.counters.prompt_tokens += len(request.prompt)
         self.counters.cached_tokens += n_known
         request.phase = Phase.PREFILL
+        self._report(request)
+
+    @staticmethod
+    def _report(request: Request) -> None:
+        if request.on_progress is not None:
+            with contextlib.suppress(Exception):  # a callback's error must not end the request
+                request.on_progress(request)
 
     def _seconds_to_gather(self) -> float:
         """How long the next batch waits for consumers that have just got a token and may soon ask for another: without
@@ -556,6 +573,7 @@ class Scheduler:
         seconds = time.perf_counter() - started
         self._decoded = time.monotonic()
         self.counters.batches += 1
+        self.counters.batch_parts += len(parts)
         if all(part.work.request.phase is Phase.DECODE for part in parts):
             self.counters.decode_seconds += seconds
         else:
@@ -607,12 +625,11 @@ class Scheduler:
         work.pending = work.pending[n_new:]
         stats = request.stats
         stats.position = len(work.slot) + work.slot.n_dropped
+        self.counters.longest = max(self.counters.longest, stats.position)
         if request.phase is Phase.PREFILL:
             stats.n_prefilled += n_new
             self.counters.prefilled_tokens += n_new
-            if request.on_progress is not None:
-                with contextlib.suppress(Exception):  # a callback's error must not end the request
-                    request.on_progress(request)
+            self._report(request)
             if request.wants_prompt_logits:
                 request.outputs.put(PromptPart(part.tokens, self.logits(end - n_new + 1, end + 1).copy()))
                 if part.is_last:
@@ -631,8 +648,12 @@ class Scheduler:
         n_known = len(slot) - len(drafts)
         for i in range(len(drafts) + 1):
             work.n_seen = n_known + i
-            token = request.sampler.sample(self._context, at + i)
-            logits = self.logits(at + i, at + i + 1)[0].copy() if request.wants_logits else None
+            logits: Logits | None = None
+            if request.wants_sampled:
+                token, logits = request.sampler.draw_of(self.logits(at + i, at + i + 1)[0])
+            else:
+                token = request.sampler.sample(self._context, at + i)
+                logits = self.logits(at + i, at + i + 1)[0].copy() if request.wants_logits else None
             stats = request.stats
             stats.first_token = stats.first_token or time.perf_counter()
             stats.n_generated += 1
@@ -697,6 +718,56 @@ class Scheduler:
         slot.assign(None)
         if conversation is not None:
             self.store.release(conversation)
+
+    def save_slot(self, number: int, owner: str) -> Checkpoint:
+        """A checkpoint of an owner's stream in a slot. Raises UserError."""
+        slot = self._idle_slot(number, owner)
+        if slot.conversation is None:
+            raise UserError(f"Slot {number} is empty.")
+        if slot.n_dropped or slot.log.n_base:
+            raise UserError(f"Slot {number} has more than its client's last prompt: that cannot be saved.")
+        return slot.snapshot()
+
+    def restore_slot(self, number: int, owner: str, checkpoint: Checkpoint) -> None:
+        """Puts a checkpoint made by `save_slot` into a slot; what it held is kept. Raises UserError."""
+        slot = self._idle_slot(number, None)
+        if checkpoint.position != len(checkpoint.log) or checkpoint.log.n_base:
+            raise UserError("The file was not saved from a slot.")
+        n_sinks = checkpoint.identity.n_global
+        if n_sinks > self.window.n_global:
+            raise UserError(f"The file has {n_sinks} sinks, there is room for {self.window.n_global}.")
+        slot.identity.with_sinks(n_sinks).check(checkpoint.identity)
+        self.displace(slot)
+        reason = slot.sequence.load(checkpoint)
+        if reason is not None:
+            raise UserError(f"The file cannot be restored: {reason}.")
+        conversation = Conversation(owner=owner, log=checkpoint.log.copy(slot.n_recent))
+        slot.assign(conversation, n_sinks, 0, checkpoint.n_skipped)
+        conversation.states = {at: state.copy() for at, state in checkpoint.earlier.items()}
+        slot.used = time.monotonic()
+
+    def erase_slot(self, number: int, owner: str) -> int:
+        """Empties a slot and forgets the conversation that it holds; returns the number of its tokens."""
+        slot = self._idle_slot(number, owner)
+        n_tokens, conversation = len(slot), slot.conversation
+        if conversation is not None:
+            self._logits_at.pop(slot, None)
+            slot.sequence.clear(slot.n_sinks)
+            self._leave(slot)
+            for stored in list(conversation.checkpoints):
+                self.store.forget(stored)
+        return n_tokens
+
+    def _idle_slot(self, number: int, owner: str | None) -> Slot:
+        """A slot that is not at work, and holds nothing of another owner if one is given. Raises UserError."""
+        if not 0 <= number < len(self.slots):
+            raise UserError(f"There is no slot {number}: the slots are 0 to {len(self.slots) - 1}.")
+        slot = self.slots[number]
+        if slot.request is not None:
+            raise UserError(f"Slot {number} is at work: try again later.")
+        if owner is not None and slot.conversation is not None and slot.conversation.owner != owner:
+            raise UserError(f"Slot {number} holds a conversation of another API key.")
+        return slot
 
     def displace(self, slot: Slot) -> None:
         """Empties a slot, whatever is to come into it; what it held is kept as a checkpoint."""

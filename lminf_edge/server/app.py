@@ -13,23 +13,24 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 import lminf_edge
-from lminf_edge.server import llama_cpp_routes, metrics, openai_routes
+from lminf_edge.server import embedding_routes, llama_cpp_routes, metrics, openai_routes
+from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.errors import add_error_handlers
 from lminf_edge.server.security import SecurityMiddleware
-from lminf_edge.server.settings import Settings
-from lminf_edge.server.state import Embedder, ServerState
+from lminf_edge.server.settings import Settings, origin_pattern
+from lminf_edge.server.state import ServerState
 from lminf_edge.text.service import TextService
 
 PAGE = Path(__file__).parent / "page"
 
 
-def create_app(service: TextService, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
+def create_app(service: TextService | None, settings: Settings, embedder: Embedder | None = None) -> FastAPI:
     """An ASGI application. The caller closes the service's engine after the application has shut down.
 
         engine = load_engine("model.gguf", parallel=4)
         app = create_app(TextService(engine), Settings("model"))
 
-    service   the engine and what turns text into tokens
+    service   the engine and what turns text into tokens; None: for embeddings alone
     settings  the model's name, keys, limits
     embedder  for /v1/embeddings; None: such requests are refused
     """
@@ -52,12 +53,15 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.include_router(openai_routes.router)
     app.include_router(openai_routes.unprefixed)
     app.include_router(llama_cpp_routes.router)
+    app.include_router(embedding_routes.router)
     app.include_router(metrics.router)
     add_error_handlers(app)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+    if settings.page and service is not None:
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> FileResponse:
+            return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.mount("/docs/ui", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static"), name="docs")
@@ -69,6 +73,9 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping)
     # around the guard: a listed page must be able to read why it was refused
     app.add_middleware(
-        CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        CORSMiddleware,
+        allow_origin_regex=origin_pattern(settings.origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
     )
     return app

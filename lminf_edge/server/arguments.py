@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,9 +12,19 @@ import llama_cpp
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.grammars import check_schema, response_grammar, schema_grammar, text_grammar
-from lminf_edge.server.requests import ChatRequest, CompletionRequest, LlamaCompletionRequest
+from lminf_edge.server.requests import (
+    MAX_BIASES,
+    MAX_PROMPTS,
+    ChatRequest,
+    CompletionRequest,
+    LlamaCompletionRequest,
+    LlamaPrompt,
+    PromptText,
+)
 from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.service import TextService
+
+RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
 
 # names that chat formats and their templates use themselves
 _NOT_FOR_TEMPLATES = {
@@ -197,11 +207,30 @@ def asked_completion(service: TextService, request: CompletionRequest) -> Asked:
     )
 
 
-def asked_llama_cpp(service: TextService, end_tokens: Iterable[int], request: LlamaCompletionRequest) -> Asked:
+@dataclass(frozen=True)
+class AskedLlamaCpp(Asked):
+    """
+    after_sampling   probabilities are those after sampling
+    only_reads       the prompt is processed, and nothing generated
+    return_tokens    the tokens of the text are wanted, too
+    timings          they are wanted with each part of a stream
+    response_fields  what the answer has, by llama-server's paths; empty: all
+    settings         what was asked for and what was taken for the rest, by llama-server's names
+    """
+
+    after_sampling: bool = False
+    only_reads: bool = False
+    return_tokens: bool = False
+    timings: bool = False
+    response_fields: Sequence[str] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def asked_llama_cpp(service: TextService, end_tokens: Iterable[int], request: LlamaCompletionRequest) -> AskedLlamaCpp:
     """In llama.cpp's dialect."""
     llm = service.llm
     more: dict[str, Any] = {}
-    pairs = list(request.logit_bias.items() if isinstance(request.logit_bias, Mapping) else request.logit_bias or [])
+    pairs = text_bias(service, request.logit_bias or [])
     if request.ignore_eos:
         pairs += [(token, False) for token in end_tokens]
     more["logit_bias"] = token_bias(llm, pairs)
@@ -211,9 +240,89 @@ def asked_llama_cpp(service: TextService, end_tokens: Iterable[int], request: Ll
         more["grammar"] = text_grammar(llm, request.grammar, "grammar")
     elif request.json_schema is not None:
         more["grammar"] = schema_grammar(llm, request.json_schema, "json_schema")
-    return Asked(
-        sampling=sampling_of(service, request, **more),
-        max_tokens=request.n_predict,
+    sampling = sampling_of(service, request, **more)
+    limit = service.defaults.max_tokens if request.n_predict in (None, -1) else request.n_predict
+    asked = {
+        "max_tokens": -1 if limit is None else limit,
+        "n_predict": -1 if limit is None else limit,
+        "stop": stops_of(request),
+        "ignore_eos": bool(request.ignore_eos),
+        "stream": bool(request.stream),
+        "n_probs": request.n_probs or 0,
+        "post_sampling_probs": bool(request.post_sampling_probs),
+        "timings_per_token": bool(request.timings_per_token),
+        "grammar": request.grammar or "",
+    }
+    return AskedLlamaCpp(
+        sampling=sampling,
+        max_tokens=1 if request.n_predict == 0 else request.n_predict,  # read once the first token is asked for
         stops=stops_of(request),
+        n=request.n or 1,
         n_top=request.n_probs or None,
+        after_sampling=bool(request.post_sampling_probs),
+        only_reads=request.n_predict == 0,
+        return_tokens=bool(request.return_tokens),
+        timings=bool(request.timings_per_token),
+        response_fields=request.response_fields or (),
+        settings={**generation_settings(sampling), **asked},
     )
+
+
+def generation_settings(sampling: SamplingParams) -> dict[str, Any]:
+    """Sampling parameters by llama-server's names, with its values for what is not here."""
+    biases = sampling.logit_bias.items()
+    return {
+        **sampling.public(),
+        "seed": RANDOM_SEED if sampling.seed is None or sampling.seed == -1 else sampling.seed & RANDOM_SEED,
+        "logit_bias": [{"token": token, "bias": bias if bias > -math.inf else None} for token, bias in biases],
+        "adaptive_target": -1.0,
+        "adaptive_decay": 0.9,
+        "lora": [],
+    }
+
+
+def text_bias(
+    service: TextService, given: Mapping[str, float | bool] | Sequence[tuple[int | str, float | bool]]
+) -> list[tuple[int | str, float | bool]]:
+    """Biases of tokens: those of a text, in llama.cpp's dialect, are those of each of its tokens."""
+    pairs: list[tuple[int | str, float | bool]] = []
+    for token, value in given.items() if isinstance(given, Mapping) else given:
+        is_id = not isinstance(token, str) or (isinstance(given, Mapping) and token.isdecimal())
+        if is_id:
+            pairs.append((token, value))
+        else:
+            pairs += [(each, value) for each in service.tokenizer.tokenize(str(token), add_bos=False).tolist()]
+        if len(pairs) > MAX_BIASES:
+            raise ApiError(400, f"logit_bias: there may be {MAX_BIASES} biases at most.", param="logit_bias")
+    return pairs
+
+
+def llama_cpp_prompts(service: TextService, prompt: LlamaPrompt) -> list[str | list[int]]:
+    """The prompts of a request in llama.cpp's dialect. Raises ApiError."""
+    if not isinstance(prompt, list) or any(isinstance(part, int) for part in prompt):
+        given: list[Any] = [prompt]
+    else:
+        given = list(prompt)
+    if not 0 < len(given) <= MAX_PROMPTS:
+        raise ApiError(400, f"prompt: there may be 1 to {MAX_PROMPTS} of them, not {len(given)}.", param="prompt")
+    return [_one_prompt(service, each) for each in given]
+
+
+def _one_prompt(service: TextService, prompt: str | PromptText | list[int | str]) -> str | list[int]:
+    """One prompt, which may mix text and tokens."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, PromptText):
+        if prompt.multimodal_data:
+            raise ApiError(400, "prompt.multimodal_data: only text can be read.", param="prompt")
+        return prompt.prompt_string
+    tokens: list[int] = []
+    for i, part in enumerate(prompt):
+        if isinstance(part, str):
+            tokens += service.tokenizer.tokenize(part, add_bos=i == 0).tolist()
+        elif isinstance(part, int):
+            tokens.append(part)
+        else:
+            raise ApiError(400, "prompt: one prompt is text or a list of tokens and texts.", param="prompt")
+    prompts_of(tokens, service.engine.model.n_vocab)
+    return tokens

@@ -57,7 +57,7 @@ class BodyRoute(APIRoute):
         assert issubclass(model, BaseModel)
 
         async def handle_parsed(request: Request) -> Response:
-            data = await request.body()
+            data = await request.body() or b"{}"
             parsed: BaseModel
             if len(data) <= SMALL_BODY:
                 parsed = parse(model, data)
@@ -71,10 +71,15 @@ class BodyRoute(APIRoute):
 
 
 class _Parsed(Request):
-    """A request whose JSON has become a model; its bytes are dropped."""
+    """A request whose JSON has become a model; its bytes are dropped.
+
+    Whatever its Content-Type says: curl calls everything a form, and llama-server never looks.
+    """
 
     def __init__(self, request: Request, model: BaseModel) -> None:
-        super().__init__(request.scope, request.receive)
+        headers = [each for each in request.scope["headers"] if each[0].lower() != b"content-type"]
+        scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
+        super().__init__(scope, request.receive)
         self._model = model
 
     async def body(self) -> bytes:

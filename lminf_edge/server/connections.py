@@ -155,7 +155,7 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn.access").addFilter(without_query)
 
     async def on_tick(self, counter: int) -> bool:
-        if not self._state.engine.is_alive and not self.should_exit:
+        if not self._state.is_alive and not self.should_exit:
             log.critical("The engine has stopped, and so does the server.")
             self.has_failed = True
             return True

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import asdict, replace
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
 from lminf_edge.engine.scheduler import Scheduler
-from lminf_edge.server.arguments import Asked, asked_llama_cpp, prompts_of
+from lminf_edge.server.arguments import (
+    AskedLlamaCpp,
+    asked_chat,
+    asked_llama_cpp,
+    generation_settings,
+    llama_cpp_prompts,
+    prompts_of,
+)
 from lminf_edge.server.bodies import BodyRoute
-from lminf_edge.server.errors import engine_stopped
-from lminf_edge.server.events import text_events
+from lminf_edge.server.errors import ApiError, ErrorResponse, engine_stopped
+from lminf_edge.server.infill import infill_tokens
+from lminf_edge.server.llama_cpp_answers import llama_cpp_answer, llama_cpp_chunks, llama_cpp_progress
 from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, respond
-from lminf_edge.server.requests import DetokenizeRequest, LlamaCompletionRequest, TokenizeRequest
-from lminf_edge.server.responses import llama_cpp_answer, llama_cpp_chunks
+from lminf_edge.server.requests import (
+    ChatRequest,
+    DetokenizeRequest,
+    InfillRequest,
+    LlamaCompletionRequest,
+    SlotRequest,
+    TokenizeRequest,
+)
+from lminf_edge.server.responses import FINGERPRINT
 from lminf_edge.server.settings import ENDLESS
+from lminf_edge.server.slot_files import load_slot_file, save_slot_file, slot_file
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import encoded, in_thread
 from lminf_edge.text.chat import ChatPrompt, chat_template
@@ -30,7 +48,7 @@ router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
 @router.get("/v1/health", include_in_schema=False)
 async def health(request: Request) -> dict[str, str]:
     """Whether the server is up. Needs no key."""
-    if not ServerState.of(request).engine.is_alive:
+    if not ServerState.of(request).is_alive:
         raise engine_stopped()
     return {"status": "ok"}
 
@@ -43,10 +61,15 @@ async def props(request: Request) -> dict[str, Any]:
     return {
         "default_generation_settings": {
             "n_ctx": ENDLESS,
-            "params": {**defaults.sampling.public(), "n_predict": defaults.max_tokens or -1},
+            "params": {**generation_settings(defaults.sampling), "n_predict": defaults.max_tokens or -1},
         },
         "total_slots": len(engine.slots),
         "model_alias": state.settings.model_name,
+        "model_path": state.settings.model_file,
+        "build_info": FINGERPRINT,
+        "endpoint_slots": state.settings.slots,
+        "endpoint_metrics": state.settings.metrics,
+        "endpoint_props": False,  # they cannot be changed
         "chat_template": chat_template(llm),
         "bos_token": token_text(state, llm.token_bos()),
         "eos_token": token_text(state, llm.token_eos()),
@@ -98,15 +121,55 @@ def recall_settings(scheduler: Scheduler) -> dict[str, Any]:
     }
 
 
-@router.get("/slots")
+@router.get("/slots", responses={501: {"model": ErrorResponse}})
 async def slots(request: Request) -> list[dict[str, Any]]:
     """The slots: conversations in the context."""
+    state = ServerState.of(request)
+    if not state.settings.slots:
+        raise ApiError(501, "This server tells nothing of its slots: it was started with --no-slots.")
     result = []
-    for i, slot in enumerate(ServerState.of(request).engine.slots):
+    for i, slot in enumerate(state.engine.slots):
         position = len(slot) + slot.n_dropped
         busy = slot.request is not None
         result.append({"id": i, "n_ctx": ENDLESS, "is_processing": busy, "n_tokens": position})
     return result
+
+
+@router.post("/slots/{number}", response_model=None, responses=PROBLEMS)
+async def slot_action(
+    request: Request, number: int, action: Literal["save", "restore", "erase"], body: SlotRequest
+) -> Response:
+    """Saves what a slot holds to a file, restores it from there, or erases it. Needs --slot-save-path."""
+    state = ServerState.of(request)
+    folder, owner, engine = state.settings.slot_folder, request.state.owner, state.engine
+    name = body.filename
+    if folder is None:
+        raise ApiError(501, "This server saves no slots: start it with --slot-save-path.")
+    if name is None and action != "erase":
+        raise ApiError(400, "filename: it is missing.", param="filename")
+    started = time.perf_counter()
+
+    def milliseconds() -> float:
+        return 1e3 * (time.perf_counter() - started)
+
+    def work() -> Response:
+        told: dict[str, Any] = {"id_slot": number}
+        if action == "erase":
+            return encoded({**told, "n_erased": engine.call(lambda: engine.scheduler.erase_slot(number, owner))})
+        assert name is not None
+        path = slot_file(folder, owner, name)
+        told["filename"] = name
+        if action == "save":
+            saved = engine.call(lambda: engine.scheduler.save_slot(number, owner))
+            n_bytes = save_slot_file(path, saved)
+            more = {"n_saved": len(saved.log), "n_written": n_bytes, "timings": {"save_ms": milliseconds()}}
+        else:
+            found = load_slot_file(path)
+            engine.call(lambda: engine.scheduler.restore_slot(number, owner, found))
+            more = {"n_restored": len(found.log), "n_read": found.nbytes, "timings": {"restore_ms": milliseconds()}}
+        return encoded({**told, **more})
+
+    return await in_thread(request, work)
 
 
 @router.post("/tokenize", response_model=None, responses=PROBLEMS)
@@ -142,6 +205,40 @@ def piece_of(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
+@router.post("/apply-template", response_model=None, responses=PROBLEMS)
+async def apply_template(request: Request, body: ChatRequest) -> Response:
+    """The prompt that a chat request makes of its messages, as text."""
+
+    def told(prompt: ChatPrompt) -> dict[str, Any]:
+        return {"prompt": prompt.text}
+
+    return await respond_prompt(request, body, told)
+
+
+@router.post("/chat/completions/input_tokens", response_model=None, responses=PROBLEMS)
+@router.post("/v1/chat/completions/input_tokens", response_model=None, include_in_schema=False)
+async def input_tokens(request: Request, body: ChatRequest) -> Response:
+    """How many tokens the prompt of a chat request has."""
+
+    def told(prompt: ChatPrompt) -> dict[str, Any]:
+        return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}
+
+    return await respond_prompt(request, body, told)
+
+
+async def respond_prompt(request: Request, body: ChatRequest, told: Callable[[ChatPrompt], dict[str, Any]]) -> Response:
+    """What is told of a chat request's prompt; nothing is generated."""
+    service = ServerState.of(request).service
+    exchange = Exchange(service, owner=request.state.owner)
+
+    def work() -> Response:
+        asked = asked_chat(service, body)
+        more = {"tools": asked.tools, "tool_choice": asked.tool_choice} if asked.tools else {}
+        return encoded(told(exchange.chat_prompt(asked.messages, "", {**more, **asked.template})))
+
+    return await in_thread(request, work, exchange.cancel)
+
+
 @router.post("/detokenize", response_model=None, responses=PROBLEMS)
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """The text of tokens."""
@@ -158,35 +255,34 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 @router.post("/completions", response_model=None, include_in_schema=False)
 async def completion(request: Request, body: LlamaCompletionRequest) -> Response:
     """The continuation of a text, in llama.cpp's dialect."""
+    service = ServerState.of(request).service
+    return await respond_llama_cpp(request, body, lambda: llama_cpp_prompts(service, body.prompt))
+
+
+@router.post("/infill", response_model=None, responses=ANSWERS)
+async def infill(request: Request, body: InfillRequest) -> Response:
+    """What stands between two texts, by a model that has tokens for that."""
+    service = ServerState.of(request).service
+    return await respond_llama_cpp(request, body, lambda: [infill_tokens(service, body)])
+
+
+async def respond_llama_cpp(
+    request: Request, body: LlamaCompletionRequest, prompts: Callable[[], Sequence[str | list[int]]]
+) -> Response:
+    """Completions of prompts, which are made in a worker thread."""
     state = ServerState.of(request)
     name = state.settings.model_name
-    only_reads = body.n_predict == 0
 
-    def prepare(exchange: Exchange) -> tuple[Asked, list[ChatPrompt]]:
+    def prepare(exchange: Exchange) -> tuple[AskedLlamaCpp, list[ChatPrompt]]:
         asked = asked_llama_cpp(state.service, state.engine.model.eog_tokens, body)
-        if only_reads:  # a prompt is processed when the first token is asked for
-            asked = replace(asked, max_tokens=1)
-        return asked, [exchange.text_prompt(prompt_of(state, body.prompt))]
+        return asked, [exchange.text_prompt(each) for each in prompts()]
 
     return await respond(
         request,
         body,
         prepare,
-        lambda exchange, asked: llama_cpp_answer(exchange, text_events(exchange, *asked), name, only_reads),
-        lambda exchange, asked: llama_cpp_chunks(exchange, text_events(exchange, *asked), name, only_reads),
+        lambda exchange, asked: llama_cpp_answer(exchange, *asked, name),
+        lambda exchange, asked: llama_cpp_chunks(exchange, *asked, name),
         None,
+        lambda asking, seconds: llama_cpp_progress(asking, seconds, bool(body.timings_per_token)),
     )
-
-
-def prompt_of(state: ServerState, prompt: str | list[int] | list[int | str]) -> str | list[int]:
-    """A prompt, which in this dialect may mix text and tokens."""
-    if isinstance(prompt, str):
-        return prompt
-    tokens: list[int] = []
-    for i, part in enumerate(prompt):
-        if isinstance(part, str):
-            tokens += state.service.tokenizer.tokenize(part, add_bos=i == 0).tolist()
-        else:
-            tokens.append(part)
-    prompts_of(tokens, state.engine.model.n_vocab)
-    return tokens

@@ -1,14 +1,16 @@
-"""Metrics for Prometheus."""
+"""Metrics for Prometheus: ours, and llama-server's by its names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import in_thread
 from lminf_edge.text.service import TextService
@@ -70,14 +72,89 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(f"lminf_{name}", text, value=value)
 
 
-@router.get("/metrics", response_class=Response)
+@dataclass
+class Figures:
+    """What llama-server tells."""
+
+    prefilled: int = 0
+    cached: int = 0
+    generated: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    batches: int = 0
+    batch_parts: int = 0
+    longest: int = 0
+    n_busy: int = 0
+    n_waiting: int = 0
+
+
+def figures(state: ServerState) -> Figures:
+    """Of the engine and the embedder together."""
+    found = Figures()
+    if state.generates:
+        engine = state.engine
+        counters = engine.counters
+        found = Figures(
+            prefilled=counters.prefilled_tokens,
+            cached=counters.cached_tokens,
+            generated=counters.generated_tokens,
+            prefill_seconds=counters.prefill_seconds,
+            decode_seconds=counters.decode_seconds,
+            batches=counters.batches,
+            batch_parts=counters.batch_parts,
+            longest=counters.longest,
+            n_busy=engine.n_busy,
+            n_waiting=engine.n_waiting,
+        )
+    if state.embedder is not None:
+        embedded = state.embedder.counters
+        found.prefilled += embedded.tokens
+        found.batches += embedded.batches
+        found.batch_parts += embedded.batches
+        found.longest = max(found.longest, embedded.longest)
+    return found
+
+
+def llama_server_metrics(f: Figures) -> str:
+    """What dashboards made for llama-server read. The client package would rename what does not end in "_total"."""
+    found = (
+        ("prompt_tokens_total", "counter", "Tokens of prompts that were processed.", f.prefilled),
+        ("prompt_tokens_cached_total", "counter", "Tokens of prompts from the cache.", f.cached),
+        ("prompt_seconds_total", "counter", "Seconds spent in prefill batches.", f.prefill_seconds),
+        ("tokens_predicted_total", "counter", "Tokens generated.", f.generated),
+        ("tokens_predicted_seconds_total", "counter", "Seconds spent in decode batches.", f.decode_seconds),
+        ("n_decode_total", "counter", "Batches.", f.batches),
+        ("n_tokens_max", "counter", "Tokens of the longest stream.", f.longest),
+        ("spec_decode_num_draft_tokens_total", "counter", "There is no draft model.", 0),
+        ("spec_decode_num_accepted_tokens_total", "counter", "There is no draft model.", 0),
+        ("spec_decode_num_drafts_total", "counter", "There is no draft model.", 0),
+        ("prompt_tokens_seconds", "gauge", "Tokens of prompts per second.", f.prefilled / (f.prefill_seconds or 1.0)),
+        ("predicted_tokens_seconds", "gauge", "Tokens generated per second.", f.generated / (f.decode_seconds or 1.0)),
+        ("requests_processing", "gauge", "Slots at work.", f.n_busy),
+        ("requests_deferred", "gauge", "Requests that have no slot yet.", f.n_waiting),
+        ("n_busy_slots_per_decode", "gauge", "Requests per batch.", f.batch_parts / (f.batches or 1)),
+    )
+    lines = []
+    for name, kind, text, value in found:
+        lines += [f"# HELP llamacpp:{name} {text}", f"# TYPE llamacpp:{name} {kind}", f"llamacpp:{name} {value}"]
+    return "\n".join(lines) + "\n"
+
+
+@router.get("/metrics", response_class=Response, responses={501: {"model": ErrorResponse}})
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
-    service = ServerState.of(request).service
-    collector = EngineCollector(service)
+    state = ServerState.of(request)
+    if not state.settings.metrics:
+        raise ApiError(501, "This server tells no metrics: it was started with --no-metrics.")
+    collector = EngineCollector(state.service) if state.generates else None
+
+    def read() -> bytes:
+        ours = b"" if collector is None else bytes(generate_latest(collector))
+        return ours + llama_server_metrics(figures(state)).encode()
 
     def collect() -> Response:
-        text = service.engine.call(lambda: generate_latest(collector))  # in its thread: nothing changes meanwhile
-        return Response(text, media_type=CONTENT_TYPE)
+        text = state.engine.call(read) if state.generates else read()  # in its thread: nothing changes meanwhile
+        headers = {"Process-Start-Time-Unix": str(int(state.started))}
+        return Response(text, media_type=CONTENT_TYPE, headers=headers)
 
     return await in_thread(request, collect)

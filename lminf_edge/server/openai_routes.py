@@ -1,14 +1,11 @@
-"""OpenAI's API, as its clients use it: models, chat, completions, embeddings."""
+"""OpenAI's API, as its clients use it: models, chat, completions."""
 
 from __future__ import annotations
 
-import base64
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from lminf_edge.completion import as_text, prompt_logprobs
@@ -16,10 +13,16 @@ from lminf_edge.server.arguments import Asked, AskedChat, asked_chat, asked_comp
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.events import chat_events, text_events
-from lminf_edge.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
-from lminf_edge.server.responses import chat_answer, chat_chunks, completion_answer, completion_chunks
+from lminf_edge.server.requests import ChatRequest, CompletionRequest, Sampling
+from lminf_edge.server.responses import (
+    chat_answer,
+    chat_chunks,
+    completion_answer,
+    completion_chunks,
+    progress_chunk,
+)
 from lminf_edge.server.state import ServerState
-from lminf_edge.server.streaming import EventStream, ProgressReporter, encoded, in_thread
+from lminf_edge.server.streaming import EventStream, ProgressChunk, ProgressReporter, encoded, in_thread
 from lminf_edge.text.chat import ChatPrompt
 from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs
 from lminf_edge.text.service import Exchange
@@ -58,9 +61,10 @@ async def respond(
     request: Request,
     body: Sampling,
     prepare: Callable[[Exchange], T],
-    whole: Callable[[Exchange, T], dict[str, Any]],
+    whole: Callable[[Exchange, T], Any],
     chunks: Callable[[Exchange, T], Iterator[dict[str, Any]]],
     done: str | None,
+    progress: ProgressChunk = progress_chunk,
 ) -> Response:
     """One JSON response or, with `stream`, chunks and then `done`.
 
@@ -69,7 +73,7 @@ async def respond(
     events = EventStream(request) if body.stream else None
     on_progress = None
     if events is not None and body.return_progress:
-        on_progress = ProgressReporter(events.put)
+        on_progress = ProgressReporter(events.put, progress)
     ours = body.lminf
     exchange = Exchange(
         ServerState.of(request).service,
@@ -78,6 +82,8 @@ async def respond(
         pin_system=ours.pin_system if ours else None,
         prefill=ours.prefill if ours else None,
         recall=ours.recall if ours else None,
+        slot=None if body.id_slot in (None, -1) else body.id_slot,
+        reuses=body.cache_prompt is not False,
         on_progress=on_progress,
     )
     if events is None:
@@ -154,29 +160,6 @@ def echo(
     if n_top is None:
         return text, []
     return text, prompt_logprobs(llm, exchange.prompt_logits(prompt.tokens), LogprobReporter(llm, n_top, 0))
-
-
-@router.post("/embeddings", response_model=None, responses=PROBLEMS)
-async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-    """A vector for each text. The server must be started with --embeddings."""
-    state = ServerState.of(request)
-    embedder = state.embedder
-    if embedder is None:
-        raise ApiError(501, "This server makes no embeddings: start it with --embeddings.", "embeddings_disabled")
-    cancelled = threading.Event()
-
-    def embed() -> Response:
-        inputs = prompts_of(body.input, state.llm.n_vocab())
-        vectors, n_tokens = embedder.embed(inputs, cancelled.is_set)
-        data: list[dict[str, Any]] = []
-        for i, vector in enumerate(vectors):
-            as_floats = body.encoding_format != "base64"
-            packed = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode("ascii")
-            data.append({"object": "embedding", "index": i, "embedding": vector if as_floats else packed})
-        usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return encoded({"object": "list", "data": data, "model": state.settings.model_name, "usage": usage})
-
-    return await in_thread(request, embed, cancelled.set)
 
 
 # llama-server has these at its root, too; /completions and /embeddings are other things there

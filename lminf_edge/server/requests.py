@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Required, TypedDict
 
-from lminf_edge.engine.params import MAX_BREAKERS
+from lminf_edge.engine.params import MAX_BREAKERS, MAX_SAMPLERS, sampler_name
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1024
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_BIASES = 1 << 16
+MAX_PROMPTS = 128
+MAX_FIELDS = 64
+MAX_INPUTS = 2048  # of a request for embeddings, as at OpenAI
 
 
 def _few_biases(value: Any) -> Any:
@@ -65,6 +78,10 @@ class LambdaOptions(_Lenient):
 # how other servers are given pictures or embeddings beside a prompt
 _NOT_TEXT = ("image_data", "multimodal_data", "multi_modal_data", "prompt_embeds")
 
+# what llama-server has and we do not, unless it is given as off
+_NOT_SERVED = ("lora", "n_indent", "t_max_predict_ms", "adaptive_target", "grammar_lazy", "grammar_triggers")
+_OFF: tuple[Any, ...] = (None, False, 0, -1, "", [], {})
+
 TokenLimit = Annotated[int, Field(ge=1, le=1 << 40)] | Literal[-1] | None
 
 
@@ -92,6 +109,8 @@ class Sampling(_Lenient):
     mirostat: Literal[0, 1, 2] | None = None
     mirostat_tau: float | None = Field(None, ge=0, le=100)
     mirostat_eta: float | None = Field(None, ge=0, le=100)
+    samplers: Many[str] | None = Field(None, max_length=MAX_SAMPLERS, description="which take part, in this order")
+    min_keep: int | None = Field(None, ge=0, le=1 << 30, description="tokens that samplers leave at least")
     seed: int | None = Field(None, description="the same seed, prompt and parameters give the same text")
     stop: str | Many[str] | None = None
     stream: bool | None = False
@@ -102,10 +121,20 @@ class Sampling(_Lenient):
         description="names the conversation: it may continue after its oldest messages were dropped",
     )
     return_progress: bool | None = Field(False, description="report prefill progress, in a stream")
+    id_slot: int | None = Field(None, ge=-1, le=1 << 30, description="the slot to be answered in; -1: any")
+    cache_prompt: bool | None = Field(True, description="false: all of the prompt is processed")
+
+    @field_validator("samplers")
+    @classmethod
+    def _named_samplers(cls, names: list[str] | None) -> list[str] | None:
+        return None if names is None else [sampler_name(name) for name in names]
 
     @model_validator(mode="before")
     @classmethod
-    def _only_text(cls, body: Any) -> Any:
+    def _only_what_is_here(cls, body: Any) -> Any:
+        for name in _NOT_SERVED:
+            if isinstance(body, dict) and body.get(name) not in _OFF:
+                raise ValueError(f"{name}: this server does not have it")
         for name in _NOT_TEXT:
             if isinstance(body, dict) and body.get(name):
                 raise ValueError(f"{name}: only text can be read")
@@ -146,6 +175,11 @@ class ChatRequest(_OpenAISampling):
 class CompletionRequest(_OpenAISampling):
     """POST /v1/completions"""
 
+    max_tokens: TokenLimit = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="not given or -1: until the model stops",
+    )
     prompt: str | Many[int] | Many[str] | Many[Many[int]] = ""
     suffix: str | None = None
     echo: bool | None = False
@@ -153,24 +187,131 @@ class CompletionRequest(_OpenAISampling):
     grammar: str | None = None
 
 
+class PromptText(_Lenient):
+    """A prompt as an object, which llama-server has for pictures."""
+
+    prompt_string: str
+    multimodal_data: Any = Field(None, description="nothing: only text can be read")
+
+
+TokensAndText = Many[int] | Many[int | str]
+LlamaPrompt = str | PromptText | TokensAndText | Many[str | PromptText | TokensAndText]
+
+
+class TextPart(_Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class TextContent(_Lenient):
+    """A text in the parts of a message."""
+
+    content: Many[TextPart]
+
+
+EmbeddingInput = str | PromptText | TextContent | TokensAndText
+
+
+class RerankRequest(_Lenient):
+    """POST /rerank: documents in Jina's format, or texts in that of TEI."""
+
+    model: str | None = None
+    query: str
+    documents: Many[str] | None = None
+    texts: Many[str] | None = None
+    top_n: int | None = Field(None, ge=0)
+    return_text: bool | None = False
+
+    @model_validator(mode="after")
+    def _some(self) -> RerankRequest:
+        n = len(self.given)
+        if not 0 < n <= MAX_INPUTS:
+            raise ValueError(f"documents: there may be 1 to {MAX_INPUTS} of them, not {n}")
+        return self
+
+    @property
+    def given(self) -> list[str]:
+        return self.documents or self.texts or []
+
+
 class EmbeddingRequest(_Lenient):
     """POST /v1/embeddings"""
 
     model: str | None = None
-    input: str | Many[str] | Many[int] | Many[Many[int]]
+    input: EmbeddingInput | Many[EmbeddingInput] = Field(
+        validation_alias=AliasChoices("input", "content"), description=f"one text, or up to {MAX_INPUTS}"
+    )
     encoding_format: Literal["float", "base64"] | None = "float"
 
 
-class LlamaCompletionRequest(Sampling):
-    """POST /completion, in llama.cpp's dialect"""
+# what llama-server brings into range where others refuse it
+_CLAMPED: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_k": (0, 1 << 30),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold"), (0, 1)),
+    "mirostat": (0, 2),
+}
+_WHOLE = ("top_k", "mirostat", "seed", "n_predict", "max_tokens", "n_probs", "repeat_last_n", "min_keep", "id_slot")
 
-    prompt: str | Many[int] | Many[int | str] = ""
-    n_predict: int | None = Field(-1, ge=-1, le=1 << 40)
-    n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
-    logit_bias: LogitBias[Many[tuple[int, float | bool]] | dict[str, float] | None] = None
+
+class LlamaCompletionRequest(Sampling):
+    """POST /completion, in llama.cpp's dialect: numbers are taken as leniently as there."""
+
+    frequency_penalty: float | None = Field(None, ge=-100, le=100)
+    presence_penalty: float | None = Field(None, ge=-100, le=100)
+
+    prompt: LlamaPrompt = Field("", description=f"text, tokens, or both mixed; or up to {MAX_PROMPTS} of these")
+    n_predict: int | None = Field(
+        -1, ge=-1, le=1 << 40, validation_alias=AliasChoices("n_predict", "max_completion_tokens", "max_tokens")
+    )
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES, validation_alias=AliasChoices("n_cmpl", "n"))
+    n_probs: int | None = Field(0, ge=0, le=MAX_LOGPROBS, validation_alias=AliasChoices("n_probs", "logprobs"))
+    post_sampling_probs: bool | None = Field(False, description="n_probs: of what the samplers left")
+    logit_bias: LogitBias[Many[tuple[int | str, float | bool]] | dict[str, float | bool] | None] = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     ignore_eos: bool | None = Field(False, description="go on to the limit")
+    return_tokens: bool | None = Field(False, description="the tokens of the text, too; a stream always has them")
+    timings_per_token: bool | None = Field(False, description="timings in every part of a stream")
+    response_fields: Many[Annotated[str, Field(max_length=256)]] | None = Field(
+        None, max_length=MAX_FIELDS, description='only these in the answer, such as "generation_settings/n_predict"'
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_range(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        changed = {}
+        for name, value in body.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            if name in _CLAMPED:
+                value = min(max(value, _CLAMPED[name][0]), _CLAMPED[name][1])
+            changed[name] = int(value) if name in _WHOLE else value
+        return {**body, **changed}
+
+
+class InfillExtra(_Lenient):
+    """More text for /infill, of another file."""
+
+    text: str
+    filename: str = "tmp"
+
+
+class InfillRequest(LlamaCompletionRequest):
+    """POST /infill: what stands between two texts; `prompt` is how it begins."""
+
+    prompt: str = ""
+    input_prefix: str
+    input_suffix: str
+    input_extra: Many[InfillExtra] | None = None
+
+
+class SlotRequest(_Lenient):
+    """POST /slots/N"""
+
+    filename: str | None = Field(None, max_length=255, description="save, restore: a plain name")
 
 
 class TokenizeRequest(_Lenient):

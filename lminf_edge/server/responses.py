@@ -1,4 +1,4 @@
-"""Events to OpenAI's and llama.cpp's formats: whole responses, or chunks."""
+"""Events to OpenAI's format: whole responses, or chunks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import llama_cpp
+
+import lminf_edge
 from lminf_edge.engine.request import Request
 from lminf_edge.server.events import Call, Event
 from lminf_edge.text.logprobs import TokenLogprobs, as_lists
 from lminf_edge.text.service import Exchange
 
+# llama-server's names its build, and clients compare it
+FINGERPRINT = f"b{llama_cpp.__version__}-lminf-edge-{lminf_edge.__version__}"
+
 
 def _head(kind: str, prefix: str, model: str) -> dict[str, Any]:
-    return {"id": f"{prefix}-{uuid.uuid4()}", "object": kind, "created": int(time.time()), "model": model}
+    return {
+        "id": f"{prefix}-{uuid.uuid4()}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": FINGERPRINT,
+    }
 
 
 def _costs(exchange: Exchange) -> dict[str, Any]:
@@ -68,7 +80,7 @@ def chat_chunks(
     for event in events:
         if event.choice not in begun:
             begun.add(event.choice)
-            yield chunk(Event(event.choice), {"role": "assistant"})
+            yield chunk(Event(event.choice), {"role": "assistant", "content": None})
         if event.call is not None:
             yield chunk(event, {"tool_calls": [_call_delta(event, event.call, event.call not in begun)]})
             begun.add(event.call)
@@ -142,65 +154,19 @@ def completion_chunks(
         yield {**head, "choices": [], **_costs(exchange)}
 
 
-# --- llama.cpp --------------------------------------------------------------------------------------------------------
-
-
-def llama_cpp_answer(exchange: Exchange, events: Iterable[Event], model: str, only_reads: bool) -> dict[str, Any]:
-    texts, probabilities = [], []
-    last: dict[str, Any] = {}
-    for last in llama_cpp_chunks(exchange, events, model, only_reads):
-        texts.append(last["content"])
-        probabilities += last.get("completion_probabilities", [])
-    extra = {"completion_probabilities": probabilities} if probabilities else {}
-    return {**last, "content": "".join(texts), **extra}
-
-
-def llama_cpp_chunks(
-    exchange: Exchange, events: Iterable[Event], model: str, only_reads: bool
-) -> Iterator[dict[str, Any]]:
-    """Chunks of text; the last one holds the stop reason. `only_reads`: the generated text is not wanted."""
-    for event in events:
-        if event.part is not None and not only_reads:
-            logprobs = event.part.logprobs
-            more = {"completion_probabilities": token_probabilities(logprobs)} if logprobs else {}
-            yield {"index": 0, "content": event.part.text, "stop": False, **more}
-        if event.answer is not None:
-            usage = exchange.usage
-            yield {
-                "index": 0,
-                "content": "",
-                "stop": True,
-                "stop_type": event.answer.text.stop_type,
-                "model": model,
-                "tokens_predicted": 0 if only_reads else usage.n_completion,
-                "tokens_evaluated": usage.n_prompt,
-                "tokens_cached": usage.n_cached,
-                "truncated": False,
-                "timings": usage.timings(),
-                "lminf": exchange.stream_info(),
-            }
-
-
-def token_probabilities(entries: list[TokenLogprobs]) -> list[dict[str, Any]]:
-    return [
-        {
-            "token": entry.text,
-            "logprob": entry.logprob,
-            "top_logprobs": [{"token": other, "logprob": value} for other, value in (entry.top or {}).items()],
-        }
-        for entry in entries
-    ]
-
-
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def progress_chunk(request: Request, seconds: float) -> dict[str, Any]:
+def progress_of(request: Request, seconds: float) -> dict[str, Any]:
     """Prefill progress, in llama.cpp's format."""
-    progress = {
+    return {
         "total": len(request.prompt),
         "cache": request.stats.n_cached,
         "processed": request.n_done,
         "time_ms": round(1e3 * seconds, 1),
     }
-    return {"object": "chat.completion.chunk", "choices": [], "prompt_progress": progress}
+
+
+def progress_chunk(request: Request, seconds: float) -> dict[str, Any]:
+    """Prefill progress in a stream of OpenAI's format."""
+    return {"object": "chat.completion.chunk", "choices": [], "prompt_progress": progress_of(request, seconds)}

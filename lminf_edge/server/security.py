@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lminf_edge.server.errors import ApiError, shutting_down
-from lminf_edge.server.settings import Settings
+from lminf_edge.server.settings import Settings, origin_pattern
 from lminf_edge.server.state import give_back_memory
 
 # paths that need no key: the page, which asks for one, and the health check
@@ -48,6 +49,7 @@ class SecurityMiddleware:
         """`stopping` is set at shutdown."""
         self.app, self.settings = app, settings
         self._stopping = stopping
+        self._origins = re.compile(origin_pattern(settings.origins))
         self._owners = [owner_of(key.encode("utf-8")) for key in settings.api_keys]
         self._n_open = 0  # requests being answered
         self._n_held = 0  # bytes of bodies, beyond SMALL_BODY of each
@@ -92,7 +94,7 @@ class SecurityMiddleware:
             raise ApiError(403, "The Host header does not name this server: see --allowed-host.", "host_not_allowed")
         origin = text(b"origin") if b"origin" in headers else None
         own = f"{scope['scheme']}://{text(b'host')}"
-        if origin is not None and origin != own and origin not in settings.origins:
+        if origin is not None and origin != own and not self._origins.fullmatch(origin):
             message = f"Pages of {origin[:200]} may not use this server: see --allowed-origin."
             raise ApiError(403, message, "origin_not_allowed")
         length = text(b"content-length") or "0"

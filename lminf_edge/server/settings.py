@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 # the advertised context size, in tokens: front ends trim histories to it, and there is no limit here
 ENDLESS = 1 << 30
+
+# origins by name: pages of this machine, and of desktop apps, whose schemes no web page can have. Not "null": sandboxed
+# frames of any page have that one, too.
+ORIGINS = {
+    "localhost": r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?",
+    "apps": r"(app|capacitor|electron|file|tauri|vscode-file|vscode-webview)://[\w.~-]*(:\d{1,5})?"
+    r"|https?://tauri\.localhost",
+}
+
+
+def origin_pattern(origins: tuple[str, ...]) -> str:
+    """A regular expression for all of an Origin header."""
+    return "|".join(ORIGINS.get(origin) or re.escape(origin) for origin in origins) or "(?!)"
 
 
 @dataclass(frozen=True)
@@ -13,9 +28,14 @@ class Settings:
     """What the server allows and how long it waits.
 
     model_name       the model's name for clients
+    aliases, tags    its other names and what it is labelled with, for /v1/models
+    model_file       the name of its file, without the folder
+    page             whether there is a page to chat on
+    slots, metrics   whether /slots and /metrics are answered
     api_keys         each client must send one of them; empty: no key is required
     hosts            names and addresses that a Host header may carry, without the port; empty: any
-    origins          web pages that may use the server, as in an Origin header
+    origins          web pages that may use the server, as in an Origin header, or names of ORIGINS
+    slot_folder      where clients may save what a slot holds; None: nowhere
     max_body         bytes of a request's body
     max_requests     requests answered at a time
     max_connections  open connections; one more replaces one that has not sent a whole request
@@ -29,9 +49,16 @@ class Settings:
     """
 
     model_name: str
+    aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    model_file: str = ""
+    page: bool = True
+    slots: bool = True
+    metrics: bool = True
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
+    slot_folder: Path | None = None
     max_body: int = 16 << 20  # three million tokens; parsed, a body may take thirty times its bytes
     max_requests: int = 64
     max_connections: int = 320

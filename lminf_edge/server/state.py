@@ -8,17 +8,16 @@ import ctypes
 import json
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar, cast
 
 import llama_cpp
-import numpy as np
 from fastapi import Request
 
-from lminf_edge.llama import Llama
+from lminf_edge.engine.engine import Engine
+from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.errors import ApiError, engine_stopped
 from lminf_edge.server.settings import ENDLESS, Settings
 from lminf_edge.text.service import TextService
@@ -35,52 +34,13 @@ def give_back_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-class Embedder:
-    """Embeddings from a context of its own, one text at a time."""
-
-    def __init__(self, llm: Llama) -> None:
-        """`llm` is loaded with embedding=True."""
-        self._llm = llm
-        self._lock = threading.Lock()
-
-    def embed(
-        self, inputs: Sequence[str | list[int]], is_cancelled: Callable[[], bool] = lambda: False
-    ) -> tuple[list[list[float]], int]:
-        """A vector (n_embd,) for each text, and the number of tokens in all; those so far once it is cancelled.
-
-        Raises ApiError for a text too long.
-        """
-        vectors, n_tokens = [], 0
-        for each in inputs:
-            if is_cancelled():
-                break
-            with self._lock:
-                vector, n = self._embed(each)
-            vectors.append(vector)
-            n_tokens += n
-        return vectors, n_tokens
-
-    def _embed(self, text: str | list[int]) -> tuple[list[float], int]:
-        """A vector of length 1, and the number of tokens."""
-        llm, n_most = self._llm, self._llm.n_ctx()
-        if not isinstance(text, str):
-            bos = [llm.token_bos()]
-            text = llm.detokenize(text[1:] if text[:1] == bos else text).decode("utf-8", errors="replace")
-        n_tokens = len(llm.tokenize(text.encode("utf-8")))
-        if not text or n_tokens > n_most:
-            raise ApiError(400, f"input: a text to embed has 1 to {n_most} tokens, not {n_tokens}.", param="input")
-        vector = np.asarray(llm.embed(text), dtype=np.float64)
-        if vector.ndim == 2:  # a vector for each token: their mean stands for the text
-            vector = vector.mean(axis=0)
-        return (vector / (np.linalg.norm(vector) or 1.0)).tolist(), n_tokens
-
-
 class ServerState:
     """The service, the settings, and the worker threads."""
 
-    def __init__(self, service: TextService, settings: Settings, embedder: Embedder | None) -> None:
-        self.service, self.settings, self.embedder = service, settings, embedder
-        self.engine = service.engine
+    def __init__(self, service: TextService | None, settings: Settings, embedder: Embedder | None) -> None:
+        """Without a service there are embeddings alone."""
+        self.settings, self.embedder = settings, embedder
+        self._service = service
         self.started = time.time()
         self.stopping = asyncio.Event()  # set at shutdown
         self.parsing = asyncio.Lock()  # of a long body: it takes many times its bytes for a while
@@ -100,7 +60,7 @@ class ServerState:
             finally:
                 give_back_memory()
 
-        if not self.engine.is_alive:
+        if not self.is_alive:
             raise engine_stopped()
         if len(self._working) >= self.settings.max_requests:
             raise ApiError(503, "The server is busy: try again later.", headers={"Retry-After": "1"})
@@ -115,26 +75,57 @@ class ServerState:
         return not wait(list(self._working), timeout=seconds).not_done
 
     @property
+    def generates(self) -> bool:
+        return self._service is not None
+
+    @property
+    def service(self) -> TextService:
+        """Raises ApiError if there are embeddings alone."""
+        if self._service is None:
+            raise ApiError(
+                501, "This server makes embeddings or rankings alone: it generates no text.", "no_generation"
+            )
+        return self._service
+
+    @property
+    def engine(self) -> Engine:
+        """Raises as `service` does."""
+        return self.service.engine
+
+    @property
+    def is_alive(self) -> bool:
+        return self._service is None or self._service.engine.is_alive
+
+    @property
     def llm(self) -> llama_cpp.Llama:
-        return self.service.llm
+        if self._service is None:
+            assert self.embedder is not None
+            return self.embedder.llm
+        return self._service.llm
 
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models lists it."""
-        engine = self.engine
+        more: dict[str, Any] = {}
+        if self._service is not None:
+            engine = self._service.engine
+            more = {"lminf": {"sink": engine.n_sinks, "window": engine.n_local, "max_distance": engine.max_distance}}
+        n_ctx = ENDLESS if self.embedder is None or self._service is not None else self.embedder.n_most
         return {
             "id": self.settings.model_name,
             "object": "model",
             "created": int(self.started),
             "owned_by": "lminf-edge",
+            "aliases": list(self.settings.aliases),
+            "tags": list(self.settings.tags),
             "name": self.settings.model_name,
-            "context_length": ENDLESS,
-            "max_model_len": ENDLESS,
+            "context_length": n_ctx,
+            "max_model_len": n_ctx,
             "meta": {
                 "n_vocab": self.llm.n_vocab(),
                 "n_embd": self.llm.n_embd(),
                 "n_ctx_train": self.llm._model.n_ctx_train(),
             },
-            "lminf": {"sink": engine.n_sinks, "window": engine.n_local, "max_distance": engine.max_distance},
+            **more,
         }
 
     def log_messages(self, messages: Any) -> None:

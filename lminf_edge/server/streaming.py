@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 MAX_UNREAD = 10_000  # events queued for a client that does not read
 
-_PROGRESS_SECONDS = 0.1  # between two reports
 _FIRST_SECONDS = 0.5  # for an error to get a status of its own
 _READY = object()
 _END = object()
@@ -89,18 +88,18 @@ async def in_thread(
         cancel()
 
 
-class ProgressReporter:
-    """Reports prefill progress, at most every _PROGRESS_SECONDS."""
+ProgressChunk = Callable[[EngineRequest, float], dict[str, Any]]  # of a request and the seconds since it came
 
-    def __init__(self, show: Callable[[dict[str, Any]], None]) -> None:
-        self._show = show
-        self._started = self._shown = time.perf_counter()
+
+class ProgressReporter:
+    """Reports prefill progress before the prompt and after each batch that had a part of it."""
+
+    def __init__(self, show: Callable[[dict[str, Any]], None], chunk: ProgressChunk = progress_chunk) -> None:
+        self._show, self._chunk = show, chunk
+        self._started = time.perf_counter()
 
     def __call__(self, request: EngineRequest) -> None:
-        now = time.perf_counter()
-        if now - self._shown >= _PROGRESS_SECONDS or request.n_done >= len(request.prompt):
-            self._shown = now
-            self._show(progress_chunk(request, now - self._started))
+        self._show(self._chunk(request, time.perf_counter() - self._started))
 
 
 class EventStream:

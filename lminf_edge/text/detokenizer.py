@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import llama_cpp
 
@@ -36,6 +36,7 @@ class Detokenizer:
 class _Piece:
     text: bytes
     logprobs: TokenLogprobs | None
+    token: int | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Part:
 
     text: str
     logprobs: list[TokenLogprobs]
+    tokens: list[int] = field(default_factory=list)
 
 
 class StopScanner:
@@ -57,16 +59,17 @@ class StopScanner:
         self._stops = stops
         self._held: list[_Piece] = []
         self.stopped = False
+        self.stop = ""  # the stop string that was met
 
-    def push(self, text: bytes, logprobs: TokenLogprobs | None) -> Iterator[Part]:
+    def push(self, text: bytes, logprobs: TokenLogprobs | None, token: int | None = None) -> Iterator[Part]:
         """Takes one token's text and yields what this makes final."""
-        self._held.append(_Piece(text, logprobs))
+        self._held.append(_Piece(text, logprobs, token))
         held = b"".join(piece.text for piece in self._held)
         # what was released cannot begin a stop string, so one can only be in what is held
-        found = [held.index(stop) for stop in self._stops if stop in held]
-        if found:
-            self.stopped = True
-            yield from self._release(min(found), cut=True)
+        found = min(((held.index(stop), stop) for stop in self._stops if stop in held), default=None)
+        if found is not None:
+            self.stopped, self.stop = True, found[1].decode("utf-8", errors="replace")
+            yield from self._release(found[0], cut=True)
         else:
             yield from self._release(len(held) - max(partial_character(held), partial_stop(held, self._stops)))
 
@@ -80,21 +83,22 @@ class StopScanner:
 
         With `cut`, the rest is dropped and the group it begins in is cut short.
         """
-        text, logprobs, n_grouped, end = b"", [], 0, 0
+        text, logprobs, tokens, n_grouped, end = b"", [], [], 0, 0
         for i, piece in enumerate(self._held):
             end += len(piece.text)
             if end > n_bytes and not cut:
                 break
             text += piece.text[: len(piece.text) - max(end - n_bytes, 0)]
             logprobs += [piece.logprobs] if piece.logprobs else []
+            tokens += [] if piece.token is None else [piece.token]
             if cut and end >= n_bytes:
                 if text:
-                    yield Part(text.decode("utf-8", errors="ignore"), logprobs)
+                    yield Part(text.decode("utf-8", errors="ignore"), logprobs, tokens)
                 n_grouped = len(self._held)
                 break
             if partial_character(text) == 0:
-                yield Part(text.decode("utf-8", errors="ignore"), logprobs)
-                text, logprobs, n_grouped = b"", [], i + 1
+                yield Part(text.decode("utf-8", errors="ignore"), logprobs, tokens)
+                text, logprobs, tokens, n_grouped = b"", [], [], i + 1
         del self._held[:n_grouped]
 
 

@@ -54,6 +54,7 @@ class TextStream:
         self.entries: list[TokenLogprobs] = []  # of all tokens, including those whose text was cut off
         self.finish_reason: Literal["stop", "length"] = "stop"
         self.stop_type: Literal["eos", "word", "limit"] = "word"  # in llama.cpp's terms
+        self.stop = ""  # the stop string that ended it
 
     def __iter__(self) -> Iterator[Part]:
         """Final parts of the text, with the logprobs of their tokens."""
@@ -69,7 +70,7 @@ class TextStream:
                 entry = self._logprobs.entry(token, piece, output.logits) if self._logprobs else None
                 if entry is not None:
                     self.entries.append(entry)
-                yield from self._scanner.push(piece, entry)
+                yield from self._scanner.push(piece, entry, token)
                 if self._scanner.stopped:
                     break
                 if self._max_tokens is not None and self.n_tokens >= self._max_tokens:
@@ -81,4 +82,5 @@ class TextStream:
                     )
                     self.finish_reason, self.stop_type = "length", "limit"
                     break
+        self.stop = self._scanner.stop
         yield from self._scanner.flush()

@@ -15,21 +15,37 @@ from lminf_edge.cache.token_log import Tokens
 
 
 @dataclass(frozen=True)
+class Likely:
+    """One of the likeliest tokens."""
+
+    id: int
+    piece: bytes
+    logprob: float
+
+
+@dataclass(frozen=True)
 class TokenLogprobs:
-    """One token's entry in the four lists of a completion's logprobs."""
+    """One token's entry in the four lists of a completion's logprobs, and what llama-server tells of it."""
 
     text: str
     offset: int  # characters before the token
     logprob: float | None
     top: dict[str, float] | None
+    id: int = -1
+    piece: bytes = b""
+    likeliest: Sequence[Likely] = ()  # best first
 
 
 class LogprobReporter:
     """Makes the logprobs entries of consecutive tokens."""
 
-    def __init__(self, llm: llama_cpp.Llama, n_top: int, offset: int) -> None:
-        """`offset` is the number of characters before the first token."""
+    def __init__(self, llm: llama_cpp.Llama, n_top: int, offset: int, after_sampling: bool = False) -> None:
+        """
+        offset          number of characters before the first token
+        after_sampling  the logits it gets are those that the samplers left
+        """
         self._llm, self._n_top, self._offset = llm, n_top, offset
+        self.after_sampling = after_sampling
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._bos = llm.token_bos()
 
@@ -41,14 +57,16 @@ class LogprobReporter:
             return None
         text = piece.decode("utf-8", errors="ignore")
         if logits is None:
-            return TokenLogprobs(text, offset, None, None)
+            return TokenLogprobs(text, offset, None, None, token, piece)
         logprobs = self._llm.logits_to_logprobs(logits)
-        top = {
-            self._llm.detokenize([int(other)]).decode("utf-8", errors="ignore"): float(logprobs[other])
+        likeliest = [
+            Likely(int(other), self._llm.detokenize([int(other)]), float(logprobs[other]))
             for other in top_tokens(logprobs, self._n_top)
-        }
+            if logprobs[other] > -np.inf
+        ]
+        top = {each.piece.decode("utf-8", errors="ignore"): each.logprob for each in likeliest}
         top[text] = float(logprobs[token])
-        return TokenLogprobs(text, offset, float(logprobs[token]), top)
+        return TokenLogprobs(text, offset, float(logprobs[token]), top, token, piece, likeliest)
 
 
 def top_tokens(logprobs: Logits, n: int) -> Tokens:

@@ -75,14 +75,17 @@ class Usage:
         first = self.first_token or now
         n_prefilled = self.n_prompt - self.n_cached - self.n_skipped
         prefill_ms, decode_ms = 1e3 * (first - self.started), 1e3 * (now - first)
+        n_steps = max(self.n_completion - 1, 0)  # the first token costs none of its own
         return {
             "cache_n": self.n_cached,
             "prompt_n": n_prefilled,
-            "prompt_ms": round(prefill_ms, 3),
+            "prompt_ms": prefill_ms,
+            "prompt_per_token_ms": prefill_ms / n_prefilled if n_prefilled else 0.0,
             "prompt_per_second": _rate(n_prefilled, prefill_ms),
             "predicted_n": self.n_completion,
-            "predicted_ms": round(decode_ms, 3),
-            "predicted_per_second": _rate(self.n_completion - 1, decode_ms),
+            "predicted_ms": decode_ms,
+            "predicted_per_token_ms": decode_ms / n_steps if n_steps else 0.0,
+            "predicted_per_second": _rate(n_steps, decode_ms),
         }
 
 
@@ -98,10 +101,12 @@ class Exchange:
         pin_system: bool | None = None,
         prefill: Prefill | None = None,
         recall: bool | int | None = None,
+        slot: int | None = None,
+        reuses: bool = True,
         on_progress: Callable[[Request], None] | None = None,
     ) -> None:
         """
-        owner, label  see Request
+        owner, label, slot, reuses  see Request
         pin_system    None: the service's setting
         prefill       None: the engine's setting
         recall        how many tokens each layer recalls; False: none, True or None: the engine's setting
@@ -111,6 +116,7 @@ class Exchange:
         self.usage = Usage()
         self.warning: str | None = None
         self.owner, self._label, self._prefill, self._on_progress = owner, label, prefill, on_progress
+        self._slot, self._reuses = slot, reuses
         self._n_recall = None if recall is None or recall is True else self._checked_recall(int(recall))
         self._pins_system = service.pin_system if pin_system is None else pin_system
         self._request: Request | None = None
@@ -164,6 +170,9 @@ class Exchange:
             prefill=self._prefill,
             n_recall=self._n_recall,
             wants_logits=logprobs is not None,
+            wants_sampled=logprobs is not None and logprobs.after_sampling,
+            slot=self._slot,
+            reuses=self._reuses,
             penalizes_prompt=True,
             on_progress=self._on_progress,
         )
@@ -237,11 +246,30 @@ class Answer:
         self, exchange: Exchange, request: Request, prompt: ChatPrompt, text: TextStream, counts_prompt: bool
     ) -> None:
         self.text = text
+        self._started = exchange.usage.started if counts_prompt and not exchange.usage.n_prompt else time.perf_counter()
         self._exchange, self._request, self._prompt, self._counts_prompt = exchange, request, prompt, counts_prompt
 
     @property
     def reports_logprobs(self) -> bool:
         return self._request.wants_logits
+
+    @property
+    def slot(self) -> int:
+        """The slot it got; -1 before."""
+        return self._request.stats.slot
+
+    @property
+    def usage(self) -> Usage:
+        """What this completion alone has taken so far."""
+        stats = self._request.stats
+        return Usage(
+            started=self._started,
+            first_token=stats.first_token,
+            n_prompt=len(self._request.prompt),
+            n_cached=stats.n_cached,
+            n_skipped=stats.n_skipped,
+            n_completion=self.text.n_tokens,
+        )
 
     def __iter__(self) -> Generator[Part, None, None]:
         try:
@@ -278,4 +306,4 @@ def with_seed(sampling: SamplingParams, i: int) -> SamplingParams:
 
 
 def _rate(n_tokens: int, milliseconds: float) -> float:
-    return round(1e3 * n_tokens / milliseconds, 2) if milliseconds > 0 and n_tokens > 0 else 0.0
+    return 1e3 * n_tokens / milliseconds if milliseconds > 0 and n_tokens > 0 else 0.0

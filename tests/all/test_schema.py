@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import schemathesis
 import schemathesis.specs.openapi.checks as checks
 from hypothesis import HealthCheck, given, settings
-from schemathesis.checks import not_a_server_error
 from served import serve
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.server import Settings
-from lminf_edge.server.state import Embedder
+from lminf_edge.server.embedder import Embedder
+
+
+def no_fault_of_ours(_: Any, response: Any, case: Any) -> None:
+    """501 is what this model or this server's options do not have, and documented."""
+    assert response.status_code < 500 or response.status_code == 501, response.text
+
 
 CHECKS = [
-    not_a_server_error,
+    no_fault_of_ours,
     checks.status_code_conformance,
     checks.content_type_conformance,
     checks.response_schema_conformance,
@@ -33,9 +39,10 @@ def finite(case: Any) -> Any:
     return case
 
 
-def test_every_operation(nano_path: str) -> None:
+def test_every_operation(nano_path: str, tmp_path: Path) -> None:
     embedder = Llama(nano_path, embedding=True, n_ctx=512, verbose=False, n_threads=1)
-    with serve(nano_path, Settings(model_name="nano"), Embedder(embedder), lminf=LMInfConfig(n_local=64)) as served:
+    settings_ = Settings(model_name="nano", slot_folder=tmp_path)
+    with serve(nano_path, settings_, Embedder(embedder), lminf=LMInfConfig(n_local=64)) as served:
         schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
         n_operations = 0
         for result in schema.get_all_operations():

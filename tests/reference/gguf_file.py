@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -41,14 +42,35 @@ def copy_as_f32(source: str | PathLike[str], target: str | PathLike[str]) -> Non
     it can be compared with the reference to the last digits.
     """
     reader = GGUFReader(source)
+    writer = with_metadata(reader, target, ("general.file_type",))
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    finish(writer)
+
+
+def copy_with(source: str | PathLike[str], target: str | PathLike[str], keys: Mapping[str, int]) -> None:
+    """Write `source` to `target` with more metadata."""
+    reader = GGUFReader(source)
+    writer = with_metadata(reader, target, keys)
+    for name, value in keys.items():
+        writer.add_uint32(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    finish(writer)
+
+
+def with_metadata(reader: GGUFReader, target: str | PathLike[str], without: Container[str]) -> GGUFWriter:
+    """A writer that has the metadata of another file but some."""
     writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+        if name.startswith("GGUF.") or name == "general.architecture" or name in without:
             continue
         sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    return writer
+
+
+def finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
