@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 from lminf_edge.cli.common import (
     CommandError,
+    add_chat_template,
     add_compute,
     add_model,
     add_prefill,
     add_sampling,
     add_window,
+    chat_defaults,
     describe_layers,
     file_path,
     human_bytes,
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=whole_number(0, 65535), default=8080, help="default 8080; 0: any free port")
     parser.add_argument("--alias", metavar="NAME", help="the model's name for clients; default: its file name")
-    parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
+    add_chat_template(parser)
     parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings, from a second context")
     add_conversations(parser)
     group = parser.add_argument_group("safety")
@@ -160,6 +162,7 @@ def open_service(args: argparse.Namespace) -> TextService:
     from lminf_edge.text.service import LEAST_TEXT_BYTES, TEXT_BYTES, TextService
 
     defaults = Defaults(sampling_params(args), args.max_tokens if args.max_tokens > 0 else None, args.detect_loops)
+    chat = chat_defaults(args)
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
     # remembered texts are part of the memory asked for; without them every turn tokenizes its whole history
@@ -180,7 +183,7 @@ def open_service(args: argparse.Namespace) -> TextService:
         )
     try:
         require_vocabulary(engine.model.llama)
-        service = TextService(engine, defaults, args.pin_system, text_bytes)
+        service = TextService(engine, defaults, args.pin_system, text_bytes, chat)
     except UserError:
         engine.close()
         engine.model.close()

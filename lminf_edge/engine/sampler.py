@@ -16,7 +16,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from lminf_edge import native
 from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.token_log import Tokens
-from lminf_edge.engine.params import LogitsProcessor, SamplingParams
+from lminf_edge.engine.params import Grammar, LogitsProcessor, SamplingParams
 from lminf_edge.errors import UserError
 
 TOO_MUCH = "This grammar takes too much work: give it fewer optional parts, repetitions and alternatives"
@@ -79,8 +79,11 @@ class Sampler(LlamaSampler):
 
         self.add_custom(apply)
 
-    def add_grammar_text(self, grammar: str | LlamaGrammar) -> None:
+    def add_any_grammar(self, grammar: Grammar) -> None:
         """Raises UserError for what llama.cpp cannot parse, or what takes too much work."""
+        if not isinstance(grammar, (str, LlamaGrammar)):
+            bindings.llama_sampler_chain_add(self.sampler, grammar.sampler(self._model.vocab))
+            return
         text, root = (grammar, "root") if isinstance(grammar, str) else (grammar._grammar, grammar._root)
         with native.captured_errors():
             sampler = bindings.llama_sampler_init_grammar(self._model.vocab, text.encode("utf-8"), root.encode("utf-8"))
@@ -96,7 +99,7 @@ class Sampler(LlamaSampler):
             self.add_penalties(self._n_vocab, n, repeat, p.frequency_penalty, p.presence_penalty)
             self._tell_last(previous[-n:])
         if p.grammar is not None:
-            self.add_grammar_text(p.grammar)
+            self.add_any_grammar(p.grammar)
         if p.dry_multiplier and p.dry_penalty_last_n:
             base = p.dry_base if p.dry_base >= 1 else SamplingParams.dry_base
             breakers = [text.replace("\0", "").encode("utf-8", "replace").decode() for text in p.dry_sequence_breakers]

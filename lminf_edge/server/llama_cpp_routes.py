@@ -20,7 +20,7 @@ from lminf_edge.server.responses import llama_cpp_answer, llama_cpp_chunks
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import encoded, in_thread
-from lminf_edge.text.chat import ChatPrompt, chat_template
+from lminf_edge.text.chat import ChatPrompt
 from lminf_edge.text.service import Exchange
 
 router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
@@ -47,7 +47,7 @@ async def props(request: Request) -> dict[str, Any]:
         },
         "total_slots": len(engine.slots),
         "model_alias": state.settings.model_name,
-        "chat_template": chat_template(llm),
+        "chat_template": state.service.template.source,
         "bos_token": token_text(state, llm.token_bos()),
         "eos_token": token_text(state, llm.token_eos()),
         "modalities": {"vision": False, "audio": False},
