@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 import lminf_edge
-from lminf_edge.server import llama_cpp_routes, metrics, openai_routes
+from lminf_edge.server import llama_cpp_routes, messages_routes, metrics, openai_routes
 from lminf_edge.server.errors import add_error_handlers
 from lminf_edge.server.security import SecurityMiddleware
 from lminf_edge.server.settings import Settings
@@ -34,7 +34,7 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
 
     app = FastAPI(
         title="lminf-edge",
-        summary="Endless conversations with GGUF models, by OpenAI's and llama.cpp's APIs.",
+        summary="Endless conversations with GGUF models, by OpenAI's, Anthropic's and llama.cpp's APIs.",
         version=lminf_edge.__version__,
         lifespan=lifespan,
         docs_url=None,
@@ -43,11 +43,12 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.state.server = state
     app.include_router(openai_routes.router)
     app.include_router(openai_routes.unprefixed)
+    app.include_router(messages_routes.router)
     app.include_router(llama_cpp_routes.router)
     app.include_router(metrics.router)
     add_error_handlers(app)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)  # Claude Code asks for the head first
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 

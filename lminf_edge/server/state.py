@@ -21,6 +21,7 @@ from fastapi import Request
 from lminf_edge.llama import Llama
 from lminf_edge.server.errors import ApiError, engine_stopped
 from lminf_edge.server.settings import ENDLESS, Settings
+from lminf_edge.server.stored import StoredResponses
 from lminf_edge.text.service import TextService
 
 log = logging.getLogger("lminf_edge.server")
@@ -81,6 +82,8 @@ class ServerState:
     def __init__(self, service: TextService, settings: Settings, embedder: Embedder | None) -> None:
         self.service, self.settings, self.embedder = service, settings, embedder
         self.engine = service.engine
+        store = self.engine.store
+        self.stored = StoredResponses(store.folder, settings.response_bytes, store.failures.note)
         self.started = time.time()
         self.stopping = asyncio.Event()  # set at shutdown
         self.parsing = asyncio.Lock()  # of a long body: it takes many times its bytes for a while
@@ -124,6 +127,9 @@ class ServerState:
         return {
             "id": self.settings.model_name,
             "object": "model",
+            "type": "model",
+            "display_name": self.settings.model_name,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "created": int(self.started),
             "owned_by": "lminf-edge",
             "name": self.settings.model_name,
