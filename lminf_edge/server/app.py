@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 import lminf_edge
-from lminf_edge.server import llama_cpp_routes, messages_routes, metrics, openai_routes
+from lminf_edge.server import llama_cpp_routes, messages_routes, metrics, openai_routes, response_routes
 from lminf_edge.server.errors import add_error_handlers
 from lminf_edge.server.security import SecurityMiddleware
 from lminf_edge.server.settings import Settings
@@ -43,6 +43,7 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.state.server = state
     app.include_router(openai_routes.router)
     app.include_router(openai_routes.unprefixed)
+    app.include_router(response_routes.router)
     app.include_router(messages_routes.router)
     app.include_router(llama_cpp_routes.router)
     app.include_router(metrics.router)
@@ -62,6 +63,6 @@ def create_app(service: TextService, settings: Settings, embedder: Embedder | No
     app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping)
     # around the guard: a listed page must be able to read why it was refused
     app.add_middleware(
-        CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
     )
     return app
