@@ -37,6 +37,7 @@ class Event:
     choice: int
     part: Part | None = None
     call: Call | None = None  # that the part belongs to, if there is one
+    reasoning: bool = False  # the part is of the model's thoughts
     finish_reason: str | None = None
     answer: Answer | None = None  # the last one of the choice, at its end
 

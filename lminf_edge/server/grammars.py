@@ -34,7 +34,7 @@ _DOT = r'[^"\\\x7F\x00-\x1F] | "\\" ["\\/bft]'
 # a character of a string as llama_cpp writes it for a JSON schema, and without what JSON forbids there: line breaks
 _LOOSE_CHARACTER, _CHARACTER = r'char ::= [^"\\] |', r'char ::= [^"\\\x7F\x00-\x1F] |'
 
-_REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
+REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 
 
 def text_grammar(llm: llama_cpp.Llama, text: str, param: str) -> LlamaGrammar:
@@ -212,7 +212,7 @@ def check_schema(schema: Any, param: str) -> None:
             break
         for part in level:
             if isinstance(part, dict):
-                for name in _REPEATS:
+                for name in REPEATS:
                     if isinstance(part.get(name), (int, float)) and part[name] > MAX_REPEATS:
                         raise ApiError(400, f"{param}: {name} may be {MAX_REPEATS:,} at most.", param=param)
         level = [
