@@ -31,7 +31,7 @@ browser: setup # what the tests of the page and of node clients need, beside Chr
 	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null || \
 		{ echo "error: Chromium is needed: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -c "import playwright" 2> /dev/null || $(BIN)/python -m pip install -q playwright
-	@cd tests/all && { [ -d node_modules/openai ] || npm install --no-audit --no-fund --silent; }
+	@cd tests/all && { [ -d node_modules/@anthropic-ai/sdk ] || npm install --no-audit --no-fund --silent; }
 
 test-kernels: setup ## the attention kernels against float64, on and for everything at hand; ARGS="cpu neon" for some
 	@$(PYTHON) scripts/test_kernels.py $(ARGS)

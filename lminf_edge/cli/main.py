@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import lminf_edge
 from lminf_edge import native
-from lminf_edge.cli import bench, chat, demo, doctor, generate, info, passkey, ppl, rpc_server, serve
+from lminf_edge.cli import bench, chat, demo, doctor, generate, info, launch, passkey, ppl, rpc_server, serve
 from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
 
-COMMANDS = (chat, serve, generate, ppl, passkey, bench, info, doctor, demo, rpc_server)
+COMMANDS = (chat, serve, launch, generate, ppl, passkey, bench, info, doctor, demo, rpc_server)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -60,7 +60,11 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, 1 failed, 2 wrong usage, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    # argparse takes what follows -- for positional arguments, but where they may stand differs by version
+    at = given.index("--") if "launch" in given[:2] and "--" in given else len(given)
+    args = build_parser().parse_args(given[:at])
+    args.rest = given[at + 1 :]
     if getattr(args, "debug", False):
         os.environ[DEBUG_VARIABLE] = "1"  # for the server, and for processes that we start
     native.exits_on_abort = not wants_debug()

@@ -1,4 +1,4 @@
-"""Serves a model to chat front ends through OpenAI's and llama.cpp's APIs, with a page to try it on.
+"""Serves a model to chat front ends and agents through OpenAI's, Anthropic's and llama.cpp's APIs, with a page.
 
 Conversations may be of any length: of a history sent again, only the new part is processed. Conversations not in use
 are kept in memory, then in files, and survive a restart. The sampling options are defaults for requests. A request
@@ -215,6 +215,7 @@ def open_service(args: argparse.Namespace) -> TextService:
     # remembered texts are part of the memory asked for; without them every turn tokenizes its whole history
     text_bytes = min(max(args.memory // 16, LEAST_TEXT_BYTES), TEXT_BYTES)
     folder = None if args.disk == 0 else args.folder or default_folder()
+    n_stored = response_bytes(args)
     with options_named(), captured_errors():
         engine = load_engine(
             path,
@@ -222,8 +223,8 @@ def open_service(args: argparse.Namespace) -> TextService:
             lminf=replace(window_config(args), prefill=args.prefill, n_tail=args.n_tail),
             max_sinks=max_sinks,
             folder=folder,
-            memory_budget=max(args.memory - text_bytes, 0),
-            disk_budget=args.disk,
+            memory_budget=max(args.memory - text_bytes - (n_stored if folder is None else 0), 0),
+            disk_budget=args.disk - (0 if folder is None else n_stored),
             chat_format=args.chat_format,
             verbose=False,
             **model_settings(args),
@@ -238,6 +239,11 @@ def open_service(args: argparse.Namespace) -> TextService:
     show_note(engine.model.note)
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it reports llama.cpp's warnings as errors
     return service
+
+
+def response_bytes(args: argparse.Namespace) -> int:
+    """What stored responses may take: a part of the disk or, where nothing is kept on disk, of the memory."""
+    return int(args.disk or args.memory) // 16
 
 
 def default_folder() -> Path:
@@ -278,6 +284,7 @@ def run(args: argparse.Namespace) -> int:
             max_requests=args.max_requests,
             max_connections=args.max_requests + 256,
             log_messages=args.log_messages,
+            response_bytes=response_bytes(args),
         )
         app = create_app(service, settings, open_embedder(args, stack))
         server = Server(app, log_level="warning" if args.json else "info")

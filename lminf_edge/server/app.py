@@ -13,7 +13,14 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 import lminf_edge
-from lminf_edge.server import embedding_routes, llama_cpp_routes, metrics, openai_routes
+from lminf_edge.server import (
+    embedding_routes,
+    llama_cpp_routes,
+    messages_routes,
+    metrics,
+    openai_routes,
+    response_routes,
+)
 from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.errors import add_error_handlers
 from lminf_edge.server.security import SecurityMiddleware
@@ -43,7 +50,7 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
 
     app = FastAPI(
         title="lminf-edge",
-        summary="Endless conversations with GGUF models, by OpenAI's and llama.cpp's APIs.",
+        summary="Endless conversations with GGUF models, by OpenAI's, Anthropic's and llama.cpp's APIs.",
         version=lminf_edge.__version__,
         lifespan=lifespan,
         docs_url=None,
@@ -52,6 +59,8 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
     app.state.server = state
     app.include_router(openai_routes.router)
     app.include_router(openai_routes.unprefixed)
+    app.include_router(response_routes.router)
+    app.include_router(messages_routes.router)
     app.include_router(llama_cpp_routes.router)
     app.include_router(embedding_routes.router)
     app.include_router(metrics.router)
@@ -59,7 +68,7 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
 
     if settings.page and service is not None:
 
-        @app.get("/", include_in_schema=False)
+        @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)  # Claude Code asks for the head first
         async def page() -> FileResponse:
             return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
@@ -75,7 +84,7 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
     app.add_middleware(
         CORSMiddleware,
         allow_origin_regex=origin_pattern(settings.origins),
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
     )
     return app

@@ -45,8 +45,10 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The model, its window, and the context size, which is unlimited."""
-    return {"object": "list", "data": [ServerState.of(request).model_card()]}
+    """The model, its window, and the context size, which is unlimited; in OpenAI's shape and in Anthropic's."""
+    card = ServerState.of(request).model_card()
+    pages = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}
+    return {"object": "list", "data": [card], **pages, "models": []}  # Codex: what it does not know from elsewhere
 
 
 @router.get("/models/{name:path}", responses={404: {"model": ErrorResponse}})

@@ -73,7 +73,7 @@ class SecurityMiddleware:
             self._n_open += n_places
             await self.app(scope, _after(body, receive), _with_page_headers(send))
         except ApiError as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
         finally:
             self._n_open -= n_places
             self._n_held -= body.n_held
@@ -108,7 +108,7 @@ class SecurityMiddleware:
         known = [hmac.compare_digest(owner, each) for each in self._owners]  # always all of them: constant time
         is_preflight = scope["method"] == "OPTIONS"
         if self._owners and not any(known) and not _is_open(scope["path"]) and not is_preflight:
-            message = "The API key is missing or wrong: send it as Authorization: Bearer KEY."
+            message = "The API key is missing or wrong: send it as Authorization: Bearer KEY or X-Api-Key: KEY."
             raise ApiError(401, message, "invalid_api_key")
         return owner if any(known) else ""
 

@@ -46,6 +46,7 @@ class Settings:
     ping_seconds     between keep-alives while nothing else is sent
     stop_seconds     for responses to end at shutdown
     log_messages     whether messages are logged
+    response_bytes   for stored responses, on disk or, without a folder, in memory
     """
 
     model_name: str
@@ -69,3 +70,4 @@ class Settings:
     ping_seconds: float = 15.0
     stop_seconds: float = 2.0
     log_messages: bool = False
+    response_bytes: int = 64 << 20

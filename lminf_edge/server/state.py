@@ -20,6 +20,7 @@ from lminf_edge.engine.engine import Engine
 from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.errors import ApiError, engine_stopped
 from lminf_edge.server.settings import ENDLESS, Settings
+from lminf_edge.server.stored import StoredResponses
 from lminf_edge.text.service import TextService
 
 log = logging.getLogger("lminf_edge.server")
@@ -41,6 +42,9 @@ class ServerState:
         """Without a service there are embeddings alone."""
         self.settings, self.embedder = settings, embedder
         self._service = service
+        store = None if service is None else service.engine.store
+        folder, note = (None, lambda _: None) if store is None else (store.folder, store.failures.note)
+        self.stored = StoredResponses(folder, settings.response_bytes, note)
         self.started = time.time()
         self.stopping = asyncio.Event()  # set at shutdown
         self.parsing = asyncio.Lock()  # of a long body: it takes many times its bytes for a while
@@ -113,6 +117,9 @@ class ServerState:
         return {
             "id": self.settings.model_name,
             "object": "model",
+            "type": "model",
+            "display_name": self.settings.model_name,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
             "created": int(self.started),
             "owned_by": "lminf-edge",
             "aliases": list(self.settings.aliases),

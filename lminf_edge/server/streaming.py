@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -102,11 +103,29 @@ class ProgressReporter:
         self._show(self._chunk(request, time.perf_counter() - self._started))
 
 
+@dataclass(frozen=True)
+class Wire:
+    """How an API writes its events.
+
+    error       an error that comes after the first event, as an event
+    is_typed    each event has a type, which is also its name
+    keep_alive  what is sent while there is nothing else
+    """
+
+    error: Callable[[ApiError], dict[str, Any]] = ApiError.body
+    is_typed: bool = False
+    keep_alive: str = ": keep-alive\n\n"
+
+    def sent(self, event: dict[str, Any]) -> str:
+        name = f"event: {event['type']}\n" if self.is_typed else ""
+        return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
 class EventStream:
     """The events of one response, produced by an iterator in a worker thread."""
 
-    def __init__(self, request: Request) -> None:
-        self._request, self._state = request, ServerState.of(request)
+    def __init__(self, request: Request, wire: Wire | None = None) -> None:
+        self._request, self._state, self._wire = request, ServerState.of(request), wire or Wire()
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._next: asyncio.Future[Any] | None = None
@@ -173,10 +192,10 @@ class EventStream:
                 if event is _END:
                     break
                 if isinstance(event, BaseException):
-                    yield _sent(as_api_error(event).body())
+                    yield self._wire.sent(self._wire.error(as_api_error(event)))
                     break
                 if event is not _READY:
-                    yield ": keep-alive\n\n" if event is None else _sent(event)
+                    yield self._wire.keep_alive if event is None else self._wire.sent(event)
             if done is not None:
                 yield f"data: {done}\n\n"
 
@@ -204,7 +223,3 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._finish()
-
-
-def _sent(value: Any) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -23,7 +23,7 @@ MAX_NAME = 1000  # characters of a property's name, or of a reference
 MAX_PATTERN = 4096  # characters
 MAX_INTEGER = 1 << 53
 
-_REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
+REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 # keywords that say what is valid, by the type they are about; all others may be ignored
@@ -69,7 +69,7 @@ def check_size(schema: Any) -> None:
 
 
 def _check_part(part: dict[str, Any]) -> None:
-    for name in _REPEATS:
+    for name in REPEATS:
         if isinstance(part.get(name), (int, float)) and part[name] > MAX_REPEATS:
             raise UserError(f"{name} may be {MAX_REPEATS:,} at most")
     if any(len(name) > MAX_NAME for name in part):

@@ -1,4 +1,4 @@
-"""The openai package for JavaScript, and the page's own tests."""
+"""The openai and anthropic packages for JavaScript, and the page's own tests."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def run(*command: str, cwd: Path = HERE) -> str:
     return done.stdout
 
 
-def test_the_openai_client(nano_path: str) -> None:
+@pytest.mark.parametrize("file", ["openai_client.mjs", "responses_client.mjs", "anthropic_client.mjs"])
+def test_the_clients(nano_path: str, file: str) -> None:
     with serve(nano_path, Settings(model_name="nano"), lminf=LMInfConfig(n_global=4, n_local=128)) as served:
-        assert run("node", "openai_client.mjs", served.url).strip() == "ok"
+        assert run("node", file, served.url).strip() == "ok"
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in (HERE.parent / "page").glob("*.mjs")))

@@ -1,0 +1,190 @@
+"""A conversation of any API as messages that chat templates take, and as a request for a chat completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from lminf_edge.server.arguments import AskedChat
+from lminf_edge.server.errors import ApiError, invalid
+from lminf_edge.server.events import Call, Event
+from lminf_edge.text.pattern import MAX_REPEATS
+from lminf_edge.text.schema import REPEATS
+from lminf_edge.server.requests import ChatRequest, Sampling
+from lminf_edge.text.service import Answer, Exchange
+
+_PARAGRAPH = "\n\n"
+_TAIL = 64  # tokens at the end of an answer among which a stop string is looked for
+
+
+class Turns:
+    """Messages in the order in which they come, as most templates demand them.
+
+    There is one system message, at the beginning: what comes later is part of the user's turn. Messages of the same
+    side that follow each other are one, and results belong to calls that were made.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._calls: set[str] = set()
+
+    def system(self, text: str) -> None:
+        if not self.messages:
+            self.messages.append({"role": "system", "content": text})
+        elif self.messages[-1]["role"] == "system":
+            self._add(text)
+        else:
+            self.user(text)
+
+    def user(self, text: str) -> None:
+        if self._begins("user"):
+            self.messages.append({"role": "user", "content": text})
+        else:
+            self._add(text)
+
+    def assistant(self, text: str) -> None:
+        self._assistant()
+        self._add(text)
+
+    def thoughts(self, text: str) -> None:
+        message = self._assistant()
+        before = message.get("reasoning_content")
+        message["reasoning_content"] = f"{before}{_PARAGRAPH}{text}" if before else text
+
+    def call(self, call_id: str, name: str, arguments: str) -> None:
+        function = {"name": name, "arguments": arguments}
+        calls = self._assistant().setdefault("tool_calls", [])
+        calls.append({"id": call_id, "type": "function", "function": function})
+        self._calls.add(call_id)
+
+    def result(self, call_id: Any, text: str, where: str) -> None:
+        """What a call has returned. Raises ApiError if there was no such call."""
+        if call_id not in self._calls:
+            message = f"{where}: this is the result of {str(call_id)[:100]!r}, but there is no such call before it."
+            raise ApiError(400, message, param=where)
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def _begins(self, role: str) -> bool:
+        return not self.messages or self.messages[-1]["role"] != role
+
+    def _assistant(self) -> dict[str, Any]:
+        if self._begins("assistant"):
+            self.messages.append({"role": "assistant", "content": ""})
+        return self.messages[-1]
+
+    def _add(self, text: str) -> None:
+        message = self.messages[-1]
+        message["content"] = f"{message['content']}{_PARAGRAPH}{text}" if message["content"] else text
+
+
+def texts(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> list[str]:
+    """The texts of what is a string or a list of parts. Raises ApiError for pictures and the like."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value] if value else []
+    if not isinstance(value, list):
+        raise ApiError(400, f"{where}: it must be text or a list of parts.", param=where)
+    found = []
+    for i, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind not in kinds or not isinstance(text, str):
+            raise ApiError(400, f"{where}.{i}: only text can be read, not {str(kind)[:50]!r}.", param=where)
+        if text:
+            found.append(text)
+    return found
+
+
+def text_of(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
+    return "\n".join(texts(value, where, kinds))
+
+
+def as_arguments(value: Any) -> str:
+    """The arguments of a call as the JSON text that templates expect."""
+    return value if isinstance(value, str) else json.dumps({} if value is None else value, ensure_ascii=False)
+
+
+def loosened(schema: Any) -> Any:
+    """A tool's schema without repetitions that are too many for a grammar: agents' tools have such, as upper limits."""
+    if isinstance(schema, dict):
+        return {
+            name: loosened(value)
+            for name, value in schema.items()
+            if not (name in REPEATS and isinstance(value, (int, float)) and value > MAX_REPEATS)
+        }
+    return [loosened(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def chat_request(request: Sampling, turns: Turns, fields: Mapping[str, Any]) -> ChatRequest:
+    """The same request in the chat completions' terms; sampling parameters and the like are taken over.
+
+    Raises ApiError.
+    """
+    taken = request.model_dump(include=set(Sampling.model_fields), exclude_unset=True)
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return ChatRequest.model_validate({**taken, **given, "messages": turns.messages})
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def count_prompt(exchange: Exchange, asked: AskedChat) -> int:
+    """Tokens of the prompt of a chat."""
+    return len(exchange.chat_prompt(asked.messages, asked.options).tokens)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Block:
+    """A part of an answer: thoughts, text, or a call, whose text is its arguments."""
+
+    kind: Literal["thoughts", "text", "call"]
+    call: Call | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that happens to an answer; a block begins, grows, and ends before the next one begins."""
+
+    kind: Literal["begin", "delta", "end", "finish"]
+    block: Block
+    event: Event
+
+
+def steps(events: Iterator[Event]) -> Iterator[Step]:
+    """The events of one choice as blocks; there is at least one."""
+    block: Block | None = None
+    for event in events:
+        kind: Literal["thoughts", "text", "call"] = "call" if event.call else "thoughts" if event.reasoning else "text"
+        text = event.part.text if event.part is not None else ""
+        if event.call is not None or text or (event.finish_reason is not None and block is None):
+            if block is None or block.kind != kind or block.call != event.call:
+                if block is not None:
+                    yield Step("end", block, event)
+                block = Block(kind, event.call)
+                yield Step("begin", block, event)
+            if text:
+                block.text += text
+                yield Step("delta", block, event)
+        if event.finish_reason is not None:
+            assert block is not None
+            yield Step("end", block, event)
+            yield Step("finish", block, event)
+            return
+
+
+def found_stop(exchange: Exchange, answer: Answer | None, stops: list[str]) -> str | None:
+    """The string of these that has ended an answer."""
+    if answer is None or answer.text.stop_type != "word" or not stops:
+        return None
+    tail = exchange.service.llm.detokenize(answer.text.tokens[-_TAIL:].tolist()).decode("utf-8", "ignore")
+    found = [(tail.find(stop), stop) for stop in stops if stop in tail]
+    return min(found)[1] if found else None

@@ -1,0 +1,92 @@
+"""lminf-edge launch, with scripts in the agents' place."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import serve
+
+from lminf_edge import LMInfConfig
+from lminf_edge.cli import main
+from lminf_edge.cli.agents import AGENTS
+from lminf_edge.server import Settings
+
+# writes down what it was given, and asks the server that it was told of
+AGENT = """#!{python}
+import json, os, re, sys, urllib.request
+given = " ".join(sys.argv) + " ".join(os.environ.values())
+file = next((open(arg).read() for arg in sys.argv if arg.endswith("config.yaml")), "")
+url = re.search(r"http://127.0.0.1:[0-9]+", os.environ.get("ANTHROPIC_BASE_URL", "") + file + given)[0]
+with urllib.request.urlopen(urllib.request.Request(url + "/v1/models", headers={{"X-Api-Key": "secret"}})) as answer:
+    model = json.load(answer)["data"][0]["id"]
+told = {{"arguments": sys.argv[1:], "model": model, "url": url, "file": file, "given": given}}
+open({path!r}, "w").write(json.dumps(told))
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which the agents write down what they were given."""
+    path = tmp_path / "told.json"
+    for agent in AGENTS.values():
+        script = tmp_path / agent.command
+        script.write_text(AGENT.format(python=sys.executable, path=str(path)))
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("LMINF_API_KEY", raising=False)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text())
+    return told
+
+
+def test_against_a_running_server(nano_path: str, told: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(nano_path, Settings(model_name="tiny", api_keys=("secret",)), lminf=LMInfConfig(4, 64)) as served:
+        for name in AGENTS:
+            assert main(["launch", name, "--url", f"{served.url}/v1", "--api-key", "secret", "--", "-p", "hello"]) == 7
+            found = read(told)
+            assert found["arguments"][-2:] == ["-p", "hello"]
+            assert found["url"] == served.url
+            assert "tiny" in found["given"] + found["file"]
+            assert "secret" in found["given"] + found["file"]
+        assert main(["launch", "codex", "--url", served.url, "--api-key", "other"]) == 1
+        assert "another key" in capsys.readouterr().err
+
+
+def test_starts_a_server(nano_path: str, told: Path, tmp_path: Path) -> None:
+    options = f"--n-local 64 --alias tiny --parallel 1 --threads 1 --folder {tmp_path / 'kept'}"
+    assert main(["launch", "claude", "-m", nano_path, "--url", "http://127.0.0.1:9", "--serve", options]) == 7
+    assert read(told)["model"] == "tiny"
+
+
+def test_refusals(told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["--url", "http://127.0.0.1:9"]
+    assert main(["launch", "codex", *nowhere]) == 1
+    assert "-m MODEL" in capsys.readouterr().err
+    assert main(["launch", "codex", *nowhere, "-m", str(tmp_path / "none.gguf")]) == 1
+    assert "none.gguf" in capsys.readouterr().err
+    (tmp_path / "codex").unlink()
+    os.environ["PATH"] = str(tmp_path)
+    assert main(["launch", "codex", *nowhere]) == 1
+    assert "npm install -g @openai/codex" in capsys.readouterr().err
+
+
+def test_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = ["--url", "http://127.0.0.1:9", "-m", "some/model.gguf"]
+    assert main(["launch", "codex", *nowhere, "--print", "--", "exec", "say hello"]) == 0
+    printed = capsys.readouterr().out
+    assert "export LMINF_API_KEY=none" in printed
+    assert printed.rstrip().endswith("exec 'say hello'")
+    assert main(["launch", "continue", *nowhere, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["command"] == ["cn", "--config", "{folder}/config.yaml"]
+    assert json.loads(shown["files"]["config.yaml"])["models"][0]["model"] == "model"
