@@ -22,6 +22,7 @@ from lminf_edge.text.chat import ChatFormat, ChatOptions, Messages, Rendered, te
 from lminf_edge.text.library import ChatError, ChatGrammar, Templates
 
 # of the library's grammars: small models are fond of white space
+_TEXT_BEFORE_CALLS = re.compile(r"\buntil-[0-9]+\??(?: space)? (?=tool-call)")  # where a call must come
 _SPACE_RULE = re.compile(r"^space ::= .*$", re.MULTILINE)
 
 # --- llama.cpp's chat library -----------------------------------------------------------------------------------------
@@ -88,6 +89,9 @@ class LibraryFormat:
             reader: NewReader = NamedCallReader
             if len(tools) == 1:
                 reader = functools.partial(ArgumentsReader, function["name"])
+        elif must_call:
+            made |= {"grammar": _TEXT_BEFORE_CALLS.sub("", made["grammar"])}
+            reader = functools.partial(MessageReader, made["parser"], bool(options.continue_final_message))
         elif options.grammar is not None or _is_plain(made):
             reader = PlainReader
         else:

@@ -228,6 +228,11 @@ static std::vector<llama_token> prompt_tokens(const llama_vocab * vocab, const s
     return tokens;
 }
 
+static bool ends_with_tag(const std::string & text, const std::string & tag) {
+    const size_t end = text.find_last_not_of(" \n");
+    return end != std::string::npos && end + 1 >= tag.size() && text.compare(end + 1 - tag.size(), tag.size(), tag) == 0;
+}
+
 llama_sampler * lminf_chat_sampler_init(const llama_vocab * vocab, const char * text, char ** error) {
     lminf_chat_budget budget(std::strlen(text), nullptr, nullptr);
     llama_sampler * sampler = nullptr;
@@ -260,10 +265,18 @@ llama_sampler * lminf_chat_sampler_init(const llama_vocab * vocab, const char * 
         if (!start.empty() && !ends.empty() && (made->is_lazy || n_budget >= 0)) {
             auto forced = common_tokenize(vocab, params.at("budget_message").get<std::string>(), false, true);
             forced.insert(forced.end(), ends[0].begin(), ends[0].end());
-            made->thoughts = owned(common_reasoning_budget_init(
-                vocab, { common_tokenize(vocab, start, false, true) }, ends, forced, n_budget < 0 ? INT_MAX : n_budget));
+            const auto make = [&](common_reasoning_budget_state state) {
+                return owned(common_reasoning_budget_init(vocab, { common_tokenize(vocab, start, false, true) }, ends, forced,
+                    n_budget < 0 ? INT_MAX : n_budget, state));
+            };
+            made->thoughts = make(REASONING_BUDGET_IDLE);
             for (const llama_token token : before) {
                 llama_sampler_accept(made->thoughts.get(), token);
+            }
+            // a tag that is no token of its own may be other tokens behind other text
+            const bool has_begun = ends_with_tag(params.at("generation_prompt").get<std::string>(), start);
+            if (has_begun && common_reasoning_budget_get_state(made->thoughts.get()) == REASONING_BUDGET_IDLE) {
+                made->thoughts = make(REASONING_BUDGET_COUNTING);
             }
         }
         sampler = llama_sampler_init(&interface, made.get());

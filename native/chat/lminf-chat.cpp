@@ -147,6 +147,12 @@ static common_chat_templates_inputs inputs_of(const lminf_chat & chat, const jso
     return inputs;
 }
 
+static void check_schema_enforced() {
+    if (lminf_chat_warned_of_schema()) {
+        throw std::invalid_argument("a pattern of this schema cannot be enforced");
+    }
+}
+
 static const char * trigger_name(common_grammar_trigger_type type) {
     switch (type) {
         case COMMON_GRAMMAR_TRIGGER_TYPE_WORD:         return "word";
@@ -162,7 +168,11 @@ char * lminf_chat_apply(const lminf_chat * chat, const char * request, lminf_cha
     return lminf_chat_guarded([&]() {
         const json asked  = json::parse(request);
         const auto inputs = inputs_of(*chat, asked);
+        lminf_chat_warned_of_schema();
         const auto params = common_chat_templates_apply(chat->templates.get(), inputs);
+        if (!inputs.json_schema.empty()) {
+            check_schema_enforced();
+        }
 
         json parser = json::object();
         parser["format"]            = static_cast<int>(params.format);
@@ -244,7 +254,9 @@ char * lminf_chat_schema(const char * schema, lminf_chat_cancelled is_cancelled,
     lminf_chat_budget budget(std::strlen(schema), is_cancelled, data);
     return lminf_chat_guarded([&]() {
         json result = json::object();
+        lminf_chat_warned_of_schema();
         result["grammar"] = json_schema_to_grammar(json::parse(schema), true);
+        check_schema_enforced();
         return result.dump_safe();
     });
 }
