@@ -51,6 +51,7 @@ def claude(url: str, model: str, key: str) -> Setup:
         environment={
             "ANTHROPIC_BASE_URL": url,
             "ANTHROPIC_AUTH_TOKEN": key,
+            "ANTHROPIC_API_KEY": "",  # the user's own is none of our server's business
             "ANTHROPIC_MODEL": model,
             **models,
             "CLAUDE_CODE_SUBAGENT_MODEL": model,

@@ -138,7 +138,8 @@ class ResponseReply(Reply):
     # --- events -------------------------------------------------------------------------------------------------------
 
     def opening(self, request: EngineRequest | None) -> list[dict[str, Any]]:
-        return [self._event(f"response.{kind}", response=dict(self.response)) for kind in ("created", "in_progress")]
+        blank = {**self.response, "output": []}  # events are written later, when there may be some
+        return [self._event(f"response.{kind}", response=blank) for kind in ("created", "in_progress")]
 
     def events(self, exchange: Exchange, asked: AskedChat) -> Iterator[dict[str, Any]]:
         try:
@@ -224,7 +225,7 @@ class ResponseReply(Reply):
     def _part(self, block: Block) -> dict[str, Any]:
         if block.kind == "thoughts":
             return {"type": "reasoning_text", "text": block.text}
-        return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": self._logprobs}
+        return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": list(self._logprobs)}
 
     def _item_done(self, step: Step, item: dict[str, Any], at: dict[str, Any]) -> dict[str, Any]:
         item["status"] = "incomplete" if step.event.finish_reason == "length" else "completed"
