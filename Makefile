@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models patches worktree clean
+.PHONY: help setup wheel test-wheel stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models patches worktree clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -14,6 +14,10 @@ setup: ## .venv, the patched llama.cpp and this package, editable
 
 demo: setup ## stream a text far past the model's training length; FILE=path for your own text
 	@$(BIN)/lminf-edge demo $(if $(FILE),--file "$(FILE)")
+
+wheel: ## the wheel that carries everything, into dist/, checked; ARGS="GGML_CUDA=ON" adds a module for GPUs
+	@$(PYTHON) scripts/setup.py --tools
+	@$(BIN)/python scripts/wheel.py $(ARGS)
 
 stock: ## llama.cpp without our patches as well, for tests and benchmarks to compare with
 	@$(PYTHON) scripts/setup.py --stock
