@@ -12,12 +12,16 @@ help: ## what can be made
 setup: ## .venv, the patched llama.cpp and this package, editable
 	@$(PYTHON) scripts/setup.py
 
-demo: setup ## stream a text far past the model's training length; FILE=path for your own text
-	@$(BIN)/lminf-edge demo $(if $(FILE),--file "$(FILE)")
+demo: setup ## a real model talks; then a text far past a model's training length, FILE=path for your own
+	@$(BIN)/lminf-edge demo --talk $(if $(FILE),--file "$(FILE)")
 
 wheel: ## the wheel that carries everything, into dist/, checked; ARGS="GGML_CUDA=ON" adds a module for GPUs
 	@$(PYTHON) scripts/setup.py --tools
 	@$(BIN)/python scripts/wheel.py $(ARGS)
+
+test-wheel: ## the wheel of make wheel, installed without compilers, and on emulated CPUs; ARGS="root x86" for a part of it
+	@$(PYTHON) scripts/setup.py --tools
+	@OMP_WAIT_POLICY=passive $(BIN)/python scripts/test_wheel.py $(ARGS)
 
 stock: ## llama.cpp without our patches as well, for tests and benchmarks to compare with
 	@$(PYTHON) scripts/setup.py --stock

@@ -20,6 +20,9 @@ from lminf_edge.errors import UserError
 VARIABLE = "LMINF_CPU_VARIANT"
 
 
+_silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
+
+
 @dataclass(frozen=True)
 class Variant:
     """The CPU's code for some processors."""
@@ -44,14 +47,18 @@ def load(library: Any, folder: str) -> None:
     """
     ggml = functions(library, folder)
     forced = os.environ.get(VARIABLE)
-    if not forced:
-        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
-        return
-    path = _forced(forced, folder)
-    ggml.ggml_backend_load.restype = ctypes.c_void_p
-    # the best variant must not even be loaded, so each is named; the CPU last, as what is loaded first is asked first
-    for module in [*_modules(folder), path]:
-        ggml.ggml_backend_load(os.fsencode(module))
+    path = _forced(forced, folder) if forced else None
+    ggml.ggml_log_set(_silent, None)  # it tells of each module; what is missing is seen later, and told by doctor
+    try:
+        if path is None:
+            ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+            return
+        ggml.ggml_backend_load.restype = ctypes.c_void_p
+        # the best variant must not even be loaded, so each is named; the CPU last: what is loaded first is asked first
+        for module in [*_modules(folder), path]:
+            ggml.ggml_backend_load(os.fsencode(module))
+    finally:
+        ggml.ggml_log_set(None, None)  # as it was: llama_cpp sets its own later
 
 
 def _forced(name: str, folder: str) -> Path:
