@@ -46,19 +46,22 @@ class Failed(Exception):
 
 
 def run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> str:
-    """The output of a command, with its errors."""
+    """What a command prints; its errors are in front of it. The last line is never one of theirs."""
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
         env={**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"} if env is None else dict(env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
     )
     if result.returncode:
-        print(result.stdout[-3000:])
+        print((result.stderr + result.stdout)[-3000:])
         raise Failed(f"{Path(command[0]).name} ended with status {result.returncode}")
-    return result.stdout
+    return result.stderr + result.stdout
+
+
+def last_line(output: str) -> str:
+    return output.strip().rpartition("\n")[2]
 
 
 def wheel() -> Path:
@@ -97,13 +100,14 @@ def test_root() -> None:
         installed = time.monotonic()
         install.run("lminf-edge", "get", "smollm2")
         downloaded = time.monotonic()
-        answer = json.loads(install.run("lminf-edge", "chat", "-m", "smollm2", "-p", "Hello!", "-n", "20", "--json"))
+        chat = ("chat", "-m", "smollm2", "-p", "Hello!", "-n", "20", "--json")
+        answer = json.loads(last_line(install.run("lminf-edge", *chat)))
         print(f"smollm2: {answer['text']!r}")
         seconds = time.monotonic() - downloaded + installed - started
         print(
             f"from the wheel to an answer of 20 tokens: {seconds:.0f} s, and {downloaded - installed:.0f} s of download"
         )
-        report = json.loads(install.run("lminf-edge", "doctor", "--json"))
+        report = json.loads(last_line(install.run("lminf-edge", "doctor", "--json")))
         print(next(check["found"] for check in report["checks"] if check["name"] == "CPU variant"))
         if not report["ok"]:
             raise Failed("doctor finds something wrong")
@@ -173,7 +177,7 @@ def run_operation(programs: Path, variant: str, *emulated: str) -> None:
     if f"libggml-cpu-{variant}.so" not in output:
         print(output)
         raise Failed(f"another variant than {variant} was taken")
-    print(f"  {variant}: {output.strip().splitlines()[-1]}", flush=True)
+    print(f"  {variant}: {last_line(output)}", flush=True)
 
 
 def test_x86() -> None:
@@ -192,11 +196,11 @@ def test_x86() -> None:
             print(cpu, flush=True)
             run_operation(programs, variant, qemu, "-cpu", cpu)
             python = (qemu, "-cpu", cpu, install.bin / "python")
-            taken = run(*python, "-c", script, env=install.env, cwd=install.folder).strip()
+            taken = last_line(run(*python, "-c", script, env=install.env, cwd=install.folder))
             if taken != f"libggml-cpu-{variant}":
                 raise Failed(f"the wheel takes {taken} on {cpu}")
-            answer = json.loads(run(*python, "-m", "lminf_edge", *generate, env=install.env, cwd=install.folder))
-            print(f"  {taken}: {answer['text']!r}", flush=True)
+            output = run(*python, "-m", "lminf_edge", *generate, env=install.env, cwd=install.folder)
+            print(f"  {taken}: {json.loads(last_line(output))['text']!r}", flush=True)
 
 
 def test_arm() -> None:
