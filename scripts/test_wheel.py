@@ -34,7 +34,7 @@ IS_X86_LINUX = platform.machine() == "x86_64" and sys.platform == "linux"
 
 # processor of qemu, and the variant: qemu emulates no AVX-512
 X86 = {"Nehalem": "sse42", "Haswell": "haswell", "Skylake-Server": "haswell", "max": "haswell"}
-ARM = {"cortex-a53": "armv8.0_1", "neoverse-n1": "armv8.2_2", "max": "armv8.6_2"}
+ARM = {"cortex-a53": "armv8.0_1", "neoverse-n1": "armv8.2_2", "max": "armv9.2_2"}
 
 
 class Skipped(Exception):
