@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models reference patches worktree lock clean
+.PHONY: help setup wheel test-wheel stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models reference patches worktree lock clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -12,8 +12,16 @@ help: ## what can be made
 setup: ## .venv, the patched llama.cpp and this package, editable
 	@$(PYTHON) scripts/setup.py
 
-demo: setup ## stream a text far past the model's training length; FILE=path for your own text
-	@$(BIN)/lminf-edge demo $(if $(FILE),--file "$(FILE)")
+demo: setup ## a real model talks; then a text far past a model's training length, FILE=path for your own
+	@$(BIN)/lminf-edge demo --talk $(if $(FILE),--file "$(FILE)")
+
+wheel: ## the wheel that carries everything, into dist/, checked; ARGS="GGML_CUDA=ON" adds a module for GPUs
+	@$(PYTHON) scripts/setup.py --tools
+	@$(BIN)/python scripts/wheel.py $(ARGS)
+
+test-wheel: ## the wheel of make wheel, installed without compilers, and on emulated CPUs; ARGS="root x86" for a part of it
+	@$(PYTHON) scripts/setup.py --tools
+	@OMP_WAIT_POLICY=passive $(BIN)/python scripts/test_wheel.py $(ARGS)
 
 stock: ## llama.cpp without our patches as well, for tests and benchmarks to compare with
 	@$(PYTHON) scripts/setup.py --stock

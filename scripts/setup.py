@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Sets up what `make` needs: .venv with the tools, upstream's Python half and this project, built and editable.
+"""Sets up what `make` needs: .venv with the tools and this project, built and editable.
 
-With --stock also llama.cpp without our patches, which the tests compare ours with. Every step is skipped while its
-inputs have the contents they had when it last succeeded, so running this again costs a tenth of a second. Standard
-library only: this is what runs first on a fresh machine. Output goes to build/setup.log.
+With --stock also llama.cpp without our patches, which the tests compare ours with; with --tools the tools alone. Every
+step is skipped while its inputs have the contents they had when it last succeeded, so running this again costs a tenth
+of a second. Standard library only: this is what runs first on a fresh machine. Output goes to build/setup.log.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -23,10 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOG = ROOT / "build" / "setup.log"
+PYPROJECT = ROOT / "pyproject.toml"
 
 PIP = (str(PYTHON), "-m", "pip", "--disable-pip-version-check")
-# upstream's package without its libraries: ours replaces them
-PYTHON_HALF = {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
 
 
 class SetupError(Exception):
@@ -119,9 +119,31 @@ def build_stock() -> None:
     stock.done()
 
 
+@functools.cache
+def begin() -> None:
+    """Before the first step that has something to do."""
+    check_machine()
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text("")
+
+
+def setup_tools() -> None:
+    tools = Step("tools", [PYPROJECT])
+    if tools.is_done():
+        return
+    begin()
+    if not PYTHON.exists():
+        print("creating .venv", flush=True)
+        run(
+            [sys.executable, "-m", "venv", str(VENV)],
+            "Could not create .venv: on Debian and Ubuntu the package python3-venv is missing.",
+        )
+    print("installing the build tools", flush=True)
+    run([*PIP, "install", "scikit-build-core>=0.10", "cmake>=3.21", "ninja"], INDEX_FAILURE)
+    tools.done()
+
+
 def setup() -> None:
-    pyproject = ROOT / "pyproject.toml"
-    pin = ROOT / "patches" / "upstream.txt"
     hook = [ROOT / "lminf_edge.pth", ROOT / "lminf_edge" / "startup.py"]  # installed by CMake
     native = [
         *hook,
@@ -130,34 +152,12 @@ def setup() -> None:
         ROOT / "CMakeLists.txt",
         ROOT / "scripts/upstream.py",
     ]
-    tools = Step("tools", [pyproject])
-    half = Step("python-half", [pyproject, pin])
-    project = Step("project", [pyproject, *native])
-    if tools.is_done() and half.is_done() and project.is_done():
-        return
-
-    check_machine()
-    LOG.parent.mkdir(exist_ok=True)
-    LOG.write_text("")
-    if not PYTHON.exists():
-        print("creating .venv", flush=True)
-        run(
-            [sys.executable, "-m", "venv", str(VENV)],
-            "Could not create .venv: on Debian and Ubuntu the package python3-venv is missing.",
-        )
-    if not tools.is_done():
-        print("installing the build tools", flush=True)
-        run([*PIP, "install", "scikit-build-core>=0.10", "cmake>=3.21", "ninja"], INDEX_FAILURE)
-        tools.done()
+    project = Step("project", [PYPROJECT, *native])
+    setup_tools()
     if not project.is_done():
+        begin()
         print("fetching llama.cpp", flush=True)
         run([str(PYTHON), "scripts/upstream.py", "fetch"], "Could not fetch llama.cpp.")
-    if not half.is_done():
-        print("installing the Python half of llama-cpp-python", flush=True)
-        (sdist,) = ROOT.glob("build/upstream/*.tar.gz")
-        run([*PIP, "install", "--no-build-isolation", str(sdist)], INDEX_FAILURE, env=PYTHON_HALF)
-        half.done()
-    if not project.is_done():
         print("building (a few minutes the first time, seconds after that)", flush=True)
         started = time.monotonic()
         run(
@@ -175,6 +175,9 @@ INDEX_FAILURE = "pip could not install what is needed: can the package index be 
 
 def main() -> int:
     try:
+        if "--tools" in sys.argv[1:]:
+            setup_tools()
+            return 0
         setup()
         if "--stock" in sys.argv[1:]:
             build_stock()

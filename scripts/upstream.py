@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The pinned upstream and the patches on top of it.
 
-    upstream.py fetch      download the pinned sdist, unpack its llama.cpp, apply patches/   (CMake calls this)
+    upstream.py fetch      download the pinned sdist, unpack its llama.cpp and its Python half, apply patches/
+                           (CMake calls this)
                            with --stock: the same without patches, to compare with
     upstream.py worktree   make a git work tree of the pin, one commit per patch, to edit the patches in
     upstream.py export     regenerate patches/ from that work tree                            (make patches)
@@ -35,6 +36,8 @@ PIN = PATCHES / "upstream.txt"
 # of every architecture; the rest of the 170 MB is models, tools and documentation
 TESTS = ("tests/test-backend-ops.cpp", "tests/test-llama-archs.cpp")
 BUILD_PARTS = ("CMakeLists.txt", "LICENSE", "licenses", "cmake", "common", "ggml", "include", "src", *TESTS, "vendor")
+# llama-cpp-python itself, of which our package brings a copy
+PYTHON_PARTS = ("LICENSE.md", "llama_cpp")
 
 
 class UpstreamError(Exception):
@@ -55,7 +58,7 @@ def patch_files() -> list[Path]:
 
 def series_stamp(patches: Sequence[Path]) -> str:
     """Changes whenever the pin, a patch or the list of unpacked parts does."""
-    digest = hashlib.sha256(repr((pin(), BUILD_PARTS)).encode())
+    digest = hashlib.sha256(repr((pin(), BUILD_PARTS, PYTHON_PARTS)).encode())
     for patch in patches:
         digest.update(patch.name.encode() + b"\0" + patch.read_bytes())
     return digest.hexdigest()
@@ -93,16 +96,19 @@ def pip_failure(requirement: str, stderr: str) -> str:
     return f"Could not download {requirement} from the package index ({why}): check the network and pip's settings."
 
 
-def unpack(sdist: Path, dest: Path, parts: Sequence[str] | None) -> None:
-    """The sdist's vendor/llama.cpp into `dest`: the named files and folders, or everything."""
+def unpack(
+    sdist: Path, dest: Path, parts: Sequence[str] | None, folder: Sequence[str] = ("vendor", "llama.cpp")
+) -> None:
+    """A folder of the sdist into `dest`: the named files and folders, or everything."""
     with tarfile.open(sdist) as archive:
         for member in archive:
             path = member.name.split("/")[1:]
-            if not member.isfile() or path[:2] != ["vendor", "llama.cpp"] or path[2] == ".git":
+            if not member.isfile() or path[: len(folder)] != [*folder] or path[len(folder)] == ".git":
                 continue
-            if parts is not None and path[2] not in parts and "/".join(path[2:]) not in parts:
+            path = path[len(folder) :]
+            if parts is not None and path[0] not in parts and "/".join(path) not in parts:
                 continue
-            target = dest.joinpath(*path[2:])
+            target = dest.joinpath(*path)
             target.parent.mkdir(parents=True, exist_ok=True)
             source = archive.extractfile(member)
             assert source is not None
@@ -183,7 +189,7 @@ def mirror(source: Path, dest: Path) -> None:
 
 
 def fetch(dest: Path, stock: bool) -> None:
-    """Leaves dest/llama.cpp patched, or dest/stock as it is, and dest/NAME-VERSION.tar.gz, the sdist it came from."""
+    """Leaves dest/llama.cpp patched and dest/python, or dest/stock as it is, beside the sdist they came from."""
     dest.mkdir(parents=True, exist_ok=True)
     name, patches = ("stock", []) if stock else ("llama.cpp", patch_files())
     stamp = dest / f"{name}.stamp"
@@ -197,6 +203,9 @@ def fetch(dest: Path, stock: bool) -> None:
         apply_patches(tree, patches)
         stamp.unlink(missing_ok=True)
         mirror(tree, dest / name)
+        if not stock:
+            unpack(sdist, Path(fresh) / "python", PYTHON_PARTS, folder=())
+            mirror(Path(fresh) / "python", dest / "python")
     stamp.write_text(wanted)
     print(f"llama.cpp of {pin()[0]} with {len(patches)} patches is in {dest / name}", flush=True)
 

@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 import lminf_edge
-from lminf_edge import native
+from lminf_edge import native, startup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,11 +57,36 @@ def pristine(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the pin ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_pin_is_one_line_and_the_package_requires_it() -> None:
-    requirement, sha256 = upstream.pin()
+def test_the_pin_is_one_line() -> None:
     assert len(upstream.PIN.read_text().splitlines()) == 1
-    assert len(sha256) == 64
-    assert f'"{requirement}"' in (ROOT / "pyproject.toml").read_text()
+    assert len(upstream.pin()[1]) == 64
+
+
+def test_our_copy_of_llama_cpp_is_the_pinned_one(sdist: Path) -> None:
+    """The structs of its Python half fit the library; what it needs is installed with ours."""
+    copy = startup.copy_of_llama_cpp()
+    assert copy is not None
+    installed = {path.relative_to(copy).as_posix(): path.read_bytes() for path in Path(copy).rglob("*.py")}
+    with tarfile.open(sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive if member.isfile()}
+
+        def read(name: str) -> bytes:
+            file = archive.extractfile(members[name])
+            assert file is not None
+            return file.read()
+
+        prefix = "llama_cpp/"
+        assert installed == {
+            name.removeprefix(prefix): read(name)
+            for name in members
+            if name.startswith(prefix) and name.endswith(".py")
+        }
+        needs = re.search(r"^dependencies = \[(.*?)\]", read("pyproject.toml").decode(), re.MULTILINE | re.DOTALL)
+    assert needs is not None
+    ours = (ROOT / "pyproject.toml").read_text()
+    names = re.findall(r'"([\w-]+)', needs[1])
+    assert len(names) == 4
+    assert [name for name in names if f'"{name}>=' not in ours] == []
 
 
 def test_the_pinned_bytes_are_those_that_were_built(sdist: Path) -> None:

@@ -25,7 +25,7 @@ MakeGemma = Callable[..., Llama]
 
 @pytest.fixture(scope="module")
 def gemma_path() -> str:
-    path: Path = real_models.MODELS["gemma"].path
+    path: Path = real_models.FOLDER / real_models.NAMED_MODELS["gemma"].file
     if not path.exists():
         pytest.skip("build/models has no Gemma 3 270M: make real-models")
     return str(path)

@@ -11,7 +11,7 @@ PACKAGE = Path(lminf_edge.__file__).parent
 
 # from the ground up; what stands in one line may import one another, but for circles
 LAYERS = (
-    ("errors", "files", "startup", "loops"),
+    ("errors", "files", "startup", "backends", "loops"),
     ("gguf_header", "models", "config", "native", "rpc"),
     ("cache",),
     ("model",),
@@ -30,7 +30,7 @@ LAYERS = (
         "weightless",
         "bench",
     ),
-    ("cli", "__init__", "__main__"),
+    ("cli", "llm_plugin", "__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

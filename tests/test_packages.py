@@ -83,3 +83,30 @@ def test_instructor(nano_path: str) -> None:
     messages = [{"role": "user", "content": LONG}]
     assert create(messages=messages, response_model=answer, max_tokens=60, temperature=0.0).late in (True, False)
     assert_endless(client)
+
+
+def test_our_plugin_of_llm() -> None:
+    pytest.importorskip("llm")
+    from lminf_edge.llm_plugin import LambdaModel, register_models
+
+    models: dict[str, Any] = {}
+    register_models(lambda model: models.update({model.model_id: model}))
+    assert {"lminf-nano", "lminf-smollm2"} <= models.keys()
+    assert models["lminf-nano"].prompt("Anna", max_tokens=5, temperature=0).text()
+
+    # a model with a chat template is given the whole conversation
+    chat = LambdaModel("nano-alibi").conversation()
+    asked: list[Any] = []
+
+    class Recorder:
+        def create_chat_completion(self, messages: Any, stream: bool, **settings: Any) -> Iterator[Any]:
+            asked.append((messages, settings["max_tokens"]))
+            yield {"choices": [{"delta": {"role": "assistant"}}]}
+            yield {"choices": [{"delta": {"content": f"answer {len(asked)}"}}]}
+
+    chat.model.name, chat.model._llama = "smollm2", Recorder()
+    assert chat.prompt("one", system="be kind", max_tokens=7).text() == "answer 1"
+    assert chat.prompt("two", system="be kind").text() == "answer 2"
+    roles = [("system", "be kind"), ("user", "one"), ("assistant", "answer 1"), ("user", "two")]
+    assert asked[0] == ([{"role": role, "content": text} for role, text in roles[:2]], 7)
+    assert asked[1] == ([{"role": role, "content": text} for role, text in roles], None)

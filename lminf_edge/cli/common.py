@@ -115,7 +115,7 @@ def _check_range(value: float, least: float, most: float | None) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    text = "path of a GGUF model, or the name of an embedded one (nano, nano-alibi)"
+    text = "path of a GGUF model, or a name: nano, nano-alibi, smollm2 (see lminf-edge get)"
     if default is not None:
         text += f"; default {default}"
     parser.add_argument(

@@ -2,7 +2,8 @@
 with the Λ cache. Shows the loss (nats per token: lower is better), the speed and the KV memory of both, live.
 
 Full attention stops at --stock-tokens, as its time and memory grow with every token; the Λ cache continues to --tokens.
-Without --file the text is Python's own documentation.
+Without --file the text is Python's own documentation. --talk lets a real model, smollm2, answer a question first; it is
+downloaded on first use.
 
 --json prints, instead of the display,
   model, text, n_ctx_train, n_global, n_local
@@ -40,15 +41,19 @@ from lminf_edge.cli.common import (
     whole_number,
 )
 from lminf_edge.config import KV_TYPE_DEFAULT, LMInfConfig, check_memory
+from lminf_edge.errors import UserError
 
 HELP = "full attention and the Λ cache past the training length, side by side"
 
 BATCH = 256  # tokens between two updates of the display
 
+QUESTION = "Why do lighthouses stand where they stand? Tell me a story about one of their keepers."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, default="nano")
     parser.add_argument("-f", "--file", metavar="FILE", type=expand_home, help="UTF-8 text of your own, - for stdin")
+    parser.add_argument("--talk", action="store_true", help="let a real model, smollm2, talk first")
     parser.add_argument(
         "--stock-tokens",
         metavar="N",
@@ -70,6 +75,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="default 10"
     )
     parser.add_argument("--n-local", metavar="L", type=whole_number(1), help="default: the training length less G")
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+def talk() -> None:
+    """Shows that it talks: SmolLM2, past its window of 128 tokens, or nano where that cannot be had."""
+    config = LMInfConfig(n_global=10, n_local=118)
+    stream: Any
+    try:
+        llm = load("smollm2", lminf=config)
+    except UserError as error:
+        print(f"smollm2 cannot be had ({str(error).rstrip('.')}), so nano continues a text instead.\n")
+        llm = load("nano", lminf=config)
+        stream = llm.create_completion("The lighthouse", max_tokens=200, stream=True)
+    else:
+        print(f"SmolLM2 135M, with a window of 128 tokens. You ask: {QUESTION}\n")
+        messages: Any = [{"role": "user", "content": QUESTION}]
+        stream = llm.create_chat_completion(messages, max_tokens=200, repeat_penalty=1.1, stream=True)
+    with contextlib.closing(llm):
+        for chunk in stream:
+            choice = chunk["choices"][0]
+            print(choice["text"] if "text" in choice else choice["delta"].get("content", ""), end="", flush=True)
+        info = llm.stream_info()
+    print(f"\n\n{info.position} tokens, {info.evicted} of them evicted, KV cache {human_bytes(info.kv_bytes)}.\n")
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -127,6 +157,8 @@ class Side:
 def run(args: argparse.Namespace) -> int:
     from lminf_edge.evaluate import nll_blocks
 
+    if args.talk and not args.json:
+        talk()
     path, header = model_header(args.model)
     name, text = (args.file, read_text(args.file)) if args.file else ("Python's documentation", python_documentation())
     settings: dict[str, Any] = {"n_batch": BATCH, "n_ubatch": BATCH}

@@ -1,5 +1,8 @@
 """Checks the installation: library, backends, versions, embedded models, and a short run of one of them.
 
+A wheel has the CPU's code in variants, of which the one with the highest score is taken. LMINF_CPU_VARIANT=NAME forces
+another, for virtual machines that lie about their processor.
+
 Exit status 1 if something is wrong; the advice is printed beside it.
 
 --json prints
@@ -15,18 +18,24 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import lminf_edge
-from lminf_edge import native
+from lminf_edge import backends as backends_of_ggml
+from lminf_edge import native, startup
 from lminf_edge.cli.common import human_bytes, print_json
 from lminf_edge.config import physical_memory
+from lminf_edge.errors import UserError
 from lminf_edge.models import embedded_models
 
 HELP = "check the installation"
 
-REINSTALL = "reinstall lminf-edge (pip install --force-reinstall --no-deps .), or run make setup in a checkout"
+REINSTALL = "reinstall lminf-edge (pip install --force-reinstall --no-deps), or run make setup in a checkout"
+BINDINGS = "llama-cpp-python"
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     checks = [check() for check in (machine, package, bindings, library)]
     if checks[-1].ok:  # without a library there is nothing more to see
-        checks += [check() for check in (chat_library, backends, first_run)]
+        checks += [check() for check in (chat_library, cpu, backends, first_run)]
     ok = all(check.ok for check in checks)
     if args.json:
         print_json({"ok": ok, "checks": [asdict(check) for check in checks]})
@@ -68,23 +77,17 @@ def package() -> Check:
 
 
 def bindings() -> Check:
-    """The installed llama_cpp must be the version whose structs the library was built for."""
-    name = "llama-cpp-python"
+    """The package brings the version whose structs the library was built for."""
+    copy = startup.copy_of_llama_cpp()
+    if copy is None:
+        return Check(BINDINGS, False, "our copy of it is missing", REINSTALL)
+    found = re.search(r'__version__ = "(.+)"', Path(copy, "__init__.py").read_text(encoding="utf-8"))
+    version = found[1] if found else "of an unknown version"
     try:
-        found = importlib.metadata.version(name)
+        other = importlib.metadata.version(BINDINGS)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, False, "not installed", REINSTALL)
-    wanted = next(
-        (
-            text.split("==")[1].split(";")[0].strip()
-            for text in importlib.metadata.requires("lminf-edge") or ()
-            if text.replace("_", "-").startswith(f"{name}==")
-        ),
-        found,
-    )
-    if found != wanted:
-        return Check(name, False, found, f"the library is built for {wanted}: pip install {name}=={wanted}")
-    return Check(name, True, found)
+        return Check(BINDINGS, True, f"{version}, our copy of it")
+    return Check(BINDINGS, True, f"{version}, our copy of it; {other} is installed, for programs without lminf_edge")
 
 
 def library() -> Check:
@@ -93,6 +96,8 @@ def library() -> Check:
         native.load()
     except ImportError as error:
         return Check("library", False, str(error), REINSTALL)
+    except UserError as error:
+        return Check("library", False, str(error))
     return Check("library", True, str(folder))
 
 
@@ -108,24 +113,58 @@ def chat_library() -> Check:
     return Check(name, True, "templates, tools and thoughts as in llama.cpp")
 
 
-def backends() -> Check:
-    """ggml's backends, and the CPU features it was compiled for."""
+def _loaded() -> tuple[Any, Path]:
     from llama_cpp import llama_cpp as bindings
 
-    lib = bindings._lib
-    count: Callable[[], int] = lib.ggml_backend_dev_count
-    get, name, description = lib.ggml_backend_dev_get, lib.ggml_backend_dev_name, lib.ggml_backend_dev_description
-    lib.ggml_backend_dev_count.restype = ctypes.c_size_t
+    folder = native.library_folder()
+    assert folder is not None
+    return bindings._lib, folder
+
+
+def cpu() -> Check:
+    """The variant of the CPU's code that was taken, and the others."""
+    lib, folder = _loaded()
+    variants = backends_of_ggml.find_variants(folder)
+    if not variants:
+        return Check("CPU variant", True, "one, chosen when it was compiled")
+    path = backends_of_ggml.taken(lib, folder)
+    taken = next((each for each in variants if path is not None and each.path.name == path.name), None)
+    if taken is None:
+        return Check("CPU variant", False, "none was loaded", REINSTALL)
+    forced = f", forced by {backends_of_ggml.VARIABLE}" if os.environ.get(backends_of_ggml.VARIABLE) else ""
+    able = [f"{each.name} {each.score}" for each in variants if each.score and each is not taken]
+    unable = [each.name for each in variants if not each.score]
+    found = f"{taken.name}, score {taken.score}{forced}; others: {', '.join(able) or 'none'}"
+    return Check("CPU variant", True, found + (f"; not for this processor: {', '.join(unable)}" if unable else ""))
+
+
+def backends() -> Check:
+    """ggml's backends, the CPU features it was compiled for, and modules that were not loaded."""
+    from llama_cpp import llama_cpp as bindings
+
+    lib, folder = _loaded()
+    ggml = backends_of_ggml.functions(lib, folder)
+    count: Callable[[], int] = ggml.ggml_backend_dev_count
+    get, name, description = ggml.ggml_backend_dev_get, ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
     name.argtypes = description.argtypes = [ctypes.c_void_p]
     name.restype = description.restype = ctypes.c_char_p
     devices = [get(i) for i in range(count())]
     found = ", ".join(f"{name(device).decode()} ({description(device).decode().strip()})" for device in devices)
-    features = bindings.llama_print_system_info().decode()
+    if not devices:
+        return Check("backends", False, "none", REINSTALL)
+    is_one = hasattr(lib, "ggml_backend_cpu_reg")  # and no modules
+    unloaded = [] if is_one else backends_of_ggml.unloaded(lib, folder)
+    found += "".join(f"; {each.name} was not loaded: {each.reason}" for each in unloaded)
     advice = None
-    if platform.machine() in ("x86_64", "AMD64") and "AVX2 = 1" not in features:
-        advice = "compiled without AVX2, which is slow: build on this machine with -C cmake.define.GGML_NATIVE=ON"
-    return Check("backends", bool(devices), found or "none", advice or (None if devices else REINSTALL))
+    if unloaded:
+        advice = "where that hardware is here, install its driver; without it, the CPU computes"
+    elif is_one and platform.machine() in ("x86_64", "AMD64"):
+        features = bindings.llama_print_system_info().decode()
+        if "AVX2 = 1" not in features:
+            advice = "compiled without AVX2, which is slow: build on this machine with -C cmake.define.GGML_NATIVE=ON"
+    return Check("backends", True, found, advice)
 
 
 def first_run() -> Check:

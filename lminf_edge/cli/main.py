@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import lminf_edge
 from lminf_edge import native
-from lminf_edge.cli import bench, chat, demo, doctor, generate, info, launch, passkey, ppl, rpc_server, serve
+from lminf_edge.cli import bench, chat, demo, doctor, generate, get, info, launch, passkey, ppl, rpc_server, serve
 from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
 
-COMMANDS = (chat, serve, launch, generate, ppl, passkey, bench, info, doctor, demo, rpc_server)
+COMMANDS = (chat, serve, launch, generate, ppl, passkey, bench, info, doctor, demo, get, rpc_server)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 

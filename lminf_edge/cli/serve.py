@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from lminf_edge.server.state import ServerState
     from lminf_edge.text.service import TextService
 
-HELP = "serve a model to chat front ends (needs the extra [server])"
+HELP = "serve a model to chat front ends"
 
 KEY_VARIABLE = "LMINF_API_KEY"
 MAX_PARALLEL = 64
@@ -253,7 +253,6 @@ def default_folder() -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_server_installed()
     from lminf_edge.server import Settings, create_app
     from lminf_edge.server.connections import Server
 
@@ -316,17 +315,6 @@ def close(engine: Engine | None, server: Server, state: ServerState) -> None:
         os._exit(FAILED if server.has_failed else 0)
     if engine is not None:
         engine.model.close()
-
-
-def check_server_installed() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import fastapi_offline  # noqa: F401
-        import platformdirs  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise CommandError(f'{error.name} is missing: install the extra, pip install "lminf-edge[server]".') from None
 
 
 def show_log(messages: bool) -> None:

@@ -1,11 +1,13 @@
-"""The models that come with the package, known by name."""
+"""The models that are known by name: those that come with the package, and real ones, downloaded on first use."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from lminf_edge.errors import UserError
+from lminf_edge.models.named import NAMED_MODELS, cache_folder, get, is_present
 
 _FOLDER = Path(__file__).parent
 
@@ -27,9 +29,10 @@ def path_text(name: str, path: object) -> str:
 
 
 def find_model(name_or_path: str | bytes | os.PathLike[str]) -> str:
-    """The path of a model; a file of that name goes before an embedded model.
+    """The path of a model; a file of that name goes before a model that is known by it.
 
-    Raises ValueError if it is neither.
+    A real model is downloaded on first use, as stderr tells. Raises ValueError if there is no such model, or it
+    cannot be had.
     """
     path = path_text("model_path", name_or_path)
     if os.path.exists(path):
@@ -37,7 +40,30 @@ def find_model(name_or_path: str | bytes | os.PathLike[str]) -> str:
     models = embedded_models()
     if path in models:
         return str(models[path])
+    if path in NAMED_MODELS:
+        return str(download(path))
     raise UserError(
         f"Model path does not exist: {path} (give the path of a GGUF file, many of which are on Hugging Face, "
-        f"or the name of an embedded model: {', '.join(models)})."
+        f"or the name of a model: {', '.join([*models, *NAMED_MODELS])})."
     )
+
+
+def download(name: str) -> Path:
+    """A real model in the user's cache, and its progress on stderr. Raises UserError if it cannot be had."""
+    folder, model = cache_folder(), NAMED_MODELS[name]
+    if is_present(name, folder):
+        return get(name, folder)
+    megabytes = model.download_bytes // 1_000_000
+    print(f"downloading {model.about}, about {megabytes} MB, once", file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        return get(name, folder)
+
+    def show(done: int, total: int) -> None:
+        done = min(done, total)
+        bar = "#" * (24 * done // total)
+        print(f"\r[{bar:24}] {done // 1_000_000} of {megabytes} MB", end="", file=sys.stderr, flush=True)
+
+    try:
+        return get(name, folder, show)
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

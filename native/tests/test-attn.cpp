@@ -2,15 +2,18 @@
 //
 //   test-attn [device]     the device's name as ggml has it (CPU, CUDA0, MTL0, ...); default: every device that takes the op
 //   test-attn --threads N  on the CPU with so many threads
+//   test-attn --load PATH  with the best of the backends in a folder, or the one in a file: for those that are modules
+//   test-attn --percent N  so many of the cases
 
 #include "attn-cases.h"
 
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <map>
 #include <string>
 #include <vector>
@@ -75,11 +78,21 @@ static bool compute(ggml_tensor * op) {
 
 int main(int argc, char ** argv) {
     int          n_threads = 2;
+    uint32_t     percent   = 100;
     const char * only      = nullptr;
 
     for (int i = 1; i < argc; ++i) {
         if (strcmp(argv[i], "--threads") == 0 && i + 1 < argc) {
             n_threads = atoi(argv[++i]);
+        } else if (strcmp(argv[i], "--percent") == 0 && i + 1 < argc) {
+            percent = atoi(argv[++i]);
+        } else if (strcmp(argv[i], "--load") == 0 && i + 1 < argc) {
+            const char * path = argv[++i];
+            if (std::filesystem::is_directory(path)) {
+                ggml_backend_load_all_from_path(path);
+            } else {
+                ggml_backend_load(path);
+            }
         } else {
             only = argv[i];
         }
@@ -100,12 +113,15 @@ int main(int argc, char ** argv) {
 
         backend = ggml_backend_dev_init(dev, nullptr);
         if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-            ggml_backend_cpu_set_n_threads(backend, n_threads);
+            ((ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+                ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads"))(backend, n_threads);
         }
         if (!only && !compute(attn_problem(attn_case(), rng).op())) {
             printf("%s does not have the operation\n", name); // BLAS, say
         } else {
-            status |= attn_run(name, attn_grid(rng), rng, compute);
+            auto cases = attn_grid(rng);
+            cases.erase(std::remove_if(cases.begin(), cases.end(), [&](const attn_case &) { return rng() % 100 >= percent; }), cases.end());
+            status |= attn_run(name, cases, rng, compute);
         }
         ggml_backend_free(backend);
     }
