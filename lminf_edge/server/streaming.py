@@ -105,8 +105,12 @@ class ProgressReporter:
 class EventStream:
     """The events of one response, produced by an iterator in a worker thread."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, ping_seconds: int | None = None) -> None:
+        """ping_seconds between keep-alives, if that is more than 0; else the server's."""
         self._request, self._state = request, ServerState.of(request)
+        self._ping_seconds = self._state.settings.ping_seconds
+        if ping_seconds is not None and ping_seconds > 0:
+            self._ping_seconds = float(ping_seconds)
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._next: asyncio.Future[Any] | None = None
@@ -141,7 +145,7 @@ class EventStream:
                 self.put(error)
 
         self._state.submit(run, self._request.state.is_long)
-        ping_seconds = self._state.settings.ping_seconds
+        ping_seconds = self._ping_seconds
         waiting = Waiting(self._request)
 
         def finish() -> None:
