@@ -124,6 +124,16 @@ def test_progress_comes_before_and_after_each_batch(client: httpx.Client) -> Non
     assert all("timings" in chunk for chunk in chunks)
 
 
+def test_keep_alives_may_be_seldom(nano_path: str) -> None:
+    settings = Settings(model_name="nano", ping_seconds=0.001)
+    body = {**BODY, "n_predict": 60, "ignore_eos": True, "stream": True, "lminf": {"prefill": "full"}}
+    with serve(nano_path, settings, lminf=WINDOW) as served:
+        for seconds, pings in ((3600, False), (-1, True)):
+            fields = {"sse_ping_interval": seconds, "prompt": f"{seconds} " + TEXT * 50}
+            response = httpx.post(f"{served.url}/completion", json={**body, **fields}, timeout=60)
+            assert (": keep-alive" in response.text) == pings
+
+
 def test_a_prompt_may_be_processed_anew(client: httpx.Client) -> None:
     assert ask(client)["timings"]["prompt_n"] + ask(client)["timings"]["prompt_n"] <= 40
     again = ask(client, cache_prompt=False)

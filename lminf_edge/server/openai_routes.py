@@ -72,7 +72,7 @@ async def respond(
 
     `prepare` turns the request into what `whole` and `chunks` need; all three run in a worker thread.
     """
-    events = EventStream(request) if body.stream else None
+    events = EventStream(request, ping_seconds=body.sse_ping_interval) if body.stream else None
     on_progress = None
     if events is not None and body.return_progress:
         on_progress = ProgressReporter(events.put, progress)

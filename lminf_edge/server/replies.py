@@ -73,7 +73,7 @@ async def respond(
     `prepare` turns the request into what `events` needs; `whole` is asked once all events were made. All three run in a
     worker thread.
     """
-    stream = EventStream(request, wire) if body.stream else None
+    stream = EventStream(request, wire, body.sse_ping_interval) if body.stream else None
     exchange = reply.open_exchange(request, body, stream.put if stream is not None else None)
     if stream is not None:
         return await stream.respond(exchange, partial(prepare, exchange), partial(events, exchange), None)

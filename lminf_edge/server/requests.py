@@ -127,6 +127,9 @@ class Sampling(_Lenient):
     return_progress: bool | None = Field(False, description="report prefill progress, in a stream")
     id_slot: int | None = Field(None, ge=-1, le=1 << 30, description="the slot to be answered in; -1: any")
     cache_prompt: bool | None = Field(True, description="false: all of the prompt is processed")
+    sse_ping_interval: int | None = Field(
+        None, ge=-1, le=3600, description="seconds between keep-alives of a stream; 0 or -1: the server's own"
+    )
 
     @field_validator("samplers")
     @classmethod

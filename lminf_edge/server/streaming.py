@@ -124,8 +124,12 @@ class Wire:
 class EventStream:
     """The events of one response, produced by an iterator in a worker thread."""
 
-    def __init__(self, request: Request, wire: Wire | None = None) -> None:
+    def __init__(self, request: Request, wire: Wire | None = None, ping_seconds: int | None = None) -> None:
+        """ping_seconds between keep-alives, if that is more than 0; else the server's."""
         self._request, self._state, self._wire = request, ServerState.of(request), wire or Wire()
+        self._ping_seconds = self._state.settings.ping_seconds
+        if ping_seconds is not None and ping_seconds > 0:
+            self._ping_seconds = float(ping_seconds)
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._next: asyncio.Future[Any] | None = None
@@ -160,7 +164,7 @@ class EventStream:
                 self.put(error)
 
         self._state.submit(run, self._request.state.is_long)
-        ping_seconds = self._state.settings.ping_seconds
+        ping_seconds = self._ping_seconds
         waiting = Waiting(self._request)
 
         def finish() -> None:
