@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError
@@ -42,9 +42,12 @@ def complete(
     seed: int | None = None,
     model: str | None = None,
     stopping_criteria: Any = None,
+    preserved: Container[int] = frozenset(),
     **sampling: Any,
 ) -> Generator[Any, None, None]:
     """Yields the chunks of a streamed completion by a Llama, or the one response of another; see create_completion.
+
+    preserved: special tokens whose text is part of the completion's.
 
     max_tokens None, 0 or less: until a stop string, a stopping criterion or the end-of-text token or, with
     llm.detect_loops, until the model loops; the finish reason is then "length", too.
@@ -80,6 +83,7 @@ def complete(
         [stop] if isinstance(stop, str) else stop or [],
         max_tokens=limit,
         opening=opening,
+        preserved=preserved,
         logprobs=reporter,
         detect_loops=llm.detect_loops and limit is None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import inspect
 import os
 import random
@@ -26,6 +27,7 @@ from lminf_edge.cache.conversation import Conversation
 from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.store import CheckpointStore
 from lminf_edge.cache.token_log import N_RECENT, TokenLog, Tokens, as_tokens
+from lminf_edge.chat_completion import CHAT_ARGUMENTS, chat_options, complete_chat
 from lminf_edge.completion import complete
 from lminf_edge.config import LMInfConfig, StreamInfo, whole_number
 from lminf_edge.engine.params import LogitsProcessor, SamplingParams, as_processors
@@ -39,11 +41,16 @@ from lminf_edge.guard import Freed, Guard, StreamTakenError, guarded
 from lminf_edge.model import ALL_LAYERS, Model, RemoteLlama
 from lminf_edge.models import find_model, path_text
 from lminf_edge.scores import ScoreWindow
-from lminf_edge.text.tokenizer import Tokenizer, check_ids, use_tokenizer
+from lminf_edge.text.chat import ChatOptions, ChatTemplate
+from lminf_edge.text.formats import asks_for_format, find_format
+from lminf_edge.text.tokenizer import CachedTokenizer, Tokenizer, check_ids, use_tokenizer
 
 STOCK = llama_cpp.Llama  # that name may become ours later, see lminf_edge.patching
 _SAMPLE = inspect.signature(STOCK.sample)
 _GENERATE = inspect.signature(STOCK.generate)
+
+_CHAT_STOCK = inspect.signature(STOCK.create_chat_completion)
+_TEXT_BYTES = 16 << 20  # for texts of conversations whose tokens are remembered
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,6 +85,18 @@ def _init_signature() -> inspect.Signature:
     ours = (("lminf", None), ("checkpoint_folder", None), ("rpc_servers", None))
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in ours]
     return stock.replace(parameters=[*before, *more, rest])
+
+
+def _chat_signature() -> inspect.Signature:
+    """llama_cpp.Llama.create_chat_completion's signature plus CHAT_ARGUMENTS."""
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(ChatOptions(), ours))
+        for name, ours in CHAT_ARGUMENTS.items()
+    ]
+    return _CHAT_STOCK.replace(parameters=[*_CHAT_STOCK.parameters.values(), *more])
+
+
+_CHAT = _chat_signature()
 
 
 def _seed(seed: Any) -> int:
@@ -598,6 +617,39 @@ class Llama(RemoteLlama):
         if self._scheduler is None:
             return super()._create_completion(*args, **kwargs)
         return self._guard.steps(complete(self, *args, **kwargs), drives=True)
+
+    @with_signature(_CHAT)
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """llama_cpp.Llama's, by llama.cpp's chat library: the model's own template with its tool calls and thoughts.
+
+        More arguments, as llama-server has them: parallel_tool_calls, add_generation_prompt, continue_final_message,
+        reasoning_format, enable_thinking, reasoning_budget_tokens, reasoning_budget_message, chat_template_kwargs. A
+        model loaded with chat_format or chat_handler, or without lminf, is talked to by llama_cpp's own handlers.
+
+        Raises ValueError, in one sentence, for what the template refuses and for a schema that cannot be enforced.
+        """
+        call = _CHAT.bind(self, *args, **kwargs)
+        if self._scheduler is None or asks_for_format(self):
+            return super().create_chat_completion(*call.args[1:], **call.kwargs)
+        call.apply_defaults()
+        asked = call.arguments
+        del asked["self"]
+        messages, stop, stream = asked.pop("messages"), asked.pop("stop"), asked.pop("stream")
+        names = ("functions", "function_call", "tools", "tool_choice", "response_format", "grammar")
+        more = {ours: asked.pop(name) for name, ours in CHAT_ARGUMENTS.items()}
+        options = chat_options(**{name: asked.pop(name) for name in names}, more=more)
+        logprobs, n_top = asked.pop("logprobs"), asked.pop("top_logprobs")
+
+        def run(**about: Any) -> Any:
+            made = self._create_completion(logprobs=n_top if logprobs else None, **asked, **about)
+            return made if stream else next(made)
+
+        return complete_chat(self._chat_template, messages, options, run, stop, bool(stream))
+
+    @functools.cached_property
+    def _chat_template(self) -> ChatTemplate:
+        chat_format = find_format(self)
+        return ChatTemplate(self, chat_format, CachedTokenizer(self, chat_format.source, _TEXT_BYTES))
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 

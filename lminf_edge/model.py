@@ -64,6 +64,7 @@ class RemoteLlama(llama_cpp.Llama):
     """llama_cpp.Llama with one more argument: rpc_servers, other machines for its layers, all by default."""
 
     _connection: rpc.Connection | None = None
+    guessed_format: str | None = None  # the chat_format that llama_cpp made up
 
     def __init__(
         self, *args: Any, rpc_servers: str | Sequence[str] | None = None, n_gpu_layers: int = 0, **kwargs: Any
@@ -72,6 +73,8 @@ class RemoteLlama(llama_cpp.Llama):
             self._connection = rpc.connect(rpc_servers)
             n_gpu_layers = n_gpu_layers or -1
         super().__init__(*args, n_gpu_layers=n_gpu_layers, **kwargs)
+        if kwargs.get("chat_format") is None:
+            self.guessed_format = self.chat_format
 
     @property
     def model_params(self) -> Any:

@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
 PIN = PATCHES / "upstream.txt"
 
-# what libllama and ggml are built from, the test of ggml's operations and the one that makes a model of every
-# architecture; the rest of the 170 MB is models, tools and documentation
+# what libllama, ggml and the chat library are built from, the test of ggml's operations and the one that makes a model
+# of every architecture; the rest of the 170 MB is models, tools and documentation
 TESTS = ("tests/test-backend-ops.cpp", "tests/test-llama-archs.cpp")
-BUILD_PARTS = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", *TESTS, "vendor")
+BUILD_PARTS = ("CMakeLists.txt", "LICENSE", "licenses", "cmake", "common", "ggml", "include", "src", *TESTS, "vendor")
 
 
 class UpstreamError(Exception):

@@ -47,7 +47,7 @@ def sdist() -> Path:
 def pristine(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llama.cpp as its authors made it. Tests that change it put it back."""
     tree = tmp_path_factory.mktemp("upstream") / "llama.cpp"
-    upstream.unpack(sdist, tree, ("src", "ggml", "include"))
+    upstream.unpack(sdist, tree, ("src", "ggml", "include", "common"))
     return tree
 
 

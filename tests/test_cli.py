@@ -449,7 +449,7 @@ def test_doctor_finds_nothing_wrong(capfd: pytest.CaptureFixture[str]) -> None:
     report = run_json(capfd, "doctor")
     assert report["ok"] is True
     names = [check["name"] for check in report["checks"]]
-    assert names == ["machine", "lminf-edge", "llama-cpp-python", "library", "backends", "first run"]
+    assert names == ["machine", "lminf-edge", "llama-cpp-python", "library", "chat library", "backends", "first run"]
 
 
 def test_doctor_works_without_a_library(tmp_path: Path) -> None:

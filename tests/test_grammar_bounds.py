@@ -31,7 +31,8 @@ from lminf_edge.engine.request import Request
 from lminf_edge.engine.sampler import sample_checked
 from lminf_edge.errors import UserError
 from lminf_edge.native import LIBRARY_NAMES, library_folder
-from lminf_edge.server.grammars import TooMuchError, schema_gbnf, schema_grammar
+from lminf_edge.server.grammars import schema_grammar
+from lminf_edge.text.schema import schema_gbnf
 
 WAIT = 20.0  # seconds until a process counts as held up
 MOST = 0.5  # of work, for a grammar or a token: some ten times what was seen on a slow machine
@@ -270,20 +271,11 @@ def test_ordinary_grammars_allow_what_they_did(nano_path: str) -> None:
         pytest.fail("There is no stock library to compare with: make stock")
     ours = library_folder()
     assert ours is not None
-    schemas = {name: schema_gbnf(json.dumps(schema)) for name, schema in ORDINARY_SCHEMAS.items()}
+    schemas = {name: schema_gbnf(schema) for name, schema in ORDINARY_SCHEMAS.items()}
     expected = allowed(STOCK, nano_path, ORDINARY_GRAMMARS | schemas)
     assert len(expected) == len(ORDINARY_GRAMMARS) + len(schemas) >= 12
     assert not any("refused" in line for line in expected)
     assert allowed(ours, nano_path, ORDINARY_GRAMMARS | schemas) == expected
-
-
-@pytest.mark.parametrize("name", ORDINARY_SCHEMAS)
-def test_ordinary_schemas_are_converted_as_ever(name: str) -> None:
-    code = "import json, sys; from llama_cpp.llama_grammar import json_schema_to_gbnf as convert; "
-    code += "print(convert(sys.stdin.read()))"
-    schema = json.dumps(ORDINARY_SCHEMAS[name])
-    stock = subprocess.run([sys.executable, "-c", code], input=schema, check=True, capture_output=True, text=True)
-    assert schema_gbnf(schema) == stock.stdout.removesuffix("\n")
 
 
 @pytest.mark.parametrize(
@@ -311,13 +303,6 @@ def test_strings_of_a_pattern_are_json(make_llama: MakeLlama, pattern: str) -> N
             drawn.append(sample_checked(sampler, logits))
         text = llm.detokenize(drawn[:-1]).decode()
         assert re.fullmatch(pattern, json.loads(text), re.DOTALL), text
-
-
-def test_chat_formats_convert_with_the_same_bounds() -> None:
-    """They make grammars of tools' parameters themselves."""
-    with pytest.raises(TooMuchError):
-        LlamaGrammar.from_json_schema(json.dumps({"type": "string", "pattern": "^a{1000000000}$"}))
-    assert LlamaGrammar.from_json_schema('{"type": "string", "pattern": "^}$"}')._grammar
 
 
 # --- the two faces, and the server ------------------------------------------------------------------------------------

@@ -17,7 +17,19 @@ LAYERS = (
     ("model",),
     ("engine",),
     ("text",),
-    ("completion", "guard", "scores", "llama", "patched", "patching", "server", "evaluate", "weightless", "bench"),
+    (
+        "completion",
+        "chat_completion",
+        "guard",
+        "scores",
+        "llama",
+        "patched",
+        "patching",
+        "server",
+        "evaluate",
+        "weightless",
+        "bench",
+    ),
     ("cli", "__init__", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -227,35 +227,6 @@ def test_one_of_several_tools_is_required(ai: openai.OpenAI, stream: bool) -> No
     assert re.match(r"\{\s*\"name\"", arguments)
 
 
-@pytest.fixture(scope="module")
-def calling(nano_path: str) -> Iterator[openai.OpenAI]:
-    """A server with the chat format that decides by itself whether to call a tool."""
-    with serve(nano_path, lminf=WINDOW, chat_format="chatml-function-calling") as served:
-        yield openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
-
-
-def test_a_tool_is_called_where_none_was_required(calling: openai.OpenAI) -> None:
-    """The answer is the same whether it is streamed, and whether "auto" is said."""
-    tool = {"type": "function", "function": {"name": "call", "parameters": NAME}}
-    kinds = set()
-    for content in ("Call her.", "message"):
-        messages = [{"role": "user", "content": content}]
-        whole = ask(calling, messages, tools=[tool], tool_choice="auto").choices[0]
-        chunks = list(ask(calling, messages, tools=[tool], stream=True, stream_options={"include_usage": True}))
-        assert chunks[0].choices[0].delta.role == "assistant"
-        assert chunks[-1].usage.completion_tokens > 0
-        deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
-        assert "".join(delta.content or "" for delta in deltas) == (whole.message.content or "")
-        called = [
-            [(call.function.name, call.function.arguments) for call in calls or []]
-            for calls in (whole.message.tool_calls, [call for delta in deltas for call in delta.tool_calls or []])
-        ]
-        assert called[0] == called[1]
-        assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == whole.finish_reason
-        kinds.add(bool(called[0]))
-    assert kinds == {True, False}
-
-
 def test_embeddings(ai: openai.OpenAI, client: httpx.Client) -> None:
     texts = ["The ferry left at six.", "The sea was calm."]
     answer = ai.embeddings.create(model="nano", input=texts)

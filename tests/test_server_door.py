@@ -17,7 +17,6 @@ from typing import Any
 
 import httpx
 import pytest
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from served import Served, serve
 
 from lminf_edge import LMInfConfig
@@ -26,6 +25,7 @@ from lminf_edge.errors import UserError
 from lminf_edge.server import Settings, create_app, openai_routes
 from lminf_edge.server.connections import Server
 from lminf_edge.server.security import SMALL_BODY, SecurityMiddleware, owner_of
+from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 from lminf_edge.text.service import TextService
 from lminf_edge.text.tokenizer import CachedTokenizer
 
@@ -317,15 +317,16 @@ def test_a_fault_of_the_client_is_told(served: Served, monkeypatch: pytest.Monke
 
 
 def use_template(served: Served, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
-    monkeypatch.setattr(served.service.template, "_formatter", Jinja2ChatFormatter(template, "</s>", "<s>"))
+    chat_format = LibraryFormat(served.service.llm, ChatDefaults(template=template))
+    monkeypatch.setattr(served.service.template, "_format", chat_format)
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ messages[0].content + 1 }}",
+        "{{ messages[0].content | nonsense }}",
         "{{ raise_exception('No system, please') }}",
-        "{{ messages.nothing.at_all }}",
+        "{{ messages[0].content.nothing() }}",
         "{{ messages[0]['content'] | map(attribute=1, b=2) | list }}",
     ],
 )
@@ -347,7 +348,8 @@ def test_template_arguments_may_have_any_name(served: Served) -> None:
 
 def test_a_template_that_takes_long_keeps_nobody_waiting(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     loops = "{% for i in range(15000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
-    use_template(served, monkeypatch, loops + "{{ messages[0].content }}")
+    template = "{% if messages[0].content == '" + QUESTION[0]["content"] + "' %}" + loops + "{% endif %}"
+    use_template(served, monkeypatch, template + "{{ messages[0].content }}")
     asking = threading.Thread(
         target=lambda: httpx.post(
             f"{served.url}/v1/chat/completions", json={"messages": QUESTION, "max_tokens": 2}, timeout=60

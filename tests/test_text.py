@@ -12,9 +12,8 @@ from reference import tiny_models
 from lminf_edge import LMInfConfig
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
-from lminf_edge.engine.params import Defaults, SamplingParams
-from lminf_edge.server.arguments import AskedChat
-from lminf_edge.server.events import chat_events
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.service import Exchange, TextService
 
 
@@ -61,7 +60,10 @@ def test_what_one_owner_sent_changes_nothing_for_another(engine: Engine) -> None
 def test_arguments_of_a_template_have_any_name(engine: Engine, name: str) -> None:
     exchange = Exchange(TextService(engine))
     messages = [{"role": "user", "content": "Hello"}]
-    assert exchange.chat_prompt(messages, "", {name: "x"}).text == exchange.chat_prompt(messages).text
+    assert (
+        exchange.chat_prompt(messages, ChatOptions(template_kwargs={name: "x"})).text
+        == exchange.chat_prompt(messages).text
+    )
 
 
 def test_a_token_of_any_length_has_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,18 +80,3 @@ def test_a_token_of_any_length_has_its_text(tmp_path: Path, monkeypatch: pytest.
     finally:
         engine.close()
         engine.model.close()
-
-
-def test_no_limit_cuts_the_name_of_a_tool(engine: Engine) -> None:
-    names = ["look_for_a_word", "look_for_a_number"]
-    asked = AskedChat(
-        SamplingParams(temperature=0.0),
-        max_tokens=None,
-        stops=[],
-        messages=[{"role": "user", "content": "Look for it."}],
-        tools=[{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in names],
-        tool_choice="required",
-    )
-    call = next(chat_events(Exchange(TextService(engine, Defaults(max_tokens=1))), asked)).call
-    assert call is not None
-    assert call.name in names

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lminf_edge.cli.common import (
     CommandError,
+    add_chat_template,
     add_compute,
     add_model,
     add_prefill,
@@ -41,6 +42,7 @@ from lminf_edge.cli.progress import Progress as ProgressBar
 
 if TYPE_CHECKING:
     from lminf_edge.engine.request import Request
+    from lminf_edge.text.answer import Delta
     from lminf_edge.text.service import Exchange, TextService
 
 HELP = "chat with a model in the terminal, for as long as you like"
@@ -62,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n", "--tokens", metavar="N", type=whole_number(-1), default=-1, help="per reply; default -1, no limit"
     )
-    parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
     parser.add_argument("--pin-system", action="store_true", help="never forget the system message, up to --max-sinks")
     parser.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
+    add_chat_template(parser)
     add_prefill(parser)
     add_sampling(parser)
     add_window(parser)
@@ -97,16 +99,32 @@ def open_service(args: argparse.Namespace) -> TextService:
 
 
 def ask_once(chat: Chat, args: argparse.Namespace) -> int:
-    pieces = []
-    for piece in chat.answer(args.prompt):
-        pieces.append(piece)
-        if not args.json:
-            print(piece, end="", flush=True)
-    if args.json:
-        print_json({"text": "".join(pieces), "finish_reason": chat.finish_reason, **chat.stats()})
-    else:
+    if not args.json:
+        show(chat.answer(args.prompt))
         print()
+        return 0
+    deltas = list(chat.answer(args.prompt))
+    text, thoughts = ("".join(delta.text for delta in deltas if delta.reasoning is kind) for kind in (False, True))
+    report = {"text": text, **({"reasoning": thoughts} if thoughts else {}), "finish_reason": chat.finish_reason}
+    print_json({**report, **chat.stats()})
     return 0
+
+
+def show(deltas: Iterator[Delta]) -> None:
+    """Prints a reply as it comes. Thoughts are dimmed on a terminal, and left out elsewhere."""
+    dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else (None, "")
+    thinks = False
+    try:
+        for delta in deltas:
+            if delta.reasoning and dim is None:
+                continue
+            if delta.reasoning is not thinks:
+                thinks = delta.reasoning
+                print(dim if thinks else f"{plain}\n\n", end="")
+            print(delta.text, end="", flush=True)
+    finally:
+        if thinks:
+            print(plain, end="", flush=True)
 
 
 # --- the conversation -------------------------------------------------------------------------------------------------
@@ -148,24 +166,37 @@ class Chat:
                 exchange.cancel()
                 raise
 
-    def answer(self, question: str) -> Iterator[str]:
-        """The reply, piece by piece. If the iterator is closed early, the reply is what was generated so far."""
+    def answer(self, question: str) -> Iterator[Delta]:
+        """The reply and the thoughts before it, piece by piece. If the iterator is closed early, the reply is what was
+        generated so far."""
         question, self.preface = self.preface + question, ""
         self.messages.append({"role": "user", "content": question})
         exchange = self._exchange(None)
         pieces: list[str] = []
+        thoughts: list[str] = []
+
+        def said(deltas: list[Delta]) -> Iterator[Delta]:
+            for delta in deltas:
+                if delta.text:
+                    (thoughts if delta.reasoning else pieces).append(delta.text)
+                    yield delta
+
         self.finish_reason = "interrupted"
         try:
-            answer = exchange.answer(exchange.chat_prompt(self.messages), self.service.defaults.sampling)
+            prompt = exchange.chat_prompt(self.messages)
+            reader = prompt.new_reader()
+            answer = exchange.answer(prompt, self.service.defaults.sampling)
             with contextlib.closing(iter(answer)) as parts:
                 for part in parts:
-                    if part.text:
-                        pieces.append(part.text)
-                        yield part.text
+                    yield from said(reader.push(part.text))
+            yield from said(reader.finish())
             self.finish_reason = answer.text.finish_reason
         finally:
             exchange.cancel()
-            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            message = {"role": "assistant", "content": "".join(pieces)}
+            if thoughts:
+                message["reasoning_content"] = "".join(thoughts)
+            self.messages.append(message)
             self.last = {**exchange.usage.openai(), **exchange.usage.timings(), **exchange.stream_info()}
 
     def rewind(self, n: int) -> int:
@@ -195,7 +226,10 @@ class Chat:
         """Raises CommandError, and nothing is changed, if the file holds no conversation."""
         try:
             messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
-            messages = [{"role": str(each["role"]), "content": str(each["content"])} for each in messages]
+            known = ("role", "content", "reasoning_content")
+            messages = [{name: str(each[name]) for name in known if name in each} for each in messages]
+            if not all("role" in message and "content" in message for message in messages):
+                raise KeyError
         except OSError as error:
             raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -252,8 +286,7 @@ class Terminal:
         preface = self.chat.preface
         answer = self.chat.answer(question)
         try:
-            for piece in answer:
-                print(piece, end="", flush=True)
+            show(answer)
             print()
         except KeyboardInterrupt:
             print("\n[stopped]", file=sys.stderr)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import llama_cpp
 
     from lminf_edge import Llama
+    from lminf_edge.text.formats import ChatDefaults
     from lminf_edge.weightless import Weightless
 
 MAX_BATCH = 65536
@@ -216,6 +217,60 @@ def _add_recall(parser: argparse.ArgumentParser) -> None:
         choices=ARCHIVE_TYPES,
         default=plain.archive_type_k,
         help=f"number format of the archive; default {plain.archive_type_k}",
+    )
+
+
+def add_chat_template(parser: argparse.ArgumentParser) -> None:
+    """Options of chat templates, with llama-server's names."""
+    group = parser.add_argument_group("chat template")
+    group.add_argument("--chat-template", metavar="JINJA", help="the text of a template, instead of the model's own")
+    group.add_argument("--chat-template-file", metavar="FILE", type=file_path, help="a file with one")
+    group.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, which call no tools")
+    group.add_argument(
+        "--chat-template-kwargs", metavar="JSON", type=json_object, default={}, help="more arguments of the template"
+    )
+    group.add_argument(
+        "--reasoning-format",
+        choices=("auto", "none", "deepseek", "deepseek-legacy"),
+        default="auto",
+        help="default auto: thoughts are apart from the answer; none: they stay in it",
+    )
+    group.add_argument(
+        "--reasoning", choices=("on", "off", "auto"), default="auto", help="off: the model is not to think first"
+    )
+    group.add_argument(
+        "--reasoning-budget", metavar="N", type=whole_number(-1), default=-1, help="tokens of thoughts; default -1: any"
+    )
+    group.add_argument("--reasoning-budget-message", metavar="TEXT", default="", help="said where the budget ends them")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An argument that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("it must be a JSON object")
+    return value
+
+
+def chat_defaults(args: argparse.Namespace) -> ChatDefaults:
+    """What these options say of chats. Raises CommandError for a file that cannot be read."""
+    from lminf_edge.text.formats import ChatDefaults
+
+    if sum(bool(each) for each in (args.chat_template, args.chat_template_file, args.chat_format)) > 1:
+        raise CommandError("Give one of --chat-template, --chat-template-file and --chat-format.")
+    template = args.chat_template or ""
+    if args.chat_template_file is not None:
+        template = read_text(args.chat_template_file)
+    return ChatDefaults(
+        template=template,
+        reasoning_format=args.reasoning_format,
+        enable_thinking=args.reasoning != "off",
+        thinking_budget=args.reasoning_budget,
+        budget_message=args.reasoning_budget_message,
+        template_kwargs=args.chat_template_kwargs,
     )
 
 

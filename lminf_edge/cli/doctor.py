@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     checks = [check() for check in (machine, package, bindings, library)]
     if checks[-1].ok:  # without a library there is nothing more to see
-        checks += [check() for check in (backends, first_run)]
+        checks += [check() for check in (chat_library, backends, first_run)]
     ok = all(check.ok for check in checks)
     if args.json:
         print_json({"ok": ok, "checks": [asdict(check) for check in checks]})
@@ -94,6 +94,18 @@ def library() -> Check:
     except ImportError as error:
         return Check("library", False, str(error), REINSTALL)
     return Check("library", True, str(folder))
+
+
+def chat_library() -> Check:
+    from lminf_edge.text import library as chat
+
+    name = "chat library"
+    try:
+        templates = chat.load().open(None, "{{ messages[0].content }}", "", "")
+    except (ImportError, chat.ChatError) as error:
+        return Check(name, False, str(error), REINSTALL)
+    chat.load().free(templates)
+    return Check(name, True, "templates, tools and thoughts as in llama.cpp")
 
 
 def backends() -> Check:

@@ -27,11 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from lminf_edge.cli.common import (
     CommandError,
+    add_chat_template,
     add_compute,
     add_model,
     add_prefill,
     add_sampling,
     add_window,
+    chat_defaults,
     describe_layers,
     file_path,
     human_bytes,
@@ -85,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ui", dest="page", action="store_false", help="no page to chat on")
     parser.add_argument("--no-slots", dest="slots", action="store_false", help="tell nothing of slots at /slots")
     parser.add_argument("--no-metrics", dest="metrics", action="store_false", help="tell no figures at /metrics")
-    parser.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, instead of the model's own template")
+    add_chat_template(parser)
     parser.add_argument(
         "--embeddings",
         action="store_true",
@@ -207,6 +209,7 @@ def open_service(args: argparse.Namespace) -> TextService:
     from lminf_edge.text.service import LEAST_TEXT_BYTES, TEXT_BYTES, TextService
 
     defaults = Defaults(sampling_params(args), args.max_tokens if args.max_tokens > 0 else None, args.detect_loops)
+    chat = chat_defaults(args)
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
     # remembered texts are part of the memory asked for; without them every turn tokenizes its whole history
@@ -227,7 +230,7 @@ def open_service(args: argparse.Namespace) -> TextService:
         )
     try:
         require_vocabulary(engine.model.llama)
-        service = TextService(engine, defaults, args.pin_system, text_bytes)
+        service = TextService(engine, defaults, args.pin_system, text_bytes, chat)
     except UserError:
         engine.close()
         engine.model.close()

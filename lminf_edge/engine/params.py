@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from lminf_edge.errors import UserError
 
@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from llama_cpp.llama_grammar import LlamaGrammar
 
 LogitsProcessor = Callable[[Any, Any], Any]  # (int32 (n_tokens,), float32 (n_vocab,)) -> float32 (n_vocab,)
+
+
+class SamplerMaker(Protocol):
+    """A grammar that is a part of the sampler chain of its own kind."""
+
+    def sampler(self, vocab: Any) -> Any:
+        """A llama_sampler for a llama_vocab, for a chain to own. Raises UserError."""
+
+
+Grammar: TypeAlias = "str | LlamaGrammar | SamplerMaker"  # GBNF text, llama_cpp's, or a chat template's
 
 MAX_BREAKERS = 64  # each is searched for in the whole vocabulary
 MAX_NUMBER = 1e9  # llama.cpp calculates in f32
@@ -60,7 +70,7 @@ class SamplingParams:
     min_keep               tokens that top_p, min_p, typical_p and XTC leave at least
     seed                   32 bits of it; None or -1: a new one each time
     logit_bias             token -> what is added to its logit
-    grammar                GBNF text, or a LlamaGrammar
+    grammar                GBNF text, a LlamaGrammar, or a chat template's
     logits_processor       functions of (tokens so far, logits (n_vocab,)) that return logits; they run first
 
     Raises UserError for what llama-server refuses too, and for numbers out of llama.cpp's range.
@@ -92,7 +102,7 @@ class SamplingParams:
     min_keep: int = 0
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    grammar: str | LlamaGrammar | None = None
+    grammar: Grammar | None = None
     logits_processor: Sequence[LogitsProcessor] | None = None
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from lminf_edge import native
 from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.token_log import Tokens
-from lminf_edge.engine.params import LogitsProcessor, SamplingParams
+from lminf_edge.engine.params import Grammar, LogitsProcessor, SamplingParams
 from lminf_edge.errors import UserError
 
 TOO_MUCH = "This grammar takes too much work: give it fewer optional parts, repetitions and alternatives"
@@ -90,8 +90,11 @@ class Sampler(LlamaSampler):
 
         self.add_custom(apply)
 
-    def add_grammar_text(self, grammar: str | LlamaGrammar) -> None:
+    def add_any_grammar(self, grammar: Grammar) -> None:
         """Raises UserError for what llama.cpp cannot parse, or what takes too much work."""
+        if not isinstance(grammar, (str, LlamaGrammar)):
+            bindings.llama_sampler_chain_add(self.sampler, grammar.sampler(self._model.vocab))
+            return
         text, root = (grammar, "root") if isinstance(grammar, str) else (grammar._grammar, grammar._root)
         with native.captured_errors():
             sampler = bindings.llama_sampler_init_grammar(self._model.vocab, text.encode("utf-8"), root.encode("utf-8"))
@@ -209,7 +212,7 @@ def make_sampler(
     if p.logit_bias:
         sampler.add_logit_bias(n_vocab, dict(p.logit_bias))
     if p.grammar is not None:
-        sampler.add_grammar_text(p.grammar)
+        sampler.add_any_grammar(p.grammar)
 
     seed = random.getrandbits(32) if p.seed is None or p.seed == -1 else p.seed & 0xFFFFFFFF
     temperature = p.temperature if p.temperature >= MIN_TEMPERATURE else 0.0

@@ -70,19 +70,19 @@ class Format:
 
 def _turns(vocabulary: Llama) -> tuple[str, str, str, str, bool] | None:
     """The same, and whether BOS comes first, by the template; None if that only puts texts one after another."""
-    from lminf_edge.text.chat import chat_template, find_formatter
+    from lminf_edge.text.chat import ChatOptions
+    from lminf_edge.text.formats import find_format
 
-    if not chat_template(vocabulary):
+    if not vocabulary.metadata.get("tokenizer.chat_template"):
         return None
     marks = ("(asked)", "(answered)", "(again)")
     roles = ("user", "assistant", "user")
-    made = find_formatter(vocabulary)(
-        messages=[{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]  # type: ignore[misc]
-    )
-    parts = re.split("|".join(map(re.escape, marks)), made.prompt)
-    assert len(parts) == 4, made.prompt
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    made = find_format(vocabulary).render(messages, ChatOptions(), lambda: False)
+    parts = re.split("|".join(map(re.escape, marks)), made.text)
+    assert len(parts) == 4, made.text
     opening, to_answer, to_user, closing = parts
-    return (opening, to_answer, to_user, closing, not made.added_special) if closing.strip() else None
+    return (opening, to_answer, to_user, closing, not made.has_bos) if closing.strip() else None
 
 
 class Filler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,9 +10,10 @@ from typing import Any
 
 import llama_cpp
 
-from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.params import Grammar, SamplingParams
+from lminf_edge.errors import UserError
 from lminf_edge.server.errors import ApiError
-from lminf_edge.server.grammars import check_schema, response_grammar, schema_grammar, text_grammar
+from lminf_edge.server.grammars import answer_schema, response_schema, schema_grammar, text_grammar
 from lminf_edge.server.requests import (
     MAX_BIASES,
     MAX_PROMPTS,
@@ -22,6 +24,8 @@ from lminf_edge.server.requests import (
     PromptText,
 )
 from lminf_edge.server.requests import Sampling as SamplingRequest
+from lminf_edge.text.chat import ChatOptions
+from lminf_edge.text.schema import check_size, enforceable
 from lminf_edge.text.service import TextService
 
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
@@ -52,15 +56,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class AskedChat(Asked):
-    """
-    tool_choice  "none", "auto", "required" (of several), or the name of a function
-    template     more arguments for the chat template
-    """
+    """An answer in a conversation."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    tool_choice: str | dict[str, Any] = "none"
-    template: dict[str, Any] = field(default_factory=dict)
+    options: ChatOptions = field(default_factory=ChatOptions)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -103,91 +102,180 @@ def prompts_of(prompt: str | list[int] | list[str] | list[list[int]], n_vocab: i
 
 def asked_chat(service: TextService, request: ChatRequest) -> AskedChat:
     """Raises ApiError for what the model cannot do."""
-    llm = service.llm
-    more: dict[str, Any] = {"logit_bias": token_bias(llm, (request.logit_bias or {}).items())}
-    if request.response_format is not None:
-        more["grammar"] = response_grammar(llm, request.response_format)
+    return AskedChat(
+        sampling=sampling_of(service, request, logit_bias=token_bias(service.llm, (request.logit_bias or {}).items())),
+        max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
+        stops=stops_of(request),
+        n=request.n or 1,
+        n_top=(request.top_logprobs or 0) if request.logprobs else None,
+        messages=checked_messages([dict(message) for message in request.messages]),
+        options=chat_options(service, request),
+    )
+
+
+def chat_options(service: TextService, request: ChatRequest) -> ChatOptions:
+    """What is asked of the chat template. Raises ApiError."""
     tools, choice = request.tools, request.tool_choice
     if request.functions is not None:  # the older name of tools
         tools = [{"type": "function", "function": function} for function in request.functions]
         named = isinstance(request.function_call, dict)
         choice = {"type": "function", "function": request.function_call} if named else request.function_call
     checked = checked_tools(tools or [])
-    if choice is None and checked:
-        choice = "auto"
-    if choice is not None and (checked or choice not in ("auto", "none")):
-        choice = checked_tool_choice(service, choice, checked)
+    choice = checked_tool_choice(choice, checked)
+    grammar, schema = _answer_grammar(service, request)
+    if checked and choice != "none" and (grammar is not None or schema is not None):
+        what = "grammar" if grammar is not None else "response_format"
+        raise ApiError(400, f"{what}: an answer that may call tools cannot have one: give no tools.", param=what)
+    continues = request.continue_final_message
+    if continues is None:
+        continues = request.messages[-1]["role"] == "assistant"
+    elif continues and request.add_generation_prompt and "add_generation_prompt" in request.model_fields_set:
+        what = "continue_final_message"
+        raise ApiError(400, f"{what}: not both this and add_generation_prompt.", param=what)
+    if continues:
+        check_continued([dict(message) for message in request.messages])
     template = dict(request.chat_template_kwargs or {})
     for name in template:
         if name in _NOT_FOR_TEMPLATES:
             raise ApiError(400, f"chat_template_kwargs: {name} is not for the template.", param="chat_template_kwargs")
-    return AskedChat(
-        sampling=sampling_of(service, request, **more),
-        max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
-        stops=stops_of(request),
-        n=request.n or 1,
-        n_top=(request.top_logprobs or 0) if request.logprobs else None,
-        messages=[plain_message(dict(message), i) for i, message in enumerate(request.messages)],
+    thinks = template.get("enable_thinking")
+    if thinks is not None and not isinstance(thinks, bool):
+        raise ApiError(400, "chat_template_kwargs: enable_thinking is true or false.", param="chat_template_kwargs")
+    if request.reasoning_effort == "none":
+        thinks = False
+    elif request.reasoning_effort:
+        template["reasoning_effort"] = request.reasoning_effort
+    budget = request.reasoning_budget_tokens
+    return ChatOptions(
         tools=checked,
-        tool_choice=choice or "none",
-        template=template,
+        tool_choice=choice,
+        parallel_tool_calls=request.parallel_tool_calls,
+        add_generation_prompt=request.add_generation_prompt is not False and not continues,
+        continue_final_message=continues,
+        reasoning_format=request.reasoning_format,
+        enable_thinking=thinks,
+        thinking_budget=request.thinking_budget_tokens if budget is None else budget,
+        budget_message=request.reasoning_budget_message,
+        json_schema=schema,
+        grammar=grammar,
+        template_kwargs=template,
     )
 
 
-def plain_message(message: dict[str, Any], i: int) -> dict[str, Any]:
-    """A message whose content is text, as chat templates want it. Raises ApiError for pictures and the like."""
+def _answer_grammar(service: TextService, request: ChatRequest) -> tuple[Grammar | None, dict[str, Any] | None]:
+    """The grammar or the JSON schema that an answer is held to. Raises ApiError."""
+    if request.grammar and request.json_schema is not None:
+        raise ApiError(400, "Give a grammar or a json_schema, not both.", param="grammar")
+    schema = None
+    if request.response_format is not None:
+        schema = response_schema(request.response_format)
+    if request.json_schema is not None:
+        schema = answer_schema(request.json_schema, "json_schema")
+    if request.grammar:
+        return text_grammar(service.llm, request.grammar, "grammar"), None
+    return None, schema
+
+
+def checked_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as the chat library takes them. Raises ApiError for pictures and the like."""
+    called: set[str] = set()
+    for i, message in enumerate(messages):
+        _check_content(message, i)
+        for name in ("reasoning_content", "tool_call_id", "name", "tool_calls"):
+            if name in message and not message[name]:
+                del message[name]
+        for call in message.get("tool_calls", ()):
+            called.add(_checked_call(call, i))
+        if message["role"] == "tool" and called and message.get("tool_call_id", "") not in called:
+            call_id = str(message.get("tool_call_id"))[:100]
+            raise ApiError(400, f"messages.{i}.tool_call_id: no call before has the id {call_id!r}.", param="messages")
+    return messages
+
+
+def _check_content(message: dict[str, Any], i: int) -> None:
+    """Completes a message's content, which is text or parts of text."""
     content = message.get("content")
     if isinstance(content, list):
-        texts = []
+        parts = []
         for part in content:
             kind, text = part.get("type"), part.get("text")
             if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
                 raise ApiError(400, f"messages.{i}.content: only text can be read, not {kind!r}.", param="messages")
-            texts.append(text)
-        content = "\n".join(texts)
-    message["content"] = content or ""  # None beside tool calls; few templates expect that
-    return message
+            parts.append({"type": "text", "text": text})
+        message["content"] = parts
+    elif content is None:  # beside tool calls; few templates expect that
+        message["content"] = ""
+
+
+def _checked_call(call: dict[str, Any], i: int) -> str:
+    """Completes a call that a message has; returns its id."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ApiError(400, f"messages.{i}.tool_calls: a call has a function with a name.", param="messages")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            json.loads(arguments or "{}")
+        except ValueError as error:
+            raise ApiError(400, f"messages.{i}.tool_calls: arguments are JSON: {error}.", param="messages") from None
+    elif not isinstance(arguments, dict):
+        raise ApiError(400, f"messages.{i}.tool_calls: a function has arguments.", param="messages")
+    function["arguments"] = arguments or "{}"
+    call["type"] = "function"
+    if not isinstance(call.setdefault("id", ""), str):
+        raise ApiError(400, f"messages.{i}.tool_calls: an id is text.", param="messages")
+    return str(call["id"])
+
+
+def check_continued(messages: list[dict[str, Any]]) -> None:
+    """Raises ApiError if the last message is none that can be continued."""
+    last, before = messages[-1], messages[-2:-1]
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        raise ApiError(
+            400, "messages: only an assistant's message can be continued, without tool calls.", param="messages"
+        )
+    if before and before[0]["role"] == "assistant":
+        raise ApiError(400, "messages: two messages of the assistant at the end cannot be continued.", param="messages")
 
 
 def checked_tools(tools: list[Any]) -> list[dict[str, Any]]:
     """Tools, completed with what templates expect. Raises ApiError for what is not a tool."""
-    checked = []
+    checked: list[dict[str, Any]] = []
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise ApiError(400, f"tools.{i}: a tool has a function with a name.", param="tools")
+        if any(other["function"]["name"] == function["name"] for other in checked):
+            raise ApiError(400, f"tools.{i}: there are two functions {function['name'][:100]!r}.", param="tools")
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        check_schema(parameters, f"tools.{i}.function.parameters")
+        param = f"tools.{i}.function.parameters"
+        try:
+            check_size(parameters)
+            if function.get("strict"):
+                parameters = enforceable(parameters)
+        except UserError as error:
+            raise ApiError(400, f"{param}: {error}.", param=param) from None
+        if not isinstance(function.get("description", ""), str):
+            raise ApiError(400, f"tools.{i}: a description is text.", param="tools")
         checked.append({**tool, "type": "function", "function": {**function, "parameters": parameters}})
     return checked
 
 
-def tool_named(tools: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The function of this name."""
-    function: dict[str, Any] = next(tool["function"] for tool in tools if tool["function"]["name"] == name)
-    return function
-
-
-def checked_tool_choice(service: TextService, choice: Any, tools: list[dict[str, Any]]) -> str | dict[str, Any]:
-    """A choice that can be enforced: "auto", "none", "required" of several, or one function. Raises ApiError."""
+def checked_tool_choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
+    """A choice that can be enforced: "auto", "none", "required", or one function. Raises ApiError."""
     param = "tool_choice"
-    names = [tool["function"]["name"] for tool in tools]
-    if choice in ("auto", "none"):
-        return str(choice)
+    if choice in ("auto", "none") or choice is None:
+        return choice or "auto"
     if choice == "required":
         if not tools:
             raise ApiError(400, f'{param}: "required" needs tools.', param=param)
-        chosen = names
-    elif isinstance(choice, dict) and isinstance(choice.get("function"), dict):
-        name = choice["function"].get("name")
-        if name not in names:
-            raise ApiError(400, f"{param}: there is no tool {str(name)[:100]!r}.", param=param)
-        chosen = [name]
-    else:
+        return choice
+    if not isinstance(choice, dict) or not isinstance(choice.get("function"), dict):
         raise ApiError(400, f'{param}: it must be "auto", "none", "required" or a function.', param=param)
-    for name in chosen:  # so that it fails before anything is generated
-        schema_grammar(service.llm, tool_named(tools, name)["parameters"], "tools")
-    return {"type": "function", "function": {"name": chosen[0]}} if len(chosen) == 1 else "required"
+    name = choice["function"].get("name")
+    if not any(tool["function"]["name"] == name for tool in tools):
+        raise ApiError(400, f"{param}: there is no tool {str(name)[:100]!r}.", param=param)
+    return {"type": "function", "function": {"name": name}}
 
 
 # --- completions ------------------------------------------------------------------------------------------------------

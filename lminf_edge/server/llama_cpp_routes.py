@@ -38,7 +38,7 @@ from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.slot_files import load_slot_file, save_slot_file, slot_file
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import encoded, in_thread
-from lminf_edge.text.chat import ChatPrompt, chat_template
+from lminf_edge.text.chat import ChatPrompt
 from lminf_edge.text.service import Exchange
 
 router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
@@ -70,7 +70,7 @@ async def props(request: Request) -> dict[str, Any]:
         "endpoint_slots": state.settings.slots,
         "endpoint_metrics": state.settings.metrics,
         "endpoint_props": False,  # they cannot be changed
-        "chat_template": chat_template(llm),
+        "chat_template": state.service.template.source,
         "bos_token": token_text(state, llm.token_bos()),
         "eos_token": token_text(state, llm.token_eos()),
         "modalities": {"vision": False, "audio": False},
@@ -233,8 +233,7 @@ async def respond_prompt(request: Request, body: ChatRequest, told: Callable[[Ch
 
     def work() -> Response:
         asked = asked_chat(service, body)
-        more = {"tools": asked.tools, "tool_choice": asked.tool_choice} if asked.tools else {}
-        return encoded(told(exchange.chat_prompt(asked.messages, "", {**more, **asked.template})))
+        return encoded(told(exchange.chat_prompt(asked.messages, asked.options)))
 
     return await in_thread(request, work, exchange.cancel)
 

@@ -109,11 +109,19 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         state.log_messages(asked.messages)
         return asked
 
+    def whole(exchange: Exchange, asked: AskedChat) -> dict[str, Any]:
+        answer = chat_answer(exchange, chat_events(exchange, asked), name)
+        if body.verbose:
+            tokens = exchange.chat_prompt(asked.messages, asked.options).tokens.tolist()
+            text = state.llm.detokenize(tokens, special=True).decode("utf-8", errors="replace")
+            answer["__verbose"] = {"prompt": text}
+        return answer
+
     return await respond(
         request,
         body,
         prepare,
-        lambda exchange, asked: chat_answer(exchange, chat_events(exchange, asked), name),
+        whole,
         lambda exchange, asked: chat_chunks(exchange, chat_events(exchange, asked), name, usage),
         "[DONE]",
     )

@@ -53,6 +53,10 @@ class Message(TypedDict, total=False):
 
     role: Required[str]
     content: str | Many[dict[str, Any]] | None
+    reasoning_content: str | None
+    tool_calls: Many[dict[str, Any]] | None
+    tool_call_id: str | None
+    name: str | None
 
 
 class _Lenient(BaseModel):
@@ -169,7 +173,22 @@ class ChatRequest(_OpenAISampling):
     tool_choice: str | dict[str, Any] | None = None
     functions: Many[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = Field(None, description="true if not given and the template has several")
     chat_template_kwargs: dict[str, Any] | None = None
+    verbose: bool | None = Field(False, description="the answer has the prompt, too, as __verbose.prompt")
+    add_generation_prompt: bool | None = Field(True, description="false: the messages end where the answer begins")
+    continue_final_message: bool | Literal["content", "reasoning_content"] | None = Field(
+        None, description="the last message is continued; so is an assistant's if this is not given"
+    )
+    reasoning_format: Literal["auto", "none", "deepseek", "deepseek-legacy"] | None = Field(
+        None, description="none: thoughts stay in the content"
+    )
+    reasoning_effort: str | None = Field(None, max_length=64, description="none: without thoughts")
+    reasoning_budget_tokens: int | None = Field(None, ge=-1, le=1 << 30, description="of thoughts; -1: any number")
+    thinking_budget_tokens: int | None = Field(None, ge=-1, le=1 << 30, description="the same")
+    reasoning_budget_message: str | None = Field(None, max_length=4096, description="said where the budget ends them")
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
 
 
 class CompletionRequest(_OpenAISampling):

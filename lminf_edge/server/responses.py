@@ -11,7 +11,8 @@ import llama_cpp
 
 import lminf_edge
 from lminf_edge.engine.request import Request
-from lminf_edge.server.events import Call, Event
+from lminf_edge.server.events import Event
+from lminf_edge.text.answer import Call
 from lminf_edge.text.logprobs import TokenLogprobs, as_lists
 from lminf_edge.text.service import Exchange
 
@@ -52,9 +53,10 @@ def chat_answer(exchange: Exchange, events: Iterable[Event], model: str) -> dict
                 function = {"name": event.call.name, "arguments": ""}
                 calls.append({"id": event.call.id, "type": "function", "function": function})
             if event.part is not None:
-                calls[-1]["function"]["arguments"] += event.part.text
+                calls[event.call.index]["function"]["arguments"] += event.part.text
         elif event.part is not None:
-            message["content"] = (message["content"] or "") + event.part.text
+            name = "reasoning_content" if event.reasoning else "content"
+            message[name] = (message.get(name) or "") + event.part.text
         if event.finish_reason is not None:
             choice["finish_reason"] = event.finish_reason
             if "tool_calls" not in message:
@@ -85,7 +87,7 @@ def chat_chunks(
             yield chunk(event, {"tool_calls": [_call_delta(event, event.call, event.call not in begun)]})
             begun.add(event.call)
         elif event.part is not None:
-            yield chunk(event, {"content": event.part.text})
+            yield chunk(event, {"reasoning_content" if event.reasoning else "content": event.part.text})
         if event.finish_reason is not None:
             yield chunk(event, {}, event.finish_reason)
     if include_usage:

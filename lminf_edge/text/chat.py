@@ -1,27 +1,53 @@
-"""Chat messages to a prompt, by the model's own template or one of llama_cpp's formats."""
+"""Chat messages to a prompt and what its answer needs, by llama.cpp's chat library or one of llama_cpp's formats."""
 
 from __future__ import annotations
 
-import inspect
-import json
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import llama_cpp
-from llama_cpp import llama_chat_format
-from llama_cpp.llama_chat_format import ChatFormatter, ChatFormatterResponse
 
 from lminf_edge.cache.token_log import Tokens
-from lminf_edge.errors import UserError
+from lminf_edge.engine.params import Grammar
+from lminf_edge.text.answer import NewReader, PlainReader
+from lminf_edge.text.library import ChatGrammar
 from lminf_edge.text.tokenizer import CachedTokenizer
 
 # tokens; a message shorter than this is not worth a checkpoint of its own
 _MIN_MESSAGE = 8
 
-CALLING_FORMAT = "chatml-function-calling"  # the format in which the model itself decides whether to call a tool
-
 Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What is asked of an answer besides its messages. None: what the template or the service has as its default.
+
+    tool_choice             "none", "auto", "required", or {"function": {"name": ...}}
+    continue_final_message  the last message, an assistant's, is continued: its "content", its "reasoning_content", or
+                            (True) what it has
+    reasoning_format        "none": thoughts stay in the content
+    thinking_budget         tokens of thoughts; -1: any number
+    budget_message          said where the budget ends them
+    json_schema             of the answer's content
+    grammar                 of the whole answer, in place of others
+    template_kwargs         more arguments of the template
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: Literal["none", "auto", "required"] | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool | str = False
+    reasoning_format: str | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: int | None = None
+    budget_message: str | None = None
+    json_schema: Any = None
+    grammar: Grammar | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,57 +59,80 @@ class ChatPrompt:
     n_system     tokens before the first message after the system block; None if that is not known
     n_pinned     tokens of the system block, 0 if there is none
     stops        strings that end the completion
+    grammar      that the answer must follow
+    preserved    special tokens whose text is part of the answer's
+    new_reader   makes a reader of the answer
     """
 
     text: str
     tokens: Tokens
-    boundaries: list[int]
-    n_system: int | None
-    n_pinned: int
+    boundaries: list[int] = field(default_factory=list)
+    n_system: int | None = None
+    n_pinned: int = 0
+    stops: list[str] = field(default_factory=list)
+    grammar: Grammar | None = None
+    preserved: frozenset[int] = frozenset()
+    new_reader: NewReader = PlainReader
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a format makes of messages. `has_bos`: the text begins with the token that the tokenizer would add."""
+
+    text: str
+    has_bos: bool
     stops: list[str]
+    grammar: Grammar | None = None
+    preserved: Sequence[str] = ()
+    new_reader: NewReader = PlainReader
+
+
+class ChatFormat(Protocol):
+    """How a model is talked to. Thread-safe."""
+
+    source: str  # the text of its templates, "" if it has none
+
+    def render(self, messages: Messages, options: ChatOptions, is_cancelled: Callable[[], bool]) -> Rendered:
+        """Raises UserError, with the template's message, for what it refuses, and RequestCancelled."""
 
 
 class ChatTemplate:
-    """The chat format of a model. Thread-safe."""
+    """The chat format of a model, with its tokens. Thread-safe."""
 
-    def __init__(self, llm: llama_cpp.Llama, tokenizer: CachedTokenizer) -> None:
-        """Raises UserError for a format of llama_cpp that is not a template."""
-        self.name = str(llm.chat_format)
-        self._formatter = find_formatter(llm)
-        self._tokenizer = tokenizer
+    def __init__(self, llm: llama_cpp.Llama, chat_format: ChatFormat, tokenizer: CachedTokenizer) -> None:
+        self._llm, self._format, self._tokenizer = llm, chat_format, tokenizer
+        self.source = chat_format.source
 
     def render(
         self,
         messages: Messages,
-        suffix: str = "",
-        arguments: Mapping[str, Any] | None = None,
+        options: ChatOptions | None = None,
         owner: str = "",
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> ChatPrompt:
-        """The prompt for an answer that begins with `suffix`; `arguments` are the template's.
-
-        Raises UserError, with the template's message, for messages that it refuses, and RequestCancelled.
-        """
-        made = self.format(messages, arguments or {})
-        text = made.prompt + suffix
-        tokens, pieces, starts = self._tokenizer.encode(text, not made.added_special, owner, is_cancelled)
-        n_system, n_pinned = self._find_system(messages, text, pieces, starts, owner)
-        stop = made.stop or []
+        """Raises UserError, with the template's message, for what it refuses, and RequestCancelled."""
+        made = self._format.render(messages, options or ChatOptions(), is_cancelled)
+        if isinstance(made.grammar, ChatGrammar):
+            made.grammar.check(self._llm._model.vocab)
+        tokens, pieces, starts = self._tokenizer.encode(made.text, not made.has_bos, owner, is_cancelled)
+        n_system, n_pinned = self._find_system(messages, made.text, pieces, starts, owner)
         return ChatPrompt(
-            text=text,
+            text=made.text,
             tokens=tokens,
             boundaries=_spaced(starts),
             n_system=n_system,
             n_pinned=n_pinned,
-            stops=[stop] if isinstance(stop, str) else list(stop),
+            stops=made.stops,
+            grammar=made.grammar,
+            preserved=self._preserved(tuple(made.preserved)),
+            new_reader=made.new_reader,
         )
 
-    def format(self, messages: Messages, arguments: Mapping[str, Any]) -> ChatFormatterResponse:
-        try:
-            return self._formatter(messages=[dict(each) for each in messages], **arguments)  # type: ignore[misc]
-        except Exception as error:  # whatever a template does with what the client sent
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise UserError(f"The model's chat template refuses these messages: {reason}.") from error
+    @functools.lru_cache(16)  # noqa: B019 - a template lives as long as its model
+    def _preserved(self, texts: tuple[str, ...]) -> frozenset[int]:
+        """Those of the texts that are one token."""
+        encoded = [self._llm.tokenize(text.encode("utf-8"), add_bos=False, special=True) for text in texts]
+        return frozenset(tokens[0] for tokens in encoded if len(tokens) == 1)
 
     def _find_system(
         self, messages: Messages, text: str, pieces: list[str], starts: list[int], owner: str
@@ -105,55 +154,14 @@ class ChatTemplate:
         return None, 0
 
 
-def find_formatter(llm: llama_cpp.Llama) -> ChatFormatter:
-    """The function that renders messages. Raises UserError for a format of llama_cpp that generates by itself."""
-    name = str(llm.chat_format)
-    if name == CALLING_FORMAT:
-        return calling_format
-    try:
-        handler = (
-            llm.chat_handler or llm._chat_handlers.get(name) or llama_chat_format.get_chat_completion_handler(name)
-        )
-    except Exception as error:
-        raise UserError(f"llama_cpp has no chat format {name!r}: leave it out to use the model's own.") from error
-    formatter: ChatFormatter | None = inspect.getclosurevars(handler).nonlocals.get("chat_formatter")
-    if formatter is None:
-        raise UserError(f"The chat format {name!r} is no template: leave it out to use the model's own.")
-    return formatter
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def calling_format(
-    *, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None, **_: Any
-) -> ChatFormatterResponse:
-    """ChatML in which the model first says whether it writes a message or calls a function."""
-    parts = []
-    for message in messages:
-        role, content = message["role"], message.get("content") or ""
-        if tools and role == "system":
-            content += _calling_instructions(tools)
-        elif role == "assistant":
-            said = [f"message:\n{content}" if tools else content] if content else []
-            functions = [call["function"] for call in message.get("tool_calls") or ()]
-            said += [f"functions.{function['name']}:\n{function['arguments']}" for function in functions]
-            content = "\n".join(said)
-        parts.append(f"<|im_start|>{role}\n{content}<|im_end|>\n")
-    return ChatFormatterResponse(prompt="".join(parts) + "<|im_start|>assistant\n", stop="<|im_end|>")
-
-
-def _calling_instructions(tools: Sequence[Mapping[str, Any]]) -> str:
-    described = "".join(
-        f"\n\nfunctions.{tool['function']['name']}:\n{json.dumps(tool['function']['parameters'])}" for tool in tools
-    )
-    return (
-        f"\n\nThese functions can be called:{described}\n\n"
-        'Begin a message with "message:". Begin a call with "functions.NAME:" and write its arguments as JSON.'
-    )
-
-
-def chat_template(llm: llama_cpp.Llama) -> str:
-    """The Jinja template of the model, "" if it has none."""
-    default = llm.metadata.get("tokenizer.chat_template", "")
-    return str(llm.metadata.get(f"tokenizer.{llm.chat_format}", default))  # chat_template.NAME, if it has several
+def text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else ""
 
 
 def _is_system(message: Mapping[str, Any]) -> bool:
@@ -170,13 +178,13 @@ def _first_content(messages: Messages, text: str) -> tuple[int, int] | None:
     message begins; None if one of them is not there."""
     system_end = offset = 0
     for message in messages:
-        content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
+        content = text_of(message).strip()
+        if not content:
             return None
-        offset = text.find(content.strip(), offset)
+        offset = text.find(content, offset)
         if offset < 0:
             return None
         if not _is_system(message):
             return system_end, offset
-        system_end = offset = offset + len(content.strip())
+        system_end = offset = offset + len(content)
     return None

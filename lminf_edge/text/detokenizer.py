@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import llama_cpp
@@ -18,15 +18,25 @@ _CONTEXT = 16
 class Detokenizer:
     """The text of a token stream, token by token."""
 
-    def __init__(self, llm: llama_cpp.Llama, before: Tokens | Sequence[int], opening: Sequence[int]) -> None:
-        """`before` are the tokens before the text, `opening` tokens without text that it begins with."""
+    def __init__(
+        self,
+        llm: llama_cpp.Llama,
+        before: Tokens | Sequence[int],
+        opening: Sequence[int],
+        preserved: Container[int] = frozenset(),
+    ) -> None:
+        """`before` are the tokens before the text, `opening` tokens without text that it begins with, `preserved`
+        special tokens that have one."""
         self._llm = llm
+        self._preserved = preserved
         self._before = deque(as_tokens(before[-_CONTEXT:]).tolist(), maxlen=_CONTEXT)
         self._opening = list(opening)
 
     def piece(self, token: int) -> bytes:
         """The bytes this token adds, which may end inside a character."""
-        piece: bytes = self._llm.detokenize([*self._opening, token], prev_tokens=list(self._before))
+        special = token in self._preserved
+        opening = [] if special else self._opening
+        piece: bytes = self._llm.detokenize([*opening, token], prev_tokens=list(self._before), special=special)
         self._before.extend([*self._opening, token])
         self._opening = []
         return piece

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from array import array
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import llama_cpp
@@ -32,6 +32,7 @@ class TextStream:
         *,
         max_tokens: int | None = None,
         opening: Sequence[int] = (),
+        preserved: Container[int] = frozenset(),
         logprobs: LogprobReporter | None = None,
         detect_loops: bool = False,
     ) -> None:
@@ -39,12 +40,13 @@ class TextStream:
         outputs       generated tokens; closed when the text ends
         prompt        int32 (n_prompt,), before the text
         opening       tokens without text that it begins with; they count as generated
+        preserved     special tokens whose text is part of it
         logprobs      reports each token's log probability; needs its logits
         detect_loops  end the text when the model loops
         """
         self._outputs = outputs
         self._vocab = llm._model.vocab
-        self._detokenizer = Detokenizer(llm, prompt, opening)
+        self._detokenizer = Detokenizer(llm, prompt, opening, preserved)
         self._scanner = StopScanner([stop.encode("utf-8", "replace") for stop in stops if stop])
         self._max_tokens = max_tokens
         self._logprobs = logprobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.params import Defaults, SamplingParams
 from lminf_edge.engine.request import PromptPart, Request
 from lminf_edge.errors import UserError
-from lminf_edge.text.chat import ChatPrompt, ChatTemplate, Messages, chat_template
+from lminf_edge.text.chat import ChatOptions, ChatPrompt, ChatTemplate, Messages
 from lminf_edge.text.detokenizer import Part
+from lminf_edge.text.formats import ChatDefaults, find_format
 from lminf_edge.text.generation import TextStream
 from lminf_edge.text.logprobs import LogprobReporter
 from lminf_edge.text.tokenizer import CachedTokenizer, prompt_to_tokens, use_tokenizer
@@ -29,10 +30,16 @@ class TextService:
     """The engine, chat template, tokenizer and defaults that all clients share."""
 
     def __init__(
-        self, engine: Engine, defaults: Defaults | None = None, pin_system: bool = False, text_bytes: int = TEXT_BYTES
+        self,
+        engine: Engine,
+        defaults: Defaults | None = None,
+        pin_system: bool = False,
+        text_bytes: int = TEXT_BYTES,
+        chat: ChatDefaults | None = None,
     ) -> None:
         """
         defaults    for parameters that requests omit
+        chat        the same for conversations
         pin_system  keep each conversation's system block as sinks, up to engine.max_sinks
         text_bytes  memory for remembered tokenizations
 
@@ -43,8 +50,9 @@ class TextService:
         use_tokenizer(self.llm)
         self.defaults = defaults or Defaults()
         self.pin_system = pin_system
-        self.tokenizer = CachedTokenizer(self.llm, chat_template(self.llm), text_bytes)
-        self.template = ChatTemplate(self.llm, self.tokenizer)
+        chat_format = find_format(self.llm, chat)
+        self.tokenizer = CachedTokenizer(self.llm, chat_format.source, text_bytes)
+        self.template = ChatTemplate(self.llm, chat_format, self.tokenizer)
 
 
 @dataclass
@@ -129,18 +137,16 @@ class Exchange:
             raise UserError(f"recall must be 0 to {most}, or true or false, not {n_recall}.")
         return n_recall
 
-    def chat_prompt(
-        self, messages: Messages, suffix: str = "", arguments: Mapping[str, Any] | None = None
-    ) -> ChatPrompt:
+    def chat_prompt(self, messages: Messages, options: ChatOptions | None = None) -> ChatPrompt:
         """See ChatTemplate.render."""
-        return self.service.template.render(messages, suffix, arguments, self.owner, self.is_cancelled)
+        return self.service.template.render(messages, options, self.owner, self.is_cancelled)
 
     def text_prompt(self, prompt: str | Sequence[int], suffix: str | None = None) -> ChatPrompt:
         """A prompt without messages: text, before a gap if there is a suffix, or tokens."""
         service = self.service
         tokens = prompt_to_tokens(service.llm, prompt, suffix, service.tokenizer, self.owner, self.is_cancelled)
         text = prompt if isinstance(prompt, str) and suffix is None else ""
-        return ChatPrompt(text=text, tokens=tokens, boundaries=[], n_system=None, n_pinned=0, stops=[])
+        return ChatPrompt(text, tokens)
 
     def answer(
         self,
@@ -152,7 +158,8 @@ class Exchange:
         logprobs: LogprobReporter | None = None,
         counts_prompt: bool = True,
     ) -> Answer:
-        """A completion, generated as it is iterated. `counts_prompt`: add the prompt's tokens to the usage.
+        """A completion, generated as it is iterated, by the prompt's grammar if it has one. `counts_prompt`: add the
+        prompt's tokens to the usage.
 
         Raises UserError for an invalid request, RequestCancelled once it is cancelled.
         """
@@ -160,7 +167,7 @@ class Exchange:
         limit = defaults.max_tokens if max_tokens is None or max_tokens < 0 else max_tokens
         request = Request(
             prompt.tokens,
-            sampling,
+            sampling if prompt.grammar is None else replace(sampling, grammar=prompt.grammar),
             max_tokens=limit,
             boundaries=prompt.boundaries,
             n_sinks=self._n_sinks(prompt),
@@ -183,6 +190,7 @@ class Exchange:
             prompt.tokens,
             [*stops, *prompt.stops],
             max_tokens=limit,
+            preserved=prompt.preserved,
             logprobs=logprobs,
             detect_loops=defaults.detect_loops and limit is None,
         )
@@ -294,7 +302,8 @@ class Answer:
         service = self._exchange.service
         if not self._prompt.text or not self.text.tokens:
             return
-        text = service.llm.detokenize(self.text.tokens.tolist(), prev_tokens=self._prompt.tokens[-16:].tolist())
+        before, special = self._prompt.tokens[-16:].tolist(), bool(self._prompt.preserved)
+        text = service.llm.detokenize(self.text.tokens.tolist(), prev_tokens=before, special=special)
         with contextlib.suppress(UnicodeDecodeError):
             answer, owner = text.decode("utf-8"), self._exchange.owner
             service.tokenizer.remember_answer(self._prompt.text, answer, as_tokens(self.text.tokens), owner)

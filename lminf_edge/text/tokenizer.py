@@ -91,7 +91,9 @@ class CachedTokenizer:
         self._known: OrderedDict[tuple[str, str], Tokens] = OrderedDict()  # of an owner and a text
         self._lock = threading.Lock()
         self._long = threading.Lock()
-        self._cuts = control_texts(llm, template or "")
+        cuts = control_texts(llm, template or "")
+        self._cuts = sorted(cuts)
+        self._cut_tokens = list(cuts.values())
         self._seam = find_seam(llm)
 
     def split(self, text: str) -> list[str]:
@@ -125,9 +127,15 @@ class CachedTokenizer:
     def remember_answer(self, prompt: str, answer: str, answer_tokens: Tokens, owner: str = "") -> None:
         """The model generated `answer` in these tokens after `prompt`."""
         last = prompt[max([0, *map(prompt.rfind, self._cuts)]) :]
-        if answer and last and len(self.split(last + answer)) == 1:
-            tokens = np.concatenate([self.tokens_of(last, owner), as_tokens(answer_tokens)])
-            self._remember(owner, last + answer, tokens)
+        if not answer or not last:
+            return
+        pieces = self.split(last + answer)
+        tokens = as_tokens(answer_tokens)
+        parts = np.split(tokens, np.flatnonzero(np.isin(tokens, self._cut_tokens)))
+        if len(pieces) == len(parts):  # else the model wrote the text of a control token in other ones
+            parts[0] = np.concatenate([self.tokens_of(last, owner), parts[0]])
+            for piece, part in zip(pieces, parts, strict=True):
+                self._remember(owner, piece, part)
 
     def tokens_of(self, text: str, owner: str = "", is_cancelled: Callable[[], bool] = lambda: False) -> Tokens:
         """The tokens of one piece of a text: int32 (n_tokens,). Raises RequestCancelled."""
@@ -223,12 +231,13 @@ def _n_bytes(text: str, tokens: Tokens) -> int:
     return len(text) + tokens.nbytes + _OVERHEAD
 
 
-def control_texts(llm: llama_cpp.Llama, template: str) -> list[str]:
-    """The texts of the control tokens that a template uses, except those that strip spaces before them."""
+def control_texts(llm: llama_cpp.Llama, template: str) -> dict[str, int]:
+    """The texts of the control tokens that a template uses, except those that strip spaces before them, and which they
+    are."""
     vocab = llm._model.vocab
-    texts: set[str] = set()
+    texts: dict[str, int] = {}
     if llama_cpp.llama_vocab_type(vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
-        return []
+        return {}
     for token in range(llm.n_vocab()):
         attributes = llama_cpp.llama_vocab_get_attr(vocab, token)
         if not attributes & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL or attributes & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP:
@@ -236,8 +245,8 @@ def control_texts(llm: llama_cpp.Llama, template: str) -> list[str]:
         text = llama_cpp.llama_vocab_get_text(vocab, token).decode("utf-8", errors="replace")
         names = {llm.token_bos(): "bos_token", llm.token_eos(): "eos_token"}
         if text and (text in template or names.get(token, text) in template):
-            texts.add(text)
-    return sorted(texts)
+            texts.setdefault(text, token)
+    return texts
 
 
 # --- prompts of completions -------------------------------------------------------------------------------------------

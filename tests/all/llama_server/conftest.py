@@ -73,7 +73,7 @@ FIELDS: dict[str, Callable[[Any], list[str]]] = {
     "chat_template_file": value("--chat-template-file"),
     "reasoning": value("--reasoning"),
     "reasoning_format": value("--reasoning-format"),
-    "debug": switch("--verbose-answers"),
+    "debug": ignored,  # see make_request_as_here
     "no_ui": switch("--no-ui"),
     "cors_origins": value("--allowed-origin"),
     **dict.fromkeys(("model_hf_repo", "model_hf_file", "model_file", "offline", "server_port", "n_ctx"), ignored),
@@ -147,14 +147,21 @@ def send_for_a_while(self: requests.Session, request: Any, **kwargs: Any) -> req
     return send(self, request, **{**kwargs, "timeout": min(kwargs.get("timeout") or SECONDS, SECONDS)})
 
 
-def make_request_of_any_case(*args: Any, **kwargs: Any) -> utils.ServerResponse:
-    """Names of headers have no case, but those of the dict that the tests look into do."""
-    response = make_request(*args, **kwargs)
+def make_request_as_here(
+    self: utils.ServerProcess, method: str, path: str, data: Any = None, *args: Any, **kwargs: Any
+) -> utils.ServerResponse:
+    """What llama-server tells of every request when it is started with --verbose, ours tells of those that ask for it.
+
+    Names of headers have no case, but those of the dict that the tests look into do.
+    """
+    if self.debug and isinstance(data, dict) and "chat" in path:
+        data = {"verbose": True, **data}
+    response = make_request(self, method, path, data, *args, **kwargs)
     response.headers = requests.structures.CaseInsensitiveDict(response.headers)
     return response
 
 
-utils.ServerProcess.make_request = make_request_of_any_case
+utils.ServerProcess.make_request = make_request_as_here
 requests.Session.send = send_for_a_while  # type: ignore[method-assign]
 
 

@@ -1,0 +1,400 @@
+"""JSON schemas that an answer can be held to: what a grammar can enforce, and a sentence about what it cannot.
+
+llama.cpp's converter ignores what it does not know. Here a schema is refused unless every answer that the grammar
+allows is valid by it; where the converter takes a keyword differently, the schema is rewritten for it first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+from lminf_edge.errors import UserError
+from lminf_edge.text import library
+from lminf_edge.text.pattern import MAX_REPEATS, json_pattern, refuse
+
+MAX_DEPTH = 256  # of a schema
+MAX_PARTS = 10_000  # of a schema
+MAX_NAME = 1000  # characters of a property's name, or of a reference
+MAX_PATTERN = 4096  # characters
+MAX_INTEGER = 1 << 53
+
+_REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
+_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+
+# keywords that say what is valid, by the type they are about; all others may be ignored
+_OF_TYPE = {
+    "object": {
+        *("properties", "required", "additionalProperties", "minProperties", "maxProperties", "patternProperties"),
+        *("propertyNames", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties"),
+    },
+    "array": {
+        *("items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "contains"),
+        *("minContains", "maxContains", "unevaluatedItems"),
+    },
+    "string": {"pattern", "minLength", "maxLength"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+}
+_OF_TYPE["integer"] = _OF_TYPE["number"]
+_COMBINING = {"$ref", "anyOf", "oneOf", "allOf"}
+_NEVER = {"not", "if", "then", "else", "$dynamicRef", "$recursiveRef"}
+_ASSERTIONS = {"type", "enum", "const", *_COMBINING, *_NEVER, *set().union(*_OF_TYPE.values())}
+
+
+def check_size(schema: Any) -> None:
+    """Raises UserError for what is no JSON schema, or one whose grammar would be enormous."""
+    if not isinstance(schema, dict):
+        raise UserError("a JSON schema is an object")
+    level: list[Any] = [schema]
+    n_parts = 0
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        n_parts += len(level)
+        if n_parts > MAX_PARTS:
+            break
+        for part in level:
+            if isinstance(part, dict):
+                _check_part(part)
+        level = [
+            child
+            for part in level
+            for child in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())
+        ]
+    raise UserError("the JSON schema is too large")
+
+
+def _check_part(part: dict[str, Any]) -> None:
+    for name in _REPEATS:
+        if isinstance(part.get(name), (int, float)) and part[name] > MAX_REPEATS:
+            raise UserError(f"{name} may be {MAX_REPEATS:,} at most")
+    if any(len(name) > MAX_NAME for name in part):
+        raise UserError(f"a name may have {MAX_NAME:,} characters at most")
+    for name, most in (("$ref", MAX_NAME), ("pattern", MAX_PATTERN)):
+        if isinstance(part.get(name), str) and len(part[name]) > most:
+            raise UserError(f"{name} may have {most:,} characters at most")
+
+
+def enforceable(schema: Any) -> dict[str, Any]:
+    """A schema that the library makes a grammar of which allows nothing that is invalid by the given one.
+
+    Raises UserError, in a part of a sentence, if there is none.
+    """
+    check_size(schema)
+    made: dict[str, Any] = copy.deepcopy(schema)
+    _Rewriter(made).visit(made, "#")
+    return made
+
+
+def schema_gbnf(schema: Any, is_cancelled: Callable[[], bool] = lambda: False) -> str:
+    """The grammar of a schema. Raises UserError as `enforceable` does, and RequestCancelled."""
+    return library.load().schema_grammar(enforceable(schema), is_cancelled)
+
+
+class _Rewriter:
+    """Rewrites a schema in place."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._seen: set[int] = set()
+
+    def visit(self, node: Any, place: str) -> None:
+        if not isinstance(node, dict):
+            refuse(place, "only schemas that are objects can be enforced")
+        if id(node) in self._seen:
+            return
+        self._seen.add(id(node))
+        given = {name for name in _ASSERTIONS & node.keys() if not _says_nothing(name, node[name])}
+        for name in sorted(given & _NEVER):
+            refuse(place, f"{name} cannot be enforced")
+        if "allOf" in given:
+            self._merge(node, given, place)
+            self._seen.discard(id(node))
+            self.visit(node, place)
+        elif "$ref" in given:
+            self._only(given, {"$ref"}, place)
+            self.visit(self._target(node["$ref"], place), str(node["$ref"])[:100])
+        elif "oneOf" in given or "anyOf" in given:
+            name = "oneOf" if "oneOf" in given else "anyOf"
+            self._only(given, {name}, place)
+            if not isinstance(node[name], list) or not node[name]:
+                refuse(place, f"{name} is a list of schemas")
+            for i, child in enumerate(node[name]):
+                self.visit(child, f"{place}/{name}/{i}")
+            if name == "oneOf" and not self._are_disjoint(node[name]):
+                refuse(place, "oneOf can be enforced only where no value fits two of it: use anyOf")
+        elif "const" in given or "enum" in given:
+            self._values(node, given, place)
+        else:
+            self._typed(node, given, place)
+
+    @staticmethod
+    def _only(given: set[str], allowed: set[str], place: str) -> None:
+        if rest := sorted(given - allowed):
+            refuse(place, f"{rest[0]} cannot be enforced beside {sorted(allowed)[0]}")
+
+    def _target(self, ref: Any, place: str) -> Any:
+        if not isinstance(ref, str) or not ref.startswith("#/"):
+            refuse(place, f"only references to parts of the schema can be followed, not {str(ref)[:100]!r}")
+        target: Any = self._root
+        for part in ref[2:].split("/"):
+            key = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+            try:
+                target = target[int(key)] if isinstance(target, list) else target[key]
+            except (KeyError, IndexError, ValueError, TypeError):
+                refuse(place, f"there is nothing at {ref[:100]!r}")
+        return target
+
+    def _resolved(self, node: Any) -> Any:
+        """What a chain of references leads to; None if it has no end."""
+        for _ in range(MAX_DEPTH):
+            if not isinstance(node, dict) or "$ref" not in node:
+                return node
+            node = self._target(node["$ref"], "#")
+        return None
+
+    # --- several schemas ----------------------------------------------------------------------------------------------
+
+    def _merge(self, node: dict[str, Any], given: set[str], place: str) -> None:
+        """Replaces allOf by what its parts say together."""
+        parts = node.pop("allOf")
+        if not isinstance(parts, list) or not parts:
+            refuse(place, "allOf is a list of schemas")
+        if len(parts) == 1 and given <= {"allOf"} and isinstance(parts[0], dict):
+            node.update({**parts[0], **{name: node[name] for name in node.keys() - _ASSERTIONS}})
+            return
+        self._only(given, {"allOf", "type", "properties", "required"}, place)
+        properties: dict[str, Any] = {}
+        required: list[Any] = []
+        for part in [{name: node[name] for name in given - {"allOf"}}, *parts]:
+            part = self._resolved(part)
+            if not isinstance(part, dict):
+                refuse(place, "the parts of allOf are schemas")
+            said = {name for name in _ASSERTIONS & part.keys() if not _says_nothing(name, part[name])}
+            if said - {"type", "properties", "required"} or part.get("type", "object") != "object":
+                refuse(place, "allOf can be enforced only for objects of properties that may have others")
+            for name, schema in (part.get("properties") or {}).items():
+                if properties.setdefault(name, schema) != schema:
+                    refuse(place, f"two parts of allOf have a property {name!r}")
+            required += part.get("required") or []
+        node.update(type="object", properties=copy.deepcopy(properties), required=list(dict.fromkeys(required)))
+
+    def _are_disjoint(self, children: list[Any]) -> bool:
+        """Whether no value fits two of these schemas, as far as types and tags tell."""
+        kinds = [self._kinds(child) for child in children]
+        for i, a in enumerate(kinds):
+            for b in kinds[:i]:
+                if a is None or b is None:
+                    return False
+                for type_ in a.keys() & b.keys():
+                    if not _tags_differ(a[type_], b[type_]):
+                        return False
+        return True
+
+    def _kinds(self, node: Any) -> dict[str, Any] | None:
+        """The types of the values that fit, with what tells them apart: values, or properties with values."""
+        node = self._resolved(node)
+        if not isinstance(node, dict) or node.keys() & {"anyOf", "oneOf"}:
+            return None
+        if "const" in node or "enum" in node:
+            values = [node["const"]] if "const" in node else node["enum"]
+            made: dict[str, Any] = {}
+            for value in values:
+                made.setdefault("number" if _is_number(value) else _type_of(value), set()).add(json.dumps(value))
+            return made
+        type_ = node.get("type")
+        if not isinstance(type_, str):
+            return None
+        if type_ != "object":
+            return {"number" if type_ == "integer" else type_: None}
+        tags = {}
+        for name in node.get("required") or ():
+            tag = self._resolved((node.get("properties") or {}).get(name))
+            if isinstance(tag, dict) and ("const" in tag or "enum" in tag):
+                values = [tag["const"]] if "const" in tag else tag["enum"]
+                tags[name] = {json.dumps(value) for value in values}
+        return {"object": tags}
+
+    # --- one schema ---------------------------------------------------------------------------------------------------
+
+    def _values(self, node: dict[str, Any], given: set[str], place: str) -> None:
+        self._only(given, {"enum", "const", "type"}, place)
+        values = [node["const"]] if "const" in given else node["enum"]
+        if not isinstance(values, list) or not values:
+            refuse(place, "enum is a list of values")
+        types = node.pop("type", None)
+        types = [types] if isinstance(types, str) else types
+        if types is not None:
+            values = [value for value in values if any(_fits(value, type_) for type_ in types)]
+        if "const" in given and "enum" in given:
+            values = [value for value in values if any(value == other for other in node["enum"])]
+        if not values:
+            refuse(place, "no value fits")
+        node.pop("const", None)
+        node["enum"] = values
+
+    def _typed(self, node: dict[str, Any], given: set[str], place: str) -> None:
+        types = node.get("type")
+        if types is None:
+            types = next((name for name in ("object", "array", "string") if given & _OF_TYPE[name]), None)
+            if types is None:
+                if given:
+                    refuse(place, f"{sorted(given)[0]} needs a type beside it")
+                return
+            node["type"] = types
+        if isinstance(types, list) and all(isinstance(each, str) for each in types):
+            node["type"] = types = list(dict.fromkeys(types))
+        for type_ in [types] if isinstance(types, str) else types if isinstance(types, list) else [types]:
+            if type_ not in _TYPES:
+                refuse(place, f"{str(type_)[:50]!r} is no type")
+            said = given & _OF_TYPE.get(type_, set())
+            if type_ == "object":
+                self._object(node, said, place)
+            elif type_ == "array":
+                self._array(node, said, place)
+            elif type_ == "string":
+                _string(node, said, place)
+            elif type_ == "integer":
+                _integer(node, said, place, alone=isinstance(types, str))
+            elif type_ == "number" and said:
+                refuse(place, f"{sorted(said)[0]} of a number that may have decimals cannot be enforced")
+
+    def _object(self, node: dict[str, Any], said: set[str], place: str) -> None:
+        properties = node.get("properties", {})
+        required = node.get("required") or []
+        additional = node.get("additionalProperties", True)
+        if not isinstance(properties, dict) or not isinstance(required, list):
+            refuse(place, "properties is an object and required a list")
+        for name in required:
+            if not isinstance(name, str):
+                refuse(place, "required is a list of names")
+            if name not in properties:
+                if additional is False:
+                    refuse(place, f"{name!r} is required and not allowed")
+                properties[name] = {} if additional is True else copy.deepcopy(additional)
+        if properties:
+            node["properties"] = properties
+        for name in sorted(said - {"properties", "required", "additionalProperties"}):
+            # without additionalProperties, an object that has properties gets no others
+            is_met = (name == "minProperties" and node[name] <= len(set(required))) or (
+                name == "maxProperties"
+                and node[name] >= len(properties)
+                and (additional is False or (bool(properties) and "additionalProperties" not in node))
+            )
+            if not is_met:
+                refuse(place, f"{name} cannot be enforced")
+        for name, child in properties.items():
+            if child is True:
+                properties[name] = child = {}
+            self.visit(child, f"{place}/properties/{name[:100]}")
+        if isinstance(additional, dict):
+            self.visit(additional, f"{place}/additionalProperties")
+        elif not isinstance(additional, bool):
+            refuse(place, "additionalProperties is true, false or a schema")
+
+    def _array(self, node: dict[str, Any], said: set[str], place: str) -> None:
+        least, most = node.get("minItems", 0), node.get("maxItems", math.inf)
+        if not all(_is_number(each) for each in (least, most)) or least > most:
+            refuse(place, "minItems and maxItems are numbers, one no more than the other")
+        for name in sorted(said & {"contains", "minContains", "maxContains", "unevaluatedItems"}):
+            refuse(place, f"{name} cannot be enforced")
+        if "uniqueItems" in said and most > 1:
+            refuse(place, "uniqueItems cannot be enforced")
+        items = node.get("items")
+        if isinstance(items, list):
+            node["prefixItems"] = node.pop("items")
+        elif "prefixItems" in node and "items" in node:
+            if items is not False:
+                refuse(place, "items cannot be enforced beside prefixItems")
+            del node["items"]
+        if "prefixItems" in node:
+            first = node["prefixItems"]
+            # an answer has exactly these items
+            if not isinstance(first, list) or not least <= len(first) <= most:
+                refuse(place, "an array of as many items as prefixItems has is not allowed")
+            for i, child in enumerate(first):
+                self.visit(child, f"{place}/prefixItems/{i}")
+        elif items is True:
+            del node["items"]
+        elif items is not None:
+            self.visit(items, f"{place}/items")
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether an assertion allows everything."""
+    if value is True:
+        return name in ("additionalProperties", "additionalItems", "unevaluatedProperties", "unevaluatedItems", "items")
+    if value is False:
+        return name == "uniqueItems"
+    return (name in ("minItems", "minLength", "minProperties") and value == 0) or (name == "required" and value == [])
+
+
+def _string(node: dict[str, Any], said: set[str], place: str) -> None:
+    if "pattern" in said:
+        if len(said) > 1:
+            refuse(place, "lengths cannot be enforced beside pattern")
+        if not isinstance(node["pattern"], str):
+            refuse(place, "pattern is a text")
+        node["pattern"] = json_pattern(node["pattern"], place)
+    elif said:
+        if not _is_number(node.get("minLength", 0)) or not _is_number(node.get("maxLength", 0)):
+            refuse(place, "minLength and maxLength are numbers")
+        if node.get("minLength", 0) > node.get("maxLength", math.inf):
+            refuse(place, "no text is as long as minLength and as short as maxLength")
+
+
+def _integer(node: dict[str, Any], said: set[str], place: str, alone: bool) -> None:
+    if node.get("multipleOf", 1) != 1:
+        refuse(place, "multipleOf cannot be enforced")
+    bounds = said - {"multipleOf"}
+    if any(not _is_number(node[name]) or abs(node[name]) > MAX_INTEGER for name in bounds):
+        refuse(place, f"the bounds of an integer are numbers of at most {MAX_INTEGER:,}")
+    leasts, mosts = [-math.inf], [math.inf]
+    if "minimum" in node:
+        leasts.append(math.ceil(node["minimum"]))
+    if "exclusiveMinimum" in node:
+        leasts.append(math.floor(node["exclusiveMinimum"]) + 1)
+    if "maximum" in node:
+        mosts.append(math.floor(node["maximum"]))
+    if "exclusiveMaximum" in node:
+        mosts.append(math.ceil(node["exclusiveMaximum"]) - 1)
+    least, most = max(leasts), min(mosts)
+    if least > most:
+        refuse(place, "no integer is within the bounds")
+    if not alone and bounds:
+        refuse(place, "bounds can be enforced only where the type is integer alone")
+    for name in bounds:
+        del node[name]
+    if least > -math.inf:
+        node["minimum"] = least
+    if most < math.inf:
+        node["maximum"] = most
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _type_of(value: Any) -> str:
+    return next(name for name in (*_TYPES[:3], "boolean", "null", "number") if _fits(value, name))
+
+
+def _fits(value: Any, type_: Any) -> bool:
+    """Whether a value is of a type of JSON schemas."""
+    python = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    if type_ in python:
+        return isinstance(value, python[type_])
+    return _is_number(value) and (type_ == "number" or (type_ == "integer" and value == int(value)))
+
+
+def _tags_differ(a: Any, b: Any) -> bool:
+    """Whether what _Rewriter._kinds tells of two schemas of one type sets them apart."""
+    if isinstance(a, set) and isinstance(b, set):
+        return not a & b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return any(not a[name] & b[name] for name in a.keys() & b.keys())
+    return False
