@@ -555,7 +555,13 @@ def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Res
 def measure_recall(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """Right answers by length and place of the fact, with recall and without; the ceiling is the fact in the window."""
     settings = experiment.settings
-    config = LMInfConfig(n_global=N_GLOBAL, n_local=settings["window"] - N_GLOBAL, n_recall=settings["n_recall"])
+    n_archive = max(settings["lengths"]) + 2 * MAX_ANSWER  # else the oldest would be forgotten during the answer
+    config = LMInfConfig(
+        n_global=N_GLOBAL,
+        n_local=settings["window"] - N_GLOBAL,
+        n_recall=settings["n_recall"],
+        n_archive=n_archive,
+    )
     window = resolve(config, None, subject.n_train)
     setup = subject.setup(window, settings["kv_type"])
     asked = {
@@ -576,7 +582,7 @@ def measure_recall(subject: Subject, experiment: Experiment, save: Save) -> Resu
                 f"--task {settings['task']} --policies lminf,recall "
                 + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
                 + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
-                + f" --recall {window.n_recall}"
+                + f" --recall {window.n_recall} --archive-tokens {n_archive}"
             )
             facts = {**window_facts(window), "recall_distance": window.recall_distance}
             return {"command": command, "tokens": done, "window": facts, "policies": figures}

@@ -88,7 +88,7 @@ class LMInfConfig:
     recall_every   decoded tokens that a choice serves, 1 or more
     recall_rule    "layer": one choice for all queries of a micro-batch and all heads; "paper": LM-Infinite's code,
                    n_recall tokens for each query head, for the newest query of a batch alone (for comparison)
-    recall_index   "sketch": 16 numbers of 4 bits for each key make a short list, whose keys are then looked at;
+    recall_index   "sketch": 32 numbers of 2 bits for each key make a short list, whose keys are then looked at;
                    "exact": all keys are
     n_archive      tokens of a stream that can be recalled, the newest
     archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
