@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lminf_edge.engine.request import RequestCancelled
+from lminf_edge.text import library
 from lminf_edge.text.answer import Delta, MessageReader, NamedCallReader
 from lminf_edge.text.library import ChatError, Parser, Templates
 
@@ -218,6 +219,12 @@ def test_a_call_that_is_json_is_read_as_it_comes() -> None:
         assert message(deltas) == ("", "", [("send_mail", {"to": 'a}"b', "x": [{}]})])
     reader = NamedCallReader()
     assert [d.text for d in [*reader.push('{"na'), *reader.finish()]] == ['{"na']
+
+
+def test_a_library_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "LIBRARY_NAMES", ("libnothing.so",))
+    with pytest.raises(ImportError, match=r"^llama\.cpp's chat library is not in .*: reinstall lminf_edge, or .*\.$"):
+        library.load.__wrapped__()
 
 
 # --- what must not end or hang the process ----------------------------------------------------------------------------

@@ -175,7 +175,7 @@ static chat_sampler & of(llama_sampler * sampler) {
     return *static_cast<chat_sampler *>(sampler->ctx);
 }
 
-static llama_sampler_i interface = {
+static llama_sampler_i chat_sampler_interface = {
     /* .name              = */ [](const llama_sampler *) { return "lminf-chat"; },
     /* .accept            = */ [](llama_sampler * sampler, llama_token token) { of(sampler).accept(token); },
     /* .apply             = */ [](llama_sampler * sampler, llama_token_data_array * candidates) { of(sampler).apply(candidates); },
@@ -279,7 +279,7 @@ llama_sampler * lminf_chat_sampler_init(const llama_vocab * vocab, const char * 
                 made->thoughts = make(REASONING_BUDGET_COUNTING);
             }
         }
-        sampler = llama_sampler_init(&interface, made.get());
+        sampler = llama_sampler_init(&chat_sampler_interface, made.get());
         made.release();
         return std::string();
     });

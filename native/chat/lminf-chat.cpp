@@ -11,8 +11,10 @@
 #include "jinja/lexer.h"
 #include "jinja/parser.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
