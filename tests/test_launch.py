@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from served import serve
 
@@ -66,6 +70,23 @@ def test_starts_a_server(nano_path: str, told: Path, tmp_path: Path) -> None:
     options = f"--n-local 64 --alias tiny --parallel 1 --threads 1 --folder {tmp_path / 'kept'}"
     assert main(["launch", "claude", "-m", nano_path, "--url", "http://127.0.0.1:9", "--serve", options]) == 7
     assert read(told)["model"] == "tiny"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_the_server_ends_with_it(nano_path: str, told: Path, tmp_path: Path) -> None:
+    agent = tmp_path / "claude"
+    agent.write_text(agent.read_text().replace("sys.exit(7)", "import time; time.sleep(60)"))
+    options = f"--n-local 64 --parallel 1 --threads 1 --folder {tmp_path / 'kept'}"
+    command = [sys.executable, "-m", "lminf_edge", "launch", "claude", "-m", nano_path, "--url", "http://127.0.0.1:9"]
+    process = subprocess.Popen([*command, "--serve", options])
+    end = time.monotonic() + 60
+    while not told.exists() or not told.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(read(told)["url"])
 
 
 def test_refusals(told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

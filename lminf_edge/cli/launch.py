@@ -67,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if command is None:
         raise CommandError(f"{agent.command} is not installed: npm install -g {agent.package}.")
     with contextlib.ExitStack() as stack:
+        for name_of in ("SIGTERM", "SIGHUP"):  # the server that was started ends with us, and so does the agent
+            if (number := getattr(signal, name_of, None)) is not None:
+                stack.callback(signal.signal, number, signal.signal(number, lambda number, _: sys.exit(128 + number)))
         found = model_of(url, key)
         if found is not None:
             name = found
