@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel test-wheel stock real-models demo test test-all browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models reference patches worktree lock clean
+.PHONY: help setup wheel test-wheel stock real-models demo test test-all test-agents browser test-kernels sanitize lint bench bench-report gpu metal bench-server bench-server-report results-measure results models reference patches worktree lock clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -33,6 +33,10 @@ test: stock ## the whole test suite; ARGS="-k name" for a part of it
 
 test-all: test browser ## make test, then the server with a real browser, node clients, kills and load
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/all
+
+test-agents: browser real-models ## hundreds of turns of agents by each API, and Codex and Claude Code themselves: an hour
+	@cd tests/all && npm install --no-audit --no-fund --silent --no-save @openai/codex @anthropic-ai/claude-code
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/all/test_agents.py tests/all/test_agent_programs.py
 
 browser: setup # what the tests of the page and of node clients need, beside Chromium and node themselves
 	@command -v npm > /dev/null || { echo "error: node and npm are needed: apt-get install nodejs npm" >&2; exit 1; }

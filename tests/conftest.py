@@ -24,9 +24,11 @@ SHARED = Path(os.environ.get("LMINF_SHARED") or Path(__file__).resolve().parents
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """tests/all needs a browser and node: it is only run where it is asked for (make test-all)."""
+    """tests/all needs a browser and node, and agents take an hour: they are only run where they are asked for."""
     if collection_path == Path(__file__).parent / "all":
         return not any("all" in Path(argument).parts for argument in config.args)
+    if collection_path.name.startswith("test_agent"):  # make test-agents
+        return not any(Path(argument.partition("::")[0]).name == collection_path.name for argument in config.args)
     return None
 
 

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from lminf_edge.server.arguments import AskedChat
 from lminf_edge.server.errors import ApiError, invalid
-from lminf_edge.server.events import Call, Event
+from lminf_edge.server.events import Event
 from lminf_edge.server.requests import ChatRequest, Sampling
+from lminf_edge.text.answer import Call
 from lminf_edge.text.pattern import MAX_REPEATS
 from lminf_edge.text.schema import REPEATS
 from lminf_edge.text.service import Answer, Exchange
