@@ -348,11 +348,14 @@ def test_template_arguments_may_have_any_name(served: Served) -> None:
 
 def test_a_template_that_takes_long_keeps_nobody_waiting(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     loops = "{% for i in range(15000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
-    template = "{% if messages[0].content == '" + QUESTION[0]["content"] + "' %}" + loops + "{% endif %}"
+    content = "The ferry. " * 4000  # the work that a template may take grows with what it is given
+    template = "{% if messages[0].content == '" + content + "' %}" + loops + "{% endif %}"
     use_template(served, monkeypatch, template + "{{ messages[0].content }}")
     asking = threading.Thread(
         target=lambda: httpx.post(
-            f"{served.url}/v1/chat/completions", json={"messages": QUESTION, "max_tokens": 2}, timeout=60
+            f"{served.url}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": content}], "max_tokens": 2},
+            timeout=60,
         )
     )
     started = time.monotonic()
