@@ -246,8 +246,7 @@ API = (
     ),
     (
         "The server",
-        "In `lminf_edge.server` (`pip install lminf-edge[server]`), for an ASGI server of your own; "
-        "`lminf-edge serve` runs the same application.",
+        "In `lminf_edge.server`, for an ASGI server of your own; `lminf-edge serve` runs the same application.",
         (
             "server:create_app",
             "server:Settings",

@@ -12,7 +12,7 @@ PACKAGE = Path(lminf_edge.__file__).parent
 # from the ground up; what stands in one line may import one another, but for circles
 LAYERS = (
     ("errors", "files", "startup", "backends", "loops"),
-    ("gguf_header", "models", "config", "native", "rpc"),
+    ("gguf_header", "models", "config", "structures", "native", "rpc"),
     ("cache",),
     ("model",),
     ("engine",),
