@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import re
 import shlex
 import sys
@@ -102,7 +103,7 @@ def commands(page: Path) -> list[str]:
 def test_commands_can_be_typed(page: Path) -> None:
     for command in commands(page):
         words = shlex.split(command, comments=True)
-        _, *arguments = words[: words.index("|")] if "|" in words else words
+        _, *arguments = itertools.takewhile(lambda word: word not in ("|", "--"), words)  # the rest is not ours
         if arguments != ["--version"]:
             build_parser().parse_args(arguments)  # ends the test if it cannot
 
