@@ -19,7 +19,8 @@ from lminf_edge.cli.demo import python_documentation
 from lminf_edge.server import Settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SCREENSHOT = os.environ.get("LMINF_SCREENSHOT")  # where to put a picture for the docs
+SCREENSHOT = os.environ.get("LMINF_SCREENSHOT")  # the folder for the pictures of the docs
+SMOL = Path(__file__).parents[2] / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 N_LOCAL = 128
 
@@ -151,6 +152,14 @@ TOOLS = """[{"type": "function", "function": {"name": "get_tide", "parameters": 
   "type": "object", "properties": {"port": {"enum": ["Lisbon", "Bergen"]}}, "required": ["port"]}}}]"""
 
 
+def make_it_call(route: Route) -> None:
+    """Makes the model call a tool when the user has written."""
+    body = route.request.post_data_json
+    if body["messages"][-1]["role"] == "user" and body.get("tools"):
+        body = {**body, "tool_choice": "required"}
+    route.continue_(post_data=json.dumps(body))
+
+
 def test_a_file_is_read(page: Page, tmp_path: Path) -> None:
     """All of it: what is chosen or dropped, and nothing that is no text. It stays with the message."""
     novel, picture = tmp_path / "novel.txt", tmp_path / "picture.png"
@@ -186,14 +195,7 @@ def test_a_file_is_read(page: Page, tmp_path: Path) -> None:
 def test_tool_calls_and_their_results(page: Page) -> None:
     """Folded, and answered by the user; the model is made to call."""
     bodies: list[dict[str, Any]] = []
-
-    def make_it_call(route: Route) -> None:
-        body = route.request.post_data_json
-        bodies.append(body)
-        if body["messages"][-1]["role"] == "user":
-            body = {**body, "tool_choice": "required"}
-        route.continue_(post_data=json.dumps(body))
-
+    page.on("request", lambda each: bodies.append(each.post_data_json) if each.post_data else None)
     page.route("**/v1/chat/completions", make_it_call)
     page.locator("#tools-prompt summary").click()
     page.get_by_test_id("tools").fill("get_tide")
@@ -245,18 +247,35 @@ def test_what_can_be_recalled_is_shown(browser: Browser, nano_path: str) -> None
         context.close()
 
 
-def test_the_picture_in_the_docs(page: Page, tmp_path: Path) -> None:
-    """Several conversations, the last with a text far longer than the window: LMINF_SCREENSHOT=FILE keeps it."""
-    choose(page, max_tokens=80)
-    for title, messages in CONVERSATIONS.items():
+@pytest.mark.skipif(not SMOL.exists(), reason="make real-models downloads it")
+def test_the_pictures_in_the_docs(browser: Browser, tmp_path: Path) -> None:
+    """With a real model: conversations, and a book with a tool. LMINF_SCREENSHOT=FOLDER keeps them."""
+    folder = Path(SCREENSHOT or tmp_path)
+    window = LMInfConfig(n_global=10, n_local=502, n_recall=32)
+    with serve(str(SMOL), Settings(model_name="SmolLM2-135M"), lminf=window) as served:
+        context = browser.new_context(viewport={"width": 1200, "height": 800})
+        page = context.new_page()
+        page.goto(served.url)
+        choose(page, max_tokens=60, temperature=0)
+        for title, messages in CONVERSATIONS.items():
+            begin(page)
+            for message in messages:
+                say(page, message)
+            rename(page, title)
+        page.screenshot(path=folder / "server-page.png")
         begin(page)
-        for message in messages:
-            say(page, message)
-        rename(page, title)
-    picture = Path(SCREENSHOT or tmp_path / "page.png")
-    page.screenshot(path=picture)
-    assert picture.stat().st_size > 20_000
-    assert position(page) > 8 * N_LOCAL
+        page.route("**/v1/chat/completions", make_it_call)
+        page.locator("#tools-prompt summary").click()
+        page.get_by_test_id("tools").fill(TOOLS)
+        (tmp_path / "manual.txt").write_text(python_documentation()[:6000])
+        page.get_by_test_id("choose-files").set_input_files([tmp_path / "manual.txt"])
+        say(page, "When is high water in Lisbon?")
+        page.get_by_test_id("call").locator("summary").click()
+        page.get_by_test_id("send-results").scroll_into_view_if_needed()
+        page.screenshot(path=folder / "server-page-tools.png")
+        assert position(page) > 2 * 502
+        context.close()
+    assert all((folder / f"{name}.png").stat().st_size > 20_000 for name in ("server-page", "server-page-tools"))
 
 
 def test_stop_and_go_on(page: Page, server: Served) -> None:
