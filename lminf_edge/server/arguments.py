@@ -25,9 +25,11 @@ from lminf_edge.server.requests import (
 )
 from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
+from lminf_edge.text.formats import check_sizes
 from lminf_edge.text.schema import check_size, enforceable
 from lminf_edge.text.service import TextService
 
+MAX_TOOLS = 1024
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
 
 # names that chat formats and their templates use themselves
@@ -215,9 +217,11 @@ def _checked_call(call: dict[str, Any], i: int) -> str:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            json.loads(arguments or "{}")
+            check_sizes([json.loads(arguments or "{}")])
         except ValueError as error:
             raise ApiError(400, f"messages.{i}.tool_calls: arguments are JSON: {error}.", param="messages") from None
+        except RecursionError:
+            raise ApiError(400, f"messages.{i}.tool_calls: arguments nest too deep.", param="messages") from None
     elif not isinstance(arguments, dict):
         raise ApiError(400, f"messages.{i}.tool_calls: a function has arguments.", param="messages")
     function["arguments"] = arguments or "{}"
@@ -240,13 +244,17 @@ def check_continued(messages: list[dict[str, Any]]) -> None:
 
 def checked_tools(tools: list[Any]) -> list[dict[str, Any]]:
     """Tools, completed with what templates expect. Raises ApiError for what is not a tool."""
+    if len(tools) > MAX_TOOLS:
+        raise ApiError(400, f"tools: there may be {MAX_TOOLS:,} at most.", param="tools")
     checked: list[dict[str, Any]] = []
+    names: set[str] = set()
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise ApiError(400, f"tools.{i}: a tool has a function with a name.", param="tools")
-        if any(other["function"]["name"] == function["name"] for other in checked):
+        if function["name"] in names:
             raise ApiError(400, f"tools.{i}: there are two functions {function['name'][:100]!r}.", param="tools")
+        names.add(function["name"])
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         param = f"tools.{i}.function.parameters"
         try:

@@ -201,7 +201,7 @@ def _tool_choice(choice: dict[str, Any]) -> Any:
     if kind == "tool":
         return {"type": "function", "function": {"name": choice.get("name")}}
     known: dict[Any, Literal["auto", "required", "none"]] = {"auto": "auto", "any": "required", "none": "none"}
-    if kind is not None and kind not in known:
+    if kind is not None and (not isinstance(kind, str) or kind not in known):
         what = f'tool_choice: its type must be "auto", "any", "tool" or "none", not {str(kind)[:50]!r}.'
         raise ApiError(400, what, param="tool_choice")
     return known.get(kind)

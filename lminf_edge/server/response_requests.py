@@ -213,7 +213,10 @@ def _tools(tools: list[dict[str, Any]] | None, choice: Any) -> tuple[list[dict[s
         functions.append({"type": "function", "function": {**named, "parameters": parameters}})
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
-            allowed = {tool.get("name") for tool in choice.get("tools") or [] if isinstance(tool, dict)}
+            listed = choice.get("tools")
+            if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
+                raise ApiError(400, "tool_choice.tools: it must be a list of tools.", param="tool_choice.tools")
+            allowed = {str(tool.get("name")) for tool in listed}
             functions = [tool for tool in functions if tool["function"]["name"] in allowed]
             choice = choice.get("mode", "auto")
         elif choice.get("type") == "function":

@@ -30,13 +30,22 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
+        self._messages: list[dict[str, Any]] = []
+        self._texts: dict[str, list[str]] = {}  # what the last message's fields grow by
         self._calls: set[str] = set()
 
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        for name, texts in self._texts.items():
+            before = self._messages[-1].get(name)
+            self._messages[-1][name] = _PARAGRAPH.join([before, *texts] if before else texts)
+        self._texts = {}
+        return self._messages
+
     def system(self, text: str) -> None:
-        if not self.messages:
+        if not self._messages:
             self.messages.append({"role": "system", "content": text})
-        elif self.messages[-1]["role"] == "system":
+        elif self._messages[-1]["role"] == "system":
             self._add(text)
         else:
             self.user(text)
@@ -52,9 +61,8 @@ class Turns:
         self._add(text)
 
     def thoughts(self, text: str) -> None:
-        message = self._assistant()
-        before = message.get("reasoning_content")
-        message["reasoning_content"] = f"{before}{_PARAGRAPH}{text}" if before else text
+        self._assistant()
+        self._add(text, "reasoning_content")
 
     def call(self, call_id: str, name: str, arguments: str) -> None:
         function = {"name": name, "arguments": arguments}
@@ -64,22 +72,21 @@ class Turns:
 
     def result(self, call_id: Any, text: str, where: str) -> None:
         """What a call has returned. Raises ApiError if there was no such call."""
-        if call_id not in self._calls:
+        if not isinstance(call_id, str) or call_id not in self._calls:
             message = f"{where}: this is the result of {str(call_id)[:100]!r}, but there is no such call before it."
             raise ApiError(400, message, param=where)
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
 
     def _begins(self, role: str) -> bool:
-        return not self.messages or self.messages[-1]["role"] != role
+        return not self._messages or self._messages[-1]["role"] != role
 
     def _assistant(self) -> dict[str, Any]:
         if self._begins("assistant"):
             self.messages.append({"role": "assistant", "content": ""})
-        return self.messages[-1]
+        return self._messages[-1]
 
-    def _add(self, text: str) -> None:
-        message = self.messages[-1]
-        message["content"] = f"{message['content']}{_PARAGRAPH}{text}" if message["content"] else text
+    def _add(self, text: str, name: str = "content") -> None:
+        self._texts.setdefault(name, []).append(text)  # joined once: there may be as many as fit a request
 
 
 def texts(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> list[str]:

@@ -22,6 +22,8 @@ from lminf_edge.text.chat import ChatFormat, ChatOptions, Messages, Rendered, te
 from lminf_edge.text.library import ChatError, ChatGrammar, Templates
 
 # of the library's grammars: small models are fond of white space
+MAX_KEYS = 1024  # of an object in a request
+
 _TEXT_BEFORE_CALLS = re.compile(r"\buntil-[0-9]+\??(?: space)? (?=tool-call)")  # where a call must come
 _SPACE_RULE = re.compile(r"^space ::= .*$", re.MULTILINE)
 
@@ -120,6 +122,7 @@ class LibraryFormat:
         }
         if options.parallel_tool_calls is not None:
             request["parallel_tool_calls"] = options.parallel_tool_calls
+        check_sizes([request["messages"], request["template_kwargs"]])
         return request
 
     def _apply(self, request: dict[str, Any], is_cancelled: Callable[[], bool]) -> dict[str, Any]:
@@ -260,3 +263,15 @@ def asks_for_format(llm: llama_cpp.Llama) -> bool:
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content is one text, as llama_cpp's formats want it."""
     return {**message, "content": text_of(message)}
+
+
+def check_sizes(values: list[Any]) -> None:
+    """Raises UserError for objects with many keys, each of which llama.cpp compares with all before it."""
+    while values:
+        value = values.pop()
+        if isinstance(value, Mapping):
+            if len(value) > MAX_KEYS:
+                raise UserError(f"An object in a request may have {MAX_KEYS:,} keys at most, not {len(value):,}.")
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
