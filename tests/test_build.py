@@ -180,6 +180,17 @@ def test_whether_the_patches_apply_to_another_tree(
         upstream.check(tmp_path / "src")
 
 
+def test_patches_are_small() -> None:
+    """At most 200 added lines, blank ones among them: whatever needs more belongs into native/."""
+    added = [
+        line
+        for patch in upstream.patch_files()
+        for line in patch.read_text(encoding="utf-8").splitlines()
+        if line.startswith("+") and not line.startswith("+++ b/")
+    ]
+    assert 100 < len(added) <= 200
+
+
 def test_patches_survive_the_way_through_a_work_tree(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,6 +229,7 @@ def test_a_library_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPat
 
 # --- what must not end or hang the process ----------------------------------------------------------------------------
 
+LONG = "{% set n = namespace(s='x ') %}{% for i in range(20) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
 HOSTILE = {
     "loops": "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
     "a range": "{{ range(10000000000) | length }}",
@@ -246,6 +247,28 @@ HOSTILE = {
     "elifs": "{% if x %}" + "{% elif x %}" * 100000 + "{% endif %}",
     "replacements": "{% set n = namespace(s='ab') %}{% for i in range(40) %}"
     "{% set n.s = n.s | replace('a', 'aa') | replace('b', 'bb') %}{% endfor %}{{ n.s }}",
+    "lists in lists": "{{ " + "[" * 1900 + "1" + "]" * 1900 + " }}",
+    "calls": "{{ namespace" + "()" * 1900 + " }}",
+    "loops in loops": "{% for x in [1] %}" * 20000 + "{% endfor %}" * 20000,
+    "elses": "{% if 0 %}{% else %}" * 20000 + "{% endif %}" * 20000,
+    "copies of a list": "{% set a = range(100000) %}{% for i in range(20000) %}{% set b = a[1:] %}{% endfor %}",
+    "sums of lists": "{% set n = namespace(a=[1]) %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "a growing list": "{% set a = [] %}{% for i in range(9000) %}{% for j in range(9000) %}{{ a.append(i) }}"
+    "{% endfor %}{% endfor %}",
+    "objects": "{% for i in range(9000) %}{% for j in range(9000) %}{% set a = {i: {j: {}}} %}{% endfor %}{% endfor %}",
+    "variables": "".join(f"{{% set v{i} = 1 %}}" for i in range(9000)) + "{% for i in range(99999) %}{% endfor %}",
+    "the largest": "{% set a = range(900000) %}{% for i in range(9000) %}{% set b = a | max %}{% endfor %}",
+    "one of many": "{% set a = range(900000) %}{% for i in range(9000) %}{% set b = 'x' in a %}{% endfor %}",
+    "comparisons": "{% set a = 'x' * 1000000 %}{% for i in range(900000) %}{% set b = a == a %}{% endfor %}",
+    "equal tuples": "{% set n = namespace(a=(1, 2)) %}{% for i in range(20000) %}{% set n.a = (n.a, 1) %}{% endfor %}"
+    "{% for i in range(999) %}{% set b = n.a == n.a %}{% endfor %}",
+    "pieces": LONG + "{% set a = n.s.split(' ') %}",
+    "pieces from the end": LONG + "{% set a = n.s.rsplit(' ') %}",
+    "between all": LONG + "{% set a = n.s.replace('', n.s) %}",
+    "indentation": "{{ 'x\ny' | indent(2000000000) }}",
+    "indented JSON": "{{ [1] | tojson(indent=2000000000) }}",
+    "joined": "{% set n = namespace(a=['x']) %}{% for i in range(99) %}"
+    "{% set n.a = [n.a | join('y'), n.a | join('z')] %}{% endfor %}",
     "not closed": "{% for",
     "no filter": "{{ 1 | nothing }}",
 }
@@ -258,6 +281,33 @@ def test_hostile_templates(name: str) -> None:
         Templates(None, HOSTILE[name]).apply({"messages": ASKED})
     assert time.process_time() - began < 20
     assert len(str(refused.value)) < 600
+
+
+LATER = {  # with a long conversation, which has more of everything
+    "freed": "{% set n.a = [n.a] %}{% endfor %}",
+    "freed from above": "{% set b = [] %}{% set c = i == 0 or n.a.append(b) %}{% set n.a = b %}{% endfor %}",
+    "as text": "{% set n.a = [n.a] %}{% endfor %}{{ n.a | string }}",
+    "as JSON": "{% set n.a = [n.a] %}{% endfor %}{{ n.a | tojson }}",
+    "joined": "{% set n.a = [n.a] %}{% endfor %}{{ n.a | join }}",
+    "a key": "{% set n.a = (n.a, 1) %}{% endfor %}{% set b = {n.a: 1} %}",
+    "compared": "{% set n.a = (n.a, 1) %}{% endfor %}{% set b = n.a == n.a %}",
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_values_nest_deep(name: str) -> None:
+    """Far deeper than the stack reaches; where the conversation is no trial."""
+    chat = Templates(
+        None,
+        "{% if messages[0].content == 'Be brief.' %}{% set n = namespace(a=(1, 2)) %}{% for i in range(100000) %}"
+        + LATER[name]
+        + "{% endif %}{{ messages[0].content }}",
+    )
+    began = time.process_time()
+    with contextlib.suppress(ChatError):
+        chat.apply({"messages": [*ASKED, {"role": "user", "content": "x" * 10**6}]})
+    assert time.process_time() - began < 20
+    assert chat.apply({"messages": ASKED[1:]})["prompt"] == ASKED[1]["content"]
 
 
 def deep(n: int) -> str:

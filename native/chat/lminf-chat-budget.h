@@ -6,10 +6,6 @@
 
 #include <cstddef>
 
-// Why the present call has thrown lminf_chat_too_much, which llama.cpp may have made another exception of; nullptr if it
-// has not.
-const char * lminf_chat_failure();
-
 // Whether a grammar was made since the last question that does not enforce all of its schema.
 bool lminf_chat_warned_of_schema();
 

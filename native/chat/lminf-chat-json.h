@@ -17,10 +17,9 @@ char * lminf_chat_guarded(F && work) {
     try {
         return lminf_chat_copied(work());
     } catch (const lminf_chat_too_much & err) {
-        return lminf_chat_error(err.what(), true);
+        return lminf_chat_error(err.reason, true);
     } catch (const std::exception & err) {
-        const char * failure = lminf_chat_failure();
-        return lminf_chat_error(failure ? failure : err.what(), failure != nullptr);
+        return lminf_chat_error(err.what(), false);
     } catch (...) {
         return lminf_chat_error("an unknown failure", false);
     }

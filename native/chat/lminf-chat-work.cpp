@@ -1,8 +1,12 @@
 #include "lminf-chat-budget.h"
 #include "lminf-chat-work.h"
 
+#include "lminf-stack.h"
+
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <vector>
 
 // The templates of llama.cpp take a hundredth of them.
 static constexpr size_t UNITS_PER_CALL = 512u << 20;
@@ -10,15 +14,13 @@ static constexpr size_t UNITS_PER_BYTE = 65536;
 
 static constexpr size_t UNITS_BETWEEN_QUESTIONS = 4 << 20; // whether the call is cancelled: a few milliseconds
 
-static constexpr int MAX_NESTING    = 2500; // a unit of it takes a kilobyte of stack at most
-static constexpr int MAX_JSON_DEPTH = 256;
+static constexpr size_t MAX_STACK      = 1 << 20; // bytes: threads have two million at least, other callers some of them
+static constexpr int    MAX_JSON_DEPTH = 256;
 
 struct chat_work {
-    size_t n_left     = SIZE_MAX;
-    size_t n_to_ask   = SIZE_MAX; // units left at which the next question is due
-    int    nesting    = 0;
-
-    const char * failure = nullptr; // of the present call
+    size_t    n_left    = SIZE_MAX;
+    size_t    n_to_ask  = SIZE_MAX; // units left at which the next question is due
+    uintptr_t stack_end = 0;
 
     lminf_chat_cancelled is_cancelled = nullptr;
     void *               data         = nullptr;
@@ -29,7 +31,7 @@ static thread_local chat_work work;
 lminf_chat_budget::lminf_chat_budget(size_t n_bytes, lminf_chat_cancelled is_cancelled, void * data) {
     work.n_left       = UNITS_PER_CALL + UNITS_PER_BYTE * std::min<size_t>(n_bytes, SIZE_MAX / UNITS_PER_BYTE / 2);
     work.n_to_ask     = work.n_left;
-    work.nesting      = 0;
+    work.stack_end    = lminf_stack_here() - MAX_STACK;
     work.is_cancelled = is_cancelled;
     work.data         = data;
 }
@@ -39,16 +41,15 @@ lminf_chat_budget::~lminf_chat_budget() {
 }
 
 [[noreturn]] static void fail(const char * reason) {
-    work.failure = reason;
-    throw lminf_chat_too_much(reason);
-}
-
-const char * lminf_chat_failure() {
-    return work.failure;
+    throw lminf_chat_too_much { reason };
 }
 
 void lminf_chat_charge(size_t n_units) {
+    if (lminf_stack_here() < work.stack_end) {
+        fail("this is nested too deep");
+    }
     if (n_units > work.n_left) {
+        work.n_left = 0; // whatever catches it
         fail("this takes too much work");
     }
     work.n_left -= n_units;
@@ -58,17 +59,6 @@ void lminf_chat_charge(size_t n_units) {
             fail("cancelled");
         }
     }
-}
-
-lminf_chat_nesting::lminf_chat_nesting(int weight) : weight(weight) {
-    if (work.nesting + weight > MAX_NESTING) {
-        fail("this is nested too deep");
-    }
-    work.nesting += weight;
-}
-
-lminf_chat_nesting::~lminf_chat_nesting() {
-    work.nesting -= weight;
 }
 
 void lminf_chat_check_json(const std::string & text) {
@@ -90,4 +80,52 @@ void lminf_chat_check_json(const std::string & text) {
             --depth;
         }
     }
+}
+
+void lminf_chat_charge_replacement(const std::string & text, const std::string & from, const std::string & to) {
+    if (from.empty()) {
+        lminf_chat_charge(text.size() * std::min(1 + to.size(), SIZE_MAX / (1 + text.size())));
+        return;
+    }
+    for (size_t pos = 0; (pos = text.find(from, pos)) != std::string::npos; pos += from.size()) {
+        const size_t n_moved = from.size() == to.size() ? 0 : text.size() - pos;
+        lminf_chat_charge(16 + to.size() + n_moved / 8);
+    }
+}
+
+std::string lminf_chat_in_class(const std::string & character) {
+    if (character == "^") {
+        return "\\x5E";
+    }
+    const bool means_something = character == "]" || character == "-" || character == "\\";
+    return (means_something ? "\\" : "") + character;
+}
+
+// --- values of templates ----------------------------------------------------------------------------------------------
+
+struct freed_value {
+    void * value;
+    void (*destroy)(void * value);
+};
+
+static thread_local std::vector<freed_value> freed_values;
+static thread_local bool is_freeing = false;
+
+void lminf_chat_free_value(void * value, void (*destroy)(void * value)) {
+    if (is_freeing) {
+        try {
+            freed_values.push_back({ value, destroy });
+        } catch (const std::exception &) {
+            destroy(value); // no memory: the stack may last
+        }
+        return;
+    }
+    is_freeing = true;
+    destroy(value);
+    while (!freed_values.empty()) {
+        const auto next = freed_values.back();
+        freed_values.pop_back();
+        next.destroy(next.value);
+    }
+    is_freeing = false;
 }

@@ -62,7 +62,7 @@ void lminf_chat_free_text(char * text) {
 
 static void check_template(const std::string & text) {
     if (text.size() > MAX_TEMPLATE_BYTES) {
-        throw lminf_chat_too_much("this chat template is too long");
+        throw lminf_chat_too_much { "this chat template is too long" };
     }
     jinja::lexer lexer;
     const auto lexed = lexer.tokenize(text);
@@ -71,7 +71,7 @@ static void check_template(const std::string & text) {
         const bool begins = token.t == jinja::token::open_statement || token.t == jinja::token::open_expression;
         n_parts = begins ? 0 : n_parts + 1;
         if (n_parts > MAX_STATEMENT_PARTS) {
-            throw lminf_chat_too_much("a statement of this chat template is too long");
+            throw lminf_chat_too_much { "a statement of this chat template is too long" };
         }
     }
     jinja::parse_from_tokens(lexed); // common_chat_templates_init would lose the reason

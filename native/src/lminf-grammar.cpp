@@ -1,5 +1,6 @@
 #include "lminf-grammar.h"
 
+#include "lminf-stack.h"
 #include "lminf.h"
 
 #include "llama-grammar.h"
@@ -18,12 +19,13 @@ static constexpr size_t UNITS_PER_GRAMMAR   = 4 << 20;
 static constexpr size_t UNITS_PER_TOKEN     = 3 << 20;
 static constexpr size_t UNITS_PER_CANDIDATE = 64;
 
-static constexpr int MAX_NESTING = 5000; // 1250 parentheses: schemas with maxLength 1000 nest so deep
+// Bytes: threads have two million at least, other callers some of them. Schemas with maxLength 1000 nest as many parentheses.
+static constexpr size_t MAX_STACK = 1 << 20;
 
 struct grammar_work {
-    size_t n_left  = SIZE_MAX;
-    int    nesting = 0;
-    bool   overran = false;
+    size_t    n_left    = SIZE_MAX;
+    uintptr_t stack_end = 0;
+    bool      overran   = false;
 };
 
 static thread_local grammar_work work;
@@ -33,11 +35,12 @@ namespace {
 // The units of one call.
 struct grammar_budget {
     explicit grammar_budget(size_t n_units) {
-        work = { n_units, 0, false };
+        work = { n_units, lminf_stack_here() - MAX_STACK, false };
     }
 
     ~grammar_budget() {
-        work.n_left = SIZE_MAX;
+        work.n_left    = SIZE_MAX;
+        work.stack_end = 0;
     }
 };
 
@@ -49,21 +52,24 @@ struct grammar_budget {
 }
 
 void lminf_grammar_charge(size_t n_units) {
-    if (n_units > work.n_left) {
+    if (n_units > work.n_left || lminf_stack_here() < work.stack_end) {
         overrun();
     }
     work.n_left -= n_units;
 }
 
-lminf_grammar_nesting::lminf_grammar_nesting(int weight) : weight(weight) {
-    if (work.nesting + weight > MAX_NESTING) {
-        overrun();
+void lminf_grammar_charge_repetition(size_t n_elements, uint64_t min_times, uint64_t max_times) {
+    if (max_times < min_times) {
+        throw std::runtime_error("a repetition ends before it begins");
     }
-    work.nesting += weight;
+    lminf_grammar_charge((8 * n_elements + 32) * (1 + max_times));
 }
 
-lminf_grammar_nesting::~lminf_grammar_nesting() {
-    work.nesting -= weight;
+void lminf_grammar_charge_stack(const llama_grammar_rules & rules, const llama_grammar_stack & stack, size_t n_before) {
+    const auto * pos = stack.back();
+    lminf_grammar_charge(pos->type == LLAMA_GRETYPE_RULE_REF
+        ? rules[pos->value].size()
+        : n_before * (1 + stack.size() / 8) / 2);
 }
 
 llama_grammar * lminf_grammar_init(
@@ -154,4 +160,17 @@ llama_grammar_candidates lminf_grammar_reject_by_char(
         rejects.insert(rejects.end(), group.begin(), group.end());
     }
     return rejects;
+}
+
+lminf_grammar_class::lminf_grammar_class(
+        const llama_grammar_element * pos, matcher match, const llama_grammar_candidates & candidates) :
+        pos(pos), match(match), n_ascii(candidates.size() > 256 ? 128 : 0) {
+    const size_t n_elements = match(pos, 0).second - pos;
+    const size_t n_walked   = n_ascii + std::count_if(candidates.begin(), candidates.end(), [this](const auto & tok) {
+        return *tok.code_points >= n_ascii;
+    });
+    lminf_grammar_charge(n_walked * (1 + n_elements / 4));
+    for (uint32_t chr = 0; chr < n_ascii; ++chr) {
+        takes_ascii[chr] = match(pos, chr).first;
+    }
 }

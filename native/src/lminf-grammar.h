@@ -11,22 +11,18 @@
 #include "llama-grammar.h"
 
 #include <cstddef>
+#include <cstdint>
+#include <utility>
 
-// Takes units from what the present call has left. Throws std::runtime_error when there are none.
+// Takes units from what the present call has left. Throws std::runtime_error when there are none, or when the stack might
+// not last: so whatever calls itself must charge.
 void lminf_grammar_charge(size_t n_units);
 
-// Taken while a function of the parser calls itself. Throws std::runtime_error where the stack might not last.
-class lminf_grammar_nesting {
-public:
-    explicit lminf_grammar_nesting(int weight);
-    ~lminf_grammar_nesting();
+// For what is repeated. Throws std::runtime_error, too, for a repetition that ends before it begins.
+void lminf_grammar_charge_repetition(size_t n_elements, uint64_t min_times, uint64_t max_times);
 
-    lminf_grammar_nesting(const lminf_grammar_nesting &) = delete;
-    lminf_grammar_nesting & operator=(const lminf_grammar_nesting &) = delete;
-
-private:
-    const int weight;
-};
+// For a step of a stack: the rule at its top is walked, or it is compared with those that were there before.
+void lminf_grammar_charge_stack(const llama_grammar_rules & rules, const llama_grammar_stack & stack, size_t n_before);
 
 // What llama-sampler.cpp calls in place of llama_grammar_init_impl, llama_grammar_apply_impl, llama_grammar_accept_impl.
 
@@ -47,3 +43,22 @@ void lminf_grammar_accept(llama_grammar & grammar, llama_token token);
 // character.
 llama_grammar_candidates lminf_grammar_reject_by_char(
         const llama_grammar_rules & rules, const llama_grammar_stacks & stacks, const llama_grammar_candidates & candidates);
+
+// Which of the candidates' first characters a class takes. What it says of ASCII is looked up where they are many.
+class lminf_grammar_class {
+public:
+    using matcher = std::pair<bool, const llama_grammar_element *> (*)(const llama_grammar_element * pos, uint32_t chr);
+
+    lminf_grammar_class(const llama_grammar_element * pos, matcher match, const llama_grammar_candidates & candidates);
+
+    bool operator()(uint32_t chr) const {
+        return chr < n_ascii ? takes_ascii[chr] : match(pos, chr).first;
+    }
+
+private:
+    const llama_grammar_element * const pos;
+    const matcher match;
+
+    const uint32_t n_ascii;
+    bool takes_ascii[128];
+};
