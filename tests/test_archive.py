@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import logging
 import os
 import shutil
@@ -321,6 +322,26 @@ def test_a_branch_does_not_change_what_is_in_files(make_llama: MakeLlama, tokens
         each.eval(tokens[::-1][:50].copy())
     assert llm.stream_info().archived == 2090
     np.testing.assert_array_equal(llm.scores[-1], plain.scores[-1])
+
+
+def test_a_file_that_was_changed_is_written_anew(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> None:
+    """It does not take the place of the same segment in memory."""
+    llm, plain = make_llama(lminf=window(archive=tmp_path)), make_llama(lminf=window())
+    for i in range(2):
+        llm.reset()
+        read(llm, tokens)
+        llm.scheduler.store._writes.submit(int).result(5)
+        if i == 0:
+            kept = llm.checkpoint()  # so that the files stay
+            for path in tmp_path.rglob("*.segment"):
+                flip(path, 6000)
+    read(plain, tokens)
+    for each in (llm, plain):
+        each.eval(tokens[:100])
+    np.testing.assert_array_equal(llm.scores[-1], plain.scores[-1])
+    written = {path: hashlib.sha256(path.read_bytes()[DATA_AT:]).hexdigest() for path in tmp_path.rglob("*.segment")}
+    assert all(path.stem == digest for path, digest in written.items())
+    assert kept.archive is not None
 
 
 def test_a_folder_is_used_by_one_at_a_time(make_llama: MakeLlama, tmp_path: Path) -> None:

@@ -169,9 +169,13 @@ class SegmentFolder:
 
     def write_segment(self, archive: Archive, segment: Segment) -> Path:
         """Writes a segment that no checkpoint names yet. Raises OSError."""
-        path = self.path(self._write(archive, segment).name)
+        part = self._write(archive, segment)
+        try:  # a file that was there already may have been changed since: it takes the memory's place
+            self._read(part)
+        except _BadSegmentError:
+            self._write_file(part.name, archive.read(segment))
         self._trim()
-        return path
+        return self.path(part.name)
 
     def _write(self, archive: Archive, segment: Segment) -> Part:
         key = segment.id, segment.n_tokens
