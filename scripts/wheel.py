@@ -44,7 +44,7 @@ WANTED = (
     "_lminf_edge_startup.py",
     "lminf_edge.pth",
 )
-LIBRARIES = ("llama", "ggml", "ggml-base", "ggml-rpc")
+LIBRARIES = ("llama", "ggml", "ggml-base", "ggml-rpc", "lminf-chat")
 
 
 class WheelError(Exception):
