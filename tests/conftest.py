@@ -27,6 +27,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """tests/all needs a browser and node, and agents take an hour: they are only run where they are asked for."""
     if collection_path == Path(__file__).parent / "all":
         return not any("all" in Path(argument).parts for argument in config.args)
+    if collection_path.name == "llama_server":  # what test_llama_server.py runs in a process of its own
+        return True
     if collection_path.name.startswith("test_agent"):  # make test-agents
         return not any(Path(argument.partition("::")[0]).name == collection_path.name for argument in config.args)
     return None
