@@ -9,20 +9,19 @@ from typing import Any
 
 import jsonschema
 import pytest
-from test_build import script
 from test_chat_tools import SCHEMAS
 
 from lminf_edge import Llama
+from lminf_edge.models.named import NAMED_MODELS
 
-real_models = script("real_models")
+SMOL = Path(__file__).parents[2] / "build" / "models" / NAMED_MODELS["smollm2"].file
 
 
 @pytest.fixture(scope="module")
 def smollm() -> Iterator[Llama]:
-    path: Path = real_models.MODELS["smollm2"].path
-    if not path.exists():
-        pytest.skip("make real-models")
-    made = Llama(path, lminf=True, verbose=False)
+    if not SMOL.exists():
+        pytest.skip("make real-models downloads it")
+    made = Llama(SMOL, lminf=True, verbose=False)
     yield made
     made.close()
 
