@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
             lminf_reader = Side(nll_blocks(lminf, tokens), len(tokens) - 1)
             screen = Screen(quiet=args.json)
             if not args.json:
-                print(f"{name}: {len(tokens) - 1} tokens for {path}, trained on {header.n_ctx_train}.\n")
+                print(f"{name}: {len(tokens) - 1} tokens for {args.model}, trained on {header.n_ctx_train}.\n")
             try:
                 started = time.monotonic()
                 while not lminf_reader.done and time.monotonic() - started < args.seconds:
