@@ -79,16 +79,7 @@ _TYPES = {
     503: "unavailable_error",
 }
 
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    431: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
+_ANTHROPIC_TYPES = {**_TYPES, 501: "api_error", 503: "overloaded_error"}
 
 
 def shutting_down() -> ApiError:

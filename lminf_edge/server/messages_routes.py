@@ -22,11 +22,11 @@ from lminf_edge.server.messages_requests import (
     compaction_of,
     split_compacted,
 )
-from lminf_edge.server.replies import Reply, respond
+from lminf_edge.server.replies import Reply, respond, respond_count
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.stored import Response as Stored
 from lminf_edge.server.stored import names_in
-from lminf_edge.server.streaming import Wire, encoded, in_thread
+from lminf_edge.server.streaming import Wire
 from lminf_edge.server.turns import Block, Step, count_prompt, found_stop, steps
 from lminf_edge.text.service import Exchange
 
@@ -70,14 +70,12 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
 async def count_tokens(request: Request, body: CountRequest) -> Response:
     """Tokens of the prompt that these messages are."""
     reply = MessageReply(ServerState.of(request), body, request.state.owner)
-    exchange = reply.open_exchange(request, body, None)
 
-    def count() -> Response:
-        n_tokens = count_prompt(exchange, reply.prepare(exchange))
+    def told(n_tokens: int) -> dict[str, Any]:
         managed = {"context_management": {"original_input_tokens": n_tokens}} if body.context_management else {}
-        return encoded({"input_tokens": n_tokens, **managed})
+        return {"input_tokens": n_tokens, **managed}
 
-    return await in_thread(request, count, exchange.cancel)
+    return await respond_count(request, body, reply, reply.prepare, told)
 
 
 class MessageReply(Reply):

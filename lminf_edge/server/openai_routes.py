@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 
 from lminf_edge.completion import as_text, prompt_logprobs
+from lminf_edge.engine.request import Request as EngineRequest
 from lminf_edge.server.arguments import Asked, AskedChat, asked_chat, asked_completion, prompts_of
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
@@ -76,8 +77,18 @@ async def respond(
     on_progress = None
     if events is not None and body.return_progress:
         on_progress = ProgressReporter(events.put, progress)
+    exchange = open_exchange(request, body, on_progress)
+    if events is None:
+        return await in_thread(request, lambda: encoded(whole(exchange, prepare(exchange))), exchange.cancel)
+    return await events.respond(exchange, partial(prepare, exchange), partial(chunks, exchange), done)
+
+
+def open_exchange(
+    request: Request, body: Sampling, on_progress: Callable[[EngineRequest], None] | None = None
+) -> Exchange:
+    """The exchange that a request begins, with what all kinds of requests have in common."""
     ours = body.lminf
-    exchange = Exchange(
+    return Exchange(
         ServerState.of(request).service,
         owner=request.state.owner,
         label=conversation_name(request, body),
@@ -88,9 +99,6 @@ async def respond(
         reuses=body.cache_prompt is not False,
         on_progress=on_progress,
     )
-    if events is None:
-        return await in_thread(request, lambda: encoded(whole(exchange, prepare(exchange))), exchange.cancel)
-    return await events.respond(exchange, partial(prepare, exchange), partial(chunks, exchange), done)
 
 
 def conversation_name(request: Request, body: Sampling) -> str:

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 
 from lminf_edge.engine.request import Request as EngineRequest
-from lminf_edge.server.openai_routes import conversation_name
+from lminf_edge.server.arguments import AskedChat
+from lminf_edge.server.openai_routes import open_exchange
 from lminf_edge.server.requests import Sampling
-from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import EventStream, Wire, encoded, in_thread
+from lminf_edge.server.turns import count_prompt
 from lminf_edge.text.service import Exchange
 
 T = TypeVar("T")
@@ -47,16 +48,7 @@ class Reply:
 
     def open_exchange(self, request: Request, body: Sampling, put: Callable[[Any], None] | None) -> Exchange:
         self._put = put
-        ours = body.lminf
-        return Exchange(
-            ServerState.of(request).service,
-            owner=request.state.owner,
-            label=conversation_name(request, body),
-            pin_system=ours.pin_system if ours else None,
-            prefill=ours.prefill if ours else None,
-            recall=ours.recall if ours else None,
-            on_progress=self.begin,
-        )
+        return open_exchange(request, body, self.begin)
 
 
 async def respond(
@@ -84,3 +76,15 @@ async def respond(
         return encoded(whole())
 
     return await in_thread(request, work, exchange.cancel)
+
+
+async def respond_count(
+    request: Request,
+    body: Sampling,
+    reply: Reply,
+    prepare: Callable[[Exchange], AskedChat],
+    told: Callable[[int], dict[str, Any]],
+) -> Response:
+    """One JSON response: what is `told` of the number of tokens that the prompt has."""
+    exchange = reply.open_exchange(request, body, None)
+    return await in_thread(request, lambda: encoded(told(count_prompt(exchange, prepare(exchange)))), exchange.cancel)

@@ -11,13 +11,12 @@ from fastapi import APIRouter, Request, Response
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS
-from lminf_edge.server.replies import respond
+from lminf_edge.server.replies import respond, respond_count
 from lminf_edge.server.response_reply import PREFIX, ResponseReply, stored_name
 from lminf_edge.server.response_requests import InputRequest, ResponsesRequest
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.stored import Response as Stored
 from lminf_edge.server.streaming import Wire, encoded, in_thread
-from lminf_edge.server.turns import count_prompt
 
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}, **PROBLEMS}
 
@@ -45,13 +44,11 @@ async def create(request: Request, body: ResponsesRequest) -> Response:
 async def input_tokens(request: Request, body: InputRequest) -> Response:
     """Tokens of the prompt that an input is."""
     reply = ResponseReply(ServerState.of(request), body, request.state.owner)
-    exchange = reply.open_exchange(request, body, None)
 
-    def count() -> Response:
-        n_tokens = count_prompt(exchange, reply.prepare(exchange))
-        return encoded({"object": "response.input_tokens", "input_tokens": n_tokens})
+    def told(n_tokens: int) -> dict[str, Any]:
+        return {"object": "response.input_tokens", "input_tokens": n_tokens}
 
-    return await in_thread(request, count, exchange.cancel)
+    return await respond_count(request, body, reply, reply.prepare, told)
 
 
 @router.post("/compact", response_model=None, responses=PROBLEMS)
