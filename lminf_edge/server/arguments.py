@@ -46,7 +46,8 @@ _SAMPLING = tuple(name for name in SamplingParams.__dataclass_fields__ if name i
 class Asked:
     """What all kinds of completions have in common.
 
-    n_top  number of likeliest tokens to report log probabilities of; None: none are reported
+    n_top           number of likeliest tokens to report log probabilities of; None: none are reported
+    after_sampling  these are those after sampling
     """
 
     sampling: SamplingParams
@@ -54,6 +55,7 @@ class Asked:
     stops: list[str]
     n: int = 1
     n_top: int | None = None
+    after_sampling: bool = False
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,6 @@ def asked_completion(service: TextService, request: CompletionRequest) -> Asked:
 @dataclass(frozen=True)
 class AskedLlamaCpp(Asked):
     """
-    after_sampling   probabilities are those after sampling
     only_reads       the prompt is processed, and nothing generated
     return_tokens    the tokens of the text are wanted, too
     timings          they are wanted with each part of a stream
@@ -314,7 +315,6 @@ class AskedLlamaCpp(Asked):
     settings         what was asked for and what was taken for the rest, by llama-server's names
     """
 
-    after_sampling: bool = False
     only_reads: bool = False
     return_tokens: bool = False
     timings: bool = False

@@ -28,7 +28,7 @@ class Event:
 def text_events(exchange: Exchange, asked: Asked, prompts: Sequence[ChatPrompt], offset: int = 0) -> Iterator[Event]:
     """`asked.n` choices for each of several prompts, one after the other; `offset` as LogprobReporter's."""
     for i in range(len(prompts) * asked.n):
-        answer = _answer(exchange, asked, prompts[i // asked.n], i % asked.n, offset)
+        answer = begin_answer(exchange, asked, prompts[i // asked.n], i % asked.n, offset)
         for part in answer:
             yield Event(i, part=part)
         yield Event(i, finish_reason=answer.text.finish_reason, answer=answer)
@@ -38,7 +38,7 @@ def chat_events(exchange: Exchange, asked: AskedChat) -> Iterator[Event]:
     """`asked.n` choices, one after the other."""
     prompt = exchange.chat_prompt(asked.messages, asked.options)
     for i in range(asked.n):
-        answer = _answer(exchange, asked, prompt, i)
+        answer = begin_answer(exchange, asked, prompt, i)
         reader, calls = prompt.new_reader(), False
         logprobs: list[TokenLogprobs] = []  # of tokens whose text has not been read yet
 
@@ -56,8 +56,13 @@ def chat_events(exchange: Exchange, asked: AskedChat) -> Iterator[Event]:
         yield Event(i, finish_reason="tool_calls" if calls and reason == "stop" else reason, answer=answer)
 
 
-def _answer(exchange: Exchange, asked: Asked, prompt: ChatPrompt, i: int, offset: int = 0) -> Answer:
-    reporter = None if asked.n_top is None else LogprobReporter(exchange.service.llm, asked.n_top, offset)
+def begin_answer(exchange: Exchange, asked: Asked, prompt: ChatPrompt, i: int, offset: int = 0) -> Answer:
+    """Choice `i` of a prompt; `offset` as LogprobReporter's."""
+    reporter = (
+        None
+        if asked.n_top is None
+        else LogprobReporter(exchange.service.llm, asked.n_top, offset, asked.after_sampling)
+    )
     return exchange.answer(
         prompt,
         with_seed(asked.sampling, i),

@@ -8,10 +8,11 @@ from typing import Any
 
 from lminf_edge.engine.request import Request
 from lminf_edge.server.arguments import AskedLlamaCpp
+from lminf_edge.server.events import begin_answer
 from lminf_edge.server.responses import progress_of
 from lminf_edge.text.chat import ChatPrompt
-from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs
-from lminf_edge.text.service import Answer, Exchange, Usage, with_seed
+from lminf_edge.text.logprobs import TokenLogprobs
+from lminf_edge.text.service import Answer, Exchange, Usage
 
 
 def llama_cpp_answer(
@@ -42,15 +43,7 @@ def llama_cpp_chunks(
     llm = exchange.service.llm
     for i in range(len(prompts) * asked.n):
         prompt, number = prompts[i // asked.n], i % asked.n
-        reporter = None if asked.n_top is None else LogprobReporter(llm, asked.n_top, 0, asked.after_sampling)
-        answer = exchange.answer(
-            prompt,
-            with_seed(asked.sampling, number),
-            max_tokens=asked.max_tokens,
-            stops=asked.stops,
-            logprobs=reporter,
-            counts_prompt=number == 0,
-        )
+        answer = begin_answer(exchange, asked, prompt, number)
         has_new_line = False
         for part in answer:
             if asked.only_reads:
