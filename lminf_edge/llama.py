@@ -523,7 +523,7 @@ class Llama(RemoteLlama):
             ignore_eog=True,
             continues=not reset,
             wants_logits=criteria is not None,
-            draft_model=self.draft_model,  # type: ignore[arg-type]
+            draft_model=self.draft_model,
         )
         return self._guard.steps(self._tokens(self._outputs(request, criteria)))
 

@@ -27,6 +27,7 @@ from lminf_edge.cli.common import (
     CommandError,
     add_chat_template,
     add_compute,
+    add_drafts,
     add_model,
     add_prefill,
     add_sampling,
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
     add_chat_template(parser)
     add_prefill(parser)
+    add_drafts(parser)
     add_sampling(parser)
     add_window(parser)
     add_compute(parser, stock=False)

@@ -307,6 +307,16 @@ def add_prefill(group: Any) -> None:
     )
 
 
+def add_drafts(group: Any) -> None:
+    group.add_argument(
+        "--spec-type",
+        choices=("none", "ngram-simple"),
+        default="none",
+        help="drafts: with ngram-simple what followed the last tokens before is tried again in one batch, while that "
+        "saves time by the times measured; answers with much to quote or edit come faster; default none",
+    )
+
+
 def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
     group = parser.add_argument_group("computing")
     if stock:

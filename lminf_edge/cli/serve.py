@@ -29,6 +29,7 @@ from lminf_edge.cli.common import (
     CommandError,
     add_chat_template,
     add_compute,
+    add_drafts,
     add_model,
     add_prefill,
     add_sampling,
@@ -180,6 +181,7 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-sinks", metavar="N", type=whole_number(0), help="default: G, or 256 with --pin-system")
     add_prefill(group)
+    add_drafts(group)
     group.add_argument(
         "--memory",
         metavar="SIZE",
@@ -208,7 +210,8 @@ def open_service(args: argparse.Namespace) -> TextService:
     from lminf_edge.native import captured_errors
     from lminf_edge.text.service import LEAST_TEXT_BYTES, TEXT_BYTES, TextService
 
-    defaults = Defaults(sampling_params(args), args.max_tokens if args.max_tokens > 0 else None, args.detect_loops)
+    limit = args.max_tokens if args.max_tokens > 0 else None
+    defaults = Defaults(sampling_params(args), limit, args.detect_loops, drafts=args.spec_type != "none")
     chat = chat_defaults(args)
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system

@@ -184,8 +184,10 @@ class Defaults:
 
     max_tokens    for requests without a limit; None: no limit
     detect_loops  whether requests without any limit end when the model loops
+    drafts        whether NgramDrafts propose tokens
     """
 
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     detect_loops: bool = True
+    drafts: bool = False

@@ -14,7 +14,7 @@ from lminf_edge.config import Prefill
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.engine.sampler import Sampler
 
-DraftModel = Callable[[Tokens], Sequence[int]]
+DraftModel = Callable[[Tokens], Sequence[int] | Tokens]
 
 
 class Phase(Enum):

@@ -29,6 +29,7 @@ from lminf_edge.cache.sequence import DecodeError, Logits, Run
 from lminf_edge.cache.store import CheckpointStore
 from lminf_edge.cache.token_log import TokenLog, Tokens, as_tokens
 from lminf_edge.config import Prefill
+from lminf_edge.engine.drafts import NgramDrafts
 from lminf_edge.engine.prefix import PrefixMatch, find_prefix, newest_checkpoint
 from lminf_edge.engine.request import End, Output, Phase, PromptPart, Request, RequestCancelled
 from lminf_edge.engine.sampler import make_sampler
@@ -66,6 +67,9 @@ class Counters:
     from_files: int = 0  # of them, read from a file
     trimmed: int = 0  # conversations that continued without their oldest messages
     checkpoint_failures: int = 0  # checkpoints that could not be made
+    drafts: int = 0  # batches with drafts
+    draft_tokens: int = 0
+    accepted_tokens: int = 0  # of them
 
 
 @dataclass(eq=False)
@@ -551,6 +555,8 @@ class Scheduler:
             room = min(room, request.max_tokens - request.stats.n_generated - 1)
         if request.draft_model is None or room <= 0:
             return as_tokens([])
+        if len(self._work) > 1 and isinstance(request.draft_model, NgramDrafts):
+            return as_tokens([])  # the others would wait for them, and nobody could tell whether they pay
         recent = np.concatenate([work.slot.log.recent()[-self.window.size :], work.pending])
         return as_tokens(request.draft_model(recent)[:room])
 
@@ -580,7 +586,11 @@ class Scheduler:
             self.counters.prefill_seconds += seconds
         for part, end in zip(parts, ends, strict=True):
             with self._boundary(part.work.request):
-                self._finish_part(part, end)
+                decodes = part.work.request.phase is Phase.DECODE
+                n_accepted = self._finish_part(part, end)
+                learner = part.work.request.draft_model
+                if decodes and len(parts) == 1 and isinstance(learner, NgramDrafts):
+                    learner.learn(part.n_drafts, n_accepted, seconds)
 
     def _decode(self, runs: list[tuple[Slot, Tokens, int]]) -> list[int]:
         """Processes runs of tokens (n_tokens,) with logits of their last ones; returns the batch index of each last.
@@ -619,7 +629,8 @@ class Scheduler:
                 self._on_logits(len(slot), self.logits(end - len(tokens) + 1, end + 1))
         return ends
 
-    def _finish_part(self, part: _Part, end: int) -> None:
+    def _finish_part(self, part: _Part, end: int) -> int:
+        """Takes a part's tokens as processed, and samples after its last one; returns how many drafts were right."""
         work, request = part.work, part.work.request
         n_new = len(part.tokens) - part.n_drafts
         work.pending = work.pending[n_new:]
@@ -634,15 +645,20 @@ class Scheduler:
                 request.outputs.put(PromptPart(part.tokens, self.logits(end - n_new + 1, end + 1).copy()))
                 if part.is_last:
                     self._end(request)
-                return
-        if part.is_last:
-            request.phase = Phase.DECODE
-            self._sample(work, end - part.n_drafts, part.tokens[n_new:].tolist())
+                return 0
+        if not part.is_last:
+            return 0
+        request.phase = Phase.DECODE
+        n_accepted = self._sample(work, end - part.n_drafts, part.tokens[n_new:].tolist())
+        self.counters.drafts += part.n_drafts > 0
+        self.counters.draft_tokens += part.n_drafts
+        self.counters.accepted_tokens += n_accepted
+        return n_accepted
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    def _sample(self, work: _Work, at: int, drafts: Sequence[int]) -> None:
-        """Samples after the batch's token `at`, and after each draft that was accepted."""
+    def _sample(self, work: _Work, at: int, drafts: Sequence[int]) -> int:
+        """Samples after the batch's token `at`, and after each draft that was accepted; returns how many were."""
         request, slot = work.request, work.slot
         assert request.sampler is not None
         n_known = len(slot) - len(drafts)
@@ -671,7 +687,8 @@ class Scheduler:
                 self._truncate(slot, n_known + i)
             work.pending = as_tokens([token])
             stats.position = len(slot) + slot.n_dropped
-            return
+            return i
+        raise AssertionError("the last sample is after the last draft")
 
     @staticmethod
     def _end(request: Request) -> None:

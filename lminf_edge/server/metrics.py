@@ -84,6 +84,9 @@ class Figures:
     batches: int = 0
     batch_parts: int = 0
     longest: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     n_busy: int = 0
     n_waiting: int = 0
 
@@ -103,6 +106,9 @@ def figures(state: ServerState) -> Figures:
             batches=counters.batches,
             batch_parts=counters.batch_parts,
             longest=counters.longest,
+            drafts=counters.drafts,
+            draft_tokens=counters.draft_tokens,
+            accepted_tokens=counters.accepted_tokens,
             n_busy=engine.n_busy,
             n_waiting=engine.n_waiting,
         )
@@ -125,9 +131,9 @@ def llama_server_metrics(f: Figures) -> str:
         ("tokens_predicted_seconds_total", "counter", "Seconds spent in decode batches.", f.decode_seconds),
         ("n_decode_total", "counter", "Batches.", f.batches),
         ("n_tokens_max", "counter", "Tokens of the longest stream.", f.longest),
-        ("spec_decode_num_draft_tokens_total", "counter", "There is no draft model.", 0),
-        ("spec_decode_num_accepted_tokens_total", "counter", "There is no draft model.", 0),
-        ("spec_decode_num_drafts_total", "counter", "There is no draft model.", 0),
+        ("spec_decode_num_draft_tokens_total", "counter", "Tokens of drafts.", f.draft_tokens),
+        ("spec_decode_num_accepted_tokens_total", "counter", "Of these, what was right.", f.accepted_tokens),
+        ("spec_decode_num_drafts_total", "counter", "Batches with drafts.", f.drafts),
         ("prompt_tokens_seconds", "gauge", "Tokens of prompts per second.", f.prefilled / (f.prefill_seconds or 1.0)),
         ("predicted_tokens_seconds", "gauge", "Tokens generated per second.", f.generated / (f.decode_seconds or 1.0)),
         ("requests_processing", "gauge", "Slots at work.", f.n_busy),

@@ -11,6 +11,7 @@ from typing import Any
 
 from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.config import Prefill
+from lminf_edge.engine.drafts import NgramDrafts
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.params import Defaults, SamplingParams
 from lminf_edge.engine.request import PromptPart, Request
@@ -181,6 +182,7 @@ class Exchange:
             slot=self._slot,
             reuses=self._reuses,
             penalizes_prompt=True,
+            draft_model=NgramDrafts() if defaults.drafts else None,
             on_progress=self._on_progress,
         )
         self._submit(request)

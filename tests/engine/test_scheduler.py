@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from conftest import MakeLlama
 from lminf_edge import LMInfConfig
 from lminf_edge.cache.store import CheckpointStore
 from lminf_edge.cache.token_log import Tokens, as_tokens
+from lminf_edge.engine.drafts import NgramDrafts
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.engine.request import End, Output, Phase, Request, RequestCancelled
 from lminf_edge.engine.scheduler import Scheduler
@@ -172,6 +175,35 @@ def test_drafts_come_in_one_batch(make_scheduler: MakeScheduler, alone: Any, tok
     scheduler = make_scheduler()
     assert run(scheduler, ask(scheduler, tokens[:100], 40, draft_model=draft)) == [expected]
     assert scheduler.counters.batches < n_plain / 2
+
+
+def test_ngram_drafts_change_nothing_but_the_number_of_batches(
+    make_scheduler: MakeScheduler, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))  # all batches take as long
+    prompt = np.tile(tokens[:20], 3)
+    answers, batches = [], []
+    for draft_model in (None, NgramDrafts()):
+        scheduler = make_scheduler()
+        answers.append(run(scheduler, ask(scheduler, prompt, 200, draft_model=draft_model)))
+        batches.append(scheduler.counters.batches)
+    assert answers[0] == answers[1]
+    counters = scheduler.counters
+    assert batches[0] - batches[1] == counters.accepted_tokens > 20
+    assert counters.drafts <= counters.draft_tokens
+    assert counters.accepted_tokens < counters.draft_tokens  # wrong ones were taken back
+
+
+def test_ngram_drafts_wait_while_others_are_served(
+    make_scheduler: MakeScheduler, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    scheduler = make_scheduler()
+    asked = [ask(scheduler, np.tile(tokens[i : i + 20], 3), 40, draft_model=NgramDrafts()) for i in range(2)]
+    run(scheduler, *asked)
+    assert scheduler.counters.drafts == 0
 
 
 def test_a_batch_that_fails_fails_the_one_at_fault(
