@@ -32,18 +32,18 @@ test: stock ## the whole test suite; ARGS="-k name" for a part of it
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: test browser ## make test, then the server with a real browser, node clients, kills and load
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/all
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/e2e
 
 test-agents: browser real-models ## hundreds of turns of agents by each API, and Codex and Claude Code themselves: an hour
-	@cd tests/all && npm install --no-audit --no-fund --silent --no-save @openai/codex @anthropic-ai/claude-code
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/all/test_agents.py tests/all/test_agent_programs.py
+	@cd tests/e2e && npm install --no-audit --no-fund --silent --no-save @openai/codex @anthropic-ai/claude-code
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/e2e/test_agents.py tests/e2e/test_agent_programs.py
 
 browser: setup # what the tests of the page and of node clients need, beside Chromium and node themselves
 	@command -v npm > /dev/null || { echo "error: node and npm are needed: apt-get install nodejs npm" >&2; exit 1; }
 	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null || \
 		{ echo "error: Chromium is needed: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -c "import playwright" 2> /dev/null || $(BIN)/python -m pip install -q playwright
-	@cd tests/all && { [ -d node_modules/@anthropic-ai/sdk ] || npm install --no-audit --no-fund --silent; }
+	@cd tests/e2e && { [ -d node_modules/@anthropic-ai/sdk ] || npm install --no-audit --no-fund --silent; }
 
 test-kernels: setup ## the attention kernels against float64, on and for everything at hand; ARGS="cpu neon" for some
 	@$(PYTHON) scripts/test_kernels.py $(ARGS)

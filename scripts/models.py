@@ -4,7 +4,8 @@
     make models, or: .venv/bin/python scripts/models.py [NAME]...
 
 Builds native/tests/test-archs, which makes a tiny random model of each architecture, runs it for all of them and makes
-the page of what it says and of tests/architectures.json. With names: prints what it says about those, writes nothing.
+the page of what it says and of tests/native/architectures.json. With names: prints what it says about those, writes
+nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".venv" / "bin"
 PAGE = ROOT / "docs" / "models.md"
-EXPECTED = ROOT / "tests" / "architectures.json"
+EXPECTED = ROOT / "tests" / "native" / "architectures.json"
 
 Result = dict[str, Any]
 
@@ -222,7 +223,9 @@ def main() -> int:
             return 0
         unknown = results.keys() - expected().keys()
         if unknown:
-            raise ModelsError(f"tests/architectures.json does not say what to expect of {', '.join(sorted(unknown))}.")
+            raise ModelsError(
+                f"{EXPECTED.relative_to(ROOT)} does not say what to expect of {', '.join(sorted(unknown))}."
+            )
         PAGE.write_text(page(results))
         print(f"wrote {PAGE.relative_to(ROOT)}")
     except ModelsError as error:

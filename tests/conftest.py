@@ -24,9 +24,9 @@ SHARED = Path(os.environ.get("LMINF_SHARED") or Path(__file__).resolve().parents
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """tests/all needs a browser and node, and agents take an hour: they are only run where they are asked for."""
-    if collection_path == Path(__file__).parent / "all":
-        return not any("all" in Path(argument).parts for argument in config.args)
+    """tests/e2e needs a browser and node, and agents take an hour: they are only run where they are asked for."""
+    if collection_path == Path(__file__).parent / "e2e":
+        return not any("e2e" in Path(argument).parts for argument in config.args)
     if collection_path.name == "llama_server":  # what test_llama_server.py runs in a process of its own
         return True
     if collection_path.name.startswith("test_agent"):  # make test-agents

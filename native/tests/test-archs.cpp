@@ -7,7 +7,8 @@
 //   test-archs --device DEVICE ...
 //                              each of them with all layers there, and compared with the CPU as well; ggml's name: CUDA0
 //
-// What is expected of whom, and how large an error may be, is in tests/architectures.json; tests/test_archs.py compares.
+// What is expected of whom, and how large an error may be, is in tests/native/architectures.json;
+// tests/native/test_archs.py compares.
 
 #include "archs/context.h"
 #include "archs/generator.h"

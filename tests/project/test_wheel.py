@@ -1,0 +1,97 @@
+"""The check of a wheel, the choice of a CPU variant, and modules that cannot be loaded: without building a wheel."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from repository import script
+
+from lminf_edge import backends, native
+from lminf_edge.errors import UserError
+
+wheel = script("wheel")
+
+TAG = "manylinux_2_28_x86_64"
+
+
+def elf(n_initializers: int) -> bytes:
+    """The part of an ELF file that says what runs when it is loaded."""
+    header, section = bytearray(64), bytearray(64)
+    header[40:48], header[58:60], header[60:62] = (64).to_bytes(8, "little"), b"\x40\x00", b"\x01\x00"
+    section[4:8], section[32:40] = (14).to_bytes(4, "little"), (8 * n_initializers).to_bytes(8, "little")
+    return bytes(header + section)
+
+
+def write_wheel(folder: Path, variants: set[str], n_initializers: int = 1, without: str = "", tag: str = TAG) -> Path:
+    path = folder / f"lminf_edge-0.1.0-py3-none-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in wheel.WANTED:
+            if name != without:
+                archive.writestr(name, "")
+        for name in (*wheel.LIBRARIES, *(f"ggml-cpu-{variant}" for variant in variants)):
+            if name != without:
+                archive.writestr(f"lminf_edge/lib/lib{name}.so", elf(n_initializers))
+    return path
+
+
+def test_a_whole_wheel(tmp_path: Path) -> None:
+    variants = wheel.variants(TAG)
+    assert len(variants) == 14
+    assert "CPU variants, 14: alderlake" in "\n".join(wheel.check(write_wheel(tmp_path, variants)))
+
+
+@pytest.mark.parametrize("without", ["haswell", "x64", "lminf_edge/_vendor/LICENSE.llama-cpp-python.md", "ggml-rpc"])
+def test_what_is_missing_is_named(tmp_path: Path, without: str) -> None:
+    path = write_wheel(tmp_path, wheel.variants(TAG) - {without}, without=without)
+    with pytest.raises(wheel.WheelError, match=without):
+        wheel.check(path)
+
+
+def test_an_ignored_option_leaves_one_variant(tmp_path: Path) -> None:
+    with pytest.raises(wheel.WheelError, match="other CPU variants than it should have: alderlake, "):
+        wheel.check(write_wheel(tmp_path, set()))
+
+
+def test_code_that_runs_when_a_variant_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(wheel.WheelError, match="alderlake has code that runs when it is loaded"):
+        wheel.check(write_wheel(tmp_path, wheel.variants(TAG), n_initializers=2))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF files")
+def test_initializers_are_counted_in_real_libraries() -> None:
+    folder = native.library_folder()
+    assert folder is not None
+    assert wheel.n_initializers((folder / "libllama.so").read_bytes()) > 1  # tables of names
+    assert wheel.n_initializers((folder / "libggml-cpu.so").read_bytes()) == 1
+
+
+def test_a_variant_where_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import llama_cpp
+
+    monkeypatch.setenv("LMINF_CPU_VARIANT", "haswell")
+    with pytest.raises(UserError, match="is built for one CPU and has no variants: unset it"):
+        backends.load(llama_cpp.llama_cpp._lib, str(tmp_path))
+
+
+def test_a_module_without_its_driver_is_told(tmp_path: Path) -> None:
+    import llama_cpp
+
+    name = "ggml-cuda.dll" if sys.platform == "win32" else "libggml-cuda.so"
+    (tmp_path / name).write_bytes(b"not a library")
+    (unloaded,) = backends.unloaded(llama_cpp.llama_cpp._lib, tmp_path)
+    assert unloaded.name == "cuda"
+    assert unloaded.reason
+
+
+def test_the_file_whose_code_runs() -> None:
+    import llama_cpp
+
+    folder = native.library_folder()
+    assert folder is not None
+    path = backends.taken(llama_cpp.llama_cpp._lib, folder)
+    assert path is not None
+    assert path.parent == folder
+    assert "ggml-cpu" in path.name
