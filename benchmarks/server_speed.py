@@ -460,7 +460,7 @@ def mixed(args: argparse.Namespace) -> Figures:
                 started = time.monotonic()
                 while time.monotonic() < until:
                     samples.append({"minute": (time.monotonic() - started) / 60, "resident": server.resident()})
-                    await asyncio.sleep(5)
+                    await asyncio.sleep(min(5, 6 * args.minutes))
 
             clients = [_mixed_client(server, i, until, first, errors) for i in range(args.clients)]
             *counts, _ = await asyncio.gather(*clients, sample())
