@@ -20,22 +20,7 @@ from lminf_edge.native import LIBRARY_NAMES
 ROOT = Path(__file__).resolve().parent.parent
 
 # of the instruction sets that ggml has kernels for
-_FEATURES = (
-    "avx",
-    "avx2",
-    "f16c",
-    "fma",
-    "avx_vnni",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "sve",
-)
+_FEATURES = "avx avx2 f16c fma avx_vnni avx512f avx512bw avx512_vnni avx512_bf16 amx_int8 asimd asimddp i8mm sve"
 
 
 def describe(ours: Path, stock: Path) -> dict[str, Any]:
@@ -100,7 +85,7 @@ def _cpu() -> tuple[str, list[str]]:
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     known = set(flags[1].split()) if flags else set()
-    return name[1] if name else platform.processor() or platform.machine(), [f for f in _FEATURES if f in known]
+    return name[1] if name else platform.processor() or platform.machine(), [f for f in _FEATURES.split() if f in known]
 
 
 def _compiler(folder: Path) -> str | None:

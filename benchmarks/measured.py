@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import Record as Record
+from pages import load_records as load_records
 from trend import Array, Estimate, mean_difference, slope
 
 from lminf_edge.evaluate.buckets import Bucket, log_edges
 from lminf_edge.evaluate.passkey import Cell
 from lminf_edge.evaluate.policies import WITHOUT_RECALL
 
-Record = dict[str, Any]
-
 PAST = 4096  # from there on, Λ is compared with the others in every bucket
 SMALL = 0.01  # nats per token, 1 % of perplexity: up to there a difference does not matter to users
-
-
-def load_records(folder: Path) -> dict[str, Record]:
-    """The files of one folder, by experiment."""
-    records = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    return {record["experiment"]: record for record in records}
 
 
 def loss_records(records: dict[str, Record], kv_type: str | None = None) -> list[Record]:

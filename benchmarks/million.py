@@ -30,25 +30,6 @@ def resident_bytes() -> int:
     raise RuntimeError("Resident memory can only be read from /proc/self/status.")
 
 
-class SpanMean:
-    """The mean of a series over positions [start, end), taken block by block."""
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
-        self._sum, self._n = 0.0, 0
-
-    def add(self, position: int, values: np.ndarray) -> None:
-        """`values` are those from `position` on."""
-        inside = values[max(self.start - position, 0) : max(self.end - position, 0)]
-        self._sum += float(inside.sum())
-        self._n += len(inside)
-
-    @property
-    def mean(self) -> float:
-        assert self._n == self.end - self.start
-        return self._sum / self._n
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
@@ -63,60 +44,46 @@ def main() -> None:
     text = np.array(prose, dtype=np.int32)[: args.text_tokens]
 
     # the same text twice, whole repetitions apart
-    skipped = args.span // 10
-    n_between = (args.tokens - 1 - args.span - skipped) // len(text) * len(text)
-    early, late = (SpanMean(start, start + args.span) for start in (skipped, skipped + n_between))
-    if n_between <= 0:
+    early = args.span // 10
+    late = early + (args.tokens - 1 - args.span - early) // len(text) * len(text)
+    if late <= early:
         parser.error("give more --tokens, or a smaller --span or --text-tokens: the text must come round at least once")
 
+    losses = np.full(args.tokens, np.inf)  # all of its memory is taken now
     begun = time.perf_counter()
-    warm_bytes = n_nan = 0
+    warm_bytes = 0
     for position, nll in nll_blocks(llm, text, args.tokens):
-        early.add(position, nll)
-        late.add(position, nll)
-        n_nan += int(np.isnan(nll).sum())
         done = position + len(nll)
+        losses[position:done] = nll
         if not warm_bytes and done >= args.warm:
             warm_bytes = resident_bytes()
         if done % 50_176 < llm.n_batch:
-            rate = done / (time.perf_counter() - begun)
-            print(
-                f"{done:>9} tokens  {resident_bytes() / 2**20:7.1f} MiB  {nll.mean():.3f} nats  {rate:6.0f} tok/s",
-                flush=True,
-            )
+            rate, mib = done / (time.perf_counter() - begun), resident_bytes() / 2**20
+            print(f"{done:>9} tokens  {mib:7.1f} MiB  {nll.mean():.3f} nats  {rate:6.0f} tok/s", flush=True)
     seconds = time.perf_counter() - begun
-    end_bytes = resident_bytes()
     info = llm.stream_info()
-
     figures = {
         "tokens": args.tokens,
         "text_tokens": len(text),
         "seconds": seconds,
         "tokens_per_second": args.tokens / seconds,
-        "nan": n_nan,
+        "nan": int(np.isnan(losses).sum()),
         "span": args.span,
-        "early_start": early.start,
-        "early_loss": early.mean,
-        "late_start": late.start,
-        "late_loss": late.mean,
+        "early_start": early,
+        "early_loss": float(losses[early : early + args.span].mean()),
+        "late_start": late,
+        "late_loss": float(losses[late : late + args.span].mean()),
         "warm_tokens": args.warm,
         "warm_bytes": warm_bytes,
-        "end_bytes": end_bytes,
+        "end_bytes": resident_bytes(),
         "kv_bytes": info.kv_bytes,
         "rebases": info.rebases,
         "max_graph_position": info.max_graph_position,
     }
-    print(
-        f"\n{args.tokens} tokens in {seconds:.0f} s, {n_nan} NaN, {info.rebases} rebases, "
-        f"no graph position above {info.max_graph_position}\n"
-        f"loss of the same {args.span} tokens: {early.mean:.4f} from {early.start} on, "
-        f"{late.mean:.4f} from {late.start} on ({late.mean / early.mean - 1:+.3%})\n"
-        f"resident memory: {warm_bytes / 2**20:.2f} MiB after {args.warm} tokens, "
-        f"{end_bytes / 2**20:.2f} MiB at the end ({end_bytes / warm_bytes - 1:+.2%}); "
-        f"KV cache {info.kv_bytes / 2**20:.2f} MiB"
-    )
+    text_of_figures = json.dumps(figures, indent=2) + "\n"
+    print(text_of_figures, end="")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(text_of_figures)
 
 
 if __name__ == "__main__":

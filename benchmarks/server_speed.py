@@ -178,6 +178,13 @@ def spread(values: Sequence[float]) -> Figures:
     }
 
 
+def quotients(values: Sequence[float], base: Sequence[float]) -> Figures:
+    return {
+        "ratio": spread([a / b for a, b in zip(values, base, strict=True)]),
+        "ratio_of_medians": float(np.median(values) / np.median(base)),
+    }
+
+
 # --- experiments ------------------------------------------------------------------------------------------------------
 
 
@@ -207,8 +214,7 @@ def _first_token(args: argparse.Namespace, model: str) -> Figures:
                     "n_words": n_words,
                     "tokens_read": spread(read),
                     "seconds": {n: spread(each) for n, each in seconds.items()},
-                    "ratio": spread([b / a for a, b in zip(short, long, strict=True)]),
-                    "ratio_of_medians": float(np.median(long) / np.median(short)),
+                    **quotients(long, short),
                 }
             )
     return {
@@ -246,8 +252,7 @@ def unseen(args: argparse.Namespace) -> Figures:
                     {name: spread([run[name] for run in each]) for name in ("seconds", "tokens", "processed")}
                     for each in runs.values()
                 ],
-                "ratio": spread([b / a for a, b in zip(short, long, strict=True)]),
-                "ratio_of_medians": float(np.median(long) / np.median(short)),
+                **quotients(long, short),
             }
         )
     return {"models": models, "load": os.getloadavg()[0]}
@@ -460,7 +465,7 @@ def mixed(args: argparse.Namespace) -> Figures:
                 started = time.monotonic()
                 while time.monotonic() < until:
                     samples.append({"minute": (time.monotonic() - started) / 60, "resident": server.resident()})
-                    await asyncio.sleep(5)
+                    await asyncio.sleep(min(5, 6 * args.minutes))
 
             clients = [_mixed_client(server, i, until, first, errors) for i in range(args.clients)]
             *counts, _ = await asyncio.gather(*clients, sample())

@@ -31,9 +31,6 @@ from lminf_edge.models import find_model
 
 FIGURES = ROOT / "docs" / "performance"
 
-# settings of flash attention that ours is measured with: it is not used by the fused attention
-OURS_FLASH = (False,)
-
 
 @dataclass(frozen=True)
 class Size:
@@ -91,20 +88,10 @@ class Experiment:
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def ours(size: Size, depth: int, n_gen: int | None = None, flash: Sequence[bool] = OURS_FLASH) -> list[Contender]:
-    return [
-        Contender(
-            "ours",
-            "lambda",
-            "tg",
-            n_gen or size.n_gen,
-            depth,
-            size.window,
-            flash_attn=flash_attn,
-            n_ubatch=default_ubatch(size.window),
-        )
-        for flash_attn in flash
-    ]
+def ours(size: Size, depth: int, n_gen: int | None = None) -> list[Contender]:
+    """Without flash attention, which the fused attention does not use."""
+    n_ubatch = default_ubatch(size.window)
+    return [Contender("ours", "lambda", "tg", n_gen or size.n_gen, depth, size.window, n_ubatch=n_ubatch)]
 
 
 def full(size: Size, depth: int, n_gen: int | None = None) -> list[Contender]:
@@ -128,11 +115,9 @@ def decode_slow(size: Size) -> list[Contender]:
 
 
 def decode_q8_0(size: Size) -> list[Contender]:
-    def quantized(contenders: Sequence[Contender]) -> list[Contender]:
-        return [dataclasses.replace(c, kv_type="q8_0") for c in contenders if c.flash_attn]
-
-    f16 = ours(size, size.full_window)
-    return f16 + quantized(ours(size, size.full_window, flash=(True,))) + quantized(window(size))
+    """With flash attention alone: stock has no quantized values without it."""
+    f16, stock = ours(size, size.full_window), window(size)[1:]
+    return f16 + [dataclasses.replace(c, kv_type="q8_0", flash_attn=True) for c in f16 + stock]
 
 
 def positions(size: Size) -> list[Contender]:
@@ -143,8 +128,7 @@ def positions(size: Size) -> list[Contender]:
 
 
 def far(size: Size) -> list[Contender]:
-    flash = OURS_FLASH[:1]
-    return ours(size, size.full_window, flash=flash) + ours(size, 1_000_000, flash=flash)
+    return ours(size, size.full_window) + ours(size, 1_000_000)
 
 
 def prefill(size: Size) -> list[Contender]:
@@ -158,12 +142,12 @@ def prefill(size: Size) -> list[Contender]:
     stock = [
         dataclasses.replace(c, n_ubatch=n) for c in window(size) for n in (c.n_ubatch, default_ubatch(size.window))
     ]
-    return prompts(ours(size, size.full_window) + ours(size, 0, flash=OURS_FLASH[:1]) + stock)
+    return prompts(ours(size, size.full_window) + ours(size, 0) + stock)
 
 
 def sinks(size: Size) -> list[Contender]:
     """The same n_local with and without sinks, and an empty cache to take off what is not attention."""
-    (with_sinks,) = ours(size, size.full_window, 3 * size.n_gen, flash=OURS_FLASH[:1])
+    (with_sinks,) = ours(size, size.full_window, 3 * size.n_gen)
     without = dataclasses.replace(with_sinks, n_global=0, window=with_sinks.window - with_sinks.n_global)
     return [with_sinks, without, dataclasses.replace(without, depth=0)]
 
@@ -171,7 +155,7 @@ def sinks(size: Size) -> list[Contender]:
 def made_up(size: Size) -> list[Contender]:
     """Cells made up and cells really computed."""
     small = dataclasses.replace(size, window=size.window // 4)
-    contenders = ours(small, small.full_window, flash=OURS_FLASH[:1]) + full(small, small.full_window)
+    contenders = ours(small, small.full_window) + full(small, small.full_window)
     return [dataclasses.replace(c, prefilled=prefilled) for c in contenders for prefilled in (False, True)]
 
 
@@ -222,7 +206,7 @@ def measure(
 
 def measure_latency(size: Size, libraries: dict[str, Path], n_threads: int) -> dict[str, Any]:
     """Time between tokens of one long stream of the embedded model."""
-    contender = Contender("ours", "lambda", "tg", 32, 0, 512, flash_attn=OURS_FLASH[0], n_ubatch=default_ubatch(512))
+    contender = Contender("ours", "lambda", "tg", 32, 0, 512, n_ubatch=default_ubatch(512))
     with Bench({"ours": libraries["ours"]}, find_model("nano"), n_threads) as bench:
         latency = bench.latency(contender, size.n_latency)
         facts = bench.facts

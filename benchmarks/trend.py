@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 Array = npt.NDArray[np.float64]
-
-_SMALL = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # where the expansion below is not good enough
 
 
 @dataclass(frozen=True)
@@ -29,31 +27,10 @@ class Estimate:
         return self.low <= 0 <= self.high
 
 
-def t_quantile(n_free: int) -> float:
-    """The 97.5 % quantile of Student's t with n_free degrees of freedom.
-
-    Source: the expansion 26.7.5 of Abramowitz & Stegun, Handbook of Mathematical Functions.
-    """
-    if n_free in _SMALL:
-        return _SMALL[n_free]
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return float(z + sum(term / n_free ** (i + 1) for i, term in enumerate(terms)))
-
-
 def proportion(n_right: int, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of which n_right of n samples were right.
-
-    Source: the score interval of Wilson 1927, doi 10.1080/01621459.1927.10502953.
-    """
-    z = NormalDist().inv_cdf(0.975)
-    middle = (n_right + z * z / 2) / (n + z * z)
-    margin = z * (n_right * (n - n_right) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return max(0.0, middle - margin), min(1.0, middle + margin)
+    """The 95 % confidence interval of a share of which n_right of n samples were right (Wilson's score interval)."""
+    interval = stats.binomtest(n_right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mean_difference(a: Sequence[float] | Array, b: Sequence[float] | Array) -> Estimate:
@@ -66,7 +43,7 @@ def mean_difference(a: Sequence[float] | Array, b: Sequence[float] | Array) -> E
     if n < 2:
         raise ValueError("A confidence interval needs two samples at least.")
     mean = float(difference.mean())
-    margin = t_quantile(n - 1) * float(difference.std(ddof=1)) / n**0.5
+    margin = float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1)) / n**0.5
     return Estimate(mean, mean - margin, mean + margin, n)
 
 
@@ -95,5 +72,5 @@ def slope(x: Array, y: Array, clusters: Array, within: bool = False) -> Estimate
     scores = np.bincount(index, weights=x * (y - value * x))
     n = len(x)
     factor = n_clusters / (n_clusters - 1) * (n - 1) / max(n - 2, 1)
-    margin = t_quantile(n_clusters - 1) * float(factor * (scores * scores).sum()) ** 0.5 / spread
+    margin = float(stats.t.ppf(0.975, n_clusters - 1)) * float(factor * (scores * scores).sum()) ** 0.5 / spread
     return Estimate(value, value - margin, value + margin, n_clusters)

@@ -41,14 +41,14 @@ def check_plot(path: Path) -> None:
     """Raises ImportError without matplotlib, ValueError for a kind of file that is not drawn; in one sentence."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"{path} is no picture that can be drawn: give a name that ends in {', '.join(FORMATS)}.")
-    _pyplot()
+    load_pyplot()
 
 
 def plot_losses(
     path: Path, curves: Mapping[str, Sequence[Bucket]], n_ctx_train: int, window: int = 0, title: str = ""
 ) -> None:
     """Loss against position, on a logarithmic axis, with the training length and the window marked (0: not known)."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name in STYLES:
         if curves.get(name):
@@ -73,7 +73,7 @@ def plot_losses(
         axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(fontsize=9, handlelength=4, loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str = "") -> None:
@@ -81,7 +81,7 @@ def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str 
 
     A cell is hatched where most keys were out of reach.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     n_columns = min(3, len(policies))
     n_rows = -(-len(policies) // n_columns)
     lengths = sorted({cell.length for cells in policies.values() for cell in cells})
@@ -128,7 +128,7 @@ def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str 
     bar = figure.colorbar(image, ax=grid, ticks=[0, 0.5, 1], format="{x:.0%}", shrink=0.8)
     bar.set_label("right answers", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_drift(path: Path, streams: Mapping[str, Sequence[tuple[float, float, float]]], title: str = "") -> None:
@@ -136,7 +136,7 @@ def plot_drift(path: Path, streams: Mapping[str, Sequence[tuple[float, float, fl
 
     `streams` has, by name, (position, mean difference in nats per token, margin of its 95 % interval).
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     end = 0
     for (name, points), color in zip(streams.items(), ("#0072B2", "#D55E00", "#009E73"), strict=False):
@@ -153,14 +153,14 @@ def plot_drift(path: Path, streams: Mapping[str, Sequence[tuple[float, float, fl
         axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_divergence(
     path: Path, policies: Mapping[str, tuple[Sequence[float], Sequence[float]]], window: int, title: str = ""
 ) -> None:
     """Mean KL divergence from full attention by position: (edges of buckets, means in nats) of each policy."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     for name in STYLES:
         if name in policies:
@@ -177,7 +177,7 @@ def plot_divergence(
         axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, handlelength=4, loc="upper left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _mark(axes: Any, marks: Mapping[str, int], end: int) -> None:
@@ -214,7 +214,7 @@ def _position(n: int) -> str:
     return str(n)
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     """matplotlib.pyplot, without a window. Raises ImportError, in one sentence."""
     try:
         import matplotlib
@@ -226,7 +226,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes and closes it."""
     metadata = {"Software": None} if path.suffix.lower() == ".png" else None  # the same bytes for the same figures
     figure.savefig(path, dpi=120, metadata=metadata)
-    _pyplot().close(figure)
+    load_pyplot().close(figure)

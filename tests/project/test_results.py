@@ -23,7 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other
 import evidence
 import measured
 from quantize import quantize, tensor_types
-from trend import mean_difference, proportion, slope, t_quantile
+from trend import mean_difference, proportion, slope
 
 Record = dict[str, Any]
 
@@ -386,12 +386,6 @@ def test_fresh_losses_are_those_of_a_new_stream() -> None:
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def test_quantiles() -> None:
-    # from tables of Student's t
-    for n_free, expected in ((1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (30, 2.042), (1000, 1.962)):
-        assert t_quantile(n_free) == pytest.approx(expected, abs=0.001)
 
 
 def test_shares() -> None:
