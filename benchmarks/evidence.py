@@ -67,6 +67,7 @@ WINDOW = ("n_global", "n_local", "max_distance")
 N_BATCH = 512
 TAIL_WINDOW = 512  # tokens; also half of it
 LONG_PROMPT = 1 << 16  # tokens; of longer ones half as many are asked
+REAL_WINDOWS = (1024, 4096)
 LARGE = 1 << 26  # bytes of a model file: from there on depth has its price
 INTERRUPTED = 130
 
@@ -108,6 +109,9 @@ class Size:
     n_ceiling_trials: int = 4
     n_recall_loss: int = 8192  # of each text; of a large model half
     recall_loss_start: int = 1024
+    n_real: int = 1 << 17  # what Λ reads of each text with a real model
+    n_real_others: int = 1 << 15  # and the other policies, and Λ in other windows
+    n_real_sweep: int = 1 << 14
     n_text: int | None = None  # of each text, at most
     save_every: float = 60.0
 
@@ -134,6 +138,9 @@ TINY = Size(
     n_recall_trials=1,
     n_ceiling_trials=1,
     n_recall_loss=2048,
+    n_real=4096,
+    n_real_others=2048,
+    n_real_sweep=1024,
     n_text=6144,
     save_every=0.5,
 )
@@ -324,42 +331,56 @@ def window_facts(window: Window) -> Results:
 
 
 def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Results:
-    """Every policy on every text, and what the same text costs when it is read by streams that have just begun."""
-    size, settings = experiment.size, experiment.settings
-    window = subject.window()
+    """Every policy on every text, and what the same text costs when it is read by streams that have just begun.
+
+    settings["read"] has how many tokens each policy reads of a text; without it all read as many, but for full attention.
+    """
+    settings, block = experiment.settings, experiment.settings["block"]
+    window = subject.window(n_local=settings["window"] - N_GLOBAL if "window" in settings else None)
     setup = subject.setup(window, settings["kv_type"])
-    n_full: int | None = settings["full_tokens"]
-    setup.check(list(WITHOUT_RECALL.values()), min(size.n_loss, n_full or size.n_loss))
-    policies: dict[str, Results] = {name: {"texts": {}} for name in WITHOUT_RECALL}
-    fresh: dict[str, Results] = {name: {} for name in ("lminf", "full")}
-    for name, tokens in subject.texts.items():
-        n = min(size.n_loss, len(tokens) - 1)
-        for policy in WITHOUT_RECALL.values():
-            full = policy.name == "full"
-            n_read = min(n, n_full or n) if full else n
-            with setup.reader(policy, n_read) as reader:
-                limit = 60 * settings["full_minutes"] if full and n_full is None else None
-                figures, done = curve(reader, tokens, n_read, size.block, limit)
-            if full:
+    read: dict[str, int] = settings.get("read") or dict.fromkeys(WITHOUT_RECALL, settings["tokens"])
+    n_full: int | None = read.get("full", 0) if "read" in settings else settings["full_tokens"]
+    setup.check([POLICIES[name] for name in read], min(settings["tokens"], n_full or settings["tokens"]))
+    policies: dict[str, Results] = {name: {"texts": {}} for name in read}
+    fresh: dict[str, Results] = {name: {} for name in settings.get("fresh", ("lminf", "full"))}
+    options = f"--tokens {settings['tokens'] + 1} --policies {','.join(read)}"
+    n_done = 0
+
+    def results() -> Results:
+        full = f" --full-tokens {(n_full or 0) + 1}" if "full" in read else ""
+        return {
+            "command": ppl(subject, "text", window, settings["kv_type"], options + full),
+            "tokens": n_done,
+            "window": window_facts(window),
+            "full_tokens": n_full,
+            "policies": policies,
+            "fresh": fresh,
+        }
+
+    for name, tokens in [*subject.texts.items()][: settings.get("n_texts")]:
+        for policy_name, most in read.items():
+            n = min(most, len(tokens) - 1)
+            is_full = policy_name == "full"
+            n_read = min(n, n_full or n) if is_full else n
+            with setup.reader(POLICIES[policy_name], n_read) as reader:
+                limit = 60 * settings["full_minutes"] if is_full and n_full is None else None
+                figures, done = curve(reader, tokens, n_read, block, limit)
+            if is_full:
                 n_full = n_full or done  # decided on the first text
-            policies[policy.name]["texts"][name] = figures
-            say(f"{name}, {policy.name}: {done} tokens, {figures['mean_nll']:.4f} nats, {rate(figures)}")
+            policies[policy_name]["texts"][name] = figures
+            n_done += done
+            save(results())
+            say(f"{name}, {policy_name}: {done} tokens, {figures['mean_nll']:.4f} nats, {rate(figures)}")
         for policy_name, by_text in fresh.items():
-            start = size.far_loss // size.block * size.block
+            start = settings["start"] // block * block
+            n = min(read[policy_name] if policy_name != "full" else settings["tokens"], len(tokens) - 1)
             with setup.reader(POLICIES[policy_name], subject.n_train) as reader:
                 begun = time.perf_counter()
                 nll = fresh_nll(reader, subject, tokens, window, start, n)
-            by_text[name] = {"start": start, "block_nll": block_means(nll, size.block)}
+            by_text[name] = {"start": start, "block_nll": block_means(nll, block)}
             by_text[name]["seconds"] = round(time.perf_counter() - begun, 2)
             say(f"{name}, {policy_name}, started fresh: {nll.mean():.4f} nats")
-    options = f"--tokens {size.n_loss + 1} --policies {','.join(WITHOUT_RECALL)} --full-tokens {(n_full or 0) + 1}"
-    return {
-        "command": ppl(subject, "text", window, settings["kv_type"], options),
-        "window": window_facts(window),
-        "full_tokens": n_full,
-        "policies": policies,
-        "fresh": fresh,
-    }
+    return results()
 
 
 def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Results:
@@ -725,6 +746,10 @@ def experiments(
     # as many as hold a key that is told at once
     add("passkey-sinks", main, measure_passkey, **asked, policies=["lminf"], n_global=n_train // 8)
     for model, name in zip(models, names, strict=True):
+        n_bytes = Path(model_header(model)[0]).stat().st_size
+        if n_bytes > LARGE:
+            made += real_experiments(model, name, size, REAL_WINDOWS, 1 if n_bytes < 2 * LARGE else 2)
+            continue
         for kv_type in ("f16", "q8_0"):
             add(
                 f"loss-{name}-{kv_type}", model, measure_loss, kv_type=kv_type, tokens=size.n_loss,
@@ -770,6 +795,31 @@ def experiments(
         tokens=size.n_longest,
         block=size.longest_block,
     )
+    return made
+
+
+def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int], share: int) -> list[Experiment]:
+    """What is measured of a real model: a window that is far from its training length, and one that is near to it.
+
+    share   a model that is slow reads so much less
+    """
+    made: list[Experiment] = []
+
+    def add(experiment: str, run: Callable[[Subject, Experiment, Save], Results], **settings: Any) -> None:
+        made.append(Experiment(experiment, model, run, settings, size, WEIGHTS_FOLDER))
+
+    small, large = windows
+    n_train = model_header(model)[1].n_ctx_train
+    n_far, n_near, n_sweep = (n // share for n in (size.n_real, size.n_real_others, size.n_real_sweep))
+    n_full = min(2 * n_train, n_near)
+    others = {name: n_near for name in WITHOUT_RECALL if name not in ("full", "lminf")}
+    loss: Results = {"block": size.block, "n_texts": 3 if share == 1 else 2}
+    add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, **loss, tokens=n_far, start=n_far // 2,
+        read={"lminf": n_far, **others, "full": n_full}, fresh=["lminf"])  # fmt: skip
+    add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, **loss, tokens=n_near,
+        start=n_near // 2, read={"lminf": n_near}, fresh=[])  # fmt: skip
+    add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, **loss, tokens=n_near,
+        start=n_near // 2, read={"lminf": n_near, **others}, fresh=[])  # fmt: skip
     return made
 
 
