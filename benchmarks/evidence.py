@@ -46,6 +46,8 @@ from lminf_edge.cli.passkey import policy_report
 from lminf_edge.cli.policies import Setup
 from lminf_edge.cli.ppl import Text, stretches_of
 from lminf_edge.config import StreamInfo, Window, resolve
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.sampler import make_sampler
 from lminf_edge.errors import UserError
 from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
@@ -112,6 +114,12 @@ class Size:
     n_real: int = 1 << 17  # what Λ reads of each text with a real model
     n_real_others: int = 1 << 15  # and the other policies, and Λ in other windows
     n_real_sweep: int = 1 << 14
+    n_real_stream: int = 1_000_000
+    real_part: int = 1 << 15  # of each text
+    real_block: int = 2048
+    place: int = 20_000  # where texts are gone on with
+    n_written: int = 4096  # past the window
+    n_seeds: int = 6
     n_text: int | None = None  # of each text, at most
     save_every: float = 60.0
 
@@ -141,6 +149,12 @@ TINY = Size(
     n_real=4096,
     n_real_others=2048,
     n_real_sweep=1024,
+    n_real_stream=9000,
+    real_part=3072,
+    real_block=512,
+    place=2000,
+    n_written=256,
+    n_seeds=2,
     n_text=6144,
     save_every=0.5,
 )
@@ -173,6 +187,14 @@ class Subject:
         it."""
         n_local = n_local or self.n_train // 2 - n_global
         return resolve(LMInfConfig(n_global=n_global, n_local=n_local, max_distance=max_distance), None, 1 << 30)
+
+    def window_of(self, settings: Results) -> Window:
+        """The window of an experiment that names its size, or half of the training length."""
+        return self.window(n_local=settings["window"] - N_GLOBAL) if "window" in settings else self.window()
+
+    def texts_of(self, settings: Results) -> dict[str, Tokens]:
+        """The first ones, where an experiment does not read all."""
+        return dict([*self.texts.items()][: settings.get("n_texts")])
 
     def setup(self, window: Window, kv_type: str, path: str | None = None) -> Setup:
         options = argparse.Namespace(kv_type=kv_type, batch=N_BATCH, threads=self.n_threads, gpu_layers=0, rpc=None)
@@ -333,12 +355,12 @@ def window_facts(window: Window) -> Results:
 def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """Every policy on every text, and what the same text costs when it is read by streams that have just begun.
 
-    settings["read"] has how many tokens each policy reads of a text; without it all read as many, but for full attention.
+    settings["read"] has how many tokens each policy reads of a text; without it all read as many, full attention less.
     """
     settings, block = experiment.settings, experiment.settings["block"]
-    window = subject.window(n_local=settings["window"] - N_GLOBAL if "window" in settings else None)
+    window = subject.window_of(settings)
     setup = subject.setup(window, settings["kv_type"])
-    read: dict[str, int] = settings.get("read") or dict.fromkeys(WITHOUT_RECALL, settings["tokens"])
+    read: dict[str, int] = settings.get("read", dict.fromkeys(WITHOUT_RECALL, settings["tokens"]))
     n_full: int | None = read.get("full", 0) if "read" in settings else settings["full_tokens"]
     setup.check([POLICIES[name] for name in read], min(settings["tokens"], n_full or settings["tokens"]))
     policies: dict[str, Results] = {name: {"texts": {}} for name in read}
@@ -357,7 +379,7 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
             "fresh": fresh,
         }
 
-    for name, tokens in [*subject.texts.items()][: settings.get("n_texts")]:
+    for name, tokens in subject.texts_of(settings).items():
         for policy_name, most in read.items():
             n = min(most, len(tokens) - 1)
             is_full = policy_name == "full"
@@ -384,11 +406,14 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
 
 
 def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Results:
-    """One Λ stream over all texts, over and over; the same blocks of text read by streams that have just begun."""
+    """One Λ stream over all texts, over and over; the same blocks of text read by streams that have just begun.
+
+    settings["part"]: so many tokens of each text.
+    """
     settings, block = experiment.settings, experiment.settings["block"]
-    window = subject.window()
+    window = subject.window_of(settings)
     setup = subject.setup(window, settings["kv_type"])
-    parts = [tokens[subject.n_bos :] for tokens in subject.texts.values()]
+    parts = [tokens[subject.n_bos :][: settings.get("part")] for tokens in subject.texts.values()]
     bos = next(iter(subject.texts.values()))[: subject.n_bos]
     text = np.concatenate(parts)
     n_blocks = len(text) // block
@@ -451,7 +476,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
 
 def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """The Λ cache with one setting after the other, on the first tokens of each text."""
-    size, settings = experiment.size, experiment.settings
+    settings, block = experiment.settings, experiment.size.block
     variants = []
     for variant in settings["variants"]:
         window = subject.window(**{name: variant[name] for name in WINDOW if name in variant})
@@ -465,20 +490,20 @@ def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Resul
             figures["tensors"] = tensor_types(path)
         setup = subject.setup(window, kv_type, path)
         with setup.reader(POLICIES["lminf"], 0) as reader:
-            for name, tokens in subject.texts.items():
-                n = min(size.n_sweep, len(tokens) - 1)
-                by_text, _ = curve(reader, tokens, n, size.block)
-                by_text["first_block"] = size.far_sweep // size.block
-                by_text["start"] = by_text["first_block"] * size.block
+            for name, tokens in subject.texts_of(settings).items():
+                n = min(settings["tokens"], len(tokens) - 1)
+                by_text, _ = curve(reader, tokens, n, block)
+                by_text["first_block"] = settings["start"] // block
+                by_text["start"] = by_text["first_block"] * block
                 if settings["fresh"]:
                     nll = fresh_nll(reader, subject, tokens, window, by_text["start"], n)
-                    by_text["fresh_nll"] = block_means(nll, size.block)
+                    by_text["fresh_nll"] = block_means(nll, block)
                 figures["texts"][name] = by_text
             figures["kv_bytes"] = stream_info(reader).kv_bytes
         variants.append(figures)
         mean = np.mean([by_text["mean_nll"] for by_text in figures["texts"].values()])
         say(f"{variant['name']}: {mean:.4f} nats, {rate(by_text)}")
-    command = ppl(subject, "text", subject.window(), "f16", f"--tokens {size.n_sweep + 1}")
+    command = ppl(subject, "text", subject.window_of(settings), "f16", f"--tokens {settings['tokens'] + 1}")
     option, value = settings["swept"]
     if option in command:
         command = re.sub(f"{option} \\S+", f"{option} {value}", command)
@@ -652,13 +677,77 @@ def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) ->
     }  # fmt: skip
 
 
+def measure_generation(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """Text that the model writes far beyond its window, with penalties: whether it repeats itself, and its loss.
+
+    Each seed goes on from another place of the texts. The judge is the same for all policies: the model with full
+    attention over prompt and text together, which fit the training length. The novels themselves are judged as well.
+    """
+    settings = experiment.settings
+    window, n_prompt, n_all = subject.window_of(settings), settings["prompt"], settings["prompt"] + settings["tokens"]
+    setup = subject.setup(window, settings["kv_type"])
+    texts = [*subject.texts_of(settings).values()]
+    prompts = [texts[seed % len(texts)][at : at + n_all] for seed in range(settings["seeds"])
+               for at in [settings["place"] * (1 + seed // len(texts))]]  # fmt: skip
+    written: dict[str, list[Tokens]] = {"text": prompts}
+    begun = time.perf_counter()
+    for name in settings["policies"]:
+        with setup.reader(POLICIES[name], n_all) as reader:
+            written[name] = []
+            for seed, prompt in enumerate(prompts):
+                written[name].append(write_on(reader, prompt[:n_prompt], n_all, seed, settings["sampling"]))
+                say(f"{name}, seed {seed}: {time.perf_counter() - begun:.0f} s")
+    policies: Results = {name: {"nll": [], "distinct": []} for name in written}
+    with setup.reader(POLICIES["full"], n_all) as reader:
+        for name, streams in written.items():
+            for stream in streams:
+                nll = token_nll(reader, stream)[window.size - 1 :]
+                far = stream[window.size :]
+                policies[name]["nll"].append(block_means(nll, settings["block"]))
+                policies[name]["distinct"].append(
+                    [round(distinct(far[at : at + settings["block"]]), 4)
+                     for at in range(0, len(far) - settings["block"] + 1, settings["block"])]
+                )  # fmt: skip
+                policies[name].setdefault("distinct_all", []).append(round(distinct(far), 4))
+            say(f"{name}: {np.mean(policies[name]['nll']):.3f} nats, {np.mean(policies[name]['distinct_all']):.3f} new")
+    options = f"--only {experiment.name} --model {subject.argument}"
+    return {
+        "command": f".venv/bin/python benchmarks/evidence.py --text texts.txt {options}",
+        "window": window_facts(window),
+        "policies": policies,
+    }
+
+
+def write_on(reader: Reader, prompt: Tokens, n_tokens: int, seed: int, sampling: Results) -> Tokens:
+    """A stream of n_tokens that begins with the prompt; the text never ends."""
+    from llama_cpp import llama_cpp as bindings
+
+    reader.clear()
+    for start in range(0, len(prompt), reader.n_batch):
+        logits = reader.read(prompt[start : start + reader.n_batch], logits_all=False)
+    vocabulary = reader.llm._model.vocab
+    never = {token: -np.inf for token in range(reader.n_vocab) if bindings.llama_vocab_is_control(vocabulary, token)}
+    params = SamplingParams(seed=seed, logit_bias=never, **sampling)
+    with contextlib.closing(make_sampler(params, reader.llm._model, reader.n_batch, previous=prompt)) as sampler:
+        stream = [*prompt.tolist(), sampler.draw(logits[-1])]
+        while len(stream) < n_tokens:
+            stream.append(sampler.draw(reader.read(as_tokens(stream[-1:]), logits_all=False)[-1]))
+    return as_tokens(stream)
+
+
+def distinct(tokens: Tokens, n: int = 4) -> float:
+    """The share of n-grams that are different ones."""
+    grams = {tuple(tokens[at : at + n].tolist()) for at in range(len(tokens) - n + 1)}
+    return len(grams) / (len(tokens) - n + 1)
+
+
 def measure_tail(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """The loss of blocks of text after all that stands before them was processed, and after its tail alone.
 
     The sinks are always processed. What lies between them and the tail is skipped as the engine skips it.
     """
     settings = experiment.settings
-    window = subject.window(n_local=settings["window"] - N_GLOBAL)
+    window = subject.window_of(settings)
     tails: Results = {f"{settings['n_contrast']} tokens": settings["n_contrast"]}
     tails.update({f"{n} window{'s' * (n > 1)}": n * window.n_local for n in settings["n_tail"]})
     figures: dict[str, Results] = {
@@ -820,6 +909,24 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
         start=n_near // 2, read={"lminf": n_near}, fresh=[])  # fmt: skip
     add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, **loss, tokens=n_near,
         start=n_near // 2, read={"lminf": n_near, **others}, fresh=[])  # fmt: skip
+    sweep: Results = {"window": small, "tokens": n_sweep, "start": n_sweep // 2, "n_texts": 2, "fresh": False}
+    n_local = small - N_GLOBAL
+    add(f"sweep-global-{name}", measure_sweep, swept=["--n-global", "G"], **sweep, variants=[
+        {"name": f"G = {n}", "n_global": n, "n_local": n_local} for n in (0, 1, 4, 10, 32)
+    ])  # fmt: skip
+    add(f"sweep-local-{name}", measure_sweep, swept=["--n-local", "L"], **sweep, variants=[
+        {"name": f"L = {n - N_GLOBAL}", "n_local": n - N_GLOBAL}
+        for n in (small // 4, small // 2, small, 2 * small, 4 * small)
+    ])  # fmt: skip
+    add(f"sweep-distance-{name}", measure_sweep, swept=["--max-distance", "D"], **sweep, variants=[
+        {"name": f"D = {n}", "n_local": n_local, "max_distance": n}
+        for n in (n_local // 2, n_local, 2 * n_local, n_train // 2, 2 * n_train)
+    ])  # fmt: skip
+    add(f"generation-{name}", measure_generation, kv_type="f16", window=small, policies=["shift", "lminf"],
+        prompt=small // 2, tokens=size.n_written + small // 2, block=size.block, seeds=size.n_seeds // share,
+        place=size.place, sampling={"temperature": 0.8, "top_p": 0.95, "repeat_penalty": 1.1})  # fmt: skip
+    add(f"stream-{name}", measure_stream, kv_type="f16", window=small, part=size.real_part,
+        block=size.real_block, tokens=size.n_real_stream // share, start=size.far_loss)  # fmt: skip
     return made
 
 
