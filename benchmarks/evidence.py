@@ -201,7 +201,17 @@ class Subject:
         return Setup(path or self.path, self.header, window, KV_TYPE_NUMBERS[kv_type], model_settings(options))
 
 
-Save = Callable[[Results], None]  # takes what a long stream has reached
+class Save:
+    """Takes what a long experiment has reached.
+
+    kept   what an earlier run of the same has reached; {}: nothing
+    """
+
+    def __init__(self, write: Callable[[Results], None], kept: Results) -> None:
+        self._write, self.kept = write, kept
+
+    def __call__(self, reached: Results) -> None:
+        self._write(reached)
 
 
 @dataclass(frozen=True)
@@ -356,6 +366,7 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
     """Every policy on every text, and what the same text costs when it is read by streams that have just begun.
 
     settings["read"] has how many tokens each policy reads of a text; without it all read as many, full attention less.
+    What an earlier run has read of the same is not read again.
     """
     settings, block = experiment.settings, experiment.settings["block"]
     window = subject.window_of(settings)
@@ -375,12 +386,17 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
             "tokens": n_done,
             "window": window_facts(window),
             "full_tokens": n_full,
-            "policies": policies,
+            "policies": {name: figures for name, figures in policies.items() if figures["texts"]},
             "fresh": fresh,
         }
 
     for name, tokens in subject.texts_of(settings).items():
         for policy_name, most in read.items():
+            known = save.kept.get("policies", {}).get(policy_name, {"texts": {}})["texts"]
+            if name in known:
+                policies[policy_name]["texts"][name] = known[name]
+                n_done += known[name]["tokens"]
+                continue
             n = min(most, len(tokens) - 1)
             is_full = policy_name == "full"
             n_read = min(n, n_full or n) if is_full else n
@@ -903,8 +919,10 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
     n_full = min(2 * n_train, n_near)
     others = {name: n_near for name in WITHOUT_RECALL if name not in ("full", "lminf")}
     loss: Results = {"block": size.block, "n_texts": 3 if share == 1 else 2}
-    add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, **loss, tokens=n_far, start=n_far // 2,
-        read={"lminf": n_far, **others, "full": n_full}, fresh=["lminf"])  # fmt: skip
+    add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, **loss, tokens=n_near,
+        start=n_near // 2, read={"lminf": n_near, **others, "full": n_full}, fresh=[])  # fmt: skip
+    add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, block=size.block, n_texts=1, tokens=n_far,
+        start=n_far // 2, read={"lminf": n_far}, fresh=["lminf"])  # fmt: skip
     add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, **loss, tokens=n_near,
         start=n_near // 2, read={"lminf": n_near}, fresh=[])  # fmt: skip
     add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, **loss, tokens=n_near,
@@ -988,7 +1006,8 @@ def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out
         write(path, {**head, **inputs, **results, "machine": machine})
 
     try:
-        results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
+        save = Save(lambda reached: record(reached, complete=False), kept if same else {})
+        results = experiment.run(subject, experiment, save)
     except (CommandError, UserError) as error:  # such a thing as a cache of this type cannot be had for this model
         results = {"refused": str(error)}
         say(f"not measured: {error}")

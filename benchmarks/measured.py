@@ -19,6 +19,7 @@ from lminf_edge.evaluate.policies import WITHOUT_RECALL
 Record = dict[str, Any]
 
 PAST = 4096  # from there on, Λ is compared with the others in every bucket
+REAL = 50_000_000  # parameters: fewer are a toy's
 SMALL = 0.01  # nats per token, 1 % of perplexity: up to there a difference does not matter to users
 
 
@@ -28,14 +29,36 @@ def load_records(folder: Path) -> dict[str, Record]:
     return {record["experiment"]: record for record in records}
 
 
-def loss_records(records: dict[str, Record], kv_type: str | None = None) -> list[Record]:
-    """Those of loss by position, the model of the other experiments first."""
+def is_real(record: Record) -> bool:
+    """Whether its model is one that people use."""
+    return bool(record["model"]["n_params"] >= REAL)
+
+
+def kind_of(records: dict[str, Record], real: bool) -> dict[str, Record]:
+    """Those of real models, or of toys."""
+    return {name: record for name, record in records.items() if is_real(record) == real}
+
+
+def window_size(record: Record) -> int:
+    return int(record["window"]["n_global"] + record["window"]["n_local"])
+
+
+def loss_records(records: dict[str, Record], kv_type: str | None = None, kind: str = "loss") -> list[Record]:
+    """Those of loss by position: real models first, and of toys the model of the other experiments."""
     found = [
         record
         for name, record in records.items()
-        if name.startswith("loss-") and kv_type in (None, record["settings"]["kv_type"])
+        if name.startswith(f"{kind}-") and kv_type in (None, record["settings"]["kv_type"])
     ]
-    return sorted(found, key=lambda record: (record["model"]["name"] != "nano", record["model"]["name"]))
+    return sorted(
+        found,
+        key=lambda record: (
+            not is_real(record),
+            record["model"]["name"] != "nano",
+            record["model"]["n_params"] if is_real(record) else record["model"]["name"],
+            window_size(record),
+        ),
+    )
 
 
 # --- loss by position -------------------------------------------------------------------------------------------------
@@ -91,8 +114,9 @@ def octaves(buckets: Sequence[Bucket], first: int) -> list[Bucket]:
     return result
 
 
-def constant_memory() -> list[str]:
-    return [name for name in WITHOUT_RECALL if name not in ("full", "lminf")]
+def constant_memory(record: Record) -> list[str]:
+    """Policies of constant memory that were measured beside Λ."""
+    return [name for name in WITHOUT_RECALL if name in record["policies"] and name not in ("full", "lminf")]
 
 
 def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate]]:
@@ -191,7 +215,7 @@ def paired(record: Record) -> tuple[Array, Array, Array]:
 
 def stream_records(records: dict[str, Record]) -> list[Record]:
     """Those of long streams that a line can be fitted to."""
-    found = [record for name, record in records.items() if name == "stream" or name.startswith("longest-")]
+    found = [record for name, record in records.items() if name.startswith(("stream", "longest-"))]
     return sorted((r for r in found if drift(r)), key=lambda r: (r["experiment"] != "stream", r["tokens"]))
 
 
