@@ -105,7 +105,7 @@ class Size:
     places_per_octave: int = 9
     n_octaves: int = 4  # of a large model half as many
     recall_lengths: tuple[int, ...] = (8192, 32768, 131072)
-    recall_lengths_large: tuple[int, ...] = (4096, 8192)
+    recall_lengths_large: tuple[int, ...] = (4096,)
     recall_depths: tuple[float, ...] = tuple(i / 4 for i in range(5))
     n_recall_trials: int = 2  # for each place
     n_ceiling_trials: int = 4
@@ -115,7 +115,7 @@ class Size:
     n_real_others: int = 1 << 15  # and the other policies, and Λ in other windows
     n_real_sweep: int = 1 << 14
     n_real_stream: int = 1_000_000
-    real_part: int = 1 << 15  # of each text
+    real_part: int = 1 << 14  # of each text
     real_block: int = 2048
     place: int = 20_000  # where texts are gone on with
     n_written: int = 4096  # past the window
@@ -679,7 +679,7 @@ def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) ->
         with subject.setup(window, settings["kv_type"]).reader(
             POLICIES["recall" if n_recall else "lminf"], 0
         ) as reader:
-            for name, tokens in subject.texts.items():
+            for name, tokens in subject.texts_of(settings).items():
                 figures, _ = curve(reader, tokens, min(settings["tokens"], len(tokens) - 1), settings["block"])
                 ways[str(n_recall)]["texts"][name] = figures["block_nll"]
                 reader.clear()
@@ -853,7 +853,7 @@ def experiments(
     for model, name in zip(models, names, strict=True):
         n_bytes = Path(model_header(model)[0]).stat().st_size
         if n_bytes > LARGE:
-            made += real_experiments(model, name, size, REAL_WINDOWS, 1 if n_bytes < 2 * LARGE else 2)
+            made += real_experiments(model, name, size, REAL_WINDOWS, 1 if n_bytes < 2 * LARGE else 4)
             continue
         for kv_type in ("f16", "q8_0"):
             add(
@@ -878,17 +878,18 @@ def experiments(
             for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (header.n_ctx_train // 2,):
                 add(
                     f"recall-{name}-{task}-{window}", model, measure_recall, kv_type="f16", task=task, window=window,
-                    n_recall=max(8, window // 8) if is_large else 8, ceiling=window - MAX_ANSWER,
+                    n_recall=256 if is_large else 8, ceiling=window - MAX_ANSWER,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
-                    depths=list(size.recall_depths), trials=size.n_recall_trials, n_ceiling=size.n_ceiling_trials,
-                    n_without=1,
-                    policies=["ceiling", "lminf", "recall", "full"] if is_large else ["ceiling", "lminf", "recall"],
+                    depths=list(size.recall_depths[: -1 if is_large else None]), trials=size.n_recall_trials,
+                    n_ceiling=size.n_ceiling_trials, n_without=1,
+                    # full attention does not depend on the window
+                    policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],
                 )  # fmt: skip
         window = TAIL_WINDOW if is_large else header.n_ctx_train // 2
         add(
             f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,
             tokens=size.n_recall_loss >> is_large, start=size.recall_loss_start, block=size.tail_block,
-            n_recall=[0, 8, 32, 64, 256],
+            n_recall=[0, 8, 32, 64, 256], **({"n_texts": 2} if is_large else {}),
         )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
@@ -917,17 +918,18 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
     n_train = model_header(model)[1].n_ctx_train
     n_far, n_near, n_sweep = (n // share for n in (size.n_real, size.n_real_others, size.n_real_sweep))
     n_full = min(2 * n_train, n_near)
-    others = {name: n_near for name in WITHOUT_RECALL if name not in ("full", "lminf")}
-    loss: Results = {"block": size.block, "n_texts": 3 if share == 1 else 2}
-    add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, **loss, tokens=n_near,
-        start=n_near // 2, read={"lminf": n_near, **others, "full": n_full}, fresh=[])  # fmt: skip
-    add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, block=size.block, n_texts=1, tokens=n_far,
-        start=n_far // 2, read={"lminf": n_far}, fresh=["lminf"])  # fmt: skip
-    add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, **loss, tokens=n_near,
-        start=n_near // 2, read={"lminf": n_near}, fresh=[])  # fmt: skip
-    add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, **loss, tokens=n_near,
-        start=n_near // 2, read={"lminf": n_near, **others}, fresh=[])  # fmt: skip
-    sweep: Results = {"window": small, "tokens": n_sweep, "start": n_sweep // 2, "n_texts": 2, "fresh": False}
+    others = [name for name in WITHOUT_RECALL if name not in ("full", "lminf")]
+    one: Results = {"block": size.block, "n_texts": 1}
+    add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_near, start=n_near // 2,
+        read={"lminf": n_near, **dict.fromkeys(others, n_near), "full": n_full}, fresh=[], block=size.block,
+        n_texts=2 if share == 1 else 1)  # fmt: skip
+    add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_far, start=n_far // 2,
+        read={"lminf": n_far}, fresh=["lminf"], **one)  # fmt: skip
+    add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, tokens=n_near, start=n_near // 2,
+        read={"lminf": n_near}, fresh=[], **one)  # fmt: skip
+    add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, tokens=n_near // 2, start=n_near // 4,
+        read=dict.fromkeys(["lminf", *others], n_near // 2), fresh=[], **one)  # fmt: skip
+    sweep: Results = {"window": small, "tokens": n_sweep, "start": n_sweep // 2, "n_texts": 1, "fresh": False}
     n_local = small - N_GLOBAL
     add(f"sweep-global-{name}", measure_sweep, swept=["--n-global", "G"], **sweep, variants=[
         {"name": f"G = {n}", "n_global": n, "n_local": n_local} for n in (0, 1, 4, 10, 32)
