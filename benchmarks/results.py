@@ -169,21 +169,15 @@ def loss_claims(record: Record) -> list[Claim]:
         what = f"{subject(record)}: full attention minus Λ at {short(start)} – {short(n_full)}"
         met = worse.value >= FULL_WORSE
         rows.append((what, f"{interval(worse, 2)} nats", *target(record, f"{FULL_WORSE:.0f} nat at least", met)))
-    others = {other: compare_buckets(record, other) for other in constant_memory(record)}
-    for other, found in others.items():
-        estimates = [estimate for _, _, estimate in found]
-        if estimates:
-            n_worse, n_better = sum(e.high < 0 for e in estimates), sum(e.low > 0 for e in estimates)
-            most = max(estimates, key=lambda e: abs(e.value))
-            rows.append(
-                (
-                    f"{subject(record)}: Λ beside `{other}`, in buckets past {short(PAST)}",
-                    f"better in {n_better}, tied in {len(estimates) - n_better - n_worse}, worse in {n_worse} of "
-                    f"{len(estimates)}; `{other}` minus Λ at most {nats(most.value)} nats",
-                    "–",
-                    "–",
-                )
-            )
+    words = []
+    for other in constant_memory(record):
+        end = min(far_end(record), read_everywhere(record, other))
+        samples = blocks(record, other, PAST, end), blocks(record, "lminf", PAST, end)
+        if len(samples[0]) >= 2:
+            words.append(f"`{other}` {verdict(mean_difference(*samples))}")
+    if words:
+        what = f"{subject(record)}: others minus Λ at {short(PAST)} – {short(end)} (positive: Λ is better)"
+        rows.append((what, ", ".join(words), "–", "–"))
     return rows
 
 
@@ -645,19 +639,6 @@ def weights_sentence(record: Record) -> str:
     )
 
 
-def fallback_sentence(record: Record) -> str:
-    """Matrices that did not get the number format their file is named after."""
-    words = []
-    for variant in record["variants"]:
-        counts = sorted(variant["tensors"].items(), key=lambda item: -item[1])
-        words.append(f"{variant['weights']} has {names([f'{n} {kind}' for kind, n in counts])}")
-    return (
-        "Number formats of the matrices, as llama.cpp chooses them: "
-        f"{'; '.join(words)}. It gives some matrices more bits, and takes a format with blocks of 32 where rows are no "
-        "multiple of the 256 of K-quants."
-    )
-
-
 def fresh_column(variant: Record) -> str:
     return f"{far_blocks(variant, 'fresh_nll').mean():.4f}"
 
@@ -703,8 +684,6 @@ def settings_section(records: dict[str, Record]) -> str:
             "sweep-weights": {"weights": "F16"},
         }[kind]
         parts.append(f"### {title}\n\n" + sweep_table(record, variant_of(record, **reference), extra))
-        if kind == "sweep-weights":
-            parts.append(fallback_sentence(record) + "\n")
     return "\n".join(parts)
 
 
@@ -1004,17 +983,14 @@ def paper_section(records: dict[str, Record], performance: Figures, published: R
 
 
 def own_model_section(performance: Figures) -> str:
-    lines = []
-    n_tokens = 1 << 17
+    n_tokens, takes = 1 << 17, ""
     if "prefill" in performance:
         ours = pick(performance.results("prefill"), cache="lambda")
-        deep = pick(ours, depth=max(r.contender.depth for r in ours))
-        lines.append(("Llama-3.2-1B shape, Q4_0, window 4096 (prefill)", fastest(deep).median))
-    times = table(
-        ["", "tokens/s", f"{n_tokens:,} tokens, each policy but full"],
-        [[name, f"{speed:,.0f}", duration(n_tokens / speed)] for name, speed in lines],
-        1,
-    )
+        speed = fastest(pick(ours, depth=max(r.contender.depth for r in ours))).median
+        takes = (
+            f"Llama-3.2-1B's shape with Q4_0 weights and a window of 4096 reads {speed:,.0f} tokens/s on the machine "
+            f"of [performance.md](performance.md): {duration(n_tokens / speed)} for {n_tokens:,} tokens and one policy. "
+        )
     return (
         "## Your own model\n\n```sh\n"
         "lminf-edge info -m model.gguf                                        # supported? training length?\n"
@@ -1026,12 +1002,11 @@ def own_model_section(performance: Figures) -> str:
         "What to expect: up to the window all policies are the same. Past the training length full attention gets "
         "worse; a text that is shorter than that shows nothing, so a model trained on 128k tokens needs a longer one. "
         "Λ stays at the loss of its window: with a window of 4096, a model that makes use of 100k tokens loses what "
-        "they gave it. Whether first tokens matter depends on the model: one that leans on its first token fails with "
-        "`window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller than the default, "
-        "min(4096, training length).\n\n"
-        + (f"How long it takes, at the speeds measured on the machine below:\n\n{times}\n" if lines else "")
-        + "Full attention takes four times as long for twice the tokens: `--full-tokens` ends it. Ctrl-C prints what "
-        "was measured so far.\n"
+        "they gave it. Whether first tokens matter depends on the model: one that leans on its first token, as SmolLM2 "
+        "does, fails with `window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller than the "
+        "default, min(4096, training length).\n\n"
+        f"{takes}Full attention takes four times as long for twice the tokens: `--full-tokens` ends it. Ctrl-C prints "
+        "what was measured so far.\n"
     )
 
 
@@ -1097,6 +1072,9 @@ def stale_note(records: dict[str, Record]) -> str:
     return f"**Not up to date**: {names(stale)} measured another version of an embedded model than this one's.\n"
 
 
+SUFFIX = {True: "", False: "-toys"}  # of the names of plots
+
+
 def draw(records: dict[str, Record], folder: Path) -> None:
     for record in loss_records(records, "f16"):
         curves = {policy: curve(record, policy) for policy in WITHOUT_RECALL if policy in record["policies"]}
@@ -1120,17 +1098,13 @@ def draw(records: dict[str, Record], folder: Path) -> None:
     found = records.get("kl-f32") or records.get("kl-f16")
     if found:
         policies = {name: (p["edges"], p["bucket_kl"]) for name, p in found["policies"].items()}
-        size = found["window"]["n_global"] + found["window"]["n_local"]
         title = f"Divergence from full attention, {found['model']['name']}, window {window_of(found)}"
-        plots.plot_divergence(folder / "divergence.png", policies, size, title)
+        plots.plot_divergence(folder / "divergence.png", policies, window_size(found), title)
     if "passkey" in records:
         record = records["passkey"]
         cells = {name: cells_of(policy) for name, policy in record["policies"].items()}
         title = f"Passkey retrieval, {record['model']['name']}, window {window_of(record)}"
         plots.plot_passkey(folder / "passkey.png", cells, title)
-
-
-SUFFIX = {True: "", False: "-toys"}  # of the names of plots
 
 
 def page(records: dict[str, Record], refused: dict[str, Record], performance: Figures, published: Record) -> str:
@@ -1169,7 +1143,11 @@ def appendix(toys: dict[str, Record]) -> str:
         recall_section(toys, f"recall{SUFFIX[False]}.png"),
     ]
     text = "\n".join(section for section in sections if section)
-    return "## Appendix: toy models\n\n" + re.sub(r"^(?=##)", "#", text, flags=re.MULTILINE) if text else ""
+    intro = (
+        "Models of less than ten million parameters, on which much can be measured. What they say of first tokens does "
+        "not hold for real ones: `nano` and `nano-alibi` do not lean on them.\n"
+    )
+    return f"## Appendix: toy models\n\n{intro}\n" + re.sub(r"^(?=##)", "#", text, flags=re.MULTILINE) if text else ""
 
 
 def main() -> int:
