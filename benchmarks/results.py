@@ -989,7 +989,7 @@ def own_model_section(performance: Figures) -> str:
         speed = fastest(pick(ours, depth=max(r.contender.depth for r in ours))).median
         takes = (
             f"Llama-3.2-1B's shape with Q4_0 weights and a window of 4096 reads {speed:,.0f} tokens/s on the machine "
-            f"of [performance.md](performance.md): {duration(n_tokens / speed)} for {n_tokens:,} tokens and one policy. "
+            f"of [performance.md](performance.md): {duration(n_tokens / speed)} for {n_tokens:,} tokens and a policy. "
         )
     return (
         "## Your own model\n\n```sh\n"
