@@ -113,7 +113,7 @@ class Size:
     recall_loss_start: int = 1024
     n_real: int = 1 << 17  # what Λ reads of each text with a real model
     n_real_others: int = 1 << 15  # and the other policies, and Λ in other windows
-    n_real_sweep: int = 1 << 14
+    n_real_sweep: int = 1 << 13
     n_real_stream: int = 1_000_000
     real_part: int = 1 << 14  # of each text
     real_block: int = 2048
@@ -492,7 +492,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
 
 def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """The Λ cache with one setting after the other, on the first tokens of each text."""
-    settings, block = experiment.settings, experiment.size.block
+    settings, block = experiment.settings, experiment.settings.get("block", experiment.size.block)
     variants = []
     for variant in settings["variants"]:
         window = subject.window(**{name: variant[name] for name in WINDOW if name in variant})
@@ -919,9 +919,10 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
     n_far, n_near, n_sweep = (n // share for n in (size.n_real, size.n_real_others, size.n_real_sweep))
     n_full = min(2 * n_train, n_near)
     others = [name for name in WITHOUT_RECALL if name not in ("full", "lminf")]
-    one: Results = {"block": size.block, "n_texts": 1}
+    block = size.block if share == 1 else size.tail_block
+    one: Results = {"block": block, "n_texts": 1}
     add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_near, start=n_near // 2,
-        read={"lminf": n_near, **dict.fromkeys(others, n_near), "full": n_full}, fresh=[], block=size.block,
+        read={"lminf": n_near, **dict.fromkeys(others, n_near), "full": n_full}, fresh=[], block=block,
         n_texts=2 if share == 1 else 1)  # fmt: skip
     add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_far, start=n_far // 2,
         read={"lminf": n_far}, fresh=["lminf"], **one)  # fmt: skip
@@ -929,7 +930,8 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
         read={"lminf": n_near}, fresh=[], **one)  # fmt: skip
     add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, tokens=n_near // 2, start=n_near // 4,
         read=dict.fromkeys(["lminf", *others], n_near // 2), fresh=[], **one)  # fmt: skip
-    sweep: Results = {"window": small, "tokens": n_sweep, "start": n_sweep // 2, "n_texts": 1, "fresh": False}
+    sweep: Results = {"window": small, "tokens": n_sweep, "start": n_sweep // 2, "n_texts": 1,
+                      "block": size.tail_block, "fresh": False}  # fmt: skip
     n_local = small - N_GLOBAL
     add(f"sweep-global-{name}", measure_sweep, swept=["--n-global", "G"], **sweep, variants=[
         {"name": f"G = {n}", "n_global": n, "n_local": n_local} for n in (0, 1, 4, 10, 32)

@@ -134,7 +134,7 @@ def claims(records: dict[str, Record]) -> list[Claim]:
     for record in loss_records(records, "f16"):
         found += loss_claims(record)
     for record in (*loss_records(records, "f16", "far"), *loss_records(records, "f16")):
-        if record["fresh"]:
+        if record["fresh"].get("lminf"):
             found.append(fresh_claim(record))
     for record in stream_records(records):
         found += stream_claims(record)
@@ -325,7 +325,6 @@ def loss_section(records: dict[str, Record]) -> str:
             f"{described(record)}; {mean} read as one stream ({names(texts)}). {source(record)}.\n\n"
             + table(["positions", *policies], rows, 1)
             + full_sentence(record)
-            + "\n"
             + (against_others(record) if is_real(record) else in_buckets(record))
         )
     if not parts:
@@ -363,6 +362,8 @@ def far_table(records: dict[str, Record]) -> str:
     """Λ alone, further than the others, beside streams that have just begun."""
     rows = []
     for record in loss_records(records, "f16", "far"):
+        if not record["fresh"]["lminf"]:  # stopped before
+            continue
         start, end = record["settings"]["start"], far_end(record)
         far, near = blocks(record, "lminf", start, end), fresh_blocks(record, "lminf", end)
         rows.append(
