@@ -366,6 +366,7 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
     """Every policy on every text, and what the same text costs when it is read by streams that have just begun.
 
     settings["read"] has how many tokens each policy reads of a text; without it all read as many, full attention less.
+    Those in settings["once"] read the first text alone.
     What an earlier run has read of the same is not read again.
     """
     settings, block = experiment.settings, experiment.settings["block"]
@@ -392,6 +393,8 @@ def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Result
 
     for name, tokens in subject.texts_of(settings).items():
         for policy_name, most in read.items():
+            if policies[policy_name]["texts"] and policy_name in settings.get("once", ()):
+                continue
             known = save.kept.get("policies", {}).get(policy_name, {"texts": {}})["texts"]
             if name in known:
                 policies[policy_name]["texts"][name] = known[name]
@@ -923,7 +926,7 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
     one: Results = {"block": block, "n_texts": 1}
     add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_near, start=n_near // 2,
         read={"lminf": n_near, **dict.fromkeys(others, n_near), "full": n_full}, fresh=[], block=block,
-        n_texts=2 if share == 1 else 1)  # fmt: skip
+        n_texts=3 if share == 1 else 1, once=["full", "sinks-uncapped"])  # fmt: skip
     add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_far, start=n_far // 2,
         read={"lminf": n_far}, fresh=["lminf"], **one)  # fmt: skip
     add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, tokens=n_near, start=n_near // 2,

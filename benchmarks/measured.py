@@ -64,13 +64,23 @@ def loss_records(records: dict[str, Record], kv_type: str | None = None, kind: s
 # --- loss by position -------------------------------------------------------------------------------------------------
 
 
-def blocks(record: Record, policy: str, start: int, end: int) -> Array:
+def texts_read(record: Record, *policies: str) -> list[str]:
+    """Texts that all these policies have read."""
+    read = [record["policies"][policy]["texts"] for policy in policies]
+    return [text for text in read[0] if all(text in texts for texts in read)]
+
+
+def blocks(record: Record, policy: str, start: int, end: int, texts: Sequence[str] | None = None) -> Array:
     """Mean losses of the whole blocks of tokens in [start, end), text after text."""
-    block = record["settings"]["block"]
+    block, read = record["settings"]["block"], record["policies"][policy]["texts"]
     first, last = -(-start // block), end // block
-    return np.concatenate(
-        [np.array(text["block_nll"][first:last]) for text in record["policies"][policy]["texts"].values()]
-    )
+    return np.concatenate([np.array(read[text]["block_nll"][first:last]) for text in texts or read])
+
+
+def beside(record: Record, other: str, start: int, end: int) -> tuple[Array, Array]:
+    """The same of another policy and of Λ, of the texts that both have read."""
+    texts = texts_read(record, other, "lminf")
+    return blocks(record, other, start, end, texts), blocks(record, "lminf", start, end, texts)
 
 
 def fresh_blocks(record: Record, policy: str, end: int) -> Array:
@@ -93,9 +103,10 @@ def far_end(record: Record) -> int:
 
 
 def curve(record: Record, policy: str) -> list[Bucket]:
-    """Mean over all texts in buckets of a logarithmic axis."""
+    """Mean over the texts that all policies have read, in buckets of a logarithmic axis."""
     sums: dict[tuple[int, int], list[float]] = {}
-    for text in record["policies"][policy]["texts"].values():
+    for name in texts_read(record, *record["policies"]):
+        text = record["policies"][policy]["texts"][name]
         for edges, mean in zip(pairwise(text["edges"]), text["bucket_nll"], strict=True):
             sums.setdefault(edges, []).append(mean)
     n_texts = max(map(len, sums.values()))
@@ -125,7 +136,7 @@ def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate
     edges = [edge for edge in log_edges(n) if edge >= PAST]
     found = []
     for start, end in pairwise(edges):
-        samples = blocks(record, other, start, end), blocks(record, "lminf", start, end)
+        samples = beside(record, other, start, end)
         if len(samples[0]) >= 2:
             found.append((start, end, mean_difference(*samples)))
     return found

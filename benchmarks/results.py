@@ -25,6 +25,7 @@ from measured import (
     SMALL,
     Record,
     all_alike,
+    beside,
     blocks,
     cells_of,
     compare_buckets,
@@ -54,6 +55,7 @@ from measured import (
     tail_octaves,
     tail_records,
     tails,
+    texts_read,
     variant_of,
     window_size,
 )
@@ -165,14 +167,14 @@ def loss_claims(record: Record) -> list[Claim]:
     n_full = read_everywhere(record, "full") if "full" in record["policies"] else 0
     start = n_full // 2
     if start >= record["model"]["n_ctx_train"]:
-        worse = mean_difference(blocks(record, "full", start, n_full), blocks(record, "lminf", start, n_full))
+        worse = mean_difference(*beside(record, "full", start, n_full))
         what = f"{subject(record)}: full attention minus Λ at {short(start)} – {short(n_full)}"
         met = worse.value >= FULL_WORSE
         rows.append((what, f"{interval(worse, 2)} nats", *target(record, f"{FULL_WORSE:.0f} nat at least", met)))
     words = []
     for other in constant_memory(record):
         end = min(far_end(record), read_everywhere(record, other))
-        samples = blocks(record, other, PAST, end), blocks(record, "lminf", PAST, end)
+        samples = beside(record, other, PAST, end)
         if len(samples[0]) >= 2:
             words.append(f"`{other}` {verdict(mean_difference(*samples))}")
     if words:
@@ -317,7 +319,7 @@ def loss_section(records: dict[str, Record]) -> str:
             values = [by_start[policy].get(bucket.start) for policy in policies]
             cells = [f"{value:.3f}" if value is not None else "–" for value in values]
             rows.append([f"{bucket.start:,} – {bucket.end:,}", *cells])
-        texts = [*record["policies"]["lminf"]["texts"]]
+        texts = texts_read(record, *record["policies"])
         title = f"{name}, window {window_size(record):,}" if is_real(record) else name
         mean = f"mean over {len(texts)} texts, each" if len(texts) > 1 else "one text,"
         parts.append(
@@ -392,16 +394,16 @@ def against_others(record: Record) -> str:
         stop = min(2 * start, end)
         cells = []
         for other in others:
-            samples = [blocks(record, policy, start, min(stop, read_everywhere(record, other)))
-                       for policy in (other, "lminf")]  # fmt: skip
+            samples = beside(record, other, start, min(stop, read_everywhere(record, other)))
             cells.append(verdict(mean_difference(*samples)) if len(samples[0]) >= 2 else "–")
         rows.append([f"{start:,} – {stop:,}", *cells])
         start = stop
     if not rows:
         return ""
+    columns = [f"{other}, {len(texts_read(record, other, 'lminf'))}" for other in others]
     return (
-        f"\nOthers minus Λ past {short(PAST)}, nats per token (positive: Λ is better):\n\n"
-        + table(["positions", *others], rows, 1)
+        f"\nOthers minus Λ past {short(PAST)}, nats per token (positive: Λ is better), and over how many texts:\n\n"
+        + table(["positions", *columns], rows, 1)
         + in_buckets(record)
     )
 
@@ -455,7 +457,8 @@ def kv_table(records: dict[str, Record]) -> str:
                 cells.append("–")
                 continue
             stop = min(end, *(read_everywhere(record, policy) for record in (plain, quantized)))
-            samples = [blocks(record, policy, start, stop) for record in (quantized, plain)]
+            texts = [text for text in texts_read(quantized, policy) if text in texts_read(plain, policy)]
+            samples = [blocks(record, policy, start, stop, texts) for record in (quantized, plain)]
             cells.append(verdict(mean_difference(*samples)) if len(samples[0]) >= 2 else "–")
         rows.append([f"`{plain['model']['name']}`, {window_of(plain)}, {short(start)} – {short(end)}", *cells])
     if not rows:
