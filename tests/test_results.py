@@ -428,6 +428,41 @@ def test_what_a_stream_has_reached_is_kept(tmp_path: Path) -> None:
     assert json.loads(path.read_text(encoding="utf-8"))["complete"] is True
 
 
+def test_policies_that_were_read_are_not_read_again(tmp_path: Path) -> None:
+    texts = {"text": python_documentation()}
+    subject = evidence.subject_of("nano", texts, N_TEXT, 1)
+    made = evidence.real_experiments("nano", "real", evidence.TINY, (128, 256), 1)
+    (loss,) = [e for e in made if e.name == "loss-real-128-f16"]
+    path = tmp_path / "loss-real-128-f16.json"
+
+    def stop_after_the_first(subject: Any, experiment: Any, save: Any) -> Record:
+        def save_and_stop(reached: Record) -> None:
+            save(reached)
+            raise KeyboardInterrupt
+
+        return evidence.measure_loss(subject, experiment, evidence.Save(save_and_stop, save.kept))
+
+    with pytest.raises(KeyboardInterrupt):
+        evidence.perform(evidence.dataclasses.replace(loss, run=stop_after_the_first), subject, texts, tmp_path, False)
+    first = json.loads(path.read_text(encoding="utf-8"))
+    assert (first["complete"], list(first["policies"])) == (False, ["lminf"])
+    evidence.perform(loss, subject, texts, tmp_path, False)
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    assert whole["complete"] is True
+    assert set(whole["policies"]) == set(WITHOUT_RECALL)
+    assert whole["policies"]["lminf"] == first["policies"]["lminf"]  # the same seconds: not read again
+
+
+def test_policies_are_compared_on_texts_that_both_read() -> None:
+    def read(**texts: list[float]) -> Record:
+        return {"texts": {name: {"block_nll": losses} for name, losses in texts.items()}}
+
+    record = {"settings": {"block": 2}, "policies": {"full": read(b=[5, 6]), "lminf": read(a=[1, 2], b=[3, 4])}}
+    assert measured.texts_read(record, "lminf", "full") == ["b"]
+    assert [list(values) for values in measured.beside(record, "full", 0, 4)] == [[5, 6], [3, 4]]
+    assert list(measured.blocks(record, "lminf", 2, 4)) == [2, 4]
+
+
 def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
     """Rows of a cache in q8_0 have 32 elements at least, and the heads of this model have 16."""
     from reference import tiny_models
