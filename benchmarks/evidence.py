@@ -141,7 +141,7 @@ TINY = Size(
     first_place=2048,
     places_per_octave=3,
     n_octaves=1,
-    recall_lengths=(1024,),
+    recall_lengths=(1024, 2048),
     recall_depths=(0.0, 0.5),
     n_recall_trials=1,
     n_ceiling_trials=1,
@@ -633,7 +633,7 @@ def measure_recall(subject: Subject, experiment: Experiment, save: Save) -> Resu
         "ceiling": ("lminf", [settings["ceiling"]], settings["n_ceiling"]),
         "recall": ("recall", settings["lengths"], settings["trials"]),
         "lminf": ("lminf", settings["lengths"], settings["n_without"]),
-        "full": ("full", [n for n in settings["lengths"] if n <= subject.n_train], settings["trials"]),
+        "full": ("full", [n for n in settings["lengths"] if n <= subject.n_train], settings["n_without"]),
     }
     figures: Results = {}
     done = 0
@@ -892,7 +892,7 @@ def experiments(
         add(
             f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,
             tokens=size.n_recall_loss >> is_large, start=size.recall_loss_start, block=size.tail_block,
-            n_recall=[0, 8, 32, 64, 256], **({"n_texts": 2} if is_large else {}),
+            n_recall=[0, 8, 32, 64, 256], **({"n_texts": 1} if is_large else {}),
         )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
@@ -921,16 +921,18 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
     n_train = model_header(model)[1].n_ctx_train
     n_far, n_near, n_sweep = (n // share for n in (size.n_real, size.n_real_others, size.n_real_sweep))
     n_full = min(2 * n_train, n_near)
-    others = [name for name in WITHOUT_RECALL if name not in ("full", "lminf")]
+    once = ["full", "sinks-uncapped"]  # what breaks is seen to break on one text
+    others = [name for name in WITHOUT_RECALL if name not in (*once, "lminf")]
     block = size.block if share == 1 else size.tail_block
     one: Results = {"block": block, "n_texts": 1}
+    broken = {"full": n_full} if share > 1 else {"sinks-uncapped": n_near, "full": n_full}
     add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_near, start=n_near // 2,
-        read={"lminf": n_near, **dict.fromkeys(others, n_near), "full": n_full}, fresh=[], block=block,
-        n_texts=3 if share == 1 else 1, once=["full", "sinks-uncapped"])  # fmt: skip
+        read={"lminf": n_near, **dict.fromkeys(others, n_near), **broken}, once=once, fresh=[], block=block,
+        n_texts=3 if share == 1 else 1)  # fmt: skip
     add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_far, start=n_far // 2,
         read={"lminf": n_far}, fresh=["lminf"], **one)  # fmt: skip
-    add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, tokens=n_near, start=n_near // 2,
-        read={"lminf": n_near}, fresh=[], **one)  # fmt: skip
+    add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, tokens=n_near // 2, start=n_near // 4,
+        read={"lminf": n_near // 2}, fresh=[], **one)  # fmt: skip
     add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, tokens=n_near // 2, start=n_near // 4,
         read=dict.fromkeys(["lminf", *others], n_near // 2), fresh=[], **one)  # fmt: skip
     sweep: Results = {"window": small, "tokens": n_sweep, "start": n_sweep // 2, "n_texts": 1,

@@ -790,9 +790,13 @@ def recall_section(records: dict[str, Record], plot: str) -> str:
 
 
 def recall_picture(records: dict[str, Record]) -> Record | None:
-    """The one that is drawn: that with most lengths."""
-    found = [record for record in recall_records(records) if "recall" in record["policies"]]
-    return max(found, key=lambda record: len(record["policies"]["recall"]["cells"]), default=None)
+    """The one that is drawn: that with most lengths, if it has several."""
+    found = {
+        len({cell["length"] for cell in record["policies"]["recall"]["cells"]}): record
+        for record in recall_records(records)
+        if "recall" in record["policies"]
+    }
+    return found[max(found)] if max(found, default=0) > 1 else None
 
 
 # --- long texts -------------------------------------------------------------------------------------------------------
