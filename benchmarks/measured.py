@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -282,31 +282,6 @@ def variant_of(record: Record, **fields: Any) -> Record:
     found: list[Record] = [v for v in record["variants"] if all(v[name] == value for name, value in fields.items())]
     (variant,) = found
     return variant
-
-
-def smallest_enough(record: Record, reference: Record, size: Callable[[Record], float]) -> tuple[Record, Estimate]:
-    """The smallest variant whose loss is at most SMALL above the reference's, interval included, and by how much."""
-    best = reference
-    difference = Estimate(0.0, 0.0, 0.0, len(far_blocks(reference)))
-    for variant in sorted(record["variants"], key=size, reverse=True):
-        if variant is reference:
-            continue
-        estimate = mean_difference(far_blocks(variant), far_blocks(reference))
-        if estimate.high <= SMALL and size(variant) < size(best):
-            best, difference = variant, estimate
-    return best, difference
-
-
-def all_alike(record: Record, reference: Record) -> bool:
-    """Whether what quantization costs far into a stream is within SMALL of what it costs at its start."""
-    return all(
-        abs(
-            (far_blocks(v).mean() - far_blocks(reference).mean())
-            - (far_blocks(v, "fresh_nll").mean() - far_blocks(reference, "fresh_nll").mean())
-        )
-        <= SMALL
-        for v in record["variants"]
-    )
 
 
 # --- passkeys ---------------------------------------------------------------------------------------------------------

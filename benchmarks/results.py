@@ -24,7 +24,6 @@ from measured import (
     PAST,
     SMALL,
     Record,
-    all_alike,
     beside,
     blocks,
     cells_of,
@@ -49,7 +48,6 @@ from measured import (
     recall_blocks,
     recall_losses,
     recall_records,
-    smallest_enough,
     stream_records,
     tail_blocks,
     tail_octaves,
@@ -557,89 +555,15 @@ def sweep_table(record: Record, reference: Record, extra: Sequence[tuple[str, Ca
     return table(["", "loss", f"minus that of {reference['name']}", "KV", *(title for title, _ in extra)], rows, 1)
 
 
-def global_sentence(record: Record) -> str:
-    variants = sorted(record["variants"], key=lambda v: v["n_global"])
-    none, most, default = variants[0], variants[-1], variant_of(record, n_global=LMInfConfig.n_global)
-    enough, difference = smallest_enough(record, most, lambda v: v["n_global"])
-    without, ten = (mean_difference(far_blocks(v), far_blocks(most)) for v in (none, default))
-    advice = (
-        f"the default of {default['n_global']} is enough"
-        if ten.high <= SMALL
-        else f"the default of {default['n_global']} is not enough: take {enough['n_global']}"
-    )
+def sweep_sentence(record: Record, reference: Record) -> str:
+    """Which of the others matter, by more than SMALL."""
+    others = [variant for variant in record["variants"] if variant is not reference]
+    differences = {v["name"]: mean_difference(far_blocks(v), far_blocks(reference)) for v in others}
+    worse = [f"{name} ({nats(e.value)})" for name, e in differences.items() if e.low > SMALL]
+    better = [f"{name} ({nats(e.value)})" for name, e in differences.items() if e.high < -SMALL]
     return (
-        f"- **G** (`n_global`): {advice}. The fewest first tokens that cost at most {SMALL} nats more than "
-        f"{most['n_global']} are {enough['n_global']} ({interval(difference)}); none at all: {interval(without)}; "
-        f"{default['n_global']}: {interval(ten)}."
-    )
-
-
-def local_sentence(record: Record) -> str:
-    n_train = record["model"]["n_ctx_train"]
-    means = {v["n_local"]: float(far_blocks(v).mean()) for v in record["variants"]}
-    inside = {v["n_local"]: means[v["n_local"]] for v in record["variants"] if v["n_global"] + v["n_local"] <= n_train}
-    best, smallest, largest = min(inside, key=inside.__getitem__), min(inside), max(inside)
-    advice = (
-        f"the larger the better, up to the {largest} measured"
-        if best == largest
-        else f"{best} is best; the largest inside the training length, {largest}, {inside[largest] - inside[best]:+.4f}"
-    )
-    past = "".join(
-        f" G + L past the training length (L = {n}): {nats(mean - inside[largest])} against L = {largest}."
-        for n, mean in means.items()
-        if n not in inside
-    )
-    return (
-        f"- **L** (`n_local`): {advice}. From {smallest} to {best} tokens the loss falls by "
-        f"{inside[smallest] - inside[best]:.4f} nats.{past} Memory grows with L."
-    )
-
-
-def distance_sentence(record: Record) -> str:
-    sentences, better = [], []
-    for n in sorted({v["n_local"] for v in record["variants"]}):
-        reference = variant_of(record, n_local=n, max_distance=n)
-        words = []
-        for variant in record["variants"]:
-            if variant["n_local"] == n and variant is not reference:
-                difference = mean_difference(far_blocks(variant), far_blocks(reference))
-                words.append(f"D = {variant['max_distance']} {verdict(difference)}")
-                if difference.high < -SMALL:
-                    better.append(variant["name"])
-        sentences.append(f"L = {n}, against D = L: {', '.join(words)}")
-    advice = (
-        f"{names(better)} would be better by more than {SMALL} nats"
-        if better
-        else f"leave it at L: no other value is better by more than {SMALL} nats"
-    )
-    return f"- **D** (`max_distance`): {advice}. {'; '.join(sentences)}."
-
-
-def kv_sentence(record: Record) -> str:
-    reference = variant_of(record, kv_type="f32")
-    enough, difference = smallest_enough(record, reference, lambda v: v["kv_bytes"])
-    f16 = variant_of(record, kv_type="f16")
-    return (
-        f"- **KV type**: the smallest cache that costs at most {SMALL} nats more than f32 is {enough['kv_type']} "
-        f"({interval(difference)}), {enough['kv_bytes'] / f16['kv_bytes']:.0%} of f16's memory."
-    )
-
-
-def weights_sentence(record: Record) -> str:
-    reference = variant_of(record, weights="F16")
-    enough, difference = smallest_enough(record, reference, lambda v: v["file_bytes"])
-    costs = []
-    for variant in record["variants"]:
-        if variant is not reference:
-            far, fresh = (
-                float((far_blocks(variant, key) - far_blocks(reference, key)).mean())
-                for key in ("block_nll", "fresh_nll")
-            )
-            costs.append(f"{variant['weights']} {nats(far)} far into a stream and {nats(fresh)} started fresh")
-    alike = "as much" if all_alike(record, reference) else "not as much"
-    return (
-        f"- **Weights**: the smallest file that costs at most {SMALL} nats more than F16 is {enough['weights']} "
-        f"({interval(difference)}). Quantization costs {alike} far into a stream as at its start: {'; '.join(costs)}."
+        f"By more than {SMALL} nats worse than {reference['name']}: {names(worse) if worse else 'none'}; better: "
+        f"{names(better) if better else 'none'}."
     )
 
 
@@ -647,48 +571,37 @@ def fresh_column(variant: Record) -> str:
     return f"{far_blocks(variant, 'fresh_nll').mean():.4f}"
 
 
-SWEEPS: dict[str, tuple[str, list[tuple[str, Callable[[Record], str]]], Callable[[Record], str]]] = {
-    "sweep-global": ("G, the first tokens", [], global_sentence),
-    "sweep-local": ("L, the window", [], local_sentence),
-    "sweep-distance": ("D, the distance of the first tokens", [], distance_sentence),
-    "sweep-kv": ("KV type", [("started fresh", fresh_column)], kv_sentence),
-    "sweep-weights": (
-        "Weights",
-        [("started fresh", fresh_column), ("file", lambda v: human_bytes(v["file_bytes"]))],
-        weights_sentence,
-    ),
+FRESH = ("started fresh", fresh_column)
+SWEEPS: dict[str, tuple[str, list[tuple[str, Callable[[Record], str]]]]] = {
+    "sweep-global": ("G (`n_global`), the first tokens", []),
+    "sweep-local": ("L (`n_local`), the window", []),
+    "sweep-distance": ("D (`max_distance`), the distance of the first tokens", []),
+    "sweep-kv": ("KV type", [FRESH]),
+    "sweep-weights": ("Weights", [FRESH, ("file", lambda v: human_bytes(v["file_bytes"]))]),
 }
 
 
 def settings_section(records: dict[str, Record]) -> str:
-    found = {
-        kind: record
-        for kind in SWEEPS
-        for name, record in sorted(records.items(), reverse=True)
-        if name.startswith(kind)
-    }
-    if not found:
-        return ""
-    parts = ["## Which settings\n"]
-    for kind, record in found.items():
-        text = next(iter(record["variants"][0]["texts"].values()))
-        parts.append(
-            f"{SWEEPS[kind][2](record)} `{record['model']['name']}`, tokens {text['start']:,} – "
-            f"{text['edges'][-1]:,} of {len(record['variants'][0]['texts'])} texts. {source(record)}."
-        )
-    parts.append("")
-    for kind, record in found.items():
-        title, extra, _ = SWEEPS[kind]
-        default = record["settings"].get("window", record["model"]["n_ctx_train"] // 2) - LMInfConfig.n_global
-        reference: dict[str, Any] = {
-            "sweep-global": {"n_global": LMInfConfig.n_global},
-            "sweep-local": {"n_local": default},
-            "sweep-distance": {"n_local": default, "max_distance": default},
-            "sweep-kv": {"kv_type": "f16"},
-            "sweep-weights": {"weights": "F16"},
-        }[kind]
-        parts.append(f"### {title}\n\n" + sweep_table(record, variant_of(record, **reference), extra))
-    return "\n".join(parts)
+    parts = []
+    for kind, (title, extra) in SWEEPS.items():
+        for record in (record for name, record in records.items() if name.startswith(kind)):
+            default = record["settings"].get("window", record["model"]["n_ctx_train"] // 2) - LMInfConfig.n_global
+            fields: dict[str, Any] = {
+                "sweep-global": {"n_global": LMInfConfig.n_global},
+                "sweep-local": {"n_local": default},
+                "sweep-distance": {"n_local": default, "max_distance": default},
+                "sweep-kv": {"kv_type": "f16"},
+                "sweep-weights": {"weights": "F16"},
+            }[kind]
+            reference, texts = variant_of(record, **fields), record["variants"][0]["texts"]
+            text = next(iter(texts.values()))
+            parts.append(
+                f"### {title}\n\n`{record['model']['name']}`, tokens {text['start']:,} – {text['edges'][-1]:,} of "
+                f"{len(texts)} text{'s' * (len(texts) > 1)}; G = {LMInfConfig.n_global}, L = {default}, f16 KV if not "
+                f"said otherwise. {sweep_sentence(record, reference)} {source(record)}.\n\n"
+                + sweep_table(record, reference, extra)
+            )
+    return "## Which settings\n\n" + "\n".join(parts) if parts else ""
 
 
 # --- the tail ---------------------------------------------------------------------------------------------------------
