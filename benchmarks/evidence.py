@@ -46,6 +46,8 @@ from lminf_edge.cli.passkey import policy_report
 from lminf_edge.cli.policies import Setup
 from lminf_edge.cli.ppl import Text, stretches_of
 from lminf_edge.config import StreamInfo, Window, resolve
+from lminf_edge.engine.params import SamplingParams
+from lminf_edge.engine.sampler import make_sampler
 from lminf_edge.errors import UserError
 from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
@@ -67,6 +69,7 @@ WINDOW = ("n_global", "n_local", "max_distance")
 N_BATCH = 512
 TAIL_WINDOW = 512  # tokens; also half of it
 LONG_PROMPT = 1 << 16  # tokens; of longer ones half as many are asked
+REAL_WINDOWS = (1024, 4096)
 LARGE = 1 << 26  # bytes of a model file: from there on depth has its price
 INTERRUPTED = 130
 
@@ -102,12 +105,21 @@ class Size:
     places_per_octave: int = 9
     n_octaves: int = 4  # of a large model half as many
     recall_lengths: tuple[int, ...] = (8192, 32768, 131072)
-    recall_lengths_large: tuple[int, ...] = (4096, 8192)
+    recall_lengths_large: tuple[int, ...] = (4096,)
     recall_depths: tuple[float, ...] = tuple(i / 4 for i in range(5))
     n_recall_trials: int = 2  # for each place
     n_ceiling_trials: int = 4
     n_recall_loss: int = 8192  # of each text; of a large model half
     recall_loss_start: int = 1024
+    n_real: int = 1 << 17  # what Λ reads of each text with a real model
+    n_real_others: int = 1 << 15  # and the other policies, and Λ in other windows
+    n_real_sweep: int = 1 << 13
+    n_real_stream: int = 1_000_000
+    real_part: int = 1 << 14  # of each text
+    real_block: int = 2048
+    place: int = 20_000  # where texts are gone on with
+    n_written: int = 4096  # past the window
+    n_seeds: int = 6
     n_text: int | None = None  # of each text, at most
     save_every: float = 60.0
 
@@ -129,11 +141,20 @@ TINY = Size(
     first_place=2048,
     places_per_octave=3,
     n_octaves=1,
-    recall_lengths=(1024,),
+    recall_lengths=(1024, 2048),
     recall_depths=(0.0, 0.5),
     n_recall_trials=1,
     n_ceiling_trials=1,
     n_recall_loss=2048,
+    n_real=4096,
+    n_real_others=2048,
+    n_real_sweep=1024,
+    n_real_stream=9000,
+    real_part=3072,
+    real_block=512,
+    place=2000,
+    n_written=256,
+    n_seeds=2,
     n_text=6144,
     save_every=0.5,
 )
@@ -167,12 +188,30 @@ class Subject:
         n_local = n_local or self.n_train // 2 - n_global
         return resolve(LMInfConfig(n_global=n_global, n_local=n_local, max_distance=max_distance), None, 1 << 30)
 
+    def window_of(self, settings: Results) -> Window:
+        """The window of an experiment that names its size, or half of the training length."""
+        return self.window(n_local=settings["window"] - N_GLOBAL) if "window" in settings else self.window()
+
+    def texts_of(self, settings: Results) -> dict[str, Tokens]:
+        """The first ones, where an experiment does not read all."""
+        return dict([*self.texts.items()][: settings.get("n_texts")])
+
     def setup(self, window: Window, kv_type: str, path: str | None = None) -> Setup:
         options = argparse.Namespace(kv_type=kv_type, batch=N_BATCH, threads=self.n_threads, gpu_layers=0, rpc=None)
         return Setup(path or self.path, self.header, window, KV_TYPE_NUMBERS[kv_type], model_settings(options))
 
 
-Save = Callable[[Results], None]  # takes what a long stream has reached
+class Save:
+    """Takes what a long experiment has reached.
+
+    kept   what an earlier run of the same has reached; {}: nothing
+    """
+
+    def __init__(self, write: Callable[[Results], None], kept: Results) -> None:
+        self._write, self.kept = write, kept
+
+    def __call__(self, reached: Results) -> None:
+        self._write(reached)
 
 
 @dataclass(frozen=True)
@@ -324,50 +363,76 @@ def window_facts(window: Window) -> Results:
 
 
 def measure_loss(subject: Subject, experiment: Experiment, save: Save) -> Results:
-    """Every policy on every text, and what the same text costs when it is read by streams that have just begun."""
-    size, settings = experiment.size, experiment.settings
-    window = subject.window()
+    """Every policy on every text, and what the same text costs when it is read by streams that have just begun.
+
+    settings["read"] has how many tokens each policy reads of a text; without it all read as many, full attention less.
+    Those in settings["once"] read the first text alone.
+    What an earlier run has read of the same is not read again.
+    """
+    settings, block = experiment.settings, experiment.settings["block"]
+    window = subject.window_of(settings)
     setup = subject.setup(window, settings["kv_type"])
-    n_full: int | None = settings["full_tokens"]
-    setup.check(list(WITHOUT_RECALL.values()), min(size.n_loss, n_full or size.n_loss))
-    policies: dict[str, Results] = {name: {"texts": {}} for name in WITHOUT_RECALL}
-    fresh: dict[str, Results] = {name: {} for name in ("lminf", "full")}
-    for name, tokens in subject.texts.items():
-        n = min(size.n_loss, len(tokens) - 1)
-        for policy in WITHOUT_RECALL.values():
-            full = policy.name == "full"
-            n_read = min(n, n_full or n) if full else n
-            with setup.reader(policy, n_read) as reader:
-                limit = 60 * settings["full_minutes"] if full and n_full is None else None
-                figures, done = curve(reader, tokens, n_read, size.block, limit)
-            if full:
+    read: dict[str, int] = settings.get("read", dict.fromkeys(WITHOUT_RECALL, settings["tokens"]))
+    n_full: int | None = read.get("full", 0) if "read" in settings else settings["full_tokens"]
+    setup.check([POLICIES[name] for name in read], min(settings["tokens"], n_full or settings["tokens"]))
+    policies: dict[str, Results] = {name: {"texts": {}} for name in read}
+    fresh: dict[str, Results] = {name: {} for name in settings.get("fresh", ("lminf", "full"))}
+    options = f"--tokens {settings['tokens'] + 1} --policies {','.join(read)}"
+    n_done = 0
+
+    def results() -> Results:
+        full = f" --full-tokens {(n_full or 0) + 1}" if "full" in read else ""
+        return {
+            "command": ppl(subject, "text", window, settings["kv_type"], options + full),
+            "tokens": n_done,
+            "window": window_facts(window),
+            "full_tokens": n_full,
+            "policies": {name: figures for name, figures in policies.items() if figures["texts"]},
+            "fresh": fresh,
+        }
+
+    for name, tokens in subject.texts_of(settings).items():
+        for policy_name, most in read.items():
+            if policies[policy_name]["texts"] and policy_name in settings.get("once", ()):
+                continue
+            known = save.kept.get("policies", {}).get(policy_name, {"texts": {}})["texts"]
+            if name in known:
+                policies[policy_name]["texts"][name] = known[name]
+                n_done += known[name]["tokens"]
+                continue
+            n = min(most, len(tokens) - 1)
+            is_full = policy_name == "full"
+            n_read = min(n, n_full or n) if is_full else n
+            with setup.reader(POLICIES[policy_name], n_read) as reader:
+                limit = 60 * settings["full_minutes"] if is_full and n_full is None else None
+                figures, done = curve(reader, tokens, n_read, block, limit)
+            if is_full:
                 n_full = n_full or done  # decided on the first text
-            policies[policy.name]["texts"][name] = figures
-            say(f"{name}, {policy.name}: {done} tokens, {figures['mean_nll']:.4f} nats, {rate(figures)}")
+            policies[policy_name]["texts"][name] = figures
+            n_done += done
+            save(results())
+            say(f"{name}, {policy_name}: {done} tokens, {figures['mean_nll']:.4f} nats, {rate(figures)}")
         for policy_name, by_text in fresh.items():
-            start = size.far_loss // size.block * size.block
+            start = settings["start"] // block * block
+            n = min(read[policy_name] if policy_name != "full" else settings["tokens"], len(tokens) - 1)
             with setup.reader(POLICIES[policy_name], subject.n_train) as reader:
                 begun = time.perf_counter()
                 nll = fresh_nll(reader, subject, tokens, window, start, n)
-            by_text[name] = {"start": start, "block_nll": block_means(nll, size.block)}
+            by_text[name] = {"start": start, "block_nll": block_means(nll, block)}
             by_text[name]["seconds"] = round(time.perf_counter() - begun, 2)
             say(f"{name}, {policy_name}, started fresh: {nll.mean():.4f} nats")
-    options = f"--tokens {size.n_loss + 1} --policies {','.join(WITHOUT_RECALL)} --full-tokens {(n_full or 0) + 1}"
-    return {
-        "command": ppl(subject, "text", window, settings["kv_type"], options),
-        "window": window_facts(window),
-        "full_tokens": n_full,
-        "policies": policies,
-        "fresh": fresh,
-    }
+    return results()
 
 
 def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Results:
-    """One Λ stream over all texts, over and over; the same blocks of text read by streams that have just begun."""
+    """One Λ stream over all texts, over and over; the same blocks of text read by streams that have just begun.
+
+    settings["part"]: so many tokens of each text.
+    """
     settings, block = experiment.settings, experiment.settings["block"]
-    window = subject.window()
+    window = subject.window_of(settings)
     setup = subject.setup(window, settings["kv_type"])
-    parts = [tokens[subject.n_bos :] for tokens in subject.texts.values()]
+    parts = [tokens[subject.n_bos :][: settings.get("part")] for tokens in subject.texts.values()]
     bos = next(iter(subject.texts.values()))[: subject.n_bos]
     text = np.concatenate(parts)
     n_blocks = len(text) // block
@@ -430,7 +495,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
 
 def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """The Λ cache with one setting after the other, on the first tokens of each text."""
-    size, settings = experiment.size, experiment.settings
+    settings, block = experiment.settings, experiment.settings.get("block", experiment.size.block)
     variants = []
     for variant in settings["variants"]:
         window = subject.window(**{name: variant[name] for name in WINDOW if name in variant})
@@ -444,20 +509,20 @@ def measure_sweep(subject: Subject, experiment: Experiment, save: Save) -> Resul
             figures["tensors"] = tensor_types(path)
         setup = subject.setup(window, kv_type, path)
         with setup.reader(POLICIES["lminf"], 0) as reader:
-            for name, tokens in subject.texts.items():
-                n = min(size.n_sweep, len(tokens) - 1)
-                by_text, _ = curve(reader, tokens, n, size.block)
-                by_text["first_block"] = size.far_sweep // size.block
-                by_text["start"] = by_text["first_block"] * size.block
+            for name, tokens in subject.texts_of(settings).items():
+                n = min(settings["tokens"], len(tokens) - 1)
+                by_text, _ = curve(reader, tokens, n, block)
+                by_text["first_block"] = settings["start"] // block
+                by_text["start"] = by_text["first_block"] * block
                 if settings["fresh"]:
                     nll = fresh_nll(reader, subject, tokens, window, by_text["start"], n)
-                    by_text["fresh_nll"] = block_means(nll, size.block)
+                    by_text["fresh_nll"] = block_means(nll, block)
                 figures["texts"][name] = by_text
             figures["kv_bytes"] = stream_info(reader).kv_bytes
         variants.append(figures)
         mean = np.mean([by_text["mean_nll"] for by_text in figures["texts"].values()])
         say(f"{variant['name']}: {mean:.4f} nats, {rate(by_text)}")
-    command = ppl(subject, "text", subject.window(), "f16", f"--tokens {size.n_sweep + 1}")
+    command = ppl(subject, "text", subject.window_of(settings), "f16", f"--tokens {settings['tokens'] + 1}")
     option, value = settings["swept"]
     if option in command:
         command = re.sub(f"{option} \\S+", f"{option} {value}", command)
@@ -568,7 +633,7 @@ def measure_recall(subject: Subject, experiment: Experiment, save: Save) -> Resu
         "ceiling": ("lminf", [settings["ceiling"]], settings["n_ceiling"]),
         "recall": ("recall", settings["lengths"], settings["trials"]),
         "lminf": ("lminf", settings["lengths"], settings["n_without"]),
-        "full": ("full", [n for n in settings["lengths"] if n <= subject.n_train], settings["trials"]),
+        "full": ("full", [n for n in settings["lengths"] if n <= subject.n_train], settings["n_without"]),
     }
     figures: Results = {}
     done = 0
@@ -617,7 +682,7 @@ def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) ->
         with subject.setup(window, settings["kv_type"]).reader(
             POLICIES["recall" if n_recall else "lminf"], 0
         ) as reader:
-            for name, tokens in subject.texts.items():
+            for name, tokens in subject.texts_of(settings).items():
                 figures, _ = curve(reader, tokens, min(settings["tokens"], len(tokens) - 1), settings["block"])
                 ways[str(n_recall)]["texts"][name] = figures["block_nll"]
                 reader.clear()
@@ -631,13 +696,77 @@ def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) ->
     }  # fmt: skip
 
 
+def measure_generation(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """Text that the model writes far beyond its window, with penalties: whether it repeats itself, and its loss.
+
+    Each seed goes on from another place of the texts. The judge is the same for all policies: the model with full
+    attention over prompt and text together, which fit the training length. The novels themselves are judged as well.
+    """
+    settings = experiment.settings
+    window, n_prompt, n_all = subject.window_of(settings), settings["prompt"], settings["prompt"] + settings["tokens"]
+    setup = subject.setup(window, settings["kv_type"])
+    texts = [*subject.texts_of(settings).values()]
+    prompts = [texts[seed % len(texts)][at : at + n_all] for seed in range(settings["seeds"])
+               for at in [settings["place"] * (1 + seed // len(texts))]]  # fmt: skip
+    written: dict[str, list[Tokens]] = {"text": prompts}
+    begun = time.perf_counter()
+    for name in settings["policies"]:
+        with setup.reader(POLICIES[name], n_all) as reader:
+            written[name] = []
+            for seed, prompt in enumerate(prompts):
+                written[name].append(write_on(reader, prompt[:n_prompt], n_all, seed, settings["sampling"]))
+                say(f"{name}, seed {seed}: {time.perf_counter() - begun:.0f} s")
+    policies: Results = {name: {"nll": [], "distinct": []} for name in written}
+    with setup.reader(POLICIES["full"], n_all) as reader:
+        for name, streams in written.items():
+            for stream in streams:
+                nll = token_nll(reader, stream)[window.size - 1 :]
+                far = stream[window.size :]
+                policies[name]["nll"].append(block_means(nll, settings["block"]))
+                policies[name]["distinct"].append(
+                    [round(distinct(far[at : at + settings["block"]]), 4)
+                     for at in range(0, len(far) - settings["block"] + 1, settings["block"])]
+                )  # fmt: skip
+                policies[name].setdefault("distinct_all", []).append(round(distinct(far), 4))
+            say(f"{name}: {np.mean(policies[name]['nll']):.3f} nats, {np.mean(policies[name]['distinct_all']):.3f} new")
+    options = f"--only {experiment.name} --model {subject.argument}"
+    return {
+        "command": f".venv/bin/python benchmarks/evidence.py --text texts.txt {options}",
+        "window": window_facts(window),
+        "policies": policies,
+    }
+
+
+def write_on(reader: Reader, prompt: Tokens, n_tokens: int, seed: int, sampling: Results) -> Tokens:
+    """A stream of n_tokens that begins with the prompt; the text never ends."""
+    from llama_cpp import llama_cpp as bindings
+
+    reader.clear()
+    for start in range(0, len(prompt), reader.n_batch):
+        logits = reader.read(prompt[start : start + reader.n_batch], logits_all=False)
+    vocabulary = reader.llm._model.vocab
+    never = {token: -np.inf for token in range(reader.n_vocab) if bindings.llama_vocab_is_control(vocabulary, token)}
+    params = SamplingParams(seed=seed, logit_bias=never, **sampling)
+    with contextlib.closing(make_sampler(params, reader.llm._model, reader.n_batch, previous=prompt)) as sampler:
+        stream = [*prompt.tolist(), sampler.draw(logits[-1])]
+        while len(stream) < n_tokens:
+            stream.append(sampler.draw(reader.read(as_tokens(stream[-1:]), logits_all=False)[-1]))
+    return as_tokens(stream)
+
+
+def distinct(tokens: Tokens, n: int = 4) -> float:
+    """The share of n-grams that are different ones."""
+    grams = {tuple(tokens[at : at + n].tolist()) for at in range(len(tokens) - n + 1)}
+    return len(grams) / (len(tokens) - n + 1)
+
+
 def measure_tail(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """The loss of blocks of text after all that stands before them was processed, and after its tail alone.
 
     The sinks are always processed. What lies between them and the tail is skipped as the engine skips it.
     """
     settings = experiment.settings
-    window = subject.window(n_local=settings["window"] - N_GLOBAL)
+    window = subject.window_of(settings)
     tails: Results = {f"{settings['n_contrast']} tokens": settings["n_contrast"]}
     tails.update({f"{n} window{'s' * (n > 1)}": n * window.n_local for n in settings["n_tail"]})
     figures: dict[str, Results] = {
@@ -725,6 +854,10 @@ def experiments(
     # as many as hold a key that is told at once
     add("passkey-sinks", main, measure_passkey, **asked, policies=["lminf"], n_global=n_train // 8)
     for model, name in zip(models, names, strict=True):
+        n_bytes = Path(model_header(model)[0]).stat().st_size
+        if n_bytes > LARGE:
+            made += real_experiments(model, name, size, REAL_WINDOWS, 1 if n_bytes < 2 * LARGE else 4)
+            continue
         for kv_type in ("f16", "q8_0"):
             add(
                 f"loss-{name}-{kv_type}", model, measure_loss, kv_type=kv_type, tokens=size.n_loss,
@@ -748,17 +881,18 @@ def experiments(
             for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (header.n_ctx_train // 2,):
                 add(
                     f"recall-{name}-{task}-{window}", model, measure_recall, kv_type="f16", task=task, window=window,
-                    n_recall=max(8, window // 8) if is_large else 8, ceiling=window - MAX_ANSWER,
+                    n_recall=256 if is_large else 8, ceiling=window - MAX_ANSWER,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
-                    depths=list(size.recall_depths), trials=size.n_recall_trials, n_ceiling=size.n_ceiling_trials,
-                    n_without=1,
-                    policies=["ceiling", "lminf", "recall", "full"] if is_large else ["ceiling", "lminf", "recall"],
+                    depths=list(size.recall_depths[: -1 if is_large else None]), trials=size.n_recall_trials,
+                    n_ceiling=size.n_ceiling_trials, n_without=1,
+                    # full attention does not depend on the window
+                    policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],
                 )  # fmt: skip
         window = TAIL_WINDOW if is_large else header.n_ctx_train // 2
         add(
             f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,
             tokens=size.n_recall_loss >> is_large, start=size.recall_loss_start, block=size.tail_block,
-            n_recall=[0, 8, 32, 64, 256],
+            n_recall=[0, 8, 32, 64, 256], **({"n_texts": 1} if is_large else {}),
         )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
@@ -770,6 +904,56 @@ def experiments(
         tokens=size.n_longest,
         block=size.longest_block,
     )
+    return made
+
+
+def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int], share: int) -> list[Experiment]:
+    """What is measured of a real model: a window that is far from its training length, and one that is near to it.
+
+    share   a model that is slow reads so much less
+    """
+    made: list[Experiment] = []
+
+    def add(experiment: str, run: Callable[[Subject, Experiment, Save], Results], **settings: Any) -> None:
+        made.append(Experiment(experiment, model, run, settings, size, WEIGHTS_FOLDER))
+
+    small, large = windows
+    n_train = model_header(model)[1].n_ctx_train
+    n_far, n_near, n_sweep = (n // share for n in (size.n_real, size.n_real_others, size.n_real_sweep))
+    n_full = min(2 * n_train, n_near)
+    once = ["full", "sinks-uncapped"]  # what breaks is seen to break on one text
+    others = [name for name in WITHOUT_RECALL if name not in (*once, "lminf")]
+    block = size.block if share == 1 else size.tail_block
+    one: Results = {"block": block, "n_texts": 1}
+    broken = {"full": n_full} if share > 1 else {"sinks-uncapped": n_near, "full": n_full}
+    add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_near, start=n_near // 2,
+        read={"lminf": n_near, **dict.fromkeys(others, n_near), **broken}, once=once, fresh=[], block=block,
+        n_texts=3 if share == 1 else 1)  # fmt: skip
+    add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_far, start=n_far // 2,
+        read={"lminf": n_far}, fresh=["lminf"], **one)  # fmt: skip
+    add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, tokens=n_near // 2, start=n_near // 4,
+        read={"lminf": n_near // 2}, fresh=[], **one)  # fmt: skip
+    add(f"loss-{name}-{large}-f16", measure_loss, kv_type="f16", window=large, tokens=n_near // 2, start=n_near // 4,
+        read=dict.fromkeys(["lminf", *others], n_near // 2), fresh=[], **one)  # fmt: skip
+    sweep: Results = {"window": small, "tokens": n_sweep, "start": n_sweep // 2, "n_texts": 1,
+                      "block": size.tail_block, "fresh": False}  # fmt: skip
+    n_local = small - N_GLOBAL
+    add(f"sweep-global-{name}", measure_sweep, swept=["--n-global", "G"], **sweep, variants=[
+        {"name": f"G = {n}", "n_global": n, "n_local": n_local} for n in (0, 1, 4, 10, 32)
+    ])  # fmt: skip
+    add(f"sweep-local-{name}", measure_sweep, swept=["--n-local", "L"], **sweep, variants=[
+        {"name": f"L = {n - N_GLOBAL}", "n_local": n - N_GLOBAL}
+        for n in (small // 4, small // 2, small, 2 * small, 4 * small)
+    ])  # fmt: skip
+    add(f"sweep-distance-{name}", measure_sweep, swept=["--max-distance", "D"], **sweep, variants=[
+        {"name": f"D = {n}", "n_local": n_local, "max_distance": n}
+        for n in (n_local // 2, n_local, 2 * n_local, n_train // 2, 2 * n_train)
+    ])  # fmt: skip
+    add(f"generation-{name}", measure_generation, kv_type="f16", window=small, policies=["shift", "lminf"],
+        prompt=small // 2, tokens=size.n_written + small // 2, block=size.block, seeds=size.n_seeds // share,
+        place=size.place, sampling={"temperature": 0.8, "top_p": 0.95, "repeat_penalty": 1.1})  # fmt: skip
+    add(f"stream-{name}", measure_stream, kv_type="f16", window=small, part=size.real_part,
+        block=size.real_block, tokens=size.n_real_stream // share, start=size.far_loss)  # fmt: skip
     return made
 
 
@@ -831,7 +1015,8 @@ def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out
         write(path, {**head, **inputs, **results, "machine": machine})
 
     try:
-        results = experiment.run(subject, experiment, lambda reached: record(reached, complete=False))
+        save = Save(lambda reached: record(reached, complete=False), kept if same else {})
+        results = experiment.run(subject, experiment, save)
     except (CommandError, UserError) as error:  # such a thing as a cache of this type cannot be had for this model
         results = {"refused": str(error)}
         say(f"not measured: {error}")

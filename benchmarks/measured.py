@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,29 +17,62 @@ from lminf_edge.evaluate.passkey import Cell
 from lminf_edge.evaluate.policies import WITHOUT_RECALL
 
 PAST = 4096  # from there on, Λ is compared with the others in every bucket
+REAL = 50_000_000  # parameters: fewer are a toy's
 SMALL = 0.01  # nats per token, 1 % of perplexity: up to there a difference does not matter to users
 
 
-def loss_records(records: dict[str, Record], kv_type: str | None = None) -> list[Record]:
-    """Those of loss by position, the model of the other experiments first."""
+def is_real(record: Record) -> bool:
+    """Whether its model is one that people use."""
+    return bool(record["model"]["n_params"] >= REAL)
+
+
+def kind_of(records: dict[str, Record], real: bool) -> dict[str, Record]:
+    """Those of real models, or of toys."""
+    return {name: record for name, record in records.items() if is_real(record) == real}
+
+
+def window_size(record: Record) -> int:
+    return int(record["window"]["n_global"] + record["window"]["n_local"])
+
+
+def loss_records(records: dict[str, Record], kv_type: str | None = None, kind: str = "loss") -> list[Record]:
+    """Those of loss by position: real models first, and of toys the model of the other experiments."""
     found = [
         record
         for name, record in records.items()
-        if name.startswith("loss-") and kv_type in (None, record["settings"]["kv_type"])
+        if name.startswith(f"{kind}-") and kv_type in (None, record["settings"]["kv_type"])
     ]
-    return sorted(found, key=lambda record: (record["model"]["name"] != "nano", record["model"]["name"]))
+    return sorted(
+        found,
+        key=lambda record: (
+            not is_real(record),
+            record["model"]["name"] != "nano",
+            record["model"]["n_params"] if is_real(record) else record["model"]["name"],
+            window_size(record),
+        ),
+    )
 
 
 # --- loss by position -------------------------------------------------------------------------------------------------
 
 
-def blocks(record: Record, policy: str, start: int, end: int) -> Array:
+def texts_read(record: Record, *policies: str) -> list[str]:
+    """Texts that all these policies have read."""
+    read = [record["policies"][policy]["texts"] for policy in policies]
+    return [text for text in read[0] if all(text in texts for texts in read)]
+
+
+def blocks(record: Record, policy: str, start: int, end: int, texts: Sequence[str] | None = None) -> Array:
     """Mean losses of the whole blocks of tokens in [start, end), text after text."""
-    block = record["settings"]["block"]
+    block, read = record["settings"]["block"], record["policies"][policy]["texts"]
     first, last = -(-start // block), end // block
-    return np.concatenate(
-        [np.array(text["block_nll"][first:last]) for text in record["policies"][policy]["texts"].values()]
-    )
+    return np.concatenate([np.array(read[text]["block_nll"][first:last]) for text in texts or read])
+
+
+def beside(record: Record, other: str, start: int, end: int) -> tuple[Array, Array]:
+    """The same of another policy and of Λ, of the texts that both have read."""
+    texts = texts_read(record, other, "lminf")
+    return blocks(record, other, start, end, texts), blocks(record, "lminf", start, end, texts)
 
 
 def fresh_blocks(record: Record, policy: str, end: int) -> Array:
@@ -62,9 +95,10 @@ def far_end(record: Record) -> int:
 
 
 def curve(record: Record, policy: str) -> list[Bucket]:
-    """Mean over all texts in buckets of a logarithmic axis."""
+    """Mean over the texts that all policies have read, in buckets of a logarithmic axis."""
     sums: dict[tuple[int, int], list[float]] = {}
-    for text in record["policies"][policy]["texts"].values():
+    for name in texts_read(record, *record["policies"]):
+        text = record["policies"][policy]["texts"][name]
         for edges, mean in zip(pairwise(text["edges"]), text["bucket_nll"], strict=True):
             sums.setdefault(edges, []).append(mean)
     n_texts = max(map(len, sums.values()))
@@ -83,8 +117,9 @@ def octaves(buckets: Sequence[Bucket], first: int) -> list[Bucket]:
     return result
 
 
-def constant_memory() -> list[str]:
-    return [name for name in WITHOUT_RECALL if name not in ("full", "lminf")]
+def constant_memory(record: Record) -> list[str]:
+    """Policies of constant memory that were measured beside Λ."""
+    return [name for name in WITHOUT_RECALL if name in record["policies"] and name not in ("full", "lminf")]
 
 
 def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate]]:
@@ -93,7 +128,7 @@ def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate
     edges = [edge for edge in log_edges(n) if edge >= PAST]
     found = []
     for start, end in pairwise(edges):
-        samples = blocks(record, other, start, end), blocks(record, "lminf", start, end)
+        samples = beside(record, other, start, end)
         if len(samples[0]) >= 2:
             found.append((start, end, mean_difference(*samples)))
     return found
@@ -183,7 +218,7 @@ def paired(record: Record) -> tuple[Array, Array, Array]:
 
 def stream_records(records: dict[str, Record]) -> list[Record]:
     """Those of long streams that a line can be fitted to."""
-    found = [record for name, record in records.items() if name == "stream" or name.startswith("longest-")]
+    found = [record for name, record in records.items() if name.startswith(("stream", "longest-"))]
     return sorted((r for r in found if drift(r)), key=lambda r: (r["experiment"] != "stream", r["tokens"]))
 
 
@@ -239,31 +274,6 @@ def variant_of(record: Record, **fields: Any) -> Record:
     found: list[Record] = [v for v in record["variants"] if all(v[name] == value for name, value in fields.items())]
     (variant,) = found
     return variant
-
-
-def smallest_enough(record: Record, reference: Record, size: Callable[[Record], float]) -> tuple[Record, Estimate]:
-    """The smallest variant whose loss is at most SMALL above the reference's, interval included, and by how much."""
-    best = reference
-    difference = Estimate(0.0, 0.0, 0.0, len(far_blocks(reference)))
-    for variant in sorted(record["variants"], key=size, reverse=True):
-        if variant is reference:
-            continue
-        estimate = mean_difference(far_blocks(variant), far_blocks(reference))
-        if estimate.high <= SMALL and size(variant) < size(best):
-            best, difference = variant, estimate
-    return best, difference
-
-
-def all_alike(record: Record, reference: Record) -> bool:
-    """Whether what quantization costs far into a stream is within SMALL of what it costs at its start."""
-    return all(
-        abs(
-            (far_blocks(v).mean() - far_blocks(reference).mean())
-            - (far_blocks(v, "fresh_nll").mean() - far_blocks(reference, "fresh_nll").mean())
-        )
-        <= SMALL
-        for v in record["variants"]
-    )
 
 
 # --- passkeys ---------------------------------------------------------------------------------------------------------

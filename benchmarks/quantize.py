@@ -10,7 +10,7 @@ from pathlib import Path
 from lminf_edge import native
 
 # as llama-quantize calls them
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q4_0": 2, "IQ4_XS": 30}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q4_1": 3, "Q4_0": 2, "IQ4_XS": 30}
 
 
 def quantize(source: Path, target: Path, file_type: str, n_threads: int, again: bool = False) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -24,7 +24,7 @@ from measured import (
     PAST,
     SMALL,
     Record,
-    all_alike,
+    beside,
     blocks,
     cells_of,
     compare_buckets,
@@ -36,6 +36,8 @@ from measured import (
     far_end,
     found_of,
     fresh_blocks,
+    is_real,
+    kind_of,
     load_records,
     loss_records,
     octaves,
@@ -46,13 +48,14 @@ from measured import (
     recall_blocks,
     recall_losses,
     recall_records,
-    smallest_enough,
     stream_records,
     tail_blocks,
     tail_octaves,
     tail_records,
     tails,
+    texts_read,
     variant_of,
+    window_size,
 )
 from report import Figures, pick, positions_section, table
 from trend import Estimate, mean_difference, proportion
@@ -64,11 +67,12 @@ from lminf_edge.evaluate import plots
 from lminf_edge.evaluate.policies import WITHOUT_RECALL
 from lminf_edge.models import embedded_models
 
-# what nano is to reach
+# what is to be reached
 NANO = "nano"
-WITHIN = 0.03  # of the loss inside the training length, far into a stream
+WITHIN = {True: 0.01, False: 0.03}  # of the loss of streams started fresh, of a real model and of a toy
 FULL_WORSE = 1.0  # nats
 KEYS = 0.95  # of the passkeys in reach
+RECALLED = 0.85  # of the ceiling
 
 HEAD = """# Results
 
@@ -79,7 +83,8 @@ Losses are in nats per token: -log of the probability that the model gives to th
 runs through llama.cpp on the same tokens (see [design.md](design.md), "Measuring"). Intervals are 95 % confidence
 intervals; two policies are a tie when that of their difference contains zero. Differences are taken block by block of
 the same text, so its difficulty cancels. "Started fresh" is the same text read by streams that had just begun, each
-token at a position where the window is full and which is inside the training length.
+token at a position where the window is full and which is inside the training length. Two small real models come first;
+toys, which can be read by the million tokens, are in the [appendix](#appendix-toy-models).
 """
 
 
@@ -128,6 +133,9 @@ def claims(records: dict[str, Record]) -> list[Claim]:
     found: list[Claim] = []
     for record in loss_records(records, "f16"):
         found += loss_claims(record)
+    for record in (*loss_records(records, "f16", "far"), *loss_records(records, "f16")):
+        if record["fresh"].get("lminf"):
+            found.append(fresh_claim(record))
     for record in stream_records(records):
         found += stream_claims(record)
     for name in ("kl-f32", "kl-f16"):
@@ -137,48 +145,54 @@ def claims(records: dict[str, Record]) -> list[Claim]:
         found += tail_claims(record)
     if "passkey" in records:
         found += passkey_claims(records["passkey"])
+    for record in recall_records(records):
+        found += recall_claims(record)
     return found
 
 
 def target(record: Record, words: str, met: bool) -> tuple[str, str]:
-    """What is to be reached, and whether it is: of the model that was made to reach it."""
-    return (words, "reached" if met else "**not reached**") if record["model"]["name"] == NANO else ("–", "–")
+    """What is to be reached, and whether it is: of real models, and of the toy that was made to reach it."""
+    is_asked = is_real(record) or record["model"]["name"] == NANO
+    return (words, "reached" if met else "**not reached**") if is_asked else ("–", "–")
+
+
+def subject(record: Record) -> str:
+    return f"`{record['model']['name']}`, window {window_size(record):,}"
 
 
 def loss_claims(record: Record) -> list[Claim]:
-    name, start, end = record["model"]["name"], record["settings"]["start"], far_end(record)
-    far, near = (f.mean() for f in (blocks(record, "lminf", start, end), fresh_blocks(record, "lminf", end)))
-    share = float(far / near) - 1
-    rows: list[Claim] = [
-        (
-            f"`{name}`: Λ at {short(start)} – {short(end)}, against the same tokens started fresh",
-            f"{far:.4f} against {near:.4f}: {share:+.2%} (full attention, fresh: "
-            f"{fresh_blocks(record, 'full', end).mean():.4f})",
-            *target(record, f"within {WITHIN:.0%}", abs(share) <= WITHIN),
-        )
-    ]
-    n_full = min(end, read_everywhere(record, "full"))
-    if n_full > start:
-        worse = mean_difference(blocks(record, "full", start, n_full), blocks(record, "lminf", start, n_full))
-        rows.append(
-            (
-                f"`{name}`: full attention minus Λ at {short(start)} – {short(n_full)}",
-                f"{interval(worse, 2)} nats",
-                *target(record, f"{FULL_WORSE:.0f} nat at least", worse.value >= FULL_WORSE),
-            )
-        )
-    estimates = [estimate for other in constant_memory() for _, _, estimate in compare_buckets(record, other)]
-    if estimates:
-        n_worse = sum(estimate.high < 0 for estimate in estimates)
-        rows.append(
-            (
-                f"`{name}`: Λ beside every other policy of constant memory, in every bucket past {short(PAST)}",
-                f"worse in {n_worse} of {len(estimates)}, tied in {sum(e.is_zero for e in estimates)}, better in "
-                f"{sum(estimate.low > 0 for estimate in estimates)}",
-                *target(record, "never worse, but for 1 in 40 by chance", n_worse <= len(estimates) / 40),
-            )
-        )
+    rows: list[Claim] = []
+    n_full = read_everywhere(record, "full") if "full" in record["policies"] else 0
+    start = n_full // 2
+    if start >= record["model"]["n_ctx_train"]:
+        worse = mean_difference(*beside(record, "full", start, n_full))
+        what = f"{subject(record)}: full attention minus Λ at {short(start)} – {short(n_full)}"
+        met = worse.value >= FULL_WORSE
+        rows.append((what, f"{interval(worse, 2)} nats", *target(record, f"{FULL_WORSE:.0f} nat at least", met)))
+    words = []
+    for other in constant_memory(record):
+        end = min(far_end(record), read_everywhere(record, other))
+        samples = beside(record, other, PAST, end)
+        if len(samples[0]) >= 2:
+            words.append(f"`{other}` {verdict(mean_difference(*samples))}")
+    if words:
+        what = f"{subject(record)}: others minus Λ at {short(PAST)} – {short(end)} (positive: Λ is better)"
+        rows.append((what, ", ".join(words), "–", "–"))
     return rows
+
+
+def fresh_claim(record: Record) -> Claim:
+    start, end = record["settings"]["start"], far_end(record)
+    far, near = (f.mean() for f in (blocks(record, "lminf", start, end), fresh_blocks(record, "lminf", end)))
+    share, within = float(far / near) - 1, WITHIN[is_real(record)]
+    full = (
+        f" (full attention, fresh: {fresh_blocks(record, 'full', end).mean():.4f})" if "full" in record["fresh"] else ""
+    )
+    return (
+        f"{subject(record)}: Λ at {short(start)} – {short(end)}, against the same tokens started fresh",
+        f"{far:.4f} against {near:.4f}: {share:+.2%}{full}",
+        *target(record, f"within {within:.0%}", abs(share) <= within),
+    )
 
 
 def stream_claims(record: Record) -> list[Claim]:
@@ -233,6 +247,22 @@ def tail_claims(record: Record) -> list[Claim]:
     return [(what, f"{interval(estimate)} nats", f"{SMALL} at most", met)]
 
 
+def recall_claims(record: Record) -> list[Claim]:
+    """All lengths together, beside the fact inside the window."""
+    (right, asked), (best, tried) = found_of(record, "recall"), found_of(record, "ceiling")
+    if not asked or not best:
+        return []
+    share, ceiling = right / asked, best / tried
+    what = f"{subject(record)}, {record['settings']['task']}: right answers with recall, against the ceiling"
+    return [
+        (
+            what,
+            f"{right} of {asked} against {best} of {tried}: {share / ceiling:.0%}",
+            *target(record, f"{RECALLED:.0%}", share >= RECALLED * ceiling),
+        )
+    ]
+
+
 def passkey_claims(record: Record) -> list[Claim]:
     right, asked, right_out, out = reach(record, "lminf")
     name = record["model"]["name"]
@@ -251,102 +281,184 @@ def passkey_claims(record: Record) -> list[Claim]:
 
 
 def summary(records: dict[str, Record]) -> str:
-    return "## In short\n\n" + table(["", "measured", "target", ""], claims(records), 4)
+    return "## In short\n\n" + table(["", "measured", "target", ""], claims(records), 4) if records else ""
+
+
+def source(record: Record) -> str:
+    """Where and when it was measured, and the file."""
+    machine = record["machine"]
+    name = record["experiment"]
+    return f"{machine['cpu']}, {machine['date'][:10]}: [{name}](results/{name}.json)"
+
+
+def described(record: Record) -> str:
+    """Model, weights and cache."""
+    model = record["model"]
+    return (
+        f"{model['n_params'] / 1e6:.{0 if is_real(record) else 2}f} M parameters ({model['architecture']}), "
+        f"{model['weights']} weights, trained on {model['n_ctx_train']:,} tokens; window {window_of(record)}, "
+        f"{record['settings']['kv_type']} KV"
+    )
+
+
+def loss_plot(record: Record) -> str:
+    return str(record["experiment"]).removesuffix("-f16") + ".png"
 
 
 def loss_section(records: dict[str, Record]) -> str:
     parts = []
     for record in loss_records(records, "f16"):
         name = record["model"]["name"]
-        curves = {policy: octaves(curve(record, policy), record["model"]["n_ctx_train"]) for policy in WITHOUT_RECALL}
+        policies = [policy for policy in WITHOUT_RECALL if policy in record["policies"]]
+        curves = {policy: octaves(curve(record, policy), window_size(record)) for policy in policies}
         by_start = {policy: {b.start: b.mean for b in found} for policy, found in curves.items()}
         rows = []
         for bucket in curves["lminf"]:
-            values = [by_start[policy].get(bucket.start) for policy in WITHOUT_RECALL]
+            values = [by_start[policy].get(bucket.start) for policy in policies]
             cells = [f"{value:.3f}" if value is not None else "–" for value in values]
             rows.append([f"{bucket.start:,} – {bucket.end:,}", *cells])
-        model = record["model"]
-        texts = record["texts"]
+        texts = texts_read(record, *record["policies"])
+        title = f"{name}, window {window_size(record):,}" if is_real(record) else name
+        mean = f"mean over {len(texts)} texts, each" if len(texts) > 1 else "one text,"
         parts.append(
-            f"### {name}\n\n![loss by position, {name}](results/loss-{name}.png)\n\n"
-            f"{model['n_params'] / 1e6:.2f} M parameters ({model['architecture']}), {model['weights']} weights, "
-            f"trained on {model['n_ctx_train']} tokens; window {window_of(record)}, f16 KV; mean over {len(texts)} "
-            f"{'text' if len(texts) == 1 else 'texts'}, each read as one stream ({names([*texts])}).\n\n"
-            + table(["positions", *WITHOUT_RECALL], rows, 1)
-            + "\n"
+            f"### {title}\n\n![loss by position, {title}](results/{loss_plot(record)})\n\n"
+            f"{described(record)}; {mean} read as one stream ({names(texts)}). {source(record)}.\n\n"
+            + table(["positions", *policies], rows, 1)
             + full_sentence(record)
-            + "\n"
-            + against_others(record)
+            + (against_others(record) if is_real(record) else in_buckets(record))
         )
-    quantized = kv_table(records)
     if not parts:
         return ""
-    return "## Loss by position\n\n" + "\n".join(parts) + (f"\n{quantized}" if quantized else "")
+    parts += [part for part in (far_table(records), kv_table(records)) if part]
+    return "## Loss by position\n\n" + texts_sentence(records) + "\n".join(parts)
+
+
+def texts_sentence(records: dict[str, Record]) -> str:
+    """What the models may know of the texts."""
+    found = loss_records(records, "f16")
+    if not is_real(found[0]):
+        return ""
+    n_least = min(text["n_tokens"] for record in found for text in record["texts"].values())
+    return (
+        "The novels are old, and all over the web: pages of them may have been in the training data of either model, "
+        "which we cannot look into. Neither can have seen one whole at a time: the shortest has "
+        f"{n_least:,} tokens, several times what they were trained on. What a model knows by heart helps all policies "
+        "alike, as they read the same tokens.\n\n"
+    )
 
 
 def full_sentence(record: Record) -> str:
-    """Where full attention stopped, and why."""
-    n, end = record["full_tokens"], far_end(record)
-    full, ours = (record["policies"][name]["texts"].values() for name in ("full", "lminf"))
-    seconds = statistics.mean(text["seconds"] for text in full)
-    speed = sum(text["tokens"] for text in ours) / sum(text["seconds"] for text in ours)
-    took = f"Λ read {speed:,.0f} tokens a second. Full attention took {seconds:.0f} s for"
-    if n >= end:
-        return f"{took} the {n:,} tokens of a text.\n"
-    # twice the tokens, four times the time
-    rest = seconds * (end / n) ** 2
+    """Where full attention was stopped."""
+    n, n_train = record["full_tokens"], record["model"]["n_ctx_train"]
+    if "full" not in record["policies"] or n >= far_end(record):
+        return ""
+    where = f"{n / n_train:g} times the training length" if n > n_train else "inside the training length"
     return (
-        f"{took} the first {n:,} tokens of a text and was stopped there: its time grows with the square of the length, "
-        f"and {end:,} would have taken {duration(rest)}.\n"
+        f"\nFull attention, whose time grows with the square of the length, was stopped after {n:,} tokens, {where}.\n"
     )
+
+
+def far_table(records: dict[str, Record]) -> str:
+    """Λ alone, further than the others, beside streams that have just begun."""
+    rows = []
+    for record in loss_records(records, "f16", "far"):
+        if not record["fresh"]["lminf"]:  # stopped before
+            continue
+        start, end = record["settings"]["start"], far_end(record)
+        far, near = blocks(record, "lminf", start, end), fresh_blocks(record, "lminf", end)
+        rows.append(
+            [
+                f"`{record['model']['name']}`, {window_of(record)}",
+                f"{start:,} – {end:,}",
+                names([*record["policies"]["lminf"]["texts"]]),
+                f"{far.mean():.4f}",
+                f"{near.mean():.4f}",
+                f"{verdict(mean_difference(far, near))} ({far.mean() / near.mean() - 1:+.2%})",
+                source(record),
+            ]
+        )
+    if not rows:
+        return ""
+    header = ["", "positions", "text", "Λ", "started fresh", "difference", "measured"]
+    return "### Λ far into a stream\n\n" + table(header, rows, 3) + "\n"
 
 
 def against_others(record: Record) -> str:
     """Others minus Λ in every octave past PAST, and how often a finer bucket is a tie."""
     start, end = PAST, far_end(record)
+    others = constant_memory(record)
     rows = []
     while start < end:
         stop = min(2 * start, end)
         cells = []
-        for other in constant_memory():
-            samples = blocks(record, other, start, stop), blocks(record, "lminf", start, stop)
+        for other in others:
+            samples = beside(record, other, start, min(stop, read_everywhere(record, other)))
             cells.append(verdict(mean_difference(*samples)) if len(samples[0]) >= 2 else "–")
         rows.append([f"{start:,} – {stop:,}", *cells])
         start = stop
     if not rows:
         return ""
-    sentences = []
-    for other in constant_memory():
-        found = [estimate for _, _, estimate in compare_buckets(record, other)]
-        better, worse = sum(e.low > 0 for e in found), sum(e.high < 0 for e in found)
-        tie = len(found) - better - worse
-        largest = max(found, key=lambda e: abs(e.value))
-        sentences.append(
-            f"`{other}`: Λ is better in {better}, tied in {tie}, worse in {worse} of {len(found)} buckets (at most "
-            f"{nats(largest.value)} nats)"
-        )
+    columns = [f"{other}, {len(texts_read(record, other, 'lminf'))}" for other in others]
     return (
-        f"Others minus Λ past {short(PAST)}, nats per token (positive: Λ is better):\n\n"
-        + table(["positions", *constant_memory()], rows, 1)
-        + f"\nIn finer buckets, four for each power of two: {'; '.join(sentences)}.\n"
+        f"\nOthers minus Λ past {short(PAST)}, nats per token (positive: Λ is better), and over how many texts:\n\n"
+        + table(["positions", *columns], rows, 1)
+        + in_buckets(record)
     )
+
+
+def in_buckets(record: Record) -> str:
+    """How often Λ is better, tied and worse."""
+    sentences = []
+    for other in constant_memory(record):
+        found = [estimate for _, _, estimate in compare_buckets(record, other)]
+        if found:
+            better, worse = sum(e.low > 0 for e in found), sum(e.high < 0 for e in found)
+            largest = max(found, key=lambda e: abs(e.value))
+            sentences.append(
+                f"`{other}`: Λ is better in {better}, tied in {len(found) - better - worse}, worse in {worse} of "
+                f"{len(found)} buckets (at most {nats(largest.value)} nats)"
+            )
+    if not sentences:
+        return ""
+    return f"\nIn finer buckets past {short(PAST)}, four for each power of two: {'; '.join(sentences)}.\n"
+
+
+TIES = """### What is different where losses tie
+
+Beside StreamingLLM's rule (`sinks`) and context shift (`shift`) the losses above are ties, or differ by hundredths of
+a nat: whoever asks for loss alone can take any of the three. What Λ has beside it:
+
+- Positions are bounded: what enters the graph is small however long the stream is. A key is rotated when it is stored,
+  and again only when all positions move back by a block (a rebase). StreamingLLM's code rotates all cached keys at each
+  read.
+- One token leaves when one comes. Context shift takes away half of the window at once, so what is in view varies
+  between half a window and a whole one.
+- Prompts of any length stream through: llama-server refuses those that are longer than the context, shift or not.
+- The rule is exact: what a token may attend to, and at which distance, is a function of its position alone, tested per
+  token against an independent implementation ([how we know](design.md#how-we-know)).
+- A turn costs its own tokens: what was read stays valid while the window moves on. After a shift the cache holds no
+  prefix of the conversation but its first tokens.
+"""
 
 
 def kv_table(records: dict[str, Record]) -> str:
     """q8_0 beside f16 KV."""
     rows = []
     for plain in loss_records(records, "f16"):
-        name = plain["model"]["name"]
-        quantized = records.get(f"loss-{name}-q8_0")
+        quantized = records.get(plain["experiment"].removesuffix("f16") + "q8_0")
         if quantized is None:
             continue
         start, end = plain["settings"]["start"], min(far_end(plain), far_end(quantized))
         cells = []
         for policy in WITHOUT_RECALL:
+            if not all(policy in record["policies"] for record in (plain, quantized)):
+                cells.append("–")
+                continue
             stop = min(end, *(read_everywhere(record, policy) for record in (plain, quantized)))
-            samples = [blocks(record, policy, start, stop) for record in (quantized, plain)]
+            texts = [text for text in texts_read(quantized, policy) if text in texts_read(plain, policy)]
+            samples = [blocks(record, policy, start, stop, texts) for record in (quantized, plain)]
             cells.append(verdict(mean_difference(*samples)) if len(samples[0]) >= 2 else "–")
-        rows.append([f"`{name}`, {short(start)} – {short(end)}", *cells])
+        rows.append([f"`{plain['model']['name']}`, {window_of(plain)}, {short(start)} – {short(end)}", *cells])
     if not rows:
         return ""
     return (
@@ -355,7 +467,7 @@ def kv_table(records: dict[str, Record]) -> str:
     )  # fmt: skip
 
 
-def stream_section(records: dict[str, Record]) -> str:
+def stream_section(records: dict[str, Record], plot: str) -> str:
     found = stream_records(records)
     if not found:
         return ""
@@ -368,7 +480,6 @@ def stream_section(records: dict[str, Record]) -> str:
             [
                 f"`{record['model']['name']}`",
                 reached(record),
-                f"{duration(record['seconds_stream'])}, {record['tokens'] / record['seconds_stream']:,.0f} tokens/s",
                 f"{paired(record)[1].mean():+.5f}",
                 interval(fitted, 5),
                 interval(again, 6) if again else "–",
@@ -378,21 +489,22 @@ def stream_section(records: dict[str, Record]) -> str:
             ]
         )
     header = [
-        "", "tokens", "time", "loss minus that of a fresh start", "slope", "slope, the same block read again",
+        "", "tokens", "loss minus that of a fresh start", "slope", "slope, the same block read again",
         "KV; resident memory", "rebases; largest position in the graph",
     ]  # fmt: skip
     words = [
-        f"{record['text_tokens']:,} tokens and blocks of {record['block']:,} for `{record['model']['name']}`"
+        f"{record['text_tokens']:,} tokens in blocks of {record['block']:,} for `{record['model']['name']}`"
         for record in found
     ]
     return (
-        "## Without end\n\n![drift](results/drift.png)\n\n"
-        f"One Λ stream, window {window_of(found[0])}, f16 KV, over all texts and, when they end, over them again "
-        f"({names(words)}). Each block is paired with the same tokens started fresh. A straight line is fitted to the "
+        f"## Without end\n\n![drift](results/{plot})\n\n"
+        f"One Λ stream, window {window_of(found[0])}, f16 KV, over the texts and, when they end, over them again "
+        f"({names(words)}). {'; '.join(map(source, found))}. Each block is paired with the same tokens "
+        "started fresh. A straight line is fitted to the "
         "differences against log10 of the position, so slopes are nats for ten times the position. A block of text "
         "that comes round is not another independent sample: errors are clustered by block of text. The last slope "
         "takes no fresh start, only differences between the readings of the same block.\n\n"
-        + table(header, rows, 8)
+        + table(header, rows, 7)
         + "\n"
         + " ".join(map(drift_sentence, found))
         + "\n"
@@ -443,102 +555,15 @@ def sweep_table(record: Record, reference: Record, extra: Sequence[tuple[str, Ca
     return table(["", "loss", f"minus that of {reference['name']}", "KV", *(title for title, _ in extra)], rows, 1)
 
 
-def global_sentence(record: Record) -> str:
-    variants = sorted(record["variants"], key=lambda v: v["n_global"])
-    none, most, default = variants[0], variants[-1], variant_of(record, n_global=LMInfConfig.n_global)
-    enough, difference = smallest_enough(record, most, lambda v: v["n_global"])
-    without, ten = (mean_difference(far_blocks(v), far_blocks(most)) for v in (none, default))
-    advice = (
-        f"the default of {default['n_global']} is enough"
-        if ten.high <= SMALL
-        else f"the default of {default['n_global']} is not enough: take {enough['n_global']}"
-    )
+def sweep_sentence(record: Record, reference: Record) -> str:
+    """Which of the others matter, by more than SMALL."""
+    others = [variant for variant in record["variants"] if variant is not reference]
+    differences = {v["name"]: mean_difference(far_blocks(v), far_blocks(reference)) for v in others}
+    worse = [f"{name} ({nats(e.value)})" for name, e in differences.items() if e.low > SMALL]
+    better = [f"{name} ({nats(e.value)})" for name, e in differences.items() if e.high < -SMALL]
     return (
-        f"- **G** (`n_global`): {advice}. The fewest first tokens that cost at most {SMALL} nats more than "
-        f"{most['n_global']} are {enough['n_global']} ({interval(difference)}); none at all: {interval(without)}; "
-        f"{default['n_global']}: {interval(ten)}."
-    )
-
-
-def local_sentence(record: Record) -> str:
-    n_train = record["model"]["n_ctx_train"]
-    means = {v["n_local"]: float(far_blocks(v).mean()) for v in record["variants"]}
-    inside = {v["n_local"]: means[v["n_local"]] for v in record["variants"] if v["n_global"] + v["n_local"] <= n_train}
-    best, smallest, largest = min(inside, key=inside.__getitem__), min(inside), max(inside)
-    advice = (
-        "as large as the training length allows"
-        if best == largest
-        else f"{best} is best; the largest inside the training length, {largest}, {inside[largest] - inside[best]:+.4f}"
-    )
-    past = "".join(
-        f" G + L past the training length (L = {n}): {nats(mean - inside[largest])} against L = {largest}."
-        for n, mean in means.items()
-        if n not in inside
-    )
-    return (
-        f"- **L** (`n_local`): {advice}. From {smallest} to {best} tokens the loss falls by "
-        f"{inside[smallest] - inside[best]:.4f} nats.{past} Memory grows with L."
-    )
-
-
-def distance_sentence(record: Record) -> str:
-    sentences, better = [], []
-    for n in sorted({v["n_local"] for v in record["variants"]}):
-        reference = variant_of(record, n_local=n, max_distance=n)
-        words = []
-        for variant in record["variants"]:
-            if variant["n_local"] == n and variant is not reference:
-                difference = mean_difference(far_blocks(variant), far_blocks(reference))
-                words.append(f"D = {variant['max_distance']} {verdict(difference)}")
-                if difference.high < -SMALL:
-                    better.append(variant["name"])
-        sentences.append(f"L = {n}, against D = L: {', '.join(words)}")
-    advice = (
-        f"{names(better)} would be better by more than {SMALL} nats"
-        if better
-        else f"leave it at L: no other value is better by more than {SMALL} nats"
-    )
-    return f"- **D** (`max_distance`): {advice}. {'; '.join(sentences)}."
-
-
-def kv_sentence(record: Record) -> str:
-    reference = variant_of(record, kv_type="f32")
-    enough, difference = smallest_enough(record, reference, lambda v: v["kv_bytes"])
-    f16 = variant_of(record, kv_type="f16")
-    return (
-        f"- **KV type**: the smallest cache that costs at most {SMALL} nats more than f32 is {enough['kv_type']} "
-        f"({interval(difference)}), {enough['kv_bytes'] / f16['kv_bytes']:.0%} of f16's memory."
-    )
-
-
-def weights_sentence(record: Record) -> str:
-    reference = variant_of(record, weights="F16")
-    enough, difference = smallest_enough(record, reference, lambda v: v["file_bytes"])
-    costs = []
-    for variant in record["variants"]:
-        if variant is not reference:
-            far, fresh = (
-                float((far_blocks(variant, key) - far_blocks(reference, key)).mean())
-                for key in ("block_nll", "fresh_nll")
-            )
-            costs.append(f"{variant['weights']} {nats(far)} far into a stream and {nats(fresh)} started fresh")
-    alike = "as much" if all_alike(record, reference) else "not as much"
-    return (
-        f"- **Weights**: the smallest file that costs at most {SMALL} nats more than F16 is {enough['weights']} "
-        f"({interval(difference)}). Quantization costs {alike} far into a stream as at its start: {'; '.join(costs)}."
-    )
-
-
-def fallback_sentence(record: Record) -> str:
-    """Matrices that did not get the number format their file is named after."""
-    words = []
-    for variant in record["variants"]:
-        counts = sorted(variant["tensors"].items(), key=lambda item: -item[1])
-        words.append(f"{variant['weights']} has {names([f'{n} {kind}' for kind, n in counts])}")
-    return (
-        "Number formats of the matrices, as llama.cpp chooses them: "
-        f"{'; '.join(words)}. It gives some matrices more bits, and takes a format with blocks of 32 where rows are no "
-        "multiple of the 256 of K-quants."
+        f"By more than {SMALL} nats worse than {reference['name']}: {names(worse) if worse else 'none'}; better: "
+        f"{names(better) if better else 'none'}."
     )
 
 
@@ -546,53 +571,37 @@ def fresh_column(variant: Record) -> str:
     return f"{far_blocks(variant, 'fresh_nll').mean():.4f}"
 
 
-def rate_column(variant: Record) -> str:
-    texts = variant["texts"].values()
-    return f"{sum(text['tokens'] for text in texts) / sum(text['seconds'] for text in texts):,.0f}"
+FRESH = ("started fresh", fresh_column)
+SWEEPS: dict[str, tuple[str, list[tuple[str, Callable[[Record], str]]]]] = {
+    "sweep-global": ("G (`n_global`), the first tokens", []),
+    "sweep-local": ("L (`n_local`), the window", []),
+    "sweep-distance": ("D (`max_distance`), the distance of the first tokens", []),
+    "sweep-kv": ("KV type", [FRESH]),
+    "sweep-weights": ("Weights", [FRESH, ("file", lambda v: human_bytes(v["file_bytes"]))]),
+}
 
 
 def settings_section(records: dict[str, Record]) -> str:
-    fresh = ("started fresh", fresh_column)
-    speed = ("tokens/s", rate_column)
-    sweeps: dict[
-        str, tuple[str, dict[str, Any], list[tuple[str, Callable[[Record], str]]], Callable[[Record], str]]
-    ] = {
-        "sweep-global": ("G, the first tokens", {"n_global": 10}, [speed], global_sentence),
-        "sweep-local": ("L, the window", {}, [speed], local_sentence),
-        "sweep-distance": ("D, the distance of the first tokens", {}, [], distance_sentence),
-        "sweep-kv": ("KV type", {"kv_type": "f16"}, [fresh, speed], kv_sentence),
-        "sweep-weights": (
-            "Weights",
-            {"weights": "F16"},
-            [fresh, ("file", lambda v: human_bytes(v["file_bytes"])), speed],
-            weights_sentence,
-        ),
-    }
-    found = {name: value for name, value in sweeps.items() if name in records}
-    if not found:
-        return ""
-    record = records[next(iter(found))]
-    first = record["variants"][0]
-    text = next(iter(first["texts"].values()))
-    parts = [
-        "## Which settings\n",
-        f"On `{record['model']['name']}`, tokens {text['start']:,} – {text['edges'][-1]:,} of each text; G = 10 and "
-        f'L = {record["model"]["n_ctx_train"] // 2 - 10}, f16 KV where not said otherwise. "Started fresh": the same '
-        "tokens read by streams that had just begun.\n",
-        *(sentence(records[name]) for name, (_, _, _, sentence) in found.items()),
-        "",
-    ]
-    for name, (title, fields, extra, _) in found.items():
-        record = records[name]
-        default = record["model"]["n_ctx_train"] // 2 - 10
-        if name == "sweep-local":
-            fields = {"n_local": default}
-        if name == "sweep-distance":
-            fields = {"n_local": default, "max_distance": default}
-        parts.append(f"### {title}\n\n" + sweep_table(record, variant_of(record, **fields), extra))
-        if name == "sweep-weights":
-            parts.append(fallback_sentence(record) + "\n")
-    return "\n".join(parts)
+    parts = []
+    for kind, (title, extra) in SWEEPS.items():
+        for record in (record for name, record in records.items() if name.startswith(kind)):
+            default = record["settings"].get("window", record["model"]["n_ctx_train"] // 2) - LMInfConfig.n_global
+            fields: dict[str, Any] = {
+                "sweep-global": {"n_global": LMInfConfig.n_global},
+                "sweep-local": {"n_local": default},
+                "sweep-distance": {"n_local": default, "max_distance": default},
+                "sweep-kv": {"kv_type": "f16"},
+                "sweep-weights": {"weights": "F16"},
+            }[kind]
+            reference, texts = variant_of(record, **fields), record["variants"][0]["texts"]
+            text = next(iter(texts.values()))
+            parts.append(
+                f"### {title}\n\n`{record['model']['name']}`, tokens {text['start']:,} – {text['edges'][-1]:,} of "
+                f"{len(texts)} text{'s' * (len(texts) > 1)}; G = {LMInfConfig.n_global}, L = {default}, f16 KV if not "
+                f"said otherwise. {sweep_sentence(record, reference)} {source(record)}.\n\n"
+                + sweep_table(record, reference, extra)
+            )
+    return "## Which settings\n\n" + "\n".join(parts) if parts else ""
 
 
 # --- the tail ---------------------------------------------------------------------------------------------------------
@@ -626,7 +635,9 @@ def tail_section(records: dict[str, Record]) -> str:
         '## What prefill "tail" costs\n\n'
         f"Mean loss of {block} tokens of a text after only the sinks and the last tokens before them were processed, "
         "minus their loss after everything before them was, in nats per token. A window is L tokens; the first line of "
-        "a model is all depths together, the others are octaves of depth. Each place is a sample.\n\n"
+        "a model is all depths together, the others are octaves of depth. Each place is a sample. "
+        + "; ".join(map(source, found))
+        + ".\n\n"
         + table(["", "depth", "places", "loss, everything", *columns], rows, 2)
         + "\nModels with recurrent layers run, but are not here: not measured.\n"
     )
@@ -643,7 +654,7 @@ def answers(record: Record, policy: str, length: int | None = None) -> str:
     return f"{right} of {asked} ({low:.0%} to {high:.0%})"
 
 
-def recall_section(records: dict[str, Record]) -> str:
+def recall_section(records: dict[str, Record], plot: str) -> str:
     found, losses = recall_records(records), recall_losses(records)
     parts = []
     if found:
@@ -661,11 +672,12 @@ def recall_section(records: dict[str, Record]) -> str:
                     [*(("", "") if i else what), f"{length:,}", *shares, "" if i else answers(record, "ceiling")]
                 )
         header = ["", "window; recalled at distance", "tokens", "Λ", "Λ with recall", "full attention", "ceiling"]
+        measured_by = "; ".join(map(source, found))
         parts.append(
-            ("![right answers by length and place](results/recall.png)\n\n" if recall_picture(records) else "")
+            (f"![right answers by length and place](results/{plot})\n\n" if recall_picture(records) else "")
             + f"Right answers about a fact told once, at {len(found[0]['settings']['depths'])} places of the text; "
-            "f16 KV, archives in q8_0. In brackets 95 % intervals. The ceiling is Λ with the fact in its window.\n\n"
-            + table(header, rows, 3)
+            "f16 KV, archives in q8_0. In brackets 95 % intervals. The ceiling is Λ with the fact in its window. "
+            f"{measured_by}.\n\n" + table(header, rows, 3)
         )
     if losses:
         columns = list(losses[0]["ways"])
@@ -684,15 +696,57 @@ def recall_section(records: dict[str, Record]) -> str:
         settings = losses[0]["settings"]
         parts.append(
             f"Loss on novels from token {settings['start']:,} on, with recall minus without, in blocks of "
-            f"{settings['block']} tokens:\n\n"
+            f"{settings['block']} tokens ({'; '.join(map(source, losses))}):\n\n"
             + table(["", "blocks", "Λ", *(f"R = {way}" for way in columns[1:])], rows, 1)
         )
     return "## What recall finds\n\n" + "\n".join(parts) if parts else ""
 
 
 def recall_picture(records: dict[str, Record]) -> Record | None:
-    """The one that is drawn: of the smallest model."""
-    return next((record for record in recall_records(records) if "recall" in record["policies"]), None)
+    """The one that is drawn: that with most lengths, if it has several."""
+    found = {
+        len({cell["length"] for cell in record["policies"]["recall"]["cells"]}): record
+        for record in recall_records(records)
+        if "recall" in record["policies"]
+    }
+    return found[max(found)] if max(found, default=0) > 1 else None
+
+
+# --- long texts -------------------------------------------------------------------------------------------------------
+
+
+def generation_section(records: dict[str, Record]) -> str:
+    found = [record for name, record in records.items() if name.startswith("generation-")]
+    parts = []
+    for record in found:
+        settings, policies = record["settings"], record["policies"]
+        rows = []
+        for name, figures in policies.items():
+            losses, new = np.array(figures["nll"]), np.array(figures["distinct"])
+            per_seed = losses.mean(axis=1), np.array(figures["distinct_all"])
+            spread = [mean_difference(values, np.zeros(len(values))) for values in per_seed]
+            rows.append(
+                [
+                    plots.NAMES.get(name, "the novels themselves"),
+                    *(f"{e.value:.3f} ± {(e.high - e.low) / 2:.3f}" for e in (spread[1], spread[0])),
+                    f"{new[:, 0].mean():.3f} → {new[:, -1].mean():.3f}",
+                    f"{losses[:, 0].mean():.3f} → {losses[:, -1].mean():.3f}",
+                ]
+            )
+        ours, other = (np.array(policies[name]["distinct_all"]) for name in ("lminf", "shift"))
+        loss = mean_difference(*(np.array(policies[name]["nll"]).mean(axis=1) for name in ("lminf", "shift")))
+        sampling = ", ".join(f"{name} {value:g}" for name, value in settings["sampling"].items())
+        n_far = len(policies["lminf"]["nll"][0]) * settings["block"]
+        parts.append(
+            f"{described(record)}, {settings['seeds']} seeds: each goes on from another place of a novel "
+            f"({settings['prompt']} tokens of prompt), {sampling}, no end of text. Counted are the {n_far:,} tokens "
+            "past the window. The judge of the loss is the model itself, with full attention over all of it. Λ minus "
+            f"context shift: distinct 4-grams {verdict(mean_difference(ours, other))}, loss {verdict(loss)} nats. "
+            f"{source(record)}.\n\n"
+            + table(["written by", "distinct 4-grams", "loss", f"distinct, first → last {settings['block']} tokens",
+                     f"loss, first → last {settings['block']}"], rows, 1)
+        )  # fmt: skip
+    return "## Long texts\n\n" + "\n".join(parts) if parts else ""
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
@@ -703,7 +757,7 @@ def kl_section(records: dict[str, Record]) -> str:
     for name in ("kl-f32", "kl-f16"):
         if name in records:
             record = records[name]
-            size = record["window"]["n_global"] + record["window"]["n_local"]
+            size = window_size(record)
             for policy, figures in record["policies"].items():
                 after = [
                     (end - start, mean)
@@ -751,7 +805,7 @@ def passkey_section(records: dict[str, Record]) -> str:
     kept = ""
     if "passkey-sinks" in records:
         sinks = records["passkey-sinks"]
-        size = sinks["window"]["n_global"] + sinks["window"]["n_local"]
+        size = window_size(sinks)
         cells = [c for c in sinks["policies"]["lminf"]["cells"] if c["depth"] == 0 and c["length"] > size]
         if cells:
             n, correct = sum(c["trials"] for c in cells), sum(c["correct"] for c in cells)
@@ -815,13 +869,14 @@ def ours_longest(records: dict[str, Record], performance: Figures) -> str:
 
 
 def ours_global(records: dict[str, Record], performance: Figures) -> str:
-    if "sweep-global" not in records:
-        return "–"
-    record = records["sweep-global"]
-    ten, hundred = (far_blocks(variant_of(record, n_global=n)) for n in (10, 100))
-    return (
-        f"loss with 100 minus that with 10, `{record['model']['name']}`: {verdict(mean_difference(hundred, ten))} nats"
-    )
+    words = []
+    for name, record in records.items():
+        if name.startswith("sweep-global"):
+            most = max(variant["n_global"] for variant in record["variants"])
+            ten, many = (far_blocks(variant_of(record, n_global=n)) for n in (10, most))
+            difference = verdict(mean_difference(many, ten))
+            words.append(f"loss with {most} minus that with 10, `{record['model']['name']}`: {difference} nats")
+    return "; ".join(words) or "–"
 
 
 def ours_local(records: dict[str, Record], performance: Figures) -> str:
@@ -848,23 +903,15 @@ def paper_section(records: dict[str, Record], performance: Figures, published: R
     )
 
 
-def own_model_section(records: dict[str, Record], performance: Figures) -> str:
-    found = loss_records(records, "f16")
-    lines = []
-    n_tokens = 1 << 17
-    for record in found[:1]:
-        texts = record["policies"]["lminf"]["texts"].values()
-        speed = sum(text["tokens"] for text in texts) / sum(text["seconds"] for text in texts)
-        lines.append((f"`{record['model']['name']}`, {record['model']['n_params'] / 1e6:.1f} M parameters", speed))
+def own_model_section(performance: Figures) -> str:
+    n_tokens, takes = 1 << 17, ""
     if "prefill" in performance:
         ours = pick(performance.results("prefill"), cache="lambda")
-        deep = pick(ours, depth=max(r.contender.depth for r in ours))
-        lines.append(("Llama-3.2-1B shape, Q4_0, window 4096 (prefill)", fastest(deep).median))
-    times = table(
-        ["", "tokens/s", f"{n_tokens:,} tokens, each policy but full"],
-        [[name, f"{speed:,.0f}", duration(n_tokens / speed)] for name, speed in lines],
-        1,
-    )
+        speed = fastest(pick(ours, depth=max(r.contender.depth for r in ours))).median
+        takes = (
+            f"Llama-3.2-1B's shape with Q4_0 weights and a window of 4096 reads {speed:,.0f} tokens/s on the machine "
+            f"of [performance.md](performance.md): {duration(n_tokens / speed)} for {n_tokens:,} tokens and a policy. "
+        )
     return (
         "## Your own model\n\n```sh\n"
         "lminf-edge info -m model.gguf                                        # supported? training length?\n"
@@ -876,12 +923,11 @@ def own_model_section(records: dict[str, Record], performance: Figures) -> str:
         "What to expect: up to the window all policies are the same. Past the training length full attention gets "
         "worse; a text that is shorter than that shows nothing, so a model trained on 128k tokens needs a longer one. "
         "Λ stays at the loss of its window: with a window of 4096, a model that makes use of 100k tokens loses what "
-        "they gave it. Whether first tokens matter depends on the model: one that leans on its first token fails with "
-        "`window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller than the default, "
-        "min(4096, training length).\n\n"
-        + (f"How long it takes, at the speeds measured on the machine below:\n\n{times}\n" if lines else "")
-        + "Full attention takes four times as long for twice the tokens: `--full-tokens` ends it. Ctrl-C prints what "
-        "was measured so far.\n"
+        "they gave it. Whether first tokens matter depends on the model: one that leans on its first token, as SmolLM2 "
+        "does, fails with `window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller than the "
+        "default, min(4096, training length).\n\n"
+        f"{takes}Full attention takes four times as long for twice the tokens: `--full-tokens` ends it. Ctrl-C prints "
+        "what was measured so far.\n"
     )
 
 
@@ -947,54 +993,82 @@ def stale_note(records: dict[str, Record]) -> str:
     return f"**Not up to date**: {names(stale)} measured another version of an embedded model than this one's.\n"
 
 
+SUFFIX = {True: "", False: "-toys"}  # of the names of plots
+
+
 def draw(records: dict[str, Record], folder: Path) -> None:
     for record in loss_records(records, "f16"):
-        name = record["model"]["name"]
-        curves = {policy: curve(record, policy) for policy in WITHOUT_RECALL}
-        title = f"{name}, window {window_of(record)}, f16 KV"
-        size = record["window"]["n_global"] + record["window"]["n_local"]
-        plots.plot_losses(folder / f"loss-{name}.png", curves, record["model"]["n_ctx_train"], size, title)
-    streams = {
-        f"{record['model']['name']}, {record['tokens']:,} tokens": drift_points(record)
-        for record in stream_records(records)
-    }
-    if streams:
-        plots.plot_drift(folder / "drift.png", streams, "Λ stream: the same text, far on and started fresh")
+        curves = {policy: curve(record, policy) for policy in WITHOUT_RECALL if policy in record["policies"]}
+        title = f"{record['model']['name']}, window {window_of(record)}, f16 KV"
+        plots.plot_losses(
+            folder / loss_plot(record), curves, record["model"]["n_ctx_train"], window_size(record), title
+        )
+    for real in (True, False):
+        chosen = kind_of(records, real)
+        streams = {
+            f"{record['model']['name']}, {record['tokens']:,} tokens": drift_points(record)
+            for record in stream_records(chosen)
+        }
+        if streams:
+            title = "Λ stream: the same text, far on and started fresh"
+            plots.plot_drift(folder / f"drift{SUFFIX[real]}.png", streams, title)
+        if (drawn := recall_picture(chosen)) is not None:
+            cells = {name: cells_of(policy) for name, policy in drawn["policies"].items() if name != "ceiling"}
+            what = f"{drawn['settings']['task']}, window {window_of(drawn)}, {drawn['settings']['n_recall']} recalled"
+            plots.plot_passkey(folder / f"recall{SUFFIX[real]}.png", cells, f"{drawn['model']['name']}, {what}")
     found = records.get("kl-f32") or records.get("kl-f16")
     if found:
         policies = {name: (p["edges"], p["bucket_kl"]) for name, p in found["policies"].items()}
-        size = found["window"]["n_global"] + found["window"]["n_local"]
         title = f"Divergence from full attention, {found['model']['name']}, window {window_of(found)}"
-        plots.plot_divergence(folder / "divergence.png", policies, size, title)
+        plots.plot_divergence(folder / "divergence.png", policies, window_size(found), title)
     if "passkey" in records:
         record = records["passkey"]
         cells = {name: cells_of(policy) for name, policy in record["policies"].items()}
         title = f"Passkey retrieval, {record['model']['name']}, window {window_of(record)}"
         plots.plot_passkey(folder / "passkey.png", cells, title)
-    if (drawn := recall_picture(records)) is not None:
-        cells = {name: cells_of(policy) for name, policy in drawn["policies"].items() if name in ("lminf", "recall")}
-        title = f"{drawn['model']['name']}, window {window_of(drawn)}, {drawn['settings']['n_recall']} recalled"
-        plots.plot_passkey(folder / "recall.png", cells, title)
 
 
 def page(records: dict[str, Record], refused: dict[str, Record], performance: Figures, published: Record) -> str:
+    real, toys = kind_of(records, True), kind_of(records, False)
+    losses = loss_section(real)
     sections: Iterable[str] = [
         HEAD,
         stale_note(records),
-        summary(records),
-        loss_section(records),
-        stream_section(records),
-        settings_section(records),
-        tail_section(records),
-        kl_section(records),
-        passkey_section(records),
-        recall_section(records),
+        summary(real),
+        losses,
+        TIES if losses else "",
+        stream_section(real, f"drift{SUFFIX[True]}.png"),
+        settings_section(real),
+        tail_section(real),
+        recall_section(real, f"recall{SUFFIX[True]}.png"),
+        generation_section(real),
         performance_section(performance),
         paper_section(records, performance, published),
-        own_model_section(records, performance),
+        own_model_section(performance),
+        appendix(toys),
         experiments_section(records, refused),
     ]
     return "\n".join(section for section in sections if section)
+
+
+def appendix(toys: dict[str, Record]) -> str:
+    """What was measured on models that were made to be small, a heading deeper."""
+    sections = [
+        summary(toys),
+        loss_section(toys),
+        stream_section(toys, f"drift{SUFFIX[False]}.png"),
+        settings_section(toys),
+        tail_section(toys),
+        kl_section(toys),
+        passkey_section(toys),
+        recall_section(toys, f"recall{SUFFIX[False]}.png"),
+    ]
+    text = "\n".join(section for section in sections if section)
+    intro = (
+        "Models of less than ten million parameters, on which much can be measured. What they say of first tokens does "
+        "not hold for real ones: `nano` and `nano-alibi` do not lean on them.\n"
+    )
+    return f"## Appendix: toy models\n\n{intro}\n" + re.sub(r"^(?=##)", "#", text, flags=re.MULTILINE) if text else ""
 
 
 def main() -> int:

@@ -22,9 +22,9 @@ STYLES = {
     "sinks-uncapped": ("#D55E00", (0, (6, 1.5, 1, 1.5)), 2.4),
     "lminf": ("#56B4E9", "-", 5.0),
     "recall": ("#CC79A7", (0, (1, 1.5)), 3.0),
-    "shift": ("#E69F00", (0, (4, 8)), 1.8),
-    "window": ("#009E73", (4, (4, 8)), 1.8),
-    "sinks": ("#0072B2", (8, (4, 8)), 1.8),
+    "shift": ("#E69F00", (0, (4, 8)), 2.4),
+    "window": ("#009E73", (4, (4, 8)), 2.4),
+    "sinks": ("#0072B2", (8, (4, 8)), 2.4),
 }
 NAMES = {
     "full": "full attention",
@@ -82,6 +82,8 @@ def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str 
     A cell is hatched where most keys were out of reach.
     """
     pyplot = load_pyplot()
+    from matplotlib import patheffects
+
     n_columns = min(3, len(policies))
     n_rows = -(-len(policies) // n_columns)
     lengths = sorted({cell.length for cells in policies.values() for cell in cells})
@@ -113,7 +115,11 @@ def plot_passkey(path: Path, policies: Mapping[str, Sequence[Cell]], title: str 
             axes.add_patch(
                 pyplot.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="none", edgecolor="0.6", linewidth=0.6)
             )
-            axes.text(column, row, f"{100 * cell.accuracy:.0f}", color=ink, fontsize=7, ha="center", va="center")
+            number = axes.text(
+                column, row, f"{100 * cell.accuracy:.0f}", color=ink, fontsize=7, ha="center", va="center"
+            )
+            paper = "white" if ink == "black" else "#08306b"  # keeps the hatching off the number
+            number.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=paper)])
         image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_title(NAMES[name], fontsize=10)
         axes.set_xticks(range(len(lengths)), [_position(length) for length in lengths], fontsize=8)

@@ -66,6 +66,20 @@ def records(folder: Path) -> dict[str, Record]:
     return measured.load_records(folder / "results")
 
 
+@pytest.fixture(scope="module")
+def real(folder: Path) -> Path:
+    """A folder with the figures of what is measured of real models, here of nano, which passes for one."""
+    texts = {"text": python_documentation()}
+    subject = evidence.subject_of("nano", texts, N_TEXT, 1)
+    facts = {**subject.facts, "name": "real", "n_params": measured.REAL}
+    subject = evidence.dataclasses.replace(subject, name="real", facts=facts)
+    out = folder / "real"
+    out.mkdir()
+    for experiment in evidence.real_experiments("nano", "real", evidence.TINY, (128, 256), 1):
+        evidence.perform(experiment, subject, texts, out, False)
+    return out
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +247,56 @@ def test_a_tail_is_what_users_get() -> None:
     llm.close()
 
 
+def test_what_is_measured_of_real_models(real: Path, records: dict[str, Record]) -> None:
+    found = measured.load_records(real)
+    assert set(found) == {
+        "loss-real-128-f16", "loss-real-128-q8_0", "loss-real-256-f16", "far-real-128-f16", "sweep-global-real",
+        "sweep-local-real", "sweep-distance-real", "generation-real", "stream-real",
+    }  # fmt: skip
+    assert all(record["complete"] for record in found.values())
+    losses = found["loss-real-128-f16"]
+    # the same model, text and block as there, in half of the window
+    full, nano = (measured.blocks(record, "full", 0, 1024) for record in (losses, records["loss-nano-f16"]))
+    np.testing.assert_allclose(full, nano, atol=2e-3)
+    assert measured.read_everywhere(losses, "full") == 1024  # twice the training length
+    far = found["far-real-128-f16"]
+    ours, fresh = measured.blocks(far, "lminf", 2048, 4096), measured.fresh_blocks(far, "lminf", 4096)
+    assert abs(ours.mean() / fresh.mean() - 1) < 0.03
+    near = measured.blocks(losses, "lminf", 0, 2048)
+    np.testing.assert_allclose(measured.blocks(far, "lminf", 0, 2048), near, atol=2e-3)
+    assert [v["n_local"] for v in found["sweep-local-real"]["variants"]] == [22, 54, 118, 246, 502]
+    assert found["stream-real"]["text_tokens"] == 3072
+    assert found["stream-real"]["tokens"] == 9000
+
+
+def test_long_texts(real: Path) -> None:
+    record = measured.load_records(real)["generation-real"]
+    assert set(record["policies"]) == {"text", "shift", "lminf"}
+    for figures in record["policies"].values():
+        assert np.array(figures["nll"]).shape == np.array(figures["distinct"]).shape == (2, 2)
+        assert 0.2 < min(figures["distinct_all"]) <= max(figures["distinct_all"]) <= 1
+        assert 1 < np.mean(figures["nll"]) < 8
+    assert evidence.distinct(np.array([1, 2, 3, 4, 1, 2, 3, 4, 1])) == 4 / 6
+    assert evidence.distinct(np.arange(9)) == 1
+
+
+def test_writing_on_is_what_users_get() -> None:
+    """With the same seed, what Llama.generate writes, here without a draw: the likeliest token, penalized."""
+    from lminf_edge import Llama
+
+    subject = evidence.subject_of("nano", {"text": python_documentation()}, 4096, 1)
+    window, prompt = subject.window(n_local=118), subject.texts["text"][:64]
+    sampling = {"temperature": 0.0, "repeat_penalty": 1.3}
+    with subject.setup(window, "f16").reader(POLICIES["lminf"], 0) as reader:
+        written = evidence.write_on(reader, prompt, 256, 0, sampling).tolist()
+    config = LMInfConfig(n_global=window.n_global, n_local=window.n_local)
+    llm = Llama("nano", lminf=config, verbose=False, n_threads=1, n_threads_batch=1)
+    answer = llm.create_completion(prompt.tolist(), max_tokens=192, stop=None, **sampling)
+    text = llm.detokenize(written[64:]).decode("utf-8", errors="ignore")
+    assert answer["choices"][0]["text"].strip()[:40] == text.strip()[:40]
+    llm.close()
+
+
 def test_quantized_models_say_what_they_are(folder: Path) -> None:
     assert set(tensor_types(folder / "nano-f16.gguf")) == {"F16"}
     assert "Q4_K" in tensor_types(folder / "weights" / "Q4_K_M.gguf")
@@ -254,17 +318,17 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
     text = make()
     for name in records:
         assert f"(results/{name}.json)" in text
-    for picture in ("loss-nano", "drift", "divergence", "passkey", "recall"):
+    for picture in ("loss-nano", "drift-toys", "divergence", "passkey", "recall-toys"):
         assert f"(results/{picture}.png)" in text
         assert (folder / "results" / f"{picture}.png").stat().st_size > 10_000
-    headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings == [
-        "## In short", "## Loss by position", "## Without end", "## Which settings",
-        '## What prefill "tail" costs',
-        "## Divergence from full attention", "## What is remembered", "## What recall finds",
-        "## Speed and memory by stream position",
-        "## Beside the paper", "## Your own model",
+    assert headings_of(text, "## ") == [
+        "## Speed and memory by stream position", "## Beside the paper", "## Your own model", "## Appendix: toy models",
         "## How it was measured",
+    ]  # fmt: skip
+    assert headings_of(text, "### ") == [
+        "### In short", "### Loss by position", "### Without end", "### Which settings",
+        '### What prefill "tail" costs',
+        "### Divergence from full attention", "### What is remembered", "### What recall finds",
     ]  # fmt: skip
     assert "nan" not in text.replace("nano", "")
     assert "Not up to date" not in text
@@ -284,6 +348,27 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
     record["model"]["sha256"] = "of another model"
     (folder / "results" / "stream.json").write_text(json.dumps(record), encoding="utf-8")
     assert "**Not up to date**: stream measured another version" in make()
+
+
+def headings_of(page: str, level: str) -> list[str]:
+    return [line for line in page.splitlines() if line.startswith(level)]
+
+
+def test_page_of_real_models(folder: Path, real: Path) -> None:
+    page = folder / "real.md"
+    run_benchmark("results.py", "--figures", real, "--performance", folder / "none", "--page", page)
+    text = page.read_text(encoding="utf-8")
+    assert headings_of(text, "## ") == [
+        "## In short", "## Loss by position", "## Without end", "## Which settings", "## Long texts",
+        "## Speed and memory by stream position", "## Beside the paper", "## Your own model", "## How it was measured",
+    ]  # fmt: skip
+    assert "### What is different where losses tie" in text
+    for picture in ("loss-real-128", "loss-real-256", "drift"):
+        assert f"(results/{picture}.png)" in text
+        assert (real / f"{picture}.png").stat().st_size > 10_000
+    record = json.loads((real / "far-real-128-f16.json").read_text(encoding="utf-8"))
+    assert f"{measured.blocks(record, 'lminf', 2048, 4096).mean():.4f} against" in text
+    assert f"{record['machine']['cpu']}, {record['machine']['date'][:10]}: [far-real-128-f16]" in text
 
 
 def test_without_figures(tmp_path: Path) -> None:
@@ -341,6 +426,41 @@ def test_what_a_stream_has_reached_is_kept(tmp_path: Path) -> None:
     assert read(6000)["tokens"] >= 6000
     evidence.perform(stream, subject, texts, tmp_path, False)
     assert json.loads(path.read_text(encoding="utf-8"))["complete"] is True
+
+
+def test_policies_that_were_read_are_not_read_again(tmp_path: Path) -> None:
+    texts = {"text": python_documentation()}
+    subject = evidence.subject_of("nano", texts, N_TEXT, 1)
+    made = evidence.real_experiments("nano", "real", evidence.TINY, (128, 256), 1)
+    (loss,) = [e for e in made if e.name == "loss-real-128-f16"]
+    path = tmp_path / "loss-real-128-f16.json"
+
+    def stop_after_the_first(subject: Any, experiment: Any, save: Any) -> Record:
+        def save_and_stop(reached: Record) -> None:
+            save(reached)
+            raise KeyboardInterrupt
+
+        return evidence.measure_loss(subject, experiment, evidence.Save(save_and_stop, save.kept))
+
+    with pytest.raises(KeyboardInterrupt):
+        evidence.perform(evidence.dataclasses.replace(loss, run=stop_after_the_first), subject, texts, tmp_path, False)
+    first = json.loads(path.read_text(encoding="utf-8"))
+    assert (first["complete"], list(first["policies"])) == (False, ["lminf"])
+    evidence.perform(loss, subject, texts, tmp_path, False)
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    assert whole["complete"] is True
+    assert set(whole["policies"]) == set(WITHOUT_RECALL)
+    assert whole["policies"]["lminf"] == first["policies"]["lminf"]  # the same seconds: not read again
+
+
+def test_policies_are_compared_on_texts_that_both_read() -> None:
+    def read(**texts: list[float]) -> Record:
+        return {"texts": {name: {"block_nll": losses} for name, losses in texts.items()}}
+
+    record = {"settings": {"block": 2}, "policies": {"full": read(b=[5, 6]), "lminf": read(a=[1, 2], b=[3, 4])}}
+    assert measured.texts_read(record, "lminf", "full") == ["b"]
+    assert [list(values) for values in measured.beside(record, "full", 0, 4)] == [[5, 6], [3, 4]]
+    assert list(measured.blocks(record, "lminf", 2, 4)) == [2, 4]
 
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
