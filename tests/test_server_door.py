@@ -248,6 +248,17 @@ def test_a_million_wrong_parts_cost_little(served: Served, path: str, body: Any)
     assert time.monotonic() - started < 3  # a minute and gigabytes, were each of them noted down
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1E+999", "9" * 400 + ".5"])
+def test_numbers_that_json_does_not_have(served: Served, number: str) -> None:
+    """They would come back in the answer, which is JSON."""
+    data = f'{{"input": "infinite, 1e9", "max_output_tokens": 1, "metadata": {{"a": [{number}]}}}}'
+    response = httpx.post(f"{served.url}/v1/responses", content=data)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "The body of the request has a number that JSON does not have."
+    fine = httpx.post(f"{served.url}/v1/responses", content=data.replace(number, '"NaN", 1e300'), timeout=60)
+    assert fine.status_code == 200, fine.text
+
+
 @pytest.mark.parametrize("content", [r"\ud800", r"a\udc00\ud83d", r"\\ud800 \ud83d\ude00 \udfff"])
 def test_half_a_surrogate_is_replaced(served: Served, content: str) -> None:
     data = b'\xef\xbb\xbf{"content": "%s"}' % content.encode()

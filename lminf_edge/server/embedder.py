@@ -14,6 +14,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.llama import Llama
+from lminf_edge.scores import check_numbers
 from lminf_edge.server.errors import ApiError
 
 Vectors = npt.NDArray[np.float32]  # (n_vectors, n_embd): one, or one for each token if nothing pools them
@@ -141,4 +142,5 @@ class Embedder:
             else:
                 pointer = bindings.llama_get_embeddings(context.ctx)
             vectors: Vectors = np.ctypeslib.as_array(pointer, shape=shape).copy()
-            return vectors
+        check_numbers(np.abs(vectors))
+        return vectors
