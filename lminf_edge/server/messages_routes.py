@@ -105,7 +105,7 @@ class MessageReply(Reply):
         """Raises ApiError."""
         name, self._new = split_compacted(self._body.messages)
         history = self._history(name) if name is not None else []
-        asked = asked_chat(self._state.service, chat_of(self._body, [*history, *self._new]))
+        asked = asked_chat(self._state.service, chat_of(self._body, [*history, *self._new]), exchange.is_cancelled)
         self._state.log_messages(asked.messages)
         return asked
 

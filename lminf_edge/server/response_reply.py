@@ -109,7 +109,7 @@ class ResponseReply(Reply):
             history = self._history(body.previous_response_id, param, f"response {body.previous_response_id[:100]!r}")
         if self._before is not None:
             self._n_compacted = self._before.n_compacted
-        asked = asked_chat(self._state.service, chat_of(body, [*history, *self._new]))
+        asked = asked_chat(self._state.service, chat_of(body, [*history, *self._new]), exchange.is_cancelled)
         self._state.log_messages(asked.messages)
         return asked
 
