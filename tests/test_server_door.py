@@ -23,8 +23,9 @@ from lminf_edge import LMInfConfig
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.errors import UserError
 from lminf_edge.server import Settings, create_app, openai_routes
+from lminf_edge.server.budget import SMALL, Budget
 from lminf_edge.server.connections import Server
-from lminf_edge.server.security import SMALL_BODY, SecurityMiddleware, owner_of
+from lminf_edge.server.security import SecurityMiddleware, owner_of
 from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 from lminf_edge.text.service import TextService
 from lminf_edge.text.tokenizer import CachedTokenizer
@@ -135,7 +136,7 @@ def test_health_answers_while_all_places_are_taken(door: Served) -> None:
 
 
 def test_bodies_are_held_within_a_budget(door: Served) -> None:
-    n_bytes = (1 << 20) - SMALL_BODY
+    n_bytes = (1 << 20) - SMALL
     with ExitStack() as stack:
         large = [stack.enter_context(closing(connect(door))) for _ in range(8)]
         for each in large:
@@ -398,7 +399,7 @@ def test_each_key_is_an_owner() -> None:
         await guard(scope, receive, send)
 
     async def ask_all(keys: tuple[str, ...]) -> None:
-        guard = SecurityMiddleware(app, Settings("nano", api_keys=keys), asyncio.Event())
+        guard = SecurityMiddleware(app, Settings("nano", api_keys=keys), asyncio.Event(), Budget(1 << 20))
         for key in ("one", "two", "three", "one"):
             await ask(guard, key)
 

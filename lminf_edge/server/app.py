@@ -79,7 +79,7 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
     async def docs() -> FileResponse:
         return FileResponse(PAGE / "docs.html")
 
-    app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping)
+    app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping, budget=state.budget)
     # around the guard: a listed page must be able to read why it was refused
     app.add_middleware(
         CORSMiddleware,

@@ -14,8 +14,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
+from lminf_edge.server.budget import SMALL
 from lminf_edge.server.errors import ApiError, invalid
-from lminf_edge.server.security import SMALL_BODY
 from lminf_edge.server.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
@@ -83,7 +83,7 @@ class BodyRoute(APIRoute):
         async def handle_parsed(request: Request) -> Response:
             data = await request.body() or b"{}"
             parsed: BaseModel
-            if len(data) <= SMALL_BODY:
+            if len(data) <= SMALL:
                 parsed = parse(model, data)
             else:
                 state = ServerState.of(request)
