@@ -432,7 +432,11 @@ def test_a_client_that_hangs_up_stops_its_work(server: Served, stream: bool, lon
     assert server.engine.counters.cancelled == cancelled + 1
 
 
-STRICT: Any = {"strict": True, "parameters": {"type": "object", "properties": {f"p{j}": {} for j in range(900)}}}
+NAMES = [f"p{i}" for i in range(900)]
+STRICT: Any = {
+    "strict": True,
+    "parameters": {"type": "object", "properties": {name: {} for name in NAMES}, "required": NAMES},
+}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lminf_edge.server.requests import (
 from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import check_sizes
-from lminf_edge.text.schema import check_size, enforceable
+from lminf_edge.text.schema import check_size, enforceable, loosened
 from lminf_edge.text.service import Exchange, TextService
 
 MAX_TOOLS = 1024
@@ -263,14 +263,17 @@ def checked_tools(tools: list[Any], is_cancelled: Callable[[], bool]) -> list[di
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         param = f"tools.{i}.function.parameters"
         try:
-            check_size(parameters)
             if function.get("strict"):
                 parameters = enforceable(parameters)
+            else:
+                parameters = loosened(parameters)
+                check_size(parameters)
         except UserError as error:
             raise ApiError(400, f"{param}: {error}.", param=param) from None
         if not isinstance(function.get("description", ""), str):
             raise ApiError(400, f"tools.{i}: a description is text.", param="tools")
-        checked.append({**tool, "type": "function", "function": {**function, "parameters": parameters}})
+        kept = {name: value for name, value in function.items() if name != "strict"}  # not for the prompt
+        checked.append({**tool, "type": "function", "function": {**kept, "parameters": parameters}})
     return checked
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.requests import ChatRequest, Many, Sampling, TokenLimit
-from lminf_edge.server.turns import Turns, as_arguments, chat_request, loosened, text_of, texts
+from lminf_edge.server.turns import Turns, as_arguments, chat_request, text_of, texts
 
 # a line that Claude Code puts before its system prompt, with a hash that changes with every request
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:(?:[^\S\n]*[\w-]+=[^;\n]*;)*[^\S\n]*\n?")
@@ -189,7 +189,7 @@ def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
             continue
         if not isinstance(tool.get("name"), str):
             raise ApiError(400, f"tools.{i}: a tool has a name.", param="tools")
-        function = {"name": tool["name"], "parameters": loosened(tool.get("input_schema"))}
+        function = {"name": tool["name"], "parameters": tool.get("input_schema"), "strict": tool.get("strict") is True}
         if tool.get("description"):
             function["description"] = tool["description"]
         functions.append({"type": "function", "function": function})

@@ -28,7 +28,7 @@ from lminf_edge.server.state import ServerState
 from lminf_edge.server.stored import Response as Stored
 from lminf_edge.server.stored import names_in
 from lminf_edge.server.streaming import Wire
-from lminf_edge.server.turns import Block, Step, count_prompt, found_stop, steps
+from lminf_edge.server.turns import Block, Step, check_path, count_prompt, found_stop, steps
 from lminf_edge.text.service import Exchange
 
 WIRE = Wire(error=ApiError.anthropic_body, is_typed=True, keep_alive='event: ping\ndata: {"type":"ping"}\n\n')
@@ -57,7 +57,9 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     **PROBLEMS,
 }
 
-router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], route_class=BodyRoute)
+PATH = "/v1/messages"
+
+router = APIRouter(prefix=PATH, tags=["Anthropic"], route_class=BodyRoute)
 
 
 @router.post("", response_model=None, responses=ANSWERS)
@@ -116,6 +118,7 @@ class MessageReply(Reply):
         self._before = next(
             filter(None, (stored.get(name, self._owner, self._share.take) for name in names_in(text))), None
         )
+        check_path(self._before, PATH, "messages")
         history = stored.history(self._before, self._share.take) if self._before is not None else None
         if history is None:
             message = "messages: the server does not keep the conversation that a compaction block stands for."
@@ -190,6 +193,7 @@ class MessageReply(Reply):
             input=self._new,
             output=[],
             body=None,
+            path=PATH,
         )
         self._state.stored.add(stored)
         self._compacted = {

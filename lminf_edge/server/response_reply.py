@@ -28,9 +28,10 @@ from lminf_edge.server.response_requests import (
 from lminf_edge.server.responses import chat_logprobs
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.stored import Response as Stored
-from lminf_edge.server.turns import Block, Step, count_prompt, steps
+from lminf_edge.server.turns import Block, Step, check_path, count_prompt, steps
 from lminf_edge.text.service import Exchange
 
+PATH = "/v1/responses"
 PREFIX = "resp_"
 _ITEM = re.compile(r"[a-z]+_([0-9a-f]{32})[0-9a-f]*")  # of ours: it names its response
 _PREFIXES = {"thoughts": "rs", "text": "msg", "call": "fc"}
@@ -119,6 +120,7 @@ class ResponseReply(Reply):
         """The items up to a stored response. Raises ApiError if it is not known."""
         stored = self._state.stored
         self._before = stored.get(stored_name(response_id).removeprefix("cmp_"), self._owner, self._share.take)
+        check_path(self._before, PATH, param)
         history = stored.history(self._before, self._share.take) if self._before is not None else None
         if history is None:
             message = f"{param}: the server does not keep the {what}."
@@ -275,6 +277,7 @@ class ResponseReply(Reply):
             input=self._new,
             output=[item for item in output if item["type"] not in COMPACTIONS],
             body=body,
+            path=PATH,
         )
         self._state.stored.add(stored)
 

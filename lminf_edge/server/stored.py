@@ -52,6 +52,7 @@ class Response:
     input     what the request added to the conversation
     output    what the answer added
     body      as it is given to clients; None: it is part of later ones only
+    path      of the API whose terms input and output are in, "" if that is not known
     """
 
     owner: str
@@ -61,6 +62,7 @@ class Response:
     input: list[dict[str, Any]]
     output: list[dict[str, Any]]
     body: dict[str, Any] | None
+    path: str = ""
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
