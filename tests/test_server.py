@@ -321,11 +321,24 @@ def test_penalties_and_ends_as_llama_server_has_them(client: httpx.Client) -> No
     assert said(**end, ignore_eos=True)["tokens_predicted"] == 24
 
 
+def test_a_chat_that_has_not_begun(ai: openai.OpenAI) -> None:
+    answer = ai.chat.completions.create(model="nano", messages=[], max_tokens=4)
+    assert answer.usage is not None
+    assert 0 < answer.usage.prompt_tokens < 10
+    with pytest.raises(openai.BadRequestError, match="only an assistant's"):
+        ai.chat.completions.create(model="nano", messages=[], extra_body={"continue_final_message": True})
+
+
 def test_llama_servers_other_paths(client: httpx.Client) -> None:
     assert client.get("/models").json() == client.get("/v1/models").json()
     body = {"messages": QUESTION, "max_tokens": 3, "temperature": 0}
     one, other = (client.post(f"{prefix}/chat/completions", json=body).json() for prefix in ("", "/v1"))
     assert one["choices"] == other["choices"]
+    body = {"input": "Hello", "max_output_tokens": 3, "temperature": 0}
+    one, other = (client.post(f"{prefix}/responses", json=body).json() for prefix in ("", "/v1"))
+    assert one["output"][0]["content"] == other["output"][0]["content"]
+    counts = [client.post(f"{prefix}/responses/input_tokens", json={"input": "Hello"}).json() for prefix in ("", "/v1")]
+    assert counts[0] == counts[1]
 
 
 def test_a_grammar(client: httpx.Client) -> None:
@@ -355,7 +368,6 @@ def test_the_openapi_document(client: httpx.Client) -> None:
     ("path", "body", "parts"),
     [
         ("/v1/chat/completions", {}, ("messages",)),
-        ("/v1/chat/completions", {"messages": []}, ("messages",)),
         ("/v1/chat/completions", {"messages": [{"content": "no role"}]}, ("messages",)),
         ("/v1/chat/completions", {"messages": QUESTION, "temperature": -1}, ("temperature",)),
         ("/v1/chat/completions", {"messages": QUESTION, "temperature": "hot"}, ("temperature",)),

@@ -60,6 +60,7 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
     app.include_router(openai_routes.router)
     app.include_router(openai_routes.unprefixed)
     app.include_router(response_routes.router)
+    app.include_router(response_routes.unprefixed)
     app.include_router(messages_routes.router)
     app.include_router(llama_cpp_routes.router)
     app.include_router(embedding_routes.router)

@@ -133,7 +133,7 @@ def chat_options(service: TextService, request: ChatRequest, is_cancelled: Calla
         raise ApiError(400, f"{what}: an answer that may call tools cannot have one: give no tools.", param=what)
     continues = request.continue_final_message
     if continues is None:
-        continues = request.messages[-1]["role"] == "assistant"
+        continues = bool(request.messages) and request.messages[-1]["role"] == "assistant"
     elif continues and request.add_generation_prompt and "add_generation_prompt" in request.model_fields_set:
         what = "continue_final_message"
         raise ApiError(400, f"{what}: not both this and add_generation_prompt.", param=what)
@@ -236,7 +236,7 @@ def _checked_call(call: dict[str, Any], i: int) -> str:
 
 def check_continued(messages: list[dict[str, Any]]) -> None:
     """Raises ApiError if the last message is none that can be continued."""
-    last, before = messages[-1], messages[-2:-1]
+    last, before = messages[-1] if messages else {"role": ""}, messages[-2:-1]
     if last["role"] != "assistant" or last.get("tool_calls"):
         raise ApiError(
             400, "messages: only an assistant's message can be continued, without tool calls.", param="messages"

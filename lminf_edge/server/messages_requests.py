@@ -22,7 +22,7 @@ COMPACT_AT = 150_000  # tokens, unless the request says otherwise
 class CountRequest(Sampling):
     """POST /v1/messages/count_tokens"""
 
-    messages: Many[dict[str, Any]] = Field(min_length=1)
+    messages: Many[dict[str, Any]]
     system: str | Many[dict[str, Any]] | None = None
     tools: Many[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
@@ -87,9 +87,11 @@ def chat_of(request: CountRequest, messages: list[dict[str, Any]]) -> ChatReques
         turns.system(system)
     for i, message in enumerate(messages):
         _add(turns, message, f"messages.{i}")
-    if not turns.messages:
+    if messages and not turns.messages:
         raise ApiError(400, "messages: there is no text in them.", param="messages")
-    is_prefill = turns.messages[-1]["role"] == "assistant" and "tool_calls" not in turns.messages[-1]
+    is_prefill = (
+        bool(turns.messages) and turns.messages[-1]["role"] == "assistant" and "tool_calls" not in turns.messages[-1]
+    )
     config = request.output_config or {}
     thinking = (request.thinking or {}).get("type")
     choice = request.tool_choice or {}

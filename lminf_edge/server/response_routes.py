@@ -132,3 +132,9 @@ async def cancel(request: Request, response_id: str) -> Response:
     """Only responses in the background could be cancelled, and there are none."""
     await in_thread(request, lambda: encoded(_known(request, response_id).name))
     raise ApiError(400, "Only background responses can be cancelled: hang up to cancel others.", param="response_id")
+
+
+# llama-server has these at its root, too
+unprefixed = APIRouter(include_in_schema=False, route_class=BodyRoute)
+unprefixed.post("/responses", response_model=None)(create)
+unprefixed.post("/responses/input_tokens", response_model=None)(input_tokens)
