@@ -12,12 +12,12 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError
 from lminf_edge.cache.token_log import TokenLog, Tokens, as_tokens
-from lminf_edge.engine.request import PromptPart, Request
+from lminf_edge.engine.request import PromptPart, Request, RequestCancelled
 from lminf_edge.text.detokenizer import Detokenizer
 from lminf_edge.text.generation import TextStream
 from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs, as_lists
@@ -113,16 +113,20 @@ def complete(
     yield {**response, "usage": {**usage, "total_tokens": len(tokens) + text.n_tokens}}
 
 
-def prompt_logprobs(llm: Any, parts: Iterator[PromptPart], reporter: LogprobReporter) -> list[TokenLogprobs]:
+def prompt_logprobs(
+    llm: Any, parts: Iterator[PromptPart], reporter: LogprobReporter, is_cancelled: Callable[[], bool] = lambda: False
+) -> list[TokenLogprobs]:
     """Reports on the tokens of a prompt, as `echo` with `logprobs` asks.
 
-    A leading beginning-of-text token is left out; the first token reported has no probability.
+    A leading beginning-of-text token is left out; the first token reported has no probability. Raises RequestCancelled.
     """
     detokenizer = Detokenizer(llm, [], [])
     entries: list[TokenLogprobs] = []
     before: Logits | None = None  # logits of the token before this one
     for part in parts:
         for i, token in enumerate(part.tokens.tolist()):
+            if is_cancelled():
+                raise RequestCancelled
             entry = reporter.entry(token, detokenizer.piece(token), before if entries else None)
             entries += [entry] if entry else []
             before = part.logits[i]

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class ModelError(UserError):
+    """The model's file is to blame, not what it was asked: the server responds with status 500."""
+
+
 def wants_debug() -> bool:
     """Whether bugs are shown in full: LMINF_DEBUG is set, or --debug was given."""
     return os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")

@@ -7,9 +7,18 @@ from typing import Any
 import numpy as np
 
 from lminf_edge.cache.sequence import Logits
-from lminf_edge.errors import UserError
+from lminf_edge.errors import ModelError, UserError
 
 BUDGET = 256 << 20  # bytes
+
+
+def check_numbers(logits: Logits) -> None:
+    """Raises ModelError for logits of which some are NaN or infinity, or all are minus infinity."""
+    if not np.isfinite(logits.max()):
+        raise ModelError(
+            "The model gives no numbers (NaN or infinity) after these tokens: its file is damaged or was converted "
+            "badly, so try another copy of it."
+        )
 
 
 class Rows(np.ndarray[Any, np.dtype[np.float32]]):

@@ -243,7 +243,11 @@ def _add_recall(parser: argparse.ArgumentParser) -> None:
 def add_chat_template(parser: argparse.ArgumentParser) -> None:
     """Options of chat templates, with llama-server's names."""
     group = parser.add_argument_group("chat template")
-    group.add_argument("--chat-template", metavar="JINJA", help="the text of a template, instead of the model's own")
+    group.add_argument(
+        "--chat-template",
+        metavar="JINJA",
+        help="the text of a template, instead of the model's own, or the name of one of llama.cpp's, such as llama3",
+    )
     group.add_argument("--chat-template-file", metavar="FILE", type=file_path, help="a file with one")
     group.add_argument("--chat-format", metavar="NAME", help="one of llama_cpp's, which call no tools")
     group.add_argument(

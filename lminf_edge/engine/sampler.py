@@ -18,6 +18,7 @@ from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.engine.params import Grammar, LogitsProcessor, SamplingParams
 from lminf_edge.errors import UserError
+from lminf_edge.scores import check_numbers
 
 TOO_MUCH = "This grammar takes too much work: give it fewer optional parts, repetitions and alternatives"
 GRAMMAR_UNUSABLE = "The grammar cannot be used: it is none in llama.cpp's GBNF, or takes too much work."
@@ -46,11 +47,13 @@ class Sampler(LlamaSampler):
     def sample(self, ctx: Any, idx: int = -1) -> int:
         """Draws from the logits of a llama_cpp context at batch index `idx`.
 
-        Raises UserError if no token can be drawn, and what a logits processor raises.
+        Raises UserError if no token can be drawn, ModelError for logits that are no numbers, and what a logits
+        processor raises.
         """
+        logits = np.ctypeslib.as_array(bindings.llama_get_logits_ith(ctx.ctx, idx), shape=(self._n_vocab,))
         if self.params.may_leave_none:
-            logits = bindings.llama_get_logits_ith(ctx.ctx, idx)
-            return self.draw(np.ctypeslib.as_array(logits, shape=(self._n_vocab,)))
+            return self.draw(logits)
+        check_numbers(logits)
         return int(super().sample(ctx, idx))
 
     def draw(self, logits: Logits) -> int:
@@ -59,6 +62,7 @@ class Sampler(LlamaSampler):
 
     def draw_of(self, logits: Logits) -> tuple[int, Logits]:
         """Draws as `draw` does; returns the token and the logits (n_vocab,) it was drawn by, -inf for what had gone."""
+        check_numbers(logits)
         try:
             token, left = _drawn(self, logits)
             after = np.full(self._n_vocab, -np.inf, dtype=np.float32)

@@ -34,8 +34,9 @@ from lminf_edge.engine.prefix import PrefixMatch, find_prefix, newest_checkpoint
 from lminf_edge.engine.request import End, Output, Phase, PromptPart, Request, RequestCancelled
 from lminf_edge.engine.sampler import make_sampler
 from lminf_edge.engine.slot import Slot
-from lminf_edge.errors import UserError
+from lminf_edge.errors import ModelError, UserError
 from lminf_edge.model import Model
+from lminf_edge.scores import check_numbers
 
 log = logging.getLogger("lminf_edge.engine")
 
@@ -314,6 +315,9 @@ class Scheduler:
         work = self._work.get(request)
         if work is not None:
             with contextlib.suppress(Exception):
+                if isinstance(error, ModelError):  # what the stream holds may be no numbers, either
+                    work.slot.sequence.clear(work.slot.n_sinks)
+                    self._leave(work.slot)
                 work.slot.resync()
         self.finish(request, error=error)
 
@@ -642,7 +646,9 @@ class Scheduler:
             self.counters.prefilled_tokens += n_new
             self._report(request)
             if request.wants_prompt_logits:
-                request.outputs.put(PromptPart(part.tokens, self.logits(end - n_new + 1, end + 1).copy()))
+                logits = self.logits(end - n_new + 1, end + 1)
+                check_numbers(logits)
+                request.outputs.put(PromptPart(part.tokens, logits.copy()))
                 if part.is_last:
                     self._end(request)
                 return 0

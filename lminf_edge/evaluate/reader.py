@@ -13,6 +13,7 @@ from lminf_edge import Llama
 from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.errors import UserError
+from lminf_edge.scores import check_numbers
 
 
 class Reader(abc.ABC):
@@ -53,11 +54,12 @@ class Reader(abc.ABC):
         """Reads one batch, int32 (n_tokens,) with n_tokens of 1 to n_batch; returns logits, float32 (n_rows, n_vocab).
 
         One row for each token, or only for the last; they are good until the next call. Raises ValueError if the limit
-        is passed, RuntimeError if the library cannot.
+        is passed, ModelError if they are no numbers, RuntimeError if the library cannot.
         """
         if self.limit is not None and self.position + len(tokens) > self.limit:
             raise UserError(f"{self.position + len(tokens)} tokens do not fit the n_ctx of {self.limit}.")
         logits = self._read(tokens, logits_all)
+        check_numbers(logits)
         self.position += len(tokens)
         return logits
 

@@ -60,6 +60,7 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
     app.include_router(openai_routes.router)
     app.include_router(openai_routes.unprefixed)
     app.include_router(response_routes.router)
+    app.include_router(response_routes.unprefixed)
     app.include_router(messages_routes.router)
     app.include_router(llama_cpp_routes.router)
     app.include_router(embedding_routes.router)
@@ -79,7 +80,7 @@ def create_app(service: TextService | None, settings: Settings, embedder: Embedd
     async def docs() -> FileResponse:
         return FileResponse(PAGE / "docs.html")
 
-    app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping)
+    app.add_middleware(SecurityMiddleware, settings=settings, stopping=state.stopping, budget=state.budget)
     # around the guard: a listed page must be able to read why it was refused
     app.add_middleware(
         CORSMiddleware,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import llama_cpp
 
 from lminf_edge.engine.params import Grammar, SamplingParams
+from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.errors import UserError
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.grammars import answer_schema, response_schema, schema_grammar, text_grammar
@@ -26,8 +27,8 @@ from lminf_edge.server.requests import (
 from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import check_sizes
-from lminf_edge.text.schema import check_size, enforceable
-from lminf_edge.text.service import TextService
+from lminf_edge.text.schema import check_size, enforceable, loosened
+from lminf_edge.text.service import Exchange, TextService
 
 MAX_TOOLS = 1024
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
@@ -104,8 +105,8 @@ def prompts_of(prompt: str | list[int] | list[str] | list[list[int]], n_vocab: i
 # --- chat -------------------------------------------------------------------------------------------------------------
 
 
-def asked_chat(service: TextService, request: ChatRequest) -> AskedChat:
-    """Raises ApiError for what the model cannot do."""
+def asked_chat(service: TextService, request: ChatRequest, is_cancelled: Callable[[], bool]) -> AskedChat:
+    """Raises ApiError for what the model cannot do, and RequestCancelled."""
     return AskedChat(
         sampling=sampling_of(service, request, logit_bias=token_bias(service.llm, (request.logit_bias or {}).items())),
         max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
@@ -113,18 +114,18 @@ def asked_chat(service: TextService, request: ChatRequest) -> AskedChat:
         n=request.n or 1,
         n_top=(request.top_logprobs or 0) if request.logprobs else None,
         messages=checked_messages([dict(message) for message in request.messages]),
-        options=chat_options(service, request),
+        options=chat_options(service, request, is_cancelled),
     )
 
 
-def chat_options(service: TextService, request: ChatRequest) -> ChatOptions:
-    """What is asked of the chat template. Raises ApiError."""
+def chat_options(service: TextService, request: ChatRequest, is_cancelled: Callable[[], bool]) -> ChatOptions:
+    """What is asked of the chat template. Raises ApiError and RequestCancelled."""
     tools, choice = request.tools, request.tool_choice
     if request.functions is not None:  # the older name of tools
         tools = [{"type": "function", "function": function} for function in request.functions]
         named = isinstance(request.function_call, dict)
         choice = {"type": "function", "function": request.function_call} if named else request.function_call
-    checked = checked_tools(tools or [])
+    checked = checked_tools(tools or [], is_cancelled)
     choice = checked_tool_choice(choice, checked)
     grammar, schema = _answer_grammar(service, request)
     if checked and choice != "none" and (grammar is not None or schema is not None):
@@ -132,7 +133,7 @@ def chat_options(service: TextService, request: ChatRequest) -> ChatOptions:
         raise ApiError(400, f"{what}: an answer that may call tools cannot have one: give no tools.", param=what)
     continues = request.continue_final_message
     if continues is None:
-        continues = request.messages[-1]["role"] == "assistant"
+        continues = bool(request.messages) and request.messages[-1]["role"] == "assistant"
     elif continues and request.add_generation_prompt and "add_generation_prompt" in request.model_fields_set:
         what = "continue_final_message"
         raise ApiError(400, f"{what}: not both this and add_generation_prompt.", param=what)
@@ -235,7 +236,7 @@ def _checked_call(call: dict[str, Any], i: int) -> str:
 
 def check_continued(messages: list[dict[str, Any]]) -> None:
     """Raises ApiError if the last message is none that can be continued."""
-    last, before = messages[-1], messages[-2:-1]
+    last, before = messages[-1] if messages else {"role": ""}, messages[-2:-1]
     if last["role"] != "assistant" or last.get("tool_calls"):
         raise ApiError(
             400, "messages: only an assistant's message can be continued, without tool calls.", param="messages"
@@ -244,13 +245,15 @@ def check_continued(messages: list[dict[str, Any]]) -> None:
         raise ApiError(400, "messages: two messages of the assistant at the end cannot be continued.", param="messages")
 
 
-def checked_tools(tools: list[Any]) -> list[dict[str, Any]]:
-    """Tools, completed with what templates expect. Raises ApiError for what is not a tool."""
+def checked_tools(tools: list[Any], is_cancelled: Callable[[], bool]) -> list[dict[str, Any]]:
+    """Tools, completed with what templates expect. Raises ApiError for what is not a tool, and RequestCancelled."""
     if len(tools) > MAX_TOOLS:
         raise ApiError(400, f"tools: there may be {MAX_TOOLS:,} at most.", param="tools")
     checked: list[dict[str, Any]] = []
     names: set[str] = set()
     for i, tool in enumerate(tools):
+        if is_cancelled():
+            raise RequestCancelled
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise ApiError(400, f"tools.{i}: a tool has a function with a name.", param="tools")
@@ -260,14 +263,17 @@ def checked_tools(tools: list[Any]) -> list[dict[str, Any]]:
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         param = f"tools.{i}.function.parameters"
         try:
-            check_size(parameters)
             if function.get("strict"):
                 parameters = enforceable(parameters)
+            else:
+                parameters = loosened(parameters)
+                check_size(parameters)
         except UserError as error:
             raise ApiError(400, f"{param}: {error}.", param=param) from None
         if not isinstance(function.get("description", ""), str):
             raise ApiError(400, f"tools.{i}: a description is text.", param="tools")
-        checked.append({**tool, "type": "function", "function": {**function, "parameters": parameters}})
+        kept = {name: value for name, value in function.items() if name != "strict"}  # not for the prompt
+        checked.append({**tool, "type": "function", "function": {**kept, "parameters": parameters}})
     return checked
 
 
@@ -393,18 +399,18 @@ def text_bias(
     return pairs
 
 
-def llama_cpp_prompts(service: TextService, prompt: LlamaPrompt) -> list[str | list[int]]:
-    """The prompts of a request in llama.cpp's dialect. Raises ApiError."""
+def llama_cpp_prompts(exchange: Exchange, prompt: LlamaPrompt) -> list[str | list[int]]:
+    """The prompts of a request in llama.cpp's dialect. Raises ApiError and RequestCancelled."""
     if not isinstance(prompt, list) or any(isinstance(part, int) for part in prompt):
         given: list[Any] = [prompt]
     else:
         given = list(prompt)
     if not 0 < len(given) <= MAX_PROMPTS:
         raise ApiError(400, f"prompt: there may be 1 to {MAX_PROMPTS} of them, not {len(given)}.", param="prompt")
-    return [_one_prompt(service, each) for each in given]
+    return [_one_prompt(exchange, each) for each in given]
 
 
-def _one_prompt(service: TextService, prompt: str | PromptText | list[int | str]) -> str | list[int]:
+def _one_prompt(exchange: Exchange, prompt: str | PromptText | list[int | str]) -> str | list[int]:
     """One prompt, which may mix text and tokens."""
     if isinstance(prompt, str):
         return prompt
@@ -412,10 +418,11 @@ def _one_prompt(service: TextService, prompt: str | PromptText | list[int | str]
         if prompt.multimodal_data:
             raise ApiError(400, "prompt.multimodal_data: only text can be read.", param="prompt")
         return prompt.prompt_string
+    service = exchange.service
     tokens: list[int] = []
     for i, part in enumerate(prompt):
         if isinstance(part, str):
-            tokens += service.tokenizer.tokenize(part, add_bos=i == 0).tolist()
+            tokens += service.tokenizer.tokenize(part, i == 0, is_cancelled=exchange.is_cancelled).tolist()
         elif isinstance(part, int):
             tokens.append(part)
         else:

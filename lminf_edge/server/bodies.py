@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import re
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -12,8 +14,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from lminf_edge.server.errors import invalid
-from lminf_edge.server.security import SMALL_BODY
+from lminf_edge.server.budget import SMALL
+from lminf_edge.server.errors import ApiError, invalid
 from lminf_edge.server.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
@@ -21,11 +23,33 @@ M = TypeVar("M", bound=BaseModel)
 _BOM = b"\xef\xbb\xbf"
 # escapes of JSON text, in groups: a pair of surrogates, half of one, or any other
 _ESCAPE = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..)|(u[dD][89a-fA-F]..)|.)", re.S)
+# pydantic takes NaN, and 1e999 as infinity, where a field may be anything; how such a number looks with zeros as digits
+_ZEROS = bytes.maketrans(b"123456789E", b"000000000e")
+_MAYBE_ENDLESS = (b"NaN", b"Infinity", b"e000", b"e+000", b"0" * 300)
 
 
 def parse(model: type[M], data: bytes) -> M:
     """Parses and validates a request body. Raises ApiError if it is invalid."""
     data = data.removeprefix(_BOM)
+    parsed = _validated(model, data)
+    zeros = data.translate(_ZEROS)
+    if any(each in zeros for each in _MAYBE_ENDLESS):
+        try:
+            json.loads(data.decode("utf-8", "replace"), parse_float=_finite, parse_constant=_finite)
+        except ValueError:
+            raise ApiError(
+                400, "The body of the request has a number that JSON does not have.", "invalid_json"
+            ) from None
+    return parsed
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(number)
+    return value
+
+
+def _validated(model: type[M], data: bytes) -> M:
     try:
         try:
             return model.model_validate_json(data)
@@ -59,7 +83,7 @@ class BodyRoute(APIRoute):
         async def handle_parsed(request: Request) -> Response:
             data = await request.body() or b"{}"
             parsed: BaseModel
-            if len(data) <= SMALL_BODY:
+            if len(data) <= SMALL:
                 parsed = parse(model, data)
             else:
                 state = ServerState.of(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -13,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 
+from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.llama import Llama
+from lminf_edge.scores import check_numbers
 from lminf_edge.server.errors import ApiError
+from lminf_edge.text.tokenizer import LONG_TEXT
 
 Vectors = npt.NDArray[np.float32]  # (n_vectors, n_embd): one, or one for each token if nothing pools them
 
@@ -43,6 +47,7 @@ class Embedder:
         keeps_tokens  where nothing pools the tokens of a text, their vectors are wanted; else their mean stands for it
         """
         self.llm, self._lock = llm, threading.Lock()
+        self._long = threading.Lock()  # long texts take turns, see CachedTokenizer
         self.counters = EmbedderCounters()
         pooling = int(llm.pooling_type())
         self.ranks = pooling == POOLINGS["rank"]
@@ -51,12 +56,19 @@ class Embedder:
         # llama.cpp rounds contexts up, beyond the positions that the model has
         self.n_most = min(llm.n_ctx(), llm.n_batch, llm._model.n_ctx_train() or llm.n_ctx())
 
-    def tokens_of(self, text: str | Sequence[int | str]) -> list[int]:
-        """The tokens of a text, which may be tokens already, or both mixed. Raises ApiError for ids out of range."""
+    def tokens_of(self, text: str | Sequence[int | str], is_cancelled: Callable[[], bool] = lambda: False) -> list[int]:
+        """The tokens of a text, which may be tokens already, or both mixed.
+
+        Raises ApiError for ids out of range, and RequestCancelled.
+        """
+        if is_cancelled():
+            raise RequestCancelled
         if isinstance(text, str):
             return self._tokens(text, add_special=True)
         tokens: list[int] = []
         for part in text:
+            if is_cancelled():
+                raise RequestCancelled
             tokens += self._tokens(part, add_special=False) if isinstance(part, str) else [part]
         if any(not 0 <= token < self.llm.n_vocab() for token in tokens):
             raise ApiError(400, f"input: this model's tokens are 0 to {self.llm.n_vocab() - 1}.", param="input")
@@ -64,7 +76,8 @@ class Embedder:
 
     def _tokens(self, text: str, add_special: bool, special: bool = False) -> list[int]:
         data = text.encode("utf-8", errors="replace")
-        return list(self.llm.tokenize(data, add_bos=add_special, special=special))
+        with self._long if len(data) > LONG_TEXT else contextlib.nullcontext():
+            return list(self.llm.tokenize(data, add_bos=add_special, special=special))
 
     def embed(
         self, inputs: Sequence[Sequence[int]], is_cancelled: Callable[[], bool] = lambda: False
@@ -141,4 +154,5 @@ class Embedder:
             else:
                 pointer = bindings.llama_get_embeddings(context.ctx)
             vectors: Vectors = np.ctypeslib.as_array(pointer, shape=shape).copy()
-            return vectors
+        check_numbers(np.abs(vectors))
+        return vectors

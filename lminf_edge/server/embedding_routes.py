@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,13 @@ def embedder_of(state: ServerState, ranks: bool) -> Embedder:
     return state.embedder
 
 
-def inputs_of(embedder: Embedder, given: Any) -> list[list[int]]:
-    """The tokens of each text of a request. Raises ApiError."""
+def inputs_of(embedder: Embedder, given: Any, is_cancelled: Callable[[], bool]) -> list[list[int]]:
+    """The tokens of each text of a request. Raises ApiError and RequestCancelled."""
     is_list = isinstance(given, list) and not any(isinstance(part, int) for part in given)
     inputs = given if is_list else [given]
     if not 0 < len(inputs) <= MAX_INPUTS:
         raise ApiError(400, f"input: there may be 1 to {MAX_INPUTS} of them, not {len(inputs)}.", param="input")
-    return [embedder.tokens_of(_text(each)) for each in inputs]
+    return [embedder.tokens_of(_text(each), is_cancelled) for each in inputs]
 
 
 def _text(given: EmbeddingInput) -> str | list[Any]:
@@ -69,7 +70,7 @@ async def respond_embeddings(request: Request, body: EmbeddingRequest, as_openai
         return vectors[0].tolist()
 
     def embed() -> Response:
-        found, n_tokens = embedder.embed(inputs_of(embedder, body.input), cancelled.is_set)
+        found, n_tokens = embedder.embed(inputs_of(embedder, body.input, cancelled.is_set), cancelled.is_set)
         if not as_openai:
             return encoded([{"index": i, "embedding": told(vectors)} for i, vectors in enumerate(found)])
         data = [{"object": "embedding", "index": i, "embedding": told(vectors)} for i, vectors in enumerate(found)]

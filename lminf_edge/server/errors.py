@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from lminf_edge.engine.engine import EngineClosedError
 from lminf_edge.engine.request import RequestCancelled
-from lminf_edge.errors import UserError, wants_debug
+from lminf_edge.errors import ModelError, UserError, wants_debug
 
 log = logging.getLogger("lminf_edge.server")
 
@@ -94,6 +94,9 @@ def as_api_error(error: BaseException) -> ApiError:
     """The error response for a failure. A failure that is our bug is logged with its traceback."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ModelError):
+        log.error("%s", error)
+        return ApiError(500, str(error), "model_error")
     if isinstance(error, UserError):
         return ApiError(400, str(error) or "The request cannot be answered.")
     if isinstance(error, RequestCancelled):

@@ -6,18 +6,19 @@ from llama_cpp import llama_cpp as bindings
 
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.requests import InfillRequest
-from lminf_edge.text.service import TextService
+from lminf_edge.text.service import Exchange
 
 MAX_ROOM = 2048
 _SNIPPET = "\n\n--- snippet ---\n\n"  # begins a file where the model has no token for that
 
 
-def infill_tokens(service: TextService, request: InfillRequest) -> list[int]:
+def infill_tokens(exchange: Exchange, request: InfillRequest) -> list[int]:
     """Other files, the text before the gap, the text after it, and how the gap begins, in the model's own tokens.
 
     Before and after share half of the window, 2048 tokens at most, three parts to one; the files have the other half.
-    Raises ApiError for a model that has no such tokens.
+    Raises ApiError for a model that has no such tokens, and RequestCancelled.
     """
+    service = exchange.service
     vocab = service.llm._model.vocab
     before, after, middle = (
         token(vocab)
@@ -28,7 +29,7 @@ def infill_tokens(service: TextService, request: InfillRequest) -> list[int]:
     repository, file = bindings.llama_vocab_fim_rep(vocab), bindings.llama_vocab_fim_sep(vocab)
 
     def tokens(text: str, special: bool = False) -> list[int]:
-        return list(service.tokenizer.tokenize(text, add_bos=False, special=special).tolist())
+        return list(service.tokenizer.tokenize(text, False, special, exchange.is_cancelled).tolist())
 
     def heading(name: str) -> list[int]:
         return tokens(_SNIPPET) if file < 0 else [file, *tokens(f"{name}\n")]

@@ -184,8 +184,8 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         add_bos, special = bool(body.add_special), bool(body.parse_special)
         tokens = state.service.tokenizer.tokenize(body.content, add_bos, special, cancelled.is_set).tolist()
         if body.with_pieces:
-            pieces = [{"id": token, "piece": piece_of(llm.detokenize([token], special=True))} for token in tokens]
-            return encoded_list("tokens", pieces)
+            texts = {token: piece_of(llm.detokenize([token], special=True)) for token in set(tokens)}
+            return encoded_list("tokens", [{"id": token, "piece": texts[token]} for token in tokens])
         return encoded_list("tokens", tokens)
 
     return await in_thread(request, work, cancelled.set)
@@ -232,7 +232,7 @@ async def respond_prompt(request: Request, body: ChatRequest, told: Callable[[Ch
     exchange = Exchange(service, owner=request.state.owner)
 
     def work() -> Response:
-        asked = asked_chat(service, body)
+        asked = asked_chat(service, body, exchange.is_cancelled)
         return encoded(told(exchange.chat_prompt(asked.messages, asked.options)))
 
     return await in_thread(request, work, exchange.cancel)
@@ -254,19 +254,17 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 @router.post("/completions", response_model=None, include_in_schema=False)
 async def completion(request: Request, body: LlamaCompletionRequest) -> Response:
     """The continuation of a text, in llama.cpp's dialect."""
-    service = ServerState.of(request).service
-    return await respond_llama_cpp(request, body, lambda: llama_cpp_prompts(service, body.prompt))
+    return await respond_llama_cpp(request, body, lambda exchange: llama_cpp_prompts(exchange, body.prompt))
 
 
 @router.post("/infill", response_model=None, responses=ANSWERS)
 async def infill(request: Request, body: InfillRequest) -> Response:
     """What stands between two texts, by a model that has tokens for that."""
-    service = ServerState.of(request).service
-    return await respond_llama_cpp(request, body, lambda: [infill_tokens(service, body)])
+    return await respond_llama_cpp(request, body, lambda exchange: [infill_tokens(exchange, body)])
 
 
 async def respond_llama_cpp(
-    request: Request, body: LlamaCompletionRequest, prompts: Callable[[], Sequence[str | list[int]]]
+    request: Request, body: LlamaCompletionRequest, prompts: Callable[[Exchange], Sequence[str | list[int]]]
 ) -> Response:
     """Completions of prompts, which are made in a worker thread."""
     state = ServerState.of(request)
@@ -274,7 +272,7 @@ async def respond_llama_cpp(
 
     def prepare(exchange: Exchange) -> tuple[AskedLlamaCpp, list[ChatPrompt]]:
         asked = asked_llama_cpp(state.service, state.engine.model.eog_tokens, body)
-        return asked, [exchange.text_prompt(each) for each in prompts()]
+        return asked, [exchange.text_prompt(each) for each in prompts(exchange)]
 
     return await respond(
         request,

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.requests import ChatRequest, Many, Sampling, TokenLimit
-from lminf_edge.server.turns import Turns, as_arguments, chat_request, loosened, text_of, texts
+from lminf_edge.server.turns import Turns, as_arguments, chat_request, text_of, texts
 
 # a line that Claude Code puts before its system prompt, with a hash that changes with every request
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:(?:[^\S\n]*[\w-]+=[^;\n]*;)*[^\S\n]*\n?")
@@ -22,7 +22,7 @@ COMPACT_AT = 150_000  # tokens, unless the request says otherwise
 class CountRequest(Sampling):
     """POST /v1/messages/count_tokens"""
 
-    messages: Many[dict[str, Any]] = Field(min_length=1)
+    messages: Many[dict[str, Any]]
     system: str | Many[dict[str, Any]] | None = None
     tools: Many[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
@@ -87,9 +87,11 @@ def chat_of(request: CountRequest, messages: list[dict[str, Any]]) -> ChatReques
         turns.system(system)
     for i, message in enumerate(messages):
         _add(turns, message, f"messages.{i}")
-    if not turns.messages:
+    if messages and not turns.messages:
         raise ApiError(400, "messages: there is no text in them.", param="messages")
-    is_prefill = turns.messages[-1]["role"] == "assistant" and "tool_calls" not in turns.messages[-1]
+    is_prefill = (
+        bool(turns.messages) and turns.messages[-1]["role"] == "assistant" and "tool_calls" not in turns.messages[-1]
+    )
     config = request.output_config or {}
     thinking = (request.thinking or {}).get("type")
     choice = request.tool_choice or {}
@@ -189,7 +191,7 @@ def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
             continue
         if not isinstance(tool.get("name"), str):
             raise ApiError(400, f"tools.{i}: a tool has a name.", param="tools")
-        function = {"name": tool["name"], "parameters": loosened(tool.get("input_schema"))}
+        function = {"name": tool["name"], "parameters": tool.get("input_schema"), "strict": tool.get("strict") is True}
         if tool.get("description"):
             function["description"] = tool["description"]
         functions.append({"type": "function", "function": function})

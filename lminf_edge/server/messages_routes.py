@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from lminf_edge.engine.request import Request as EngineRequest
 from lminf_edge.server.arguments import AskedChat, asked_chat
 from lminf_edge.server.bodies import BodyRoute
+from lminf_edge.server.budget import Share
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.events import chat_events
 from lminf_edge.server.messages_requests import (
@@ -27,7 +28,7 @@ from lminf_edge.server.state import ServerState
 from lminf_edge.server.stored import Response as Stored
 from lminf_edge.server.stored import names_in
 from lminf_edge.server.streaming import Wire
-from lminf_edge.server.turns import Block, Step, count_prompt, found_stop, steps
+from lminf_edge.server.turns import Block, Step, check_path, count_prompt, found_stop, steps
 from lminf_edge.text.service import Exchange
 
 WIRE = Wire(error=ApiError.anthropic_body, is_typed=True, keep_alive='event: ping\ndata: {"type":"ping"}\n\n')
@@ -56,20 +57,22 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     **PROBLEMS,
 }
 
-router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], route_class=BodyRoute)
+PATH = "/v1/messages"
+
+router = APIRouter(prefix=PATH, tags=["Anthropic"], route_class=BodyRoute)
 
 
 @router.post("", response_model=None, responses=ANSWERS)
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """A message of a conversation of any length; its cached prefix is not processed again."""
-    reply = MessageReply(ServerState.of(request), body, request.state.owner)
+    reply = MessageReply(ServerState.of(request), body, request.state.owner, request.state.share)
     return await respond(request, body, reply, reply.prepare, reply.events, lambda: reply.message, WIRE)
 
 
 @router.post("/count_tokens", response_model=None, responses=PROBLEMS)
 async def count_tokens(request: Request, body: CountRequest) -> Response:
     """Tokens of the prompt that these messages are."""
-    reply = MessageReply(ServerState.of(request), body, request.state.owner)
+    reply = MessageReply(ServerState.of(request), body, request.state.owner, request.state.share)
 
     def told(n_tokens: int) -> dict[str, Any]:
         managed = {"context_management": {"original_input_tokens": n_tokens}} if body.context_management else {}
@@ -81,9 +84,9 @@ async def count_tokens(request: Request, body: CountRequest) -> Response:
 class MessageReply(Reply):
     """One message."""
 
-    def __init__(self, state: ServerState, body: CountRequest, owner: str) -> None:
+    def __init__(self, state: ServerState, body: CountRequest, owner: str, share: Share) -> None:
         super().__init__()
-        self._state, self._body, self._owner = state, body, owner
+        self._state, self._body, self._owner, self._share = state, body, owner, share
         self._stops = list(getattr(body, "stop_sequences", None) or [])
         self._compacted: dict[str, Any] | None = None  # the block that stands for all messages so far
         self._before: Stored | None = None  # of the last compaction
@@ -105,15 +108,18 @@ class MessageReply(Reply):
         """Raises ApiError."""
         name, self._new = split_compacted(self._body.messages)
         history = self._history(name) if name is not None else []
-        asked = asked_chat(self._state.service, chat_of(self._body, [*history, *self._new]))
+        asked = asked_chat(self._state.service, chat_of(self._body, [*history, *self._new]), exchange.is_cancelled)
         self._state.log_messages(asked.messages)
         return asked
 
     def _history(self, text: str) -> list[dict[str, Any]]:
         """The messages that a compaction block stands for. Raises ApiError if they are not known."""
         stored = self._state.stored
-        self._before = next(filter(None, (stored.get(name, self._owner) for name in names_in(text))), None)
-        history = stored.history(self._before) if self._before is not None else None
+        self._before = next(
+            filter(None, (stored.get(name, self._owner, self._share.take) for name in names_in(text))), None
+        )
+        check_path(self._before, PATH, "messages")
+        history = stored.history(self._before, self._share.take) if self._before is not None else None
         if history is None:
             message = "messages: the server does not keep the conversation that a compaction block stands for."
             raise ApiError(400, message, param="messages")
@@ -187,6 +193,7 @@ class MessageReply(Reply):
             input=self._new,
             output=[],
             body=None,
+            path=PATH,
         )
         self._state.stored.add(stored)
         self._compacted = {

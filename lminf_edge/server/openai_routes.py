@@ -14,7 +14,7 @@ from lminf_edge.server.arguments import Asked, AskedChat, asked_chat, asked_comp
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
 from lminf_edge.server.events import chat_events, text_events
-from lminf_edge.server.requests import ChatRequest, CompletionRequest, Sampling
+from lminf_edge.server.requests import MAX_INPUTS, ChatRequest, CompletionRequest, Sampling
 from lminf_edge.server.responses import (
     chat_answer,
     chat_chunks,
@@ -29,6 +29,8 @@ from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs
 from lminf_edge.text.service import Exchange
 
 T = TypeVar("T")
+
+MAX_ECHOED = 1 << 18  # log probabilities of a request's prompts: each takes some hundred bytes
 
 # headers that name a conversation, besides prompt_cache_key in the body: ours, and Open WebUI's
 CONVERSATION_HEADERS = ("X-Conversation-Id", "X-OpenWebUI-Chat-Id")
@@ -114,8 +116,8 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     name = state.settings.model_name
     usage = bool(body.stream_options and body.stream_options.include_usage)
 
-    def prepare(_: Exchange) -> AskedChat:
-        asked = asked_chat(state.service, body)
+    def prepare(exchange: Exchange) -> AskedChat:
+        asked = asked_chat(state.service, body, exchange.is_cancelled)
         state.log_messages(asked.messages)
         return asked
 
@@ -147,7 +149,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     def prepare(exchange: Exchange) -> tuple[Asked, list[str | list[int]], list[ChatPrompt]]:
         asked = asked_completion(service, body)
         given = prompts_of(body.prompt, service.engine.model.n_vocab)
-        return asked, given, [exchange.text_prompt(each, body.suffix) for each in given]
+        if len(given) > MAX_INPUTS:
+            raise ApiError(400, f"prompt: there may be {MAX_INPUTS} of them at most.", param="prompt")
+        prompts = [exchange.text_prompt(each, body.suffix) for each in given]
+        if body.echo and asked.n_top is not None:
+            check_echo(sum(len(prompt.tokens) for prompt in prompts), asked.n_top)
+        return asked, given, prompts
 
     def whole(exchange: Exchange, prepared: tuple[Asked, list[str | list[int]], list[ChatPrompt]]) -> dict[str, Any]:
         asked, given, prompts = prepared
@@ -177,7 +184,16 @@ def echo(
     text = as_text(llm, given)
     if n_top is None:
         return text, []
-    return text, prompt_logprobs(llm, exchange.prompt_logits(prompt.tokens), LogprobReporter(llm, n_top, 0))
+    reporter = LogprobReporter(llm, n_top, 0)
+    return text, prompt_logprobs(llm, exchange.prompt_logits(prompt.tokens), reporter, exchange.is_cancelled)
+
+
+def check_echo(n_tokens: int, n_top: int) -> None:
+    """Raises ApiError for more log probabilities of a prompt than should be held at a time."""
+    if n_tokens * (1 + n_top) > MAX_ECHOED:
+        most = MAX_ECHOED // (1 + n_top)
+        what = f"logprobs: with echo and {n_top} of them, a prompt may have {most:,} tokens, not {n_tokens:,}"
+        raise ApiError(400, f"{what}: send it in parts.", param="logprobs")
 
 
 # llama-server has these at its root, too; /completions and /embeddings are other things there

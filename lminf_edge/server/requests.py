@@ -167,7 +167,7 @@ class _OpenAISampling(Sampling):
 class ChatRequest(_OpenAISampling):
     """POST /v1/chat/completions"""
 
-    messages: Many[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(description="may be none: the template then says how an answer begins")
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

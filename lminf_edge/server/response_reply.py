@@ -10,6 +10,7 @@ from typing import Any
 
 from lminf_edge.engine.request import Request as EngineRequest
 from lminf_edge.server.arguments import AskedChat, asked_chat
+from lminf_edge.server.budget import Share
 from lminf_edge.server.errors import ApiError, as_api_error
 from lminf_edge.server.events import chat_events
 from lminf_edge.server.replies import Reply
@@ -27,9 +28,10 @@ from lminf_edge.server.response_requests import (
 from lminf_edge.server.responses import chat_logprobs
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.stored import Response as Stored
-from lminf_edge.server.turns import Block, Step, count_prompt, steps
+from lminf_edge.server.turns import Block, Step, check_path, count_prompt, steps
 from lminf_edge.text.service import Exchange
 
+PATH = "/v1/responses"
 PREFIX = "resp_"
 _ITEM = re.compile(r"[a-z]+_([0-9a-f]{32})[0-9a-f]*")  # of ours: it names its response
 _PREFIXES = {"thoughts": "rs", "text": "msg", "call": "fc"}
@@ -43,13 +45,14 @@ def stored_name(response_id: str) -> str:
 class ResponseReply(Reply):
     """One response."""
 
-    def __init__(self, state: ServerState, body: InputRequest, owner: str) -> None:
+    def __init__(self, state: ServerState, body: InputRequest, owner: str, share: Share) -> None:
         super().__init__()
-        self._state, self._body, self._owner = state, body, owner
+        self._state, self._body, self._owner, self._share = state, body, owner, share
         self._name = uuid.uuid4().hex
         self._before: Stored | None = None  # what the request goes on from
         self._new: list[dict[str, Any]] = []  # items that it adds
         self._threshold: int | None = None
+        self._referred_to: dict[str, dict[Any, dict[str, Any]]] = {}  # items by id, of responses by name
         self._n_events = 0
         self._n_thoughts = 0  # tokens
         self._n_compacted = 0  # tokens of the prompt of the last compaction
@@ -109,15 +112,16 @@ class ResponseReply(Reply):
             history = self._history(body.previous_response_id, param, f"response {body.previous_response_id[:100]!r}")
         if self._before is not None:
             self._n_compacted = self._before.n_compacted
-        asked = asked_chat(self._state.service, chat_of(body, [*history, *self._new]))
+        asked = asked_chat(self._state.service, chat_of(body, [*history, *self._new]), exchange.is_cancelled)
         self._state.log_messages(asked.messages)
         return asked
 
     def _history(self, response_id: str, param: str, what: str) -> list[dict[str, Any]]:
         """The items up to a stored response. Raises ApiError if it is not known."""
         stored = self._state.stored
-        self._before = stored.get(stored_name(response_id).removeprefix("cmp_"), self._owner)
-        history = stored.history(self._before) if self._before is not None else None
+        self._before = stored.get(stored_name(response_id).removeprefix("cmp_"), self._owner, self._share.take)
+        check_path(self._before, PATH, param)
+        history = stored.history(self._before, self._share.take) if self._before is not None else None
         if history is None:
             message = f"{param}: the server does not keep the {what}."
             raise ApiError(400, message, "previous_response_not_found", param)
@@ -129,11 +133,13 @@ class ResponseReply(Reply):
             return item
         item_id = str(item.get("id"))
         match = _ITEM.fullmatch(item_id)
-        stored = self._state.stored.get(match[1], self._owner) if match else None
-        found = [each for each in (stored.output if stored else []) if each.get("id") == item_id]
-        if not found:
+        if match and match[1] not in self._referred_to:
+            stored = self._state.stored.get(match[1], self._owner, self._share.take)
+            self._referred_to[match[1]] = {each.get("id"): each for each in (stored.output if stored else [])}
+        found = self._referred_to[match[1]].get(item_id) if match else None
+        if found is None:
             raise ApiError(400, f"{where}: the server does not keep the item {item_id[:100]!r}.", param=where)
-        return found[0]
+        return found
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -271,6 +277,7 @@ class ResponseReply(Reply):
             input=self._new,
             output=[item for item in output if item["type"] not in COMPACTIONS],
             body=body,
+            path=PATH,
         )
         self._state.stored.add(stored)
 

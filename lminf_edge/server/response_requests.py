@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.requests import MAX_LOGPROBS, ChatRequest, Many, Sampling, TokenLimit
-from lminf_edge.server.turns import Turns, as_arguments, chat_request, loosened, text_of
+from lminf_edge.server.turns import Turns, as_arguments, chat_request, text_of
 
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
@@ -209,8 +209,8 @@ def _tools(tools: list[dict[str, Any]] | None, choice: Any) -> tuple[list[dict[s
         if not isinstance(function.get("name"), str):
             raise ApiError(400, f"tools.{i}: a function has a name.", param="tools")
         named = {name: function[name] for name in ("name", "description") if function.get(name)}
-        parameters = loosened(function.get("parameters"))
-        functions.append({"type": "function", "function": {**named, "parameters": parameters}})
+        held = {"parameters": function.get("parameters"), "strict": function.get("strict") is True}
+        functions.append({"type": "function", "function": {**named, **held}})
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
             listed = choice.get("tools")

@@ -36,14 +36,14 @@ router = APIRouter(prefix="/v1/responses", tags=["OpenAI"], route_class=BodyRout
 @router.post("", response_model=None, responses=ANSWERS)
 async def create(request: Request, body: ResponsesRequest) -> Response:
     """A response in a conversation of any length; its cached prefix is not processed again."""
-    reply = ResponseReply(ServerState.of(request), body, request.state.owner)
+    reply = ResponseReply(ServerState.of(request), body, request.state.owner, request.state.share)
     return await respond(request, body, reply, reply.prepare, reply.events, lambda: reply.response, WIRE)
 
 
 @router.post("/input_tokens", response_model=None, responses=PROBLEMS)
 async def input_tokens(request: Request, body: InputRequest) -> Response:
     """Tokens of the prompt that an input is."""
-    reply = ResponseReply(ServerState.of(request), body, request.state.owner)
+    reply = ResponseReply(ServerState.of(request), body, request.state.owner, request.state.share)
 
     def told(n_tokens: int) -> dict[str, Any]:
         return {"object": "response.input_tokens", "input_tokens": n_tokens}
@@ -57,7 +57,10 @@ async def compact(request: Request, body: InputRequest) -> Response:
     trigger = [{"type": "compaction_trigger"}]
     given = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else list(body.input or [])
     reply = ResponseReply(
-        ServerState.of(request), body.model_copy(update={"input": [*given, *trigger]}), request.state.owner
+        ServerState.of(request),
+        body.model_copy(update={"input": [*given, *trigger]}),
+        request.state.owner,
+        request.state.share,
     )
     exchange = reply.open_exchange(request, body, None)
 
@@ -81,7 +84,7 @@ async def compact(request: Request, body: InputRequest) -> Response:
 
 def _known(request: Request, response_id: str) -> Stored:
     """Raises ApiError if the client's key has no such response."""
-    stored = ServerState.of(request).stored.get(stored_name(response_id), request.state.owner)
+    stored = ServerState.of(request).stored.get(stored_name(response_id), request.state.owner, request.state.share.take)
     if stored is None or stored.body is None:
         raise _unknown(response_id)
     return stored
@@ -129,3 +132,9 @@ async def cancel(request: Request, response_id: str) -> Response:
     """Only responses in the background could be cancelled, and there are none."""
     await in_thread(request, lambda: encoded(_known(request, response_id).name))
     raise ApiError(400, "Only background responses can be cancelled: hang up to cancel others.", param="response_id")
+
+
+# llama-server has these at its root, too
+unprefixed = APIRouter(include_in_schema=False, route_class=BodyRoute)
+unprefixed.post("/responses", response_model=None)(create)
+unprefixed.post("/responses/input_tokens", response_model=None)(input_tokens)

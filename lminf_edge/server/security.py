@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lminf_edge.server.budget import LATER, Budget, Share
 from lminf_edge.server.errors import ApiError, shutting_down
 from lminf_edge.server.settings import Settings, origin_pattern
 from lminf_edge.server.state import give_back_memory
@@ -20,7 +21,6 @@ _OPEN = ("/", "/health", "/v1/health", "/docs", "/openapi.json")
 _OPEN_FOLDERS = ("/page/", "/docs/")
 
 MAX_HEADER_BYTES = 32 << 10
-_LATER = {"Retry-After": "1"}
 
 _PAGE_HEADERS = {
     b"content-security-policy": b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -32,10 +32,6 @@ _PAGE_HEADERS = {
 }
 
 
-SMALL_BODY = 256 << 10  # this much of each body does not count against the limit on all of them
-N_BODIES = 4  # bodies of the largest size held at a time
-
-
 class SecurityMiddleware:
     """Checks a request before anything reads it.
 
@@ -43,23 +39,23 @@ class SecurityMiddleware:
     - A request from a web page must come from the server's own page or a listed origin, whatever its content type.
     - The key is compared in constant time; `request.state.owner` is its digest, "" if no key is required.
     - A body is received whole, in limited time and memory, before the request counts as being answered.
+      `request.state.share` is its share of that memory.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, stopping: asyncio.Event) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, stopping: asyncio.Event, budget: Budget) -> None:
         """`stopping` is set at shutdown."""
-        self.app, self.settings = app, settings
+        self.app, self.settings, self._budget = app, settings, budget
         self._stopping = stopping
         self._origins = re.compile(origin_pattern(settings.origins))
         self._owners = [owner_of(key.encode("utf-8")) for key in settings.api_keys]
         self._n_open = 0  # requests being answered
-        self._n_held = 0  # bytes of bodies, beyond SMALL_BODY of each
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        body = _Body()
+        body = _Body(Share(self._budget))
         counts = not _is_open(scope["path"])
         n_places = 0
         try:
@@ -68,7 +64,8 @@ class SecurityMiddleware:
             if not await self._read(body, receive):
                 return
             self._check_room(counts)
-            scope["state"]["is_long"] = body.n_held > 0
+            scope["state"]["is_long"] = body.share.n_held > 0
+            scope["state"]["share"] = body.share
             n_places = int(counts)
             self._n_open += n_places
             await self.app(scope, _after(body, receive), _with_page_headers(send))
@@ -76,8 +73,8 @@ class SecurityMiddleware:
             await refusal.response(scope["path"])(scope, receive, send)
         finally:
             self._n_open -= n_places
-            self._n_held -= body.n_held
-            if body.n_held:
+            body.share.close()
+            if body.share.n_held:
                 asyncio.get_running_loop().run_in_executor(None, give_back_memory)
 
     def _check(self, scope: Scope) -> str:
@@ -118,7 +115,7 @@ class SecurityMiddleware:
             raise shutting_down()
         if counts and self._n_open >= self.settings.max_requests:
             message = f"{self._n_open} requests are open, as many as may be: try again later."
-            raise ApiError(503, message, headers=_LATER)
+            raise ApiError(503, message, headers=LATER)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body of a request may have {self.settings.max_body:,} bytes at most.")
@@ -138,20 +135,15 @@ class SecurityMiddleware:
             body.data += message.get("body", b"")
             if len(body.data) > settings.max_body:
                 raise self._too_large()
-            n_more = max(0, len(body.data) - SMALL_BODY) - body.n_held
-            if self._n_held + n_more > N_BODIES * settings.max_body:
-                message_text = "Other long requests are being answered: try again later."
-                raise ApiError(503, message_text, headers=_LATER)
-            body.n_held += n_more
-            self._n_held += n_more
+            body.share.take(len(message.get("body", b"")))
             if not message.get("more_body", False):
                 return True
 
 
 @dataclass
 class _Body:
+    share: Share
     data: bytearray = field(default_factory=bytearray)
-    n_held: int = 0  # bytes that count against the limit
 
 
 def _after(body: _Body, receive: Receive) -> Receive:

@@ -17,6 +17,7 @@ import llama_cpp
 from fastapi import Request
 
 from lminf_edge.engine.engine import Engine
+from lminf_edge.server.budget import Budget
 from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.errors import ApiError, engine_stopped
 from lminf_edge.server.settings import ENDLESS, Settings
@@ -24,6 +25,8 @@ from lminf_edge.server.stored import StoredResponses
 from lminf_edge.text.service import TextService
 
 log = logging.getLogger("lminf_edge.server")
+
+N_BODIES = 4  # requests of the largest size held at a time
 
 T = TypeVar("T")
 
@@ -44,6 +47,7 @@ class ServerState:
         self._service = service
         store = None if service is None else service.engine.store
         folder, note = (None, lambda _: None) if store is None else (store.folder, store.failures.note)
+        self.budget = Budget(N_BODIES * settings.max_body)
         self.stored = StoredResponses(folder, settings.response_bytes, note)
         self.started = time.time()
         self.stopping = asyncio.Event()  # set at shutdown

@@ -35,6 +35,13 @@ _MAX_HEAD = 4 << 10
 _ENTRY_BYTES = 600  # of memory, for each, about
 
 
+Take = Callable[[int], None]  # raises what it will if so many bytes are too many
+
+
+def _nothing(n_bytes: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Response:
     """
@@ -45,6 +52,7 @@ class Response:
     input     what the request added to the conversation
     output    what the answer added
     body      as it is given to clients; None: it is part of later ones only
+    path      of the API whose terms input and output are in, "" if that is not known
     """
 
     owner: str
@@ -54,6 +62,7 @@ class Response:
     input: list[dict[str, Any]]
     output: list[dict[str, Any]]
     body: dict[str, Any] | None
+    path: str = ""
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -103,28 +112,36 @@ class StoredResponses:
             self._use(response.name)
             self._trim()
 
-    def get(self, name: str, owner: str) -> Response | None:
-        """The response of this name and owner, None if there is none."""
+    def get(self, name: str, owner: str, take: Take = _nothing) -> Response | None:
+        """The response of this name and owner, None if there is none. `take` is told its bytes before it is read."""
         with self._lock:
             entry = self._entries.get(name)
             if entry is None or entry.owner != owner or entry.is_deleted:
                 return None
+            take(entry.n_bytes)
             self._use(name)
             if entry.in_file:
                 with contextlib.suppress(OSError):
                     os.utime(self._path(name), follow_symlinks=False)
             return self._read(name)
 
-    def history(self, response: Response) -> list[dict[str, Any]] | None:
-        """Inputs and outputs up to this response; None if a part of it is lost."""
-        chain = [response]
+    def history(self, response: Response, take: Take = _nothing) -> list[dict[str, Any]] | None:
+        """Inputs and outputs up to this response; None if a part of it is lost. `take` as in `get`, for the others."""
         with self._lock:
-            while chain[-1].parent:
-                before = self._read(chain[-1].parent)
-                if before is None or before.owner != response.owner or len(chain) > len(self._entries):
+            names = [response.parent]
+            while names[-1]:
+                entry = self._entries.get(names[-1])
+                if entry is None or entry.owner != response.owner or len(names) > len(self._entries):
                     return None
-                chain.append(before)
-        return [item for each in reversed(chain) for item in (*each.input, *each.output)]
+                names.append(entry.parent)
+            take(sum(self._entries[name].n_bytes for name in names[:-1]))
+            turns = [(response.input, response.output)]
+            for name in names[:-1]:
+                before = self._read(name)
+                if before is None:
+                    return None
+                turns.append((before.input, before.output))
+        return [item for turn in reversed(turns) for items in turn for item in items]
 
     def delete(self, name: str, owner: str) -> bool:
         """Deletes a response; what later ones need of it stays with them. False if there is none."""
@@ -288,10 +305,10 @@ def _head(data: bytes) -> dict[str, Any]:
 
 def _unpacked(name: str, data: bytes) -> Response:
     """Raises ValueError, KeyError or TypeError for anything but what _packed has made."""
-    if blake2b(data[:-_DIGEST], digest_size=_DIGEST).digest() != data[-_DIGEST:]:
+    if blake2b(memoryview(data)[:-_DIGEST], digest_size=_DIGEST).digest() != data[-_DIGEST:]:
         raise ValueError("it is damaged")
-    head = _head(data)
-    fields = json.loads(data[len(MAGIC) : -_DIGEST].partition(b"\n")[2].decode("utf-8", "surrogatepass"))
+    head = _head(data[:_MAX_HEAD])
+    fields = json.loads(data[data.index(b"\n", len(MAGIC)) + 1 : -_DIGEST].decode("utf-8", "surrogatepass"))
     return Response(owner=head["owner"], parent=head["parent"], name=name, **fields)
 
 

@@ -29,10 +29,14 @@ _READY = object()
 _END = object()
 
 
+def as_json(value: Any) -> str:
+    """Raises ValueError for what JSON has no word for: NaN and infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def encoded(value: Any) -> Response:
     """A JSON response, encoded in the calling thread, off the event loop."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return Response(text.encode("utf-8"), media_type="application/json")
+    return Response(as_json(value).encode("utf-8"), media_type="application/json")
 
 
 def _gone() -> Response:
@@ -118,7 +122,7 @@ class Wire:
 
     def sent(self, event: dict[str, Any]) -> str:
         name = f"event: {event['type']}\n" if self.is_typed else ""
-        return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        return f"{name}data: {as_json(event)}\n\n"
 
 
 class EventStream:

@@ -13,9 +13,8 @@ from lminf_edge.server.arguments import AskedChat
 from lminf_edge.server.errors import ApiError, invalid
 from lminf_edge.server.events import Event
 from lminf_edge.server.requests import ChatRequest, Sampling
+from lminf_edge.server.stored import Response as Stored
 from lminf_edge.text.answer import Call
-from lminf_edge.text.pattern import MAX_REPEATS
-from lminf_edge.text.schema import REPEATS
 from lminf_edge.text.service import Answer, Exchange
 
 _PARAGRAPH = "\n\n"
@@ -117,17 +116,6 @@ def as_arguments(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps({} if value is None else value, ensure_ascii=False)
 
 
-def loosened(schema: Any) -> Any:
-    """A tool's schema without repetitions that are too many for a grammar: agents' tools have such, as upper limits."""
-    if isinstance(schema, dict):
-        return {
-            name: loosened(value)
-            for name, value in schema.items()
-            if not (name in REPEATS and isinstance(value, (int, float)) and value > MAX_REPEATS)
-        }
-    return [loosened(each) for each in schema] if isinstance(schema, list) else schema
-
-
 def chat_request(request: Sampling, turns: Turns, fields: Mapping[str, Any]) -> ChatRequest:
     """The same request in the chat completions' terms; sampling parameters and the like are taken over.
 
@@ -139,6 +127,13 @@ def chat_request(request: Sampling, turns: Turns, fields: Mapping[str, Any]) -> 
         return ChatRequest.model_validate({**taken, **given, "messages": turns.messages})
     except ValidationError as error:
         raise invalid(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def check_path(before: Stored | None, path: str, param: str) -> None:
+    """Raises ApiError for a stored conversation whose items are another API's."""
+    if before is not None and before.path not in ("", path):
+        message = f"{param}: the conversation that this stands for is one of {before.path}: go on with it there."
+        raise ApiError(400, message, param=param)
 
 
 def count_prompt(exchange: Exchange, asked: AskedChat) -> int:

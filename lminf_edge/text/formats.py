@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import json
@@ -12,8 +13,10 @@ from typing import Any
 
 import llama_cpp
 from llama_cpp import llama_chat_format
+from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_chat_format import ChatFormatter
 
+from lminf_edge import native
 from lminf_edge.engine.params import Grammar
 from lminf_edge.errors import UserError
 from lminf_edge.text import library
@@ -34,7 +37,7 @@ _SPACE_RULE = re.compile(r"^space ::= .*$", re.MULTILINE)
 class ChatDefaults:
     """For what ChatOptions leave open, with llama-server's values.
 
-    template  the text of a template, in place of the model's
+    template  the text of a template, in place of the model's, or the name of one that llama.cpp has
     """
 
     template: str = ""
@@ -203,6 +206,61 @@ def _is_plain(made: Mapping[str, Any]) -> bool:
     return content == 1 and prompt == made["generation_prompt"]
 
 
+# --- llama.cpp's templates by name ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def builtin_templates() -> frozenset[str]:
+    """The names of the templates that libllama has in C++; chatml is the chat library's, with tools."""
+    native.load()
+    names = (ctypes.c_char_p * bindings.llama_chat_builtin_templates(None, 0))()
+    bindings.llama_chat_builtin_templates(names, len(names))
+    return frozenset(name.decode() for name in names) - {"chatml"}
+
+
+class BuiltinFormat:
+    """One of `builtin_templates`. It calls no tools."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        # there is no text of it: what it makes of a conversation has the same control tokens
+        sides = ("system", "user", "assistant", "user")
+        self.source = self._rendered([{"role": side, "content": "x"} for side in sides], True)
+
+    def render(self, messages: Messages, options: ChatOptions, is_cancelled: Callable[[], bool]) -> Rendered:
+        if options.tools and options.tool_choice not in ("auto", "none"):
+            raise UserError(f"The chat template {self._name} calls no tools: leave it out to use the model's own.")
+        continued = text_of(messages[-1]) if options.continue_final_message else None
+        told = messages if continued is None else messages[:-1]
+        text = self._rendered(told, options.add_generation_prompt or continued is not None) + (continued or "")
+        grammar = options.grammar
+        if grammar is None and options.json_schema is not None:
+            grammar = library.load().schema_grammar(options.json_schema, is_cancelled)
+        return Rendered(text, has_bos=False, stops=[], grammar=grammar)
+
+    def _rendered(self, messages: Messages, begins: bool) -> str:
+        made = (bindings.llama_chat_message * len(messages))()
+        for each, message in zip(made, messages, strict=True):
+            role, content = str(message["role"]), text_of(message).replace("\0", "\ufffd")
+            each.role, each.content = role.encode("utf-8", "replace"), content.encode("utf-8", "replace")
+        room = 1024
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n_bytes = bindings.llama_chat_apply_template(
+                self._name.encode(),
+                made,
+                len(messages),
+                begins,
+                buffer,
+                room,
+            )
+            if n_bytes < 0:
+                raise UserError(f"The chat template {self._name} refuses these messages.")
+            if n_bytes <= room:
+                return buffer.raw[:n_bytes].decode("utf-8", "replace")
+            room = n_bytes
+
+
 # --- llama_cpp's formats ----------------------------------------------------------------------------------------------
 
 
@@ -252,7 +310,10 @@ def find_format(llm: llama_cpp.Llama, defaults: ChatDefaults | None = None) -> C
     """The model's own format, or the one of llama_cpp's that it was loaded with. Raises UserError."""
     if asks_for_format(llm):
         return LlamaCppFormat(llm)
-    return LibraryFormat(llm, defaults or ChatDefaults())
+    defaults = defaults or ChatDefaults()
+    if defaults.template in builtin_templates():
+        return BuiltinFormat(defaults.template)
+    return LibraryFormat(llm, defaults)
 
 
 def asks_for_format(llm: llama_cpp.Llama) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.token_log import Tokens
 
+LEAST_LOGPROB = -9999.0  # of tokens that cannot be, as OpenAI gives it: JSON has no minus infinity
+
 
 @dataclass(frozen=True)
 class Likely:
@@ -59,14 +61,15 @@ class LogprobReporter:
         if logits is None:
             return TokenLogprobs(text, offset, None, None, token, piece)
         logprobs = self._llm.logits_to_logprobs(logits)
+        logprob = max(float(logprobs[token]), LEAST_LOGPROB)
         likeliest = [
-            Likely(int(other), self._llm.detokenize([int(other)]), float(logprobs[other]))
+            Likely(int(other), self._llm.detokenize([int(other)]), max(float(logprobs[other]), LEAST_LOGPROB))
             for other in top_tokens(logprobs, self._n_top)
             if logprobs[other] > -np.inf
         ]
         top = {each.piece.decode("utf-8", errors="ignore"): each.logprob for each in likeliest}
-        top[text] = float(logprobs[token])
-        return TokenLogprobs(text, offset, float(logprobs[token]), top, token, piece, likeliest)
+        top[text] = logprob
+        return TokenLogprobs(text, offset, logprob, top, token, piece, likeliest)
 
 
 def top_tokens(logprobs: Logits, n: int) -> Tokens:

@@ -16,8 +16,11 @@ def refuse(place: str, reason: str) -> NoReturn:
     raise UserError(f"at {place[:200]}, {reason}" if place != "#" else reason)
 
 
-# of a regular expression: an escape, a class, a quantifier, what closes one that was not opened, a quote, a dot
-_PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|[\]}\".]", re.DOTALL)
+# of a regular expression: an escape, a class, a number of repetitions, another quantifier that is lazy, what closes one
+# that was not opened, a quote, a dot
+_PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}\??|[*+?]\?|[\]}\".]", re.DOTALL)
+# a group that is more than a group, such as one that looks ahead
+_GROUP = re.compile(r"^(?:\\.|\[(?:\\.|[^\]\\])*\]|[^\\\[(]|\((?!\?)|\(\?:)*?(\(\?[^:])", re.DOTALL)
 _CLASS_CHARACTER = r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\[^xuUdws]|[^\\]"
 _CLASS_PART = re.compile(rf"\\[dws]|({_CLASS_CHARACTER})(?:-({_CLASS_CHARACTER}))?", re.DOTALL)
 _CONTROL = {"\\t": 9, "\\n": 10, "\\r": 13, "\\f": 12, "\\v": 11}
@@ -34,9 +37,13 @@ def json_pattern(pattern: str, place: str = "#") -> str:
     begins = pattern.startswith("^")
     ends = pattern.endswith("$") and not re.search(r"(?<!\\)(?:\\\\)*\\\$$", pattern)
     inside = pattern[begins : len(pattern) - ends]
+    if group := _GROUP.search(inside):
+        refuse(place, f"{group[1]} of a pattern cannot be enforced")
 
     def part(match: re.Match[str]) -> str:
         text = match[0]
+        if len(text) > 1 and text[0] in "{*+?":
+            text = text.removesuffix("?")  # how much is taken first is nothing to a match of the whole
         if text[0] == "{":
             if not re.fullmatch(r"\{[0-9]+(,[0-9]*)?\}", text):  # Python's int takes more than digits
                 refuse(place, f"{text[:50]} of a pattern is no number of repetitions")

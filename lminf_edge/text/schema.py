@@ -6,9 +6,11 @@ allows is valid by it; where the converter takes a keyword differently, the sche
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import re
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,7 @@ MAX_DEPTH = 256  # of a schema
 MAX_PARTS = 10_000  # of a schema
 MAX_NAME = 1000  # characters of a property's name, or of a reference
 MAX_PATTERN = 4096  # characters
+MAX_OPTIONAL = 400  # properties of an object that may be left out: a grammar has rules for each after each
 MAX_INTEGER = 1 << 53
 
 REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
@@ -40,6 +43,7 @@ _OF_TYPE = {
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
 _OF_TYPE["integer"] = _OF_TYPE["number"]
+_VALUES = ("const", "enum", "default", "examples")  # of these, keys say nothing
 _COMBINING = {"$ref", "anyOf", "oneOf", "allOf"}
 _NEVER = {"not", "if", "then", "else", "$dynamicRef", "$recursiveRef"}
 _ASSERTIONS = {"type", "enum", "const", *_COMBINING, *_NEVER, *set().union(*_OF_TYPE.values())}
@@ -68,10 +72,37 @@ def check_size(schema: Any) -> None:
     raise UserError("the JSON schema is too large")
 
 
+def loosened(schema: Any) -> Any:
+    """A schema without bounds that are too large for a grammar, and patterns that have none; the others made to fit.
+
+    For tools that are not strict: agents' real ones have such limits, and go on without them.
+    """
+    if isinstance(schema, list):
+        return [loosened(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for name, value in schema.items():
+        if name in _VALUES:
+            made[name] = value
+        elif name == "pattern" and isinstance(value, str):
+            with contextlib.suppress(UserError, re.error, OverflowError, RecursionError):
+                if len(value) <= MAX_PATTERN and re.compile(value):
+                    made[name] = json_pattern(value)
+        elif not _is_number(value) or abs(value) <= (MAX_REPEATS if name in REPEATS else MAX_INTEGER):
+            made[name] = loosened(value)
+    return made
+
+
 def _check_part(part: dict[str, Any]) -> None:
     for name in REPEATS:
         if isinstance(part.get(name), (int, float)) and part[name] > MAX_REPEATS:
             raise UserError(f"{name} may be {MAX_REPEATS:,} at most")
+    properties, required = part.get("properties"), part.get("required")
+    if isinstance(properties, dict):
+        n_optional = len(properties) - (len(required) if isinstance(required, list) else 0)
+        if n_optional > MAX_OPTIONAL:
+            raise UserError(f"an object may have {MAX_OPTIONAL:,} properties at most that are not required")
     if any(len(name) > MAX_NAME for name in part):
         raise UserError(f"a name may have {MAX_NAME:,} characters at most")
     for name, most in (("$ref", MAX_NAME), ("pattern", MAX_PATTERN)):

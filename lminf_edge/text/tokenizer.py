@@ -28,7 +28,7 @@ from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.errors import UserError
 
 _PART = 1 << 15  # characters of a long text that are tokenized at a time, where it can be cut
-_LONG = 1 << 18  # characters of a text that is tokenized alone
+LONG_TEXT = 1 << 18  # characters of a text that is tokenized alone
 _OVERHEAD = 300  # bytes of a remembered piece besides its text and tokens, about
 
 
@@ -56,7 +56,8 @@ class Tokenizer(LlamaTokenizer):
         """The text of tokens (n_tokens,). Raises UserError if one is not in the vocabulary."""
         model = self._model
         ids = check_ids(as_tokens(tokens), model.n_vocab()).tolist()
-        text = b"".join(_piece(model.vocab, token, special) for token in ids)
+        pieces = {token: _piece(model.vocab, token, special) for token in set(ids)}
+        text = b"".join(map(pieces.__getitem__, ids))
         # as in llama_cpp: at the beginning of a text the leading space is dropped
         return text[1:] if ids and ids[0] == model.token_bos() and text[:1] == b" " else text
 
@@ -162,7 +163,7 @@ class CachedTokenizer:
         made = []
         for i, part in enumerate(self._parts(text)):
             # long ones take turns: llama.cpp takes a hundred times their bytes while it tokenizes
-            with self._long if len(part) > _LONG else contextlib.nullcontext():
+            with self._long if len(part) > LONG_TEXT else contextlib.nullcontext():
                 if is_cancelled():
                     raise RequestCancelled
                 data = part.encode("utf-8")
@@ -266,6 +267,12 @@ def prompt_to_tokens(
     """
     if not isinstance(prompt, str) and suffix is None:
         return as_tokens(prompt)
+
+    def tokenized(text: str, special: bool) -> Sequence[int] | Tokens:
+        if tokenizer is None:
+            return llm.tokenize(text.encode("utf-8"), add_bos=False, special=special)
+        return tokenizer.tokenize(text, False, special, is_cancelled)
+
     model = llm._model
     bos = model.token_cls() if model.token_cls() != -1 else llm.token_bos()
     sep = model.token_sep()
@@ -276,7 +283,7 @@ def prompt_to_tokens(
         if tokenizer is not None and suffix is None:
             text = tokenizer.encode(prompt, False, owner, is_cancelled)[0]
         else:
-            text = llm.tokenize(prompt.encode("utf-8"), add_bos=False, special=suffix is None)
+            text = tokenized(prompt, suffix is None)
     if suffix is None:
         return _joined(begin, text, end)
 
@@ -284,11 +291,11 @@ def prompt_to_tokens(
     before, after, middle = (
         max(token, 0) for token in (model.token_prefix(), model.token_suffix(), model.token_middle())
     )
-    rest: list[int] = []
+    rest: Sequence[int] | Tokens = []
     if suffix:
         # a tokenizer that prefixes a space prefixes it to the smiley here, and both are cut off again
         spaced = llm.metadata.get("tokenizer.ggml.add_space_prefix", "true") == "true"
-        rest = llm.tokenize(("☺" + suffix if spaced else suffix).encode("utf-8"), add_bos=False, special=False)
+        rest = tokenized("☺" + suffix if spaced else suffix, False)
         rest = rest[2:] if spaced else rest
     halves = [_joined([before], text), _joined([after], rest)]
     if llm.spm_infill:

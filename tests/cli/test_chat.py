@@ -16,9 +16,13 @@ import httpx
 import pytest
 from conftest import TEXT
 
+from lminf_edge import Llama
 from lminf_edge.cli import main
 from lminf_edge.cli.chat import Chat
 from lminf_edge.cli.serve import allowed_hosts
+from lminf_edge.errors import UserError
+from lminf_edge.text.chat import ChatOptions
+from lminf_edge.text.formats import BuiltinFormat, ChatDefaults, builtin_templates, find_format
 
 COMMAND = [sys.executable, "-m", "lminf_edge"]
 FEW = ["-m", "nano", "--threads", "1", "--n-local", "128"]
@@ -253,3 +257,33 @@ def test_an_idle_conversation_is_written(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.kill()
     process.wait()
+
+
+@pytest.mark.parametrize("name", sorted(builtin_templates()))
+def test_llama_cpps_templates_by_name(nano_path: str, name: str) -> None:
+    llm = Llama(nano_path, vocab_only=True, verbose=False)
+    made = find_format(llm, ChatDefaults(template=name))
+    assert isinstance(made, BuiltinFormat)
+    asked = [{"role": "user", "content": "Who is there? " * 200}]
+    text = made.render(asked, ChatOptions(), lambda: False).text
+    assert asked[0]["content"].strip() in text
+    begun = made.render(
+        [*asked, {"role": "assistant", "content": "Nobody"}], ChatOptions(continue_final_message=True), bool
+    )
+    assert begun.text == text + "Nobody"
+    llm.close()
+
+
+def test_a_template_by_name_is_as_llama_server_has_it(nano_path: str) -> None:
+    llm = Llama(nano_path, vocab_only=True, verbose=False)
+    made = find_format(llm, ChatDefaults(template="llama3"))
+    told = [{"role": "system", "content": "Book"}, {"role": "user", "content": "Hey"}]
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    expected = (
+        f"{header.format('system')}Book<|eot_id|>{header.format('user')}Hey<|eot_id|>{header.format('assistant')}"
+    )
+    assert made.render(told, ChatOptions(), lambda: False).text == expected
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(UserError, match="calls no tools"):
+        made.render(told, ChatOptions(tools=tools, tool_choice="required"), lambda: False)
+    llm.close()

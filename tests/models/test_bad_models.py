@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
 from reference import models, random_model
+from reference.gguf_file import copy_without_numbers
+from served import Served, serve
 
-from lminf_edge import Llama
+from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli import main
+from lminf_edge.errors import ModelError
+from lminf_edge.evaluate import token_nll
+from lminf_edge.text.logprobs import LEAST_LOGPROB, LogprobReporter
 
 ENTRY = Path(sys.executable).with_name("lminf-edge")
 
@@ -106,3 +115,113 @@ def test_what_llama_cpp_aborts_on_is_one_sentence_too(
     assert lines
     assert words in lines[0]
     assert "Traceback" not in done.stderr
+
+
+# --- no numbers -------------------------------------------------------------------------------------------------------
+
+NO_NUMBERS = "gives no numbers"
+BROKEN, FINE = "a\x07b", "The ferry left at six"  # the first has the token that is NaN
+
+
+@pytest.fixture(scope="module")
+def broken(nano_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """nano, where texts with a bell come to NaN."""
+    path = tmp_path_factory.mktemp("models") / "broken.gguf"
+    llm = Llama(nano_path, vocab_only=True, verbose=False)
+    token = llm.tokenize(b"\x07", add_bos=False)[-1]
+    llm.close()
+    copy_without_numbers(nano_path, path, token)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def served(broken: str) -> Iterator[Served]:
+    with serve(broken, lminf=LMInfConfig(n_global=4, n_local=128)) as served:
+        yield served
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": BROKEN}),
+        ("/v1/completions", {"prompt": BROKEN, "temperature": 0, "logprobs": 2}),
+        ("/v1/completions", {"prompt": BROKEN, "logit_bias": {"5": 1}, "grammar": 'root ::= "a"'}),
+        ("/completion", {"prompt": BROKEN, "n_probs": 2, "post_sampling_probs": True}),
+        ("/completion", {"prompt": BROKEN, "mirostat": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": BROKEN}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": BROKEN}], "max_tokens": 4}),
+        ("/v1/responses", {"input": BROKEN}),
+    ],
+)
+def test_no_numbers_are_the_models_fault(served: Served, path: str, body: dict[str, Any], stream: bool) -> None:
+    answer = httpx.post(served.url + path, json={**body, "stream": stream}, timeout=60)
+    assert answer.status_code == (200 if "event" in answer.headers["content-type"] else 500)
+    assert NO_NUMBERS in answer.text
+    assert "NaN" not in answer.text.replace("(NaN or infinity)", "")
+
+
+def test_echo_is_no_exception(served: Served) -> None:
+    body = {"prompt": BROKEN, "echo": True, "logprobs": 2, "max_tokens": 1}
+    answer = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "model_error"
+
+
+def test_others_go_on_without_numbers(served: Served) -> None:
+    body = {"prompt": FINE, "max_tokens": 60, "temperature": 0}
+    expected = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    answers: list[Any] = []
+
+    def ask() -> None:
+        for _ in range(4):
+            answers.append(httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while asking.is_alive():
+        broken = httpx.post(f"{served.url}/v1/completions", json={"prompt": BROKEN}, timeout=60)
+        assert broken.status_code == 500
+    asking.join()
+    assert [answer["choices"][0]["text"] for answer in answers] == [expected] * 4
+
+
+def test_no_numbers_in_the_library(broken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = Llama(broken, lminf=True, verbose=False)
+    tokens = llm.tokenize(BROKEN.encode())
+
+    def sampled() -> None:
+        llm.reset()
+        llm.eval(tokens)
+        llm.sample()
+
+    for call in (
+        lambda: llm(BROKEN),
+        lambda: llm(BROKEN, temperature=0.0),
+        lambda: llm(BROKEN, echo=True, logprobs=1, max_tokens=1),
+        lambda: list(llm.generate(tokens)),
+        lambda: token_nll(llm, tokens),
+        sampled,
+    ):
+        with pytest.raises(ModelError, match=NO_NUMBERS):
+            call()
+    llm.reset()
+    assert llm(FINE, max_tokens=4)["choices"][0]["text"]
+    llm.close()
+    text = tmp_path / "text.txt"
+    text.write_text(BROKEN * 20)
+    for command in (["ppl", "-f", str(text)], ["ppl", "--stock", "-f", str(text)], ["generate", "-p", BROKEN]):
+        assert main([*command, "-m", broken]) == 1
+        assert NO_NUMBERS in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_cannot_be_has_a_log_probability(nano_path: str) -> None:
+    llm = Llama(nano_path, vocab_only=True, verbose=False)
+    logits = np.full(llm.n_vocab(), -np.inf, dtype=np.float32)
+    logits[100] = 1.0
+    entry = LogprobReporter(llm, 2, 0).entry(200, b"x", logits)
+    assert entry is not None
+    assert entry.logprob == LEAST_LOGPROB
+    assert entry.top is not None
+    assert sorted(entry.top.values()) == [LEAST_LOGPROB, 0.0]
+    llm.close()

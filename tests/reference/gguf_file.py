@@ -48,6 +48,22 @@ def copy_as_f32(source: str | PathLike[str], target: str | PathLike[str]) -> Non
     finish(writer)
 
 
+def copy_without_numbers(source: str | PathLike[str], target: str | PathLike[str], broken: int) -> None:
+    """Write `source`, whose output matrix is the token embedding, to `target`, with NaN as the embedding of a token.
+
+    Everything is f32. Only texts with this token are processed to NaN.
+    """
+    reader = GGUFReader(source)
+    writer = with_metadata(reader, target, ("general.file_type",))
+    for tensor in reader.tensors:
+        weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if tensor.name == "token_embd.weight":
+            writer.add_tensor("output.weight", weights.copy())
+            weights[broken] = np.nan
+        writer.add_tensor(tensor.name, weights)
+    finish(writer)
+
+
 def copy_with(source: str | PathLike[str], target: str | PathLike[str], keys: Mapping[str, int]) -> None:
     """Write `source` to `target` with more metadata."""
     reader = GGUFReader(source)

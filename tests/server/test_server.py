@@ -25,6 +25,7 @@ from lminf_edge.server import Settings
 from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.security import host_name
 from lminf_edge.server.settings import ENDLESS
+from lminf_edge.server.state import ServerState
 
 WINDOW = LMInfConfig(n_global=4, n_local=128)
 QUESTION = [{"role": "user", "content": "The ferry left at six, an hour before the sun came over the hills."}]
@@ -320,11 +321,24 @@ def test_penalties_and_ends_as_llama_server_has_them(client: httpx.Client) -> No
     assert said(**end, ignore_eos=True)["tokens_predicted"] == 24
 
 
+def test_a_chat_that_has_not_begun(ai: openai.OpenAI) -> None:
+    answer = ai.chat.completions.create(model="nano", messages=[], max_tokens=4)
+    assert answer.usage is not None
+    assert 0 < answer.usage.prompt_tokens < 10
+    with pytest.raises(openai.BadRequestError, match="only an assistant's"):
+        ai.chat.completions.create(model="nano", messages=[], extra_body={"continue_final_message": True})
+
+
 def test_llama_servers_other_paths(client: httpx.Client) -> None:
     assert client.get("/models").json() == client.get("/v1/models").json()
     body = {"messages": QUESTION, "max_tokens": 3, "temperature": 0}
     one, other = (client.post(f"{prefix}/chat/completions", json=body).json() for prefix in ("", "/v1"))
     assert one["choices"] == other["choices"]
+    body = {"input": "Hello", "max_output_tokens": 3, "temperature": 0}
+    one, other = (client.post(f"{prefix}/responses", json=body).json() for prefix in ("", "/v1"))
+    assert one["output"][0]["content"] == other["output"][0]["content"]
+    counts = [client.post(f"{prefix}/responses/input_tokens", json={"input": "Hello"}).json() for prefix in ("", "/v1")]
+    assert counts[0] == counts[1]
 
 
 def test_a_grammar(client: httpx.Client) -> None:
@@ -354,7 +368,6 @@ def test_the_openapi_document(client: httpx.Client) -> None:
     ("path", "body", "parts"),
     [
         ("/v1/chat/completions", {}, ("messages",)),
-        ("/v1/chat/completions", {"messages": []}, ("messages",)),
         ("/v1/chat/completions", {"messages": [{"content": "no role"}]}, ("messages",)),
         ("/v1/chat/completions", {"messages": QUESTION, "temperature": -1}, ("temperature",)),
         ("/v1/chat/completions", {"messages": QUESTION, "temperature": "hot"}, ("temperature",)),
@@ -394,23 +407,28 @@ def test_unknown_fields_are_ignored(client: httpx.Client) -> None:
     assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
-def hang_up(server: Served, body: dict[str, Any], after: float) -> None:
-    """Sends a request and closes the connection some seconds after its work has begun."""
+def hang_up(server: Served, body: dict[str, Any], after: float, path: str = "") -> None:
+    """Sends a request, for a chat unless there is a path, and closes the connection some seconds after it has begun."""
     data = json.dumps(body).encode()
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port)) as connection:
         head = (
-            "POST /v1/chat/completions HTTP/1.1",
+            f"POST {path or '/v1/chat/completions'} HTTP/1.1",
             "Host: 127.0.0.1",
             "Content-Type: application/json",
             f"Content-Length: {len(data)}",
         )
         connection.sendall("\r\n".join((*head, "", "")).encode() + data)
         deadline = time.monotonic() + 10
-        while not server.engine.n_busy:
+        while not (state_of(server)._working if path else server.engine.n_busy):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(after)
+
+
+def state_of(server: Served) -> ServerState:
+    state: ServerState = server.server.config.app.state.server  # type: ignore[union-attr]
+    return state
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -424,6 +442,48 @@ def test_a_client_that_hangs_up_stops_its_work(server: Served, stream: bool, lon
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert server.engine.counters.cancelled == cancelled + 1
+
+
+NAMES = [f"p{i}" for i in range(900)]
+STRICT: Any = {
+    "strict": True,
+    "parameters": {"type": "object", "properties": {name: {} for name in NAMES}, "required": NAMES},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/detokenize", {"tokens": [500] * 2_500_000}),
+        ("/tokenize", {"content": "the sea was calm. " * 200_000, "with_pieces": True}),
+        ("/v1/completions", {"prompt": "the sea was calm. " * 6_000, "echo": True, "logprobs": 5}),
+        ("/v1/completions", {"prompt": [500] * 2_500_000, "echo": True, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "the sea was calm. " * 400_000, "suffix": "the sea was calm. " * 400_000}),
+        ("/completion", {"prompt": [1, *["a "] * 1_000_000]}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "tools": [{"type": "function", "function": {"name": f"f{i}", **STRICT}} for i in range(900)],
+            },
+        ),
+    ],
+)
+def test_whatever_a_client_asks_for_ends_when_it_hangs_up(server: Served, path: str, body: dict[str, Any]) -> None:
+    hang_up(server, body, 0.3, path)
+    deadline = time.monotonic() + 1.5
+    while state_of(server)._working or server.engine.n_busy or server.engine.n_waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_echo_reports_on_so_many_tokens(client: httpx.Client) -> None:
+    body = {"prompt": [500] * 50_000, "echo": True, "logprobs": 5, "max_tokens": 1}
+    assert_error(client.post("/v1/completions", json=body), 400, "may have 43,690 tokens, not 50,000")
+
+
+def test_there_are_so_many_prompts(client: httpx.Client) -> None:
+    assert_error(client.post("/v1/completions", json={"prompt": ["a"] * 2049}), 400, "2048 of them at most")
 
 
 def test_progress_and_keep_alives(nano_path: str) -> None:

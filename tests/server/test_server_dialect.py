@@ -21,6 +21,7 @@ from lminf_edge.server.infill import infill_tokens
 from lminf_edge.server.requests import InfillRequest
 from lminf_edge.server.settings import origin_pattern
 from lminf_edge.server.slot_files import MAX_FILES, save_slot_file, slot_file
+from lminf_edge.text.service import Exchange
 
 WINDOW = LMInfConfig(n_global=4, n_local=128)
 TEXT = "The ferry left at six, an hour before the sun came over the hills"
@@ -191,11 +192,11 @@ def test_infill(client: httpx.Client, nano_path: str, tmp_path: Path) -> None:
         def tokens(text: str, special: bool = False) -> list[int]:
             return list(tokenizer.tokenize(text, False, special).tolist())
 
-        made = infill_tokens(served.service, InfillRequest(**body))
+        made = infill_tokens(Exchange(served.service), InfillRequest(**body))
         assert made == [1, 300, *tokens("The ferry "), *tokens("le", True), 301, *tokens(" at six."), 302]
         long = {"input_prefix": "a b " * 500, "input_suffix": "c d " * 500}
         files = [{"text": "the beginning " + "e f " * 500}, {"filename": "x", "text": "the end"}]
-        made = infill_tokens(served.service, InfillRequest(**long, input_extra=files))
+        made = infill_tokens(Exchange(served.service), InfillRequest(**long, input_extra=files))
         begin, end = made.index(300), made.index(301)
         half = served.engine.window.size // 2
         assert made[begin + 1 : end] == tokens("a b " * 500)[-(3 * half // 4) :]

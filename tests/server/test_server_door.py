@@ -23,8 +23,9 @@ from lminf_edge import LMInfConfig
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.errors import UserError
 from lminf_edge.server import Settings, create_app, openai_routes
+from lminf_edge.server.budget import SMALL, Budget
 from lminf_edge.server.connections import Server
-from lminf_edge.server.security import SMALL_BODY, SecurityMiddleware, owner_of
+from lminf_edge.server.security import SecurityMiddleware, owner_of
 from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 from lminf_edge.text.service import TextService
 from lminf_edge.text.tokenizer import CachedTokenizer
@@ -135,7 +136,7 @@ def test_health_answers_while_all_places_are_taken(door: Served) -> None:
 
 
 def test_bodies_are_held_within_a_budget(door: Served) -> None:
-    n_bytes = (1 << 20) - SMALL_BODY
+    n_bytes = (1 << 20) - SMALL
     with ExitStack() as stack:
         large = [stack.enter_context(closing(connect(door))) for _ in range(8)]
         for each in large:
@@ -246,6 +247,17 @@ def test_a_million_wrong_parts_cost_little(served: Served, path: str, body: Any)
     response = httpx.post(f"{served.url}{path}", content=data, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert time.monotonic() - started < 3  # a minute and gigabytes, were each of them noted down
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1E+999", "9" * 400 + ".5"])
+def test_numbers_that_json_does_not_have(served: Served, number: str) -> None:
+    """They would come back in the answer, which is JSON."""
+    data = f'{{"input": "infinite, 1e9", "max_output_tokens": 1, "metadata": {{"a": [{number}]}}}}'
+    response = httpx.post(f"{served.url}/v1/responses", content=data)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "The body of the request has a number that JSON does not have."
+    fine = httpx.post(f"{served.url}/v1/responses", content=data.replace(number, '"NaN", 1e300'), timeout=60)
+    assert fine.status_code == 200, fine.text
 
 
 @pytest.mark.parametrize("content", [r"\ud800", r"a\udc00\ud83d", r"\\ud800 \ud83d\ude00 \udfff"])
@@ -387,7 +399,7 @@ def test_each_key_is_an_owner() -> None:
         await guard(scope, receive, send)
 
     async def ask_all(keys: tuple[str, ...]) -> None:
-        guard = SecurityMiddleware(app, Settings("nano", api_keys=keys), asyncio.Event())
+        guard = SecurityMiddleware(app, Settings("nano", api_keys=keys), asyncio.Event(), Budget(1 << 20))
         for key in ("one", "two", "three", "one"):
             await ask(guard, key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -67,3 +68,101 @@ def test_many_parts_of_a_turn(served: Served) -> None:
     body = {"messages": [{"role": "user", "content": parts}]}
     answer = httpx.post(f"{served.url}{MESSAGES}/count_tokens", json=body, timeout=120)
     assert answer.json()["input_tokens"] > 120_000
+
+
+# --- the three APIs judge alike ---------------------------------------------------------------------------------------
+
+
+def of_tool(path: str, parameters: Any, strict: bool) -> dict[str, Any]:
+    """A request that must call a tool, of any of the three APIs."""
+    if path == CHAT:
+        function = {"name": "f", "parameters": parameters, "strict": strict}
+        return {"messages": SAID, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    if path == MESSAGES:
+        tool = {"name": "f", "input_schema": parameters, "strict": strict}
+        return {"messages": SAID, "tools": [tool], "tool_choice": {"type": "any"}}
+    tool = {"type": "function", "name": "f", "parameters": parameters, "strict": strict}
+    return {"input": "x", "tools": [tool], "tool_choice": "required"}
+
+
+def of_answer(path: str, schema: Any) -> dict[str, Any]:
+    """A request whose answer is held to a schema."""
+    if path == CHAT:
+        shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return {"messages": SAID, "response_format": shape}
+    if path == MESSAGES:
+        return {"messages": SAID, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    return {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}
+
+
+def one(**property_: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": property_}, "required": ["a"], "additionalProperties": False}
+
+
+TOO_LARGE = {
+    "least items": (one(type="array", minItems=10**9), "minItems may be 1,000 at most"),
+    "most items": (one(type="array", items={"type": "null"}, maxItems=5000), "maxItems may be 1,000 at most"),
+    "least characters": (one(type="string", minLength=10**30), "minLength may be 1,000 at most"),
+    "most characters": (one(type="string", maxLength=1e5), "maxLength may be 1,000 at most"),
+    "repetitions": (one(type="string", pattern="^a{5000}$"), "repeated more than 1,000 times"),
+    "an integer": (one(type="integer", maximum=10**30), "at most 9,007,199,254,740,992"),
+    "a pattern without a grammar": (one(type="string", pattern="^(?=a)a$"), "pattern"),
+    "half a pattern": (one(type="string", pattern="^(a$"), "schema"),
+    "a long pattern": (one(type="string", pattern="^" + "a" * 5000 + "$"), "pattern may have 4,096 characters"),
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_bounds_that_no_grammar_has(served: Served, path: str, name: str) -> None:
+    """Tools go on without them; strict ones and answers are refused."""
+    schema, reason = TOO_LARGE[name]
+    limit = {"max_output_tokens" if path == RESPONSES else "max_tokens": 4}
+    loose = httpx.post(served.url + path, json={**limit, **of_tool(path, schema, strict=False)}, timeout=60)
+    assert loose.status_code == 200, loose.text[:500]
+    for body in (of_tool(path, schema, strict=True), of_answer(path, schema)):
+        refused = httpx.post(served.url + path, json={**limit, **body}, timeout=60)
+        assert refused.status_code == 400, refused.text[:500]
+        assert reason in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+def test_a_pattern_means_the_same_to_all(served: Served, path: str, strict: bool) -> None:
+    limit = {"max_output_tokens" if path == RESPONSES else "max_tokens": 60}
+    body = of_tool(path, one(type="string", pattern=r"^\d{3}\w$"), strict)
+    answer = httpx.post(served.url + path, json={**limit, **body}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert re.search(r'\{\s*\\?"a\\?"\s*:\s*\\?"\d{3}\w\\?"\s*\}', answer.text), answer.text
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+def test_many_optional_properties(served: Served, path: str) -> None:
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
+    for body in (of_tool(path, schema, False), of_tool(path, schema, True), of_answer(path, schema)):
+        refused = httpx.post(served.url + path, json={"max_tokens": 4, **body}, timeout=60)
+        assert refused.status_code == 400
+        assert "400 properties at most that are not required" in refused.json()["error"]["message"]
+
+
+def test_compactions_stay_with_their_api(served: Served) -> None:
+    edits = {"edits": [{"type": "compact_20260112", "trigger": {"type": "input_tokens", "value": 1}}]}
+    parts = [{"type": "text", "text": "x"}]
+    asked = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1, "context_management": edits}
+    block = httpx.post(served.url + MESSAGES, json=asked, timeout=60).json()["content"][0]
+    assert block["type"] == "compaction"
+    managed = [{"type": "compaction", "compact_threshold": 1}]
+    asked = {"input": "x", "max_output_tokens": 1, "context_management": managed}
+    item = httpx.post(served.url + RESPONSES, json=asked, timeout=60).json()["output"][0]
+    assert item["type"] == "compaction"
+
+    there = {"input": [{"type": "compaction", "encrypted_content": block["encrypted_content"]}, *SAID]}
+    here = {"type": "compaction", "content": item["encrypted_content"]}
+    for path, body, other in (
+        (RESPONSES, there, MESSAGES),
+        (RESPONSES, {"input": "x", "previous_response_id": f"resp_{block['encrypted_content']}"}, MESSAGES),
+        (MESSAGES, {"messages": [{"role": "assistant", "content": [here]}, *SAID], "max_tokens": 1}, RESPONSES),
+    ):
+        answer = httpx.post(served.url + path, json=body, timeout=60)
+        assert answer.status_code == 400
+        assert f"is one of {other}: go on with it there" in answer.json()["error"]["message"]

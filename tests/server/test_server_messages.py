@@ -211,10 +211,14 @@ def test_compaction_is_answered_and_costs_nothing(claude: anthropic.Anthropic) -
         other.beta.messages.create(**ALWAYS, messages=short)
 
 
+def test_a_chat_that_has_not_begun(claude: anthropic.Anthropic) -> None:
+    assert claude.messages.create(**ALWAYS, messages=[]).usage.input_tokens < 10
+    assert claude.messages.count_tokens(model="nano", messages=[]).input_tokens < 10
+
+
 @pytest.mark.parametrize(
     ("body", "about"),
     [
-        ({"messages": []}, "messages"),
         ({}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [{"role": "user", "content": [{"type": "document", "source": {"type": "base64"}}]}]}, "document"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import pytest
 from served import Served, serve
 
 from lminf_edge import LMInfConfig
+from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.server import Settings
+from lminf_edge.server.budget import SMALL, Budget, Share
+from lminf_edge.server.errors import ApiError
 from lminf_edge.server.response_requests import opened, sealed
 from lminf_edge.server.stored import SUFFIX, Response, StoredResponses
 
@@ -246,6 +250,49 @@ def test_stored_responses_survive_a_restart(nano_path: str, tmp_path: Path) -> N
     sizes = [path.stat().st_size for path in tmp_path.rglob(f"*{SUFFIX}")]
     assert len(sizes) == 3
     assert max(sizes) < min(sizes) + 300  # none has what came before it
+
+
+def test_a_long_chain_counts_as_a_long_body(nano_path: str) -> None:
+    settings = Settings(model_name="nano", max_body=100_000)
+    with serve(nano_path, settings, lminf=replace(WINDOW, prefill="tail")) as served:
+        ai = openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0)
+        budget = served.server.config.app.state.server.budget  # type: ignore[union-attr]
+        ids: list[str] = []
+        more: Any = {**ALWAYS, "input": "the sea was calm. " * 4500}
+        for _ in range(8):  # 4 bodies, and what of each does not count
+            before = {"previous_response_id": ids[-1]} if ids else {}
+            ids.append(ai.responses.create(**more, **before).id)
+        with pytest.raises(openai.APIStatusError, match="compact it, or begin a new one") as refused:
+            ai.responses.create(**more, previous_response_id=ids[-1])
+        assert refused.value.status_code == 413
+        assert budget.n_held == 0
+        ai.responses.create(**ALWAYS, input="and", previous_response_id=ids[-3])
+        budget.n_held = 4 * 100_000  # others are at work
+        with pytest.raises(openai.InternalServerError, match="Other long requests"):
+            ai.responses.create(**ALWAYS, input="and", previous_response_id=ids[-3])
+        ai.responses.create(**ALWAYS, input="and", previous_response_id=ids[0])
+        items = [{"type": "item_reference", "id": f"msg_{each.removeprefix('resp_')}00"} for each in ids]
+        with pytest.raises(openai.InternalServerError, match="Other long requests"):
+            ai.responses.create(**ALWAYS, input=[*items, {"role": "user", "content": "and"}])  # type: ignore[call-overload]
+
+
+def test_shares_end() -> None:
+    budget = Budget(1000)
+    one, two = Share(budget), Share(budget)
+    one.take(SMALL)
+    assert budget.n_held == 0
+    one.take(600)
+    two.take(SMALL + 400)
+    with pytest.raises(ApiError, match="Other long requests"):
+        two.take(1)
+    with pytest.raises(ApiError, match="compact it"):
+        two.take(601)
+    one.close()
+    two.take(600)
+    two.close()
+    with pytest.raises(RequestCancelled):
+        two.take(1)
+    assert budget.n_held == 0
 
 
 # --- the store --------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class Tagged(BaseModel):
     code: str = Field(pattern=r"^[A-Z]{2}-\d{3}$")
     kind: str = Field(pattern="^(a|b)$")
     loose: str = Field(pattern="x")
+    lazy: str = Field(pattern=r"^a+?b{2}?$")
 
 
 SCHEMAS: dict[str, Any] = {
