@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -133,6 +135,23 @@ def test_props_and_metrics_tell_it(server: Served, prompt: Prompt) -> None:
     values = dict(re.findall(r"^(lminf_\w+) ([\d.e+]+)$", httpx.get(f"{server.url}/metrics").text, re.M))
     assert float(values["lminf_archived_tokens"]) >= position
     assert float(values["lminf_archive_bytes"]) > 0
+
+
+def test_what_is_read_in_the_background_is_told(nano_path: str, prompt: Prompt) -> None:
+    with serve(nano_path, lminf=replace(WINDOW, prefill="tail"), parallel=2) as served:
+        told = lambda: httpx.get(f"{served.url}/props").json()["lminf"]["recall"]["reading"]  # noqa: E731
+        assert told() is None
+        answered = complete(served, prompt).json()
+        assert answered["lminf"]["unread"] == answered["lminf"]["skipped"] > 500
+        reading = told()
+        assert (reading["slot"], reading["n_tokens"]) == (answered["lminf"]["slot"], answered["lminf"]["position"])
+        end = time.monotonic() + 60
+        while told() is not None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        metrics = httpx.get(f"{served.url}/metrics").text
+        assert f"lminf_background_tokens_total {answered['lminf']['position']}.0" in metrics
+        assert f"lminf_archived_tokens {answered['lminf']['position']}.0" in metrics
 
 
 # --- on the command line ----------------------------------------------------------------------------------------------

@@ -305,6 +305,13 @@ def add_prefill(group: Any) -> None:
     group.add_argument(
         "--n-tail", metavar="N", type=whole_number(1), default=2, help="windows that tail processes; default 2"
     )
+    group.add_argument(
+        "--no-background",
+        dest="background",
+        action="store_false",
+        help="with --recall and tail: do not read what was skipped while there is nothing else to do. Then it cannot "
+        "be recalled; reading takes computing time, and one KV cache more",
+    )
 
 
 def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
