@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lminf_edge.errors import UserError
@@ -42,18 +42,6 @@ KV_TYPES: dict[int, tuple[str, int, int]] = {
 }
 KV_TYPE_DEFAULT = 1
 
-# parameters of LMInfConfig and Window that say what is recalled, in the order of struct lminf_params
-RECALL_PARAMETERS = (
-    "n_recall",
-    "recall_distance",
-    "recall_from",
-    "recall_every",
-    "recall_rule",
-    "recall_index",
-    "n_archive",
-    "archive_type_k",
-    "archive_type_v",
-)
 ARCHIVE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 DEFAULT_ARCHIVE = 131072
 IN_MEMORY = "ram"  # of an archive
@@ -61,8 +49,49 @@ DEFAULT_ARCHIVE_DISK = 16 << 30  # bytes
 MAX_RECALL = 4096
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """What is recalled of the tokens that have left the window: see LMInfConfig."""
+
+    # in the order of struct lminf_params
+    n_recall: int = 0
+    recall_distance: int | None = None
+    recall_from: int = 0
+    recall_every: int = 1
+    recall_rule: RecallRule = "layer"
+    recall_index: RecallIndex = "sketch"
+    n_archive: int = DEFAULT_ARCHIVE
+    archive_type_k: ArchiveType = "q8_0"
+    archive_type_v: ArchiveType = "q8_0"
+
+    def check_recall(self) -> None:
+        """Raises UserError, in one sentence, for values out of range."""
+        _check("n_recall", self.n_recall, 0)
+        if self.n_recall > MAX_RECALL:
+            raise UserError(f"n_recall must be at most {MAX_RECALL}, not {self.n_recall}.")
+        _check("recall_distance", self.recall_distance, 1)
+        _check("recall_from", self.recall_from, 0)
+        _check("recall_every", self.recall_every, 1)
+        _check("n_archive", self.n_archive, 1)
+        for name, values in (
+            ("recall_rule", RECALL_RULES),
+            ("recall_index", RECALL_INDEXES),
+            ("archive_type_k", tuple(ARCHIVE_TYPES)),
+            ("archive_type_v", tuple(ARCHIVE_TYPES)),
+        ):
+            if getattr(self, name) not in values:
+                raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
+
+    def recall_settings(self) -> dict[str, Any]:
+        """These parameters by name."""
+        return {name: getattr(self, name) for name in RECALL_PARAMETERS}
+
+
+RECALL_PARAMETERS = tuple(each.name for each in fields(Recall))
+
+
 @dataclass(frozen=True)
-class LMInfConfig:
+class LMInfConfig(Recall):
     """Parameters of the Λ cache (LM-Infinite, Han et al., NAACL 2024, doi 10.18653/v1/2024.naacl-long.222).
 
     A token attends to the last `n_local` tokens at their true distances and to the first `n_global` tokens of the
@@ -113,15 +142,6 @@ class LMInfConfig:
     attention: Attention = "auto"
     prefill: Prefill = "full"
     n_tail: int = 2
-    n_recall: int = 0
-    recall_distance: int | None = None
-    recall_from: int = 0
-    recall_every: int = 1
-    recall_rule: RecallRule = "layer"
-    recall_index: RecallIndex = "sketch"
-    n_archive: int = DEFAULT_ARCHIVE
-    archive_type_k: ArchiveType = "q8_0"
-    archive_type_v: ArchiveType = "q8_0"
     archive: str | os.PathLike[str] = IN_MEMORY
     archive_memory: int | None = None
     archive_disk: int = DEFAULT_ARCHIVE_DISK
@@ -140,21 +160,7 @@ class LMInfConfig:
             raise UserError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
         if self.attention not in ATTENTIONS:
             raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}.")
-        _check("n_recall", self.n_recall, 0)
-        if self.n_recall > MAX_RECALL:
-            raise UserError(f"n_recall must be at most {MAX_RECALL}, not {self.n_recall}.")
-        _check("recall_distance", self.recall_distance, 1)
-        _check("recall_from", self.recall_from, 0)
-        _check("recall_every", self.recall_every, 1)
-        _check("n_archive", self.n_archive, 1)
-        for name, values in (
-            ("recall_rule", RECALL_RULES),
-            ("recall_index", RECALL_INDEXES),
-            ("archive_type_k", tuple(ARCHIVE_TYPES)),
-            ("archive_type_v", tuple(ARCHIVE_TYPES)),
-        ):
-            if getattr(self, name) not in values:
-                raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
+        self.check_recall()
         if self.archive_memory is not None:
             whole_number("archive_memory", self.archive_memory, 1, MAX_BYTES)
         whole_number("archive_disk", self.archive_disk, 0, MAX_BYTES)
@@ -167,7 +173,7 @@ class LMInfConfig:
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Recall):
     """The resolved parameters."""
 
     n_global: int
@@ -177,21 +183,13 @@ class Window:
     sink_mode: SinkMode
     pos_bound: int
     attention: Attention
-    n_recall: int = 0
-    recall_distance: int = 0
-    recall_from: int = 0
-    recall_every: int = 1
-    recall_rule: RecallRule = "layer"
-    recall_index: RecallIndex = "sketch"
-    n_archive: int = DEFAULT_ARCHIVE
-    archive_type_k: ArchiveType = "q8_0"
-    archive_type_v: ArchiveType = "q8_0"
+    recall_distance: int = field(default=0, kw_only=True)
     archive_in_files: int = 0
     archive_bytes: int = 0  # of memory; 0: the library chooses
 
     @property
     def recall(self) -> dict[str, int]:
-        """What a state depends on of that."""
+        """What a state depends on of what is recalled."""
         rule = RECALL_RULES.index(self.recall_rule)
         return {
             "n_recall": self.n_recall,
@@ -300,8 +298,10 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         sink_mode=config.sink_mode,
         pos_bound=config.pos_bound,
         attention=config.attention,
-        **{name: getattr(config, name) for name in RECALL_PARAMETERS if name != "recall_distance"},
-        recall_distance=config.recall_distance or default_recall_distance(n_local, max_distance, n_ctx_train),
+        **{
+            **config.recall_settings(),
+            "recall_distance": config.recall_distance or default_recall_distance(n_local, max_distance, n_ctx_train),
+        },
         archive_in_files=int(config.archive != IN_MEMORY),
         archive_bytes=config.archive_memory if config.archive_memory is not None else (physical_memory() or 0) // 2,
     )
