@@ -43,7 +43,7 @@ KV_TYPES: dict[int, tuple[str, int, int]] = {
 KV_TYPE_DEFAULT = 1
 
 ARCHIVE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
-DEFAULT_ARCHIVE = 131072
+DEFAULT_ARCHIVE = 262144  # tokens, where they fit: prompts of 131072, a usual training length, and what follows
 IN_MEMORY = "ram"  # of an archive
 DEFAULT_ARCHIVE_DISK = 16 << 30  # bytes
 MAX_RECALL = 4096
@@ -60,7 +60,7 @@ class Recall:
     recall_every: int = 1
     recall_rule: RecallRule = "layer"
     recall_index: RecallIndex = "sketch"
-    n_archive: int = DEFAULT_ARCHIVE
+    n_archive: int | None = None
     archive_type_k: ArchiveType = "q8_0"
     archive_type_v: ArchiveType = "q8_0"
 
@@ -119,7 +119,8 @@ class LMInfConfig(Recall):
                    n_recall tokens for each query head, for the newest query of a batch alone (for comparison)
     recall_index   "sketch": 32 numbers of 2 bits for each key make a short list, whose keys are then looked at;
                    "exact": all keys are
-    n_archive      tokens of a stream that can be recalled, the newest
+    n_archive      tokens of a stream that can be recalled, the newest; None: 262144, or in memory as many as
+                   archive_memory holds. Memory is taken as a stream grows
     archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
     archive        "ram": they are kept in memory; else a folder: all but the last 1024 tokens are kept in files there,
                    read as they are needed, so that an archive can be larger than memory (not on Windows)
@@ -184,6 +185,7 @@ class Window(Recall):
     pos_bound: int
     attention: Attention
     recall_distance: int = field(default=0, kw_only=True)
+    n_archive: int = field(default=0, kw_only=True)  # 0: the library chooses, see archive_tokens()
     archive_in_files: int = 0
     archive_bytes: int = 0  # of memory; 0: the library chooses
 
@@ -197,6 +199,12 @@ class Window(Recall):
             "recall_from": self.recall_from,
             "recall_rule": rule,
         }
+
+    def archive_tokens(self, token_bytes: int) -> int:
+        """Tokens that the archive of a stream holds, of token_bytes each."""
+        if self.n_archive or self.archive_in_files or not self.archive_bytes or not token_bytes:
+            return self.n_archive or DEFAULT_ARCHIVE
+        return min(self.archive_bytes // token_bytes, DEFAULT_ARCHIVE)
 
     @property
     def size(self) -> int:
@@ -301,6 +309,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         **{
             **config.recall_settings(),
             "recall_distance": config.recall_distance or default_recall_distance(n_local, max_distance, n_ctx_train),
+            "n_archive": config.n_archive or 0,
         },
         archive_in_files=int(config.archive != IN_MEMORY),
         archive_bytes=config.archive_memory if config.archive_memory is not None else (physical_memory() or 0) // 2,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lminf_edge.config import (
     ARCHIVE_TYPES,
     ATTENTIONS,
+    DEFAULT_ARCHIVE,
     DEFAULT_WINDOW,
     KV_TYPES,
     MAX_RECALL,
@@ -211,8 +212,7 @@ def add_recall(parser: argparse.ArgumentParser, in_files: bool = True) -> None:
         dest="n_archive",
         metavar="N",
         type=whole_number(1),
-        default=plain.n_archive,
-        help=f"tokens of a stream that the archive holds, the newest; default {plain.n_archive}",
+        help=f"tokens of a stream in the archive, the newest; default {DEFAULT_ARCHIVE}, or what fits in memory",
     )
     group.add_argument(
         "--archive-type",

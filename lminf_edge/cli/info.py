@@ -147,13 +147,14 @@ def recall_report(window: Window, token_bytes: int, archive: str) -> dict[str, A
     without recall."""
     if window.n_recall == 0:
         return None
+    n_archive = window.archive_tokens(token_bytes)
     return {
         "n_recall": window.n_recall,
         "distance": window.recall_distance,
-        "archive_tokens": window.n_archive,
+        "archive_tokens": n_archive,
         "archive_type": window.archive_type_k,
         "archive_bytes_per_token": token_bytes or None,
-        "archive_bytes": window.n_archive * token_bytes or None,
+        "archive_bytes": n_archive * token_bytes or None,
         "files": None if archive == IN_MEMORY else archive_files(Path(archive)),
     }
 

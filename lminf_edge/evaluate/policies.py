@@ -78,7 +78,8 @@ WITHOUT_RECALL = {name: policy for name, policy in POLICIES.items() if not polic
 
 def recall_of(window: Window) -> dict[str, Any]:
     """What the policy "recall" recalls in this window: parameters of LMInfConfig."""
-    return window.recall_settings() | {"n_recall": window.n_recall or N_RECALL}
+    found = {"n_recall": window.n_recall or N_RECALL, "n_archive": window.n_archive or None}
+    return window.recall_settings() | found
 
 
 def parse_policies(text: str) -> list[Policy]:
