@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lminf_edge.errors import UserError
@@ -42,27 +42,56 @@ KV_TYPES: dict[int, tuple[str, int, int]] = {
 }
 KV_TYPE_DEFAULT = 1
 
-# parameters of LMInfConfig and Window that say what is recalled, in the order of struct lminf_params
-RECALL_PARAMETERS = (
-    "n_recall",
-    "recall_distance",
-    "recall_from",
-    "recall_every",
-    "recall_rule",
-    "recall_index",
-    "n_archive",
-    "archive_type_k",
-    "archive_type_v",
-)
 ARCHIVE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
-DEFAULT_ARCHIVE = 131072
+DEFAULT_ARCHIVE = 262144  # tokens, where they fit: prompts of 131072, a usual training length, and what follows
 IN_MEMORY = "ram"  # of an archive
 DEFAULT_ARCHIVE_DISK = 16 << 30  # bytes
 MAX_RECALL = 4096
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """What is recalled of the tokens that have left the window: see LMInfConfig."""
+
+    # in the order of struct lminf_params
+    n_recall: int = 0
+    recall_distance: int | None = None
+    recall_from: int = 0
+    recall_every: int = 1
+    recall_rule: RecallRule = "layer"
+    recall_index: RecallIndex = "sketch"
+    n_archive: int | None = None
+    archive_type_k: ArchiveType = "q8_0"
+    archive_type_v: ArchiveType = "q8_0"
+
+    def check_recall(self) -> None:
+        """Raises UserError, in one sentence, for values out of range."""
+        _check("n_recall", self.n_recall, 0)
+        if self.n_recall > MAX_RECALL:
+            raise UserError(f"n_recall must be at most {MAX_RECALL}, not {self.n_recall}.")
+        _check("recall_distance", self.recall_distance, 1)
+        _check("recall_from", self.recall_from, 0)
+        _check("recall_every", self.recall_every, 1)
+        _check("n_archive", self.n_archive, 1)
+        for name, values in (
+            ("recall_rule", RECALL_RULES),
+            ("recall_index", RECALL_INDEXES),
+            ("archive_type_k", tuple(ARCHIVE_TYPES)),
+            ("archive_type_v", tuple(ARCHIVE_TYPES)),
+        ):
+            if getattr(self, name) not in values:
+                raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
+
+    def recall_settings(self) -> dict[str, Any]:
+        """These parameters by name."""
+        return {name: getattr(self, name) for name in RECALL_PARAMETERS}
+
+
+RECALL_PARAMETERS = tuple(each.name for each in fields(Recall))
+
+
 @dataclass(frozen=True)
-class LMInfConfig:
+class LMInfConfig(Recall):
     """Parameters of the Λ cache (LM-Infinite, Han et al., NAACL 2024, doi 10.18653/v1/2024.naacl-long.222).
 
     A token attends to the last `n_local` tokens at their true distances and to the first `n_global` tokens of the
@@ -90,7 +119,8 @@ class LMInfConfig:
                    n_recall tokens for each query head, for the newest query of a batch alone (for comparison)
     recall_index   "sketch": 32 numbers of 2 bits for each key make a short list, whose keys are then looked at;
                    "exact": all keys are
-    n_archive      tokens of a stream that can be recalled, the newest
+    n_archive      tokens of a stream that can be recalled, the newest; None: 262144, or in memory as many as
+                   archive_memory holds. Memory is taken as a stream grows
     archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
     archive        "ram": they are kept in memory; else a folder: all but the last 1024 tokens are kept in files there,
                    read as they are needed, so that an archive can be larger than memory (not on Windows)
@@ -113,15 +143,6 @@ class LMInfConfig:
     attention: Attention = "auto"
     prefill: Prefill = "full"
     n_tail: int = 2
-    n_recall: int = 0
-    recall_distance: int | None = None
-    recall_from: int = 0
-    recall_every: int = 1
-    recall_rule: RecallRule = "layer"
-    recall_index: RecallIndex = "sketch"
-    n_archive: int = DEFAULT_ARCHIVE
-    archive_type_k: ArchiveType = "q8_0"
-    archive_type_v: ArchiveType = "q8_0"
     archive: str | os.PathLike[str] = IN_MEMORY
     archive_memory: int | None = None
     archive_disk: int = DEFAULT_ARCHIVE_DISK
@@ -140,21 +161,7 @@ class LMInfConfig:
             raise UserError(f"sink_mode must be one of {', '.join(SINK_MODES)}, not {self.sink_mode!r}.")
         if self.attention not in ATTENTIONS:
             raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {self.attention!r}.")
-        _check("n_recall", self.n_recall, 0)
-        if self.n_recall > MAX_RECALL:
-            raise UserError(f"n_recall must be at most {MAX_RECALL}, not {self.n_recall}.")
-        _check("recall_distance", self.recall_distance, 1)
-        _check("recall_from", self.recall_from, 0)
-        _check("recall_every", self.recall_every, 1)
-        _check("n_archive", self.n_archive, 1)
-        for name, values in (
-            ("recall_rule", RECALL_RULES),
-            ("recall_index", RECALL_INDEXES),
-            ("archive_type_k", tuple(ARCHIVE_TYPES)),
-            ("archive_type_v", tuple(ARCHIVE_TYPES)),
-        ):
-            if getattr(self, name) not in values:
-                raise UserError(f"{name} must be one of {', '.join(values)}, not {getattr(self, name)!r}.")
+        self.check_recall()
         if self.archive_memory is not None:
             whole_number("archive_memory", self.archive_memory, 1, MAX_BYTES)
         whole_number("archive_disk", self.archive_disk, 0, MAX_BYTES)
@@ -167,7 +174,7 @@ class LMInfConfig:
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Recall):
     """The resolved parameters."""
 
     n_global: int
@@ -177,21 +184,14 @@ class Window:
     sink_mode: SinkMode
     pos_bound: int
     attention: Attention
-    n_recall: int = 0
-    recall_distance: int = 0
-    recall_from: int = 0
-    recall_every: int = 1
-    recall_rule: RecallRule = "layer"
-    recall_index: RecallIndex = "sketch"
-    n_archive: int = DEFAULT_ARCHIVE
-    archive_type_k: ArchiveType = "q8_0"
-    archive_type_v: ArchiveType = "q8_0"
+    recall_distance: int = field(default=0, kw_only=True)
+    n_archive: int = field(default=0, kw_only=True)  # 0: the library chooses, see archive_tokens()
     archive_in_files: int = 0
     archive_bytes: int = 0  # of memory; 0: the library chooses
 
     @property
     def recall(self) -> dict[str, int]:
-        """What a state depends on of that."""
+        """What a state depends on of what is recalled."""
         rule = RECALL_RULES.index(self.recall_rule)
         return {
             "n_recall": self.n_recall,
@@ -199,6 +199,12 @@ class Window:
             "recall_from": self.recall_from,
             "recall_rule": rule,
         }
+
+    def archive_tokens(self, token_bytes: int) -> int:
+        """Tokens that the archive of a stream holds, of token_bytes each."""
+        if self.n_archive or self.archive_in_files or not self.archive_bytes or not token_bytes:
+            return self.n_archive or DEFAULT_ARCHIVE
+        return min(self.archive_bytes // token_bytes, DEFAULT_ARCHIVE)
 
     @property
     def size(self) -> int:
@@ -300,8 +306,11 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         sink_mode=config.sink_mode,
         pos_bound=config.pos_bound,
         attention=config.attention,
-        **{name: getattr(config, name) for name in RECALL_PARAMETERS if name != "recall_distance"},
-        recall_distance=config.recall_distance or default_recall_distance(n_local, max_distance, n_ctx_train),
+        **{
+            **config.recall_settings(),
+            "recall_distance": config.recall_distance or default_recall_distance(n_local, max_distance, n_ctx_train),
+            "n_archive": config.n_archive or 0,
+        },
         archive_in_files=int(config.archive != IN_MEMORY),
         archive_bytes=config.archive_memory if config.archive_memory is not None else (physical_memory() or 0) // 2,
     )

@@ -383,11 +383,14 @@ def public_fields(node: ast.ClassDef) -> list[tuple[str, ast.AnnAssign]]:
 
 def class_parts(source: Source, node: ast.ClassDef) -> Iterator[str]:
     fields = public_fields(node) if "dataclass" in decorators(node) else []
+    bases_here = [found for base in node.bases if isinstance(found := source.definition(unparse(base)), ast.ClassDef)]
+    inherited = [each for base in bases_here if fields for _, each in public_fields(base)]  # by keyword only
     methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
     constructor = next((each for each in methods if each.name == "__init__"), None)
     bases = ", ".join(base for base in map(unparse, node.bases) if base not in ("RemoteLlama", "abc.ABC"))
     if fields:
-        yield listing(call(node.name, [field_text(each, source) for _, each in fields]))
+        texts = ["*", *(field_text(each, source) for each in inherited)] if inherited else []
+        yield listing(call(node.name, [*(field_text(each, source) for _, each in fields), *texts]))
     elif constructor and not bases.endswith("Error"):
         yield listing(call(node.name, parameters(constructor.args)))
     else:

@@ -90,8 +90,7 @@ class Result:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Result:
-        contender = Contender(**{name: value[name] for name in Contender.__dataclass_fields__})
-        return Result(contender, value["kv_bytes"], tuple(value["tokens_per_second"]))
+        return Result(Contender.from_json(value), value["kv_bytes"], tuple(value["tokens_per_second"]))
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Bench:
         with Weightless(self._model) as model:
             return [
                 model.layout(each.lambda_window(), KV_TYPE_NUMBERS[each.kv_type], each.n_ubatch).parts.kv_bytes
-                if each.cache == "lambda"
+                if each.is_lambda
                 else model.stock_bytes(each.n_ctx, KV_TYPE_NUMBERS[each.kv_type], each.n_ubatch)
                 for each in contenders
             ]

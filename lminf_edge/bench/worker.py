@@ -71,11 +71,10 @@ class Context:
     def __init__(self, model: Model, contender: Contender) -> None:
         self._model, self._contender = model, contender
         self._rng = np.random.default_rng(0)
-        self._native = native.load() if contender.cache == "lambda" else None
+        self._native = native.load() if contender.is_lambda else None
         lminf, n_ctx = None, contender.n_ctx
         if self._native:
-            lminf, n_ctx = self._native.default_params(), max(contender.window, N_BATCH)
-            lminf.n_global, lminf.n_local = contender.n_global, contender.window - contender.n_global
+            lminf, n_ctx = native.Params.of(contender.lambda_window(), 1), max(contender.window, N_BATCH)
         self._n_batch = min(N_BATCH, n_ctx)
         self.ctx = native_context(
             model.model,
@@ -291,7 +290,7 @@ def main() -> None:
         assert model is not None
         number = request["id"]
         if op == "open":
-            contexts[number] = Context(model, Contender(**request["contender"]))
+            contexts[number] = Context(model, Contender.from_json(request["contender"]))
             return contexts[number].facts()
         if op == "run":
             return {"seconds": contexts[number].run(request.get("n_tokens"))}

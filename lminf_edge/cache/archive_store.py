@@ -143,6 +143,11 @@ class ArchiveStore:
                 save(each)
                 each.checkpoint = replace(each.checkpoint, archive=None)
 
+    def has_room(self, sequence: CacheSequence, room: int) -> bool:
+        """Whether all archives of the process, which the sequence has one of, leave so many bytes within the budget."""
+        archive = sequence.archive()
+        return archive is None or archive.n_bytes_all() + room <= self.memory_budget
+
     def spill(self, sequence: CacheSequence, worker: Worker) -> None:
         """Moves full segments of a running stream from memory to files, where they stay.
 

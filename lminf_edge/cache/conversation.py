@@ -113,6 +113,7 @@ class Conversation:
     states: dict[int, State] = field(default_factory=dict)  # of the slot that holds it, see Slot.states
     checkpoints: list[Stored] = field(default_factory=list)
     counted: tuple[int, int] = (0, 0)  # bytes of memory and disk that the store counts for it
+    copies: list[Conversation] = field(default_factory=list)  # of the same tokens, others of which it skipped
 
     @property
     def n_tokens(self) -> int:
@@ -144,6 +145,12 @@ class Conversation:
     @property
     def disk_bytes(self) -> int:
         return sum(each.disk_bytes for each in self.checkpoints)
+
+    def add_copy(self, other: Conversation) -> None:
+        """Another holds the same tokens: what is erased here is erased there."""
+        known = dict.fromkeys([*self.copies, *other.copies, other])
+        other.copies = []
+        self.copies = [each for each in known if each is not self and (each.checkpoints or each.is_hot)]
 
     def set_tokens(self, tokens: Sequence[int] | Tokens, n_recent: int | None = None) -> None:
         """Replaces its tokens by these (n_tokens,); n_recent as for TokenLog."""

@@ -102,6 +102,21 @@ class Kept:
         return cls((type_k, type_v), ranges, parts)
 
 
+def segment_sizes(folder: Path) -> list[int]:
+    """Bytes of the segments in a folder and in those below it; none if it is not there. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    sizes = []
+    for place, _, names in os.walk(folder, onerror=fail):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a server may be running
+                sizes += [os.stat(os.path.join(place, name)).st_size] if name.endswith(SUFFIX) else []
+    return sizes
+
+
 class SegmentFolder:
     """The segments in one folder. All methods that change it belong to one thread."""
 

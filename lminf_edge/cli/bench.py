@@ -6,16 +6,18 @@ these without and with flash attention (fa), in turn, round by round. Speeds are
 rounds, the least and the most. A ratio compares the faster setting of each side, taken round by round.
 
 The cells before a test are made up from a few real ones, as time does not depend on what they hold, or computed for
-kinds of caches where that cannot be done. A purely recurrent model, which needs no Λ cache, is measured alone and at no
-depth: its speed does not depend on it. Without --stock-lib the other side is the same library with the feature off,
-which is bit for bit what stock llama.cpp computes. --shape makes a model with random weights (needs gguf: pip install
-'lminf-edge[bench]').
+kinds of caches where that cannot be done. With --recall the Λ cache is measured with recall and without, after tokens
+that were really processed; an archive comes on top of the size that is told. A purely recurrent model, which needs no Λ
+cache, is measured alone and at no depth: its speed does not depend on it. Without --stock-lib the other side is the
+same library with the feature off, which is bit for bit what stock llama.cpp computes. --shape makes a model with random
+weights (needs gguf: pip install 'lminf-edge[bench]').
 
 --json prints
   model, n_params, n_bytes, n_threads, n_gpu_layers, system: {"ours", "stock"}: what the libraries say about themselves
   results   [{"library", "cache", "test", "n_tokens", "depth", "window", "n_global", "flash_attn", "kv_type", "label",
             "kv_bytes", "tokens_per_second": [one per round], "median", "min", "max"}, ...]
-  ratios    [{"label", "to": "full" or "window", "median", "min", "max"}, ...]: the Λ cache's speed over the other's
+  ratios    [{"label", "to": "full", "window" or "recall", "median", "min", "max"}, ...]: the Λ cache's speed,
+            without recall, over the other's
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ from typing import Literal
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Cache, Contender, is_quantized
 from lminf_edge.cli.common import (
     CommandError,
+    add_recall,
     expand_home,
     file_path,
     human_bytes,
     model_header,
+    options_named,
     print_json,
+    recall_of,
     show_note,
     weightless,
     whole_number,
 )
-from lminf_edge.config import DEFAULT_WINDOW, LMInfConfig, default_ubatch
+from lminf_edge.config import DEFAULT_WINDOW, LMInfConfig, Recall, default_ubatch
 
 HELP = "speed beside stock llama.cpp"
 
@@ -79,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-type", choices=KV_TYPE_NUMBERS, default="f16", help="default f16; quantized ones need fa")
     parser.add_argument("--threads", metavar="N", type=whole_number(1), help="default: half of the logical cores")
     parser.add_argument("--gpu-layers", metavar="N", type=whole_number(-1), default=0, help="-1 all; default 0")
+    add_recall(parser, in_files=False)
 
 
 def _depths(text: str) -> list[int]:
@@ -114,7 +120,10 @@ def run(args: argparse.Namespace) -> int:
         show_note(constant_note(header.architecture))
         groups = list(plan_constant(args.kv_type, args.n_prompt, args.n_gen))
     else:
-        groups = list(plan(depths, window, args.n_global, args.kv_type, args.n_prompt, args.n_gen, n_ubatch))
+        with options_named():
+            recall = Recall(**LMInfConfig(**recall_of(args)).recall_settings())
+        sizes = (args.n_prompt, args.n_gen)
+        groups = list(plan(depths, window, args.n_global, args.kv_type, *sizes, n_ubatch, recall))
     if not groups:
         raise CommandError("There is nothing to measure: give --n-prompt or --n-gen.")
 
@@ -127,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             if is_constant:
                 continue
             lambda_ = fastest([result for result in measured if result.contender.cache == "lambda"])
-            for other in ("full", "window"):
+            for other in ("full", "window", "recall"):
                 others = [result for result in measured if result.contender.cache == other]
                 if others:
                     ratios.append((lambda_.contender.label, other, ratio(lambda_, fastest(others))))
@@ -162,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
             f"| {min(result.tokens_per_second):.2f} .. {max(result.tokens_per_second):.2f} |"
         )
     print()
-    names = {"full": "full attention", "window": f"n_ctx {window}"}
+    names = {"full": "full attention", "window": f"n_ctx {window}", "recall": f"with {args.n_recall} recalled"}
     for label, to, r in ratios:
         print(f"{label}: the Λ cache is {r.median:.2f} times as fast as {names[to]} ({r.min:.2f} .. {r.max:.2f})")
     return 0
@@ -183,7 +192,14 @@ def plan_constant(kv_type: str, n_prompt: int, n_gen: int) -> Iterator[list[Cont
 
 
 def plan(
-    depths: Sequence[int], window: int, n_global: int, kv_type: str, n_prompt: int, n_gen: int, n_ubatch: int
+    depths: Sequence[int],
+    window: int,
+    n_global: int,
+    kv_type: str,
+    n_prompt: int,
+    n_gen: int,
+    n_ubatch: int,
+    recall: Recall,
 ) -> Iterator[list[Contender]]:
     """Groups of contenders that are measured in turn: one for each depth and test. n_ubatch is that of the Λ cache."""
     flash = (True,) if is_quantized(kv_type) else (False, True)
@@ -192,11 +208,17 @@ def plan(
             if n_tokens == 0:
                 continue
             caches: list[tuple[str, Cache, int]] = [("ours", "lambda", depth), ("stock", "full", depth)]
+            if recall.n_recall:
+                caches.insert(1, ("ours", "recall", depth))
             if window <= depth and n_tokens < window:
                 caches.append(("stock", "window", window - n_tokens))
             yield [
-                Contender(library, cache, test, n_tokens, at, window, n_global, fa, kv_type, size)
+                Contender(
+                    *(library, cache, test, n_tokens, at, window, n_global, fa, kv_type),
+                    n_ubatch=n_ubatch if library == "ours" else 512,
+                    prefilled=bool(recall.n_recall) and library == "ours",
+                    recall=recall if cache == "recall" else Recall(),
+                )
                 for library, cache, at in caches
-                for size in (n_ubatch if cache == "lambda" else 512,)
-                for fa in (flash[:1] if cache == "lambda" else flash)  # the fused attention is neither
+                for fa in (flash[:1] if library == "ours" else flash)  # the fused attention is neither
             ]

@@ -19,7 +19,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +211,12 @@ class Chat:
         return n_done
 
     def stats(self) -> dict[str, Any]:
-        return {"messages": len(self.messages), **self.last}
+        reading = self.service.engine.scheduler.reading
+        return {
+            "messages": len(self.messages),
+            **self.last,
+            **({"reading": asdict(reading)} if reading is not None else {}),
+        }
 
     def save(self, path: Path) -> None:
         """Raises CommandError if the file cannot be written."""
@@ -349,6 +354,8 @@ def stats_line(stats: dict[str, Any]) -> str:
     if "position" not in stats:
         return f"{stats['messages']} messages, nothing asked yet"
     recallable = f", {stats['archived']:,} tokens can be recalled" if "archived" in stats else ""
+    if reading := stats.get("reading"):
+        recallable += f", reading what was skipped: {100 * reading['n_read'] // reading['n_tokens']} %"
     known = stats["prompt_tokens_details"]["cached_tokens"]
     window = "" if stats["window"] is None else f"window {stats['sink']} + {stats['window']}, "
     return (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lminf_edge.config import (
     ARCHIVE_TYPES,
     ATTENTIONS,
+    DEFAULT_ARCHIVE,
     DEFAULT_WINDOW,
     KV_TYPES,
     MAX_RECALL,
@@ -153,16 +154,18 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="fused: one fast operation; stock: what every ggml backend has; default auto, fused where it can be",
     )
-    _add_recall(parser)
+    add_recall(parser)
 
 
-def _add_recall(parser: argparse.ArgumentParser) -> None:
-    """A part of add_window."""
+def add_recall(parser: argparse.ArgumentParser, in_files: bool = True) -> None:
+    """A part of add_window; in_files: with options for archives in files."""
     plain = LMInfConfig()
     group = parser.add_argument_group(
-        "recall", "Tokens that have left the window are attended to again, from an archive in memory or in files."
+        "recall",
+        "Tokens that have left the window are attended to again, from an archive in memory"
+        + " or in files" * in_files
+        + ".",
     )
-
     group.add_argument(
         "--recall",
         dest="n_recall",
@@ -209,8 +212,7 @@ def _add_recall(parser: argparse.ArgumentParser) -> None:
         dest="n_archive",
         metavar="N",
         type=whole_number(1),
-        default=plain.n_archive,
-        help=f"tokens of a stream that the archive holds, the newest; default {plain.n_archive}",
+        help=f"tokens of a stream in the archive, the newest; default {DEFAULT_ARCHIVE}, or what fits in memory",
     )
     group.add_argument(
         "--archive-type",
@@ -218,6 +220,8 @@ def _add_recall(parser: argparse.ArgumentParser) -> None:
         default=plain.archive_type_k,
         help=f"number format of the archive; default {plain.archive_type_k}",
     )
+    if not in_files:
+        return
     group.add_argument(
         "--archive",
         metavar="DIR",
@@ -308,6 +312,13 @@ def add_prefill(group: Any) -> None:
     )
     group.add_argument(
         "--n-tail", metavar="N", type=whole_number(1), default=2, help="windows that tail processes; default 2"
+    )
+    group.add_argument(
+        "--no-background",
+        dest="background",
+        action="store_false",
+        help="with --recall and tail: do not read what was skipped while there is nothing else to do. Then it cannot "
+        "be recalled; reading takes computing time, and one KV cache more",
     )
 
 
@@ -439,19 +450,21 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 def window_config(args: argparse.Namespace) -> LMInfConfig:
     """From the options of add_window. Raises UserError."""
-    types = {"archive_type_k": args.archive_type, "archive_type_v": args.archive_type}
-    recall = {name: getattr(args, name) for name in RECALL_PARAMETERS if name not in types} | types
     with options_named():
         return LMInfConfig(
             n_global=args.n_global,
             n_local=args.n_local,
             max_distance=args.max_distance,
             attention=args.attention,
-            archive=args.archive,
-            archive_memory=args.archive_memory,
-            archive_disk=args.archive_disk,
-            **recall,
+            **recall_of(args),
         )
+
+
+def recall_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Parameters of LMInfConfig from the options of add_recall."""
+    types = {"archive_type_k": args.archive_type, "archive_type_v": args.archive_type}
+    names = [*RECALL_PARAMETERS, "archive", "archive_memory", "archive_disk"]
+    return {name: getattr(args, name) for name in names if hasattr(args, name)} | types
 
 
 def model_header(name_or_path: str) -> tuple[str, Header]:

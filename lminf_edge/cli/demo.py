@@ -2,8 +2,8 @@
 with the Λ cache. Shows the loss (nats per token: lower is better), the speed and the KV memory of both, live.
 
 Full attention stops at --stock-tokens, as its time and memory grow with every token; the Λ cache continues to --tokens.
-Without --file the text is Python's own documentation. --talk lets a real model, smollm2, answer a question first; it is
-downloaded on first use.
+With --recall its archive counts as KV memory. Without --file the text is Python's own documentation. --talk lets a real
+model, smollm2, answer a question first; it is downloaded on first use.
 
 --json prints, instead of the display,
   model, text, n_ctx_train, n_global, n_local
@@ -30,12 +30,15 @@ from typing import Any
 from lminf_edge.cli.common import (
     CommandError,
     add_model,
+    add_recall,
     expand_home,
     human_bytes,
     load,
     model_header,
+    options_named,
     print_json,
     read_text,
+    recall_of,
     tokenize,
     weightless,
     whole_number,
@@ -75,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="default 10"
     )
     parser.add_argument("--n-local", metavar="L", type=whole_number(1), help="default: the training length less G")
+    add_recall(parser)
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
@@ -131,6 +135,7 @@ class Side:
         self.position = 0
         self.losses: list[float] = []  # sum per block of BATCH tokens
         self.seconds: list[float] = []
+        self.kv_bytes: list[int] = []  # in use after each block
 
     @property
     def done(self) -> bool:
@@ -162,8 +167,9 @@ def run(args: argparse.Namespace) -> int:
     path, header = model_header(args.model)
     name, text = (args.file, read_text(args.file)) if args.file else ("Python's documentation", python_documentation())
     settings: dict[str, Any] = {"n_batch": BATCH, "n_ubatch": BATCH}
-    config = LMInfConfig(n_global=args.n_global, n_local=args.n_local)
     with contextlib.ExitStack() as stack:
+        with options_named():
+            config = LMInfConfig(n_global=args.n_global, n_local=args.n_local, **recall_of(args))
         lminf = stack.enter_context(contextlib.closing(load(path, lminf=config, **settings)))
         if lminf.scheduler.model.note:
             raise CommandError(f"There is nothing to compare. {lminf.scheduler.model.note}")
@@ -193,15 +199,15 @@ def run(args: argparse.Namespace) -> int:
                     if not stock_reader.done:
                         stock_reader.step()
                     lminf_reader.step()
-                    kv_lminf = lminf.stream_info().kv_bytes
+                    info = lminf.stream_info()
+                    lminf_reader.kv_bytes.append(info.kv_bytes + info.archive_bytes)
                     kv_stock = kv_bytes(stock_reader.position)
-                    screen.show(stock_reader, lminf_reader, kv_stock, kv_lminf)
+                    screen.show(stock_reader, lminf_reader, kv_stock, lminf_reader.kv_bytes[-1])
             except KeyboardInterrupt:
                 if lminf_reader.position == 0:
                     raise
             screen.leave()
-            # read before the contexts are closed; constant from the first token on
-            window = lminf.stream_info()
+            is_hybrid = lminf.stream_info().parts.n_layer_recurrent > 0
         buckets = [
             Row(
                 start,
@@ -209,11 +215,15 @@ def run(args: argparse.Namespace) -> int:
                 Tally(stock_reader.mean_nll(start, end), stock_reader.rate(start, end), kv_bytes(end))
                 if end <= stock_reader.position
                 else None,
-                Tally(lminf_reader.mean_nll(start, end), lminf_reader.rate(start, end), window.kv_bytes),
+                Tally(
+                    lminf_reader.mean_nll(start, end),
+                    lminf_reader.rate(start, end),
+                    lminf_reader.kv_bytes[math.ceil(end / BATCH) - 1],
+                ),
             )
             for start, end in bucket_edges(header.n_ctx_train, stock_reader.position, lminf_reader.position)
         ]
-    summary = summarize(buckets, header.n_ctx_train, window.parts.n_layer_recurrent > 0)
+    summary = summarize(buckets, header.n_ctx_train, is_hybrid, args.n_recall)
     if args.json:
         print_json(
             {
@@ -244,7 +254,7 @@ def bucket_edges(n_ctx_train: int, n_stock: int, n_tokens: int) -> Iterator[tupl
 # --- what was seen ----------------------------------------------------------------------------------------------------
 
 
-def summarize(buckets: Sequence[Row], n_ctx_train: int, is_hybrid: bool = False) -> list[str]:
+def summarize(buckets: Sequence[Row], n_ctx_train: int, is_hybrid: bool = False, n_recall: int = 0) -> list[str]:
     """The numbers in sentences, and nothing beyond them. is_hybrid: some layers are recurrent."""
     sentences = []
     shared = [(bucket, bucket.stock) for bucket in buckets if bucket.stock is not None]
@@ -273,7 +283,8 @@ def summarize(buckets: Sequence[Row], n_ctx_train: int, is_hybrid: bool = False)
             )
         sentences.append(
             f"By then full attention used {human_bytes(stock.kv_bytes)} of KV memory and grows with every token; "
-            f"the Λ cache uses {human_bytes(bucket.lminf.kv_bytes)} and stays there. "
+            f"the Λ cache uses {human_bytes(bucket.lminf.kv_bytes)} and "
+            f"{'grows until its archive is full' if n_recall else 'stays there'}. "
             f"Speed: {stock.tokens_per_second:.0f} against {bucket.lminf.tokens_per_second:.0f} tokens per second."
         )
     else:
@@ -286,7 +297,9 @@ def summarize(buckets: Sequence[Row], n_ctx_train: int, is_hybrid: bool = False)
             f"The Λ cache went on to token {last.end} at {last.lminf.mean_nll:.2f} nats and "
             f"{last.lminf.tokens_per_second:.0f} tokens per second."
         )
-    if last.end > n_ctx_train:
+    if last.end > n_ctx_train and n_recall:
+        sentences.append(f"Of what has left the window, each layer recalls the {n_recall} tokens it looks for most.")
+    elif last.end > n_ctx_train:
         sentences.append(
             "It keeps no keys of the middle: what has left the window is only in the states of the recurrent layers."
             if is_hybrid

@@ -13,7 +13,8 @@ and, null without support,
   constant_kv_bytes: bytes beside the window in f16, whatever its size
   window: n_global, n_local, max_distance, n_slack, n_ubatch, kv_type, kv_bytes for the settings given
   recall: null without --recall, else n_recall, distance, archive_tokens, archive_type, and archive_bytes_per_token and
-  archive_bytes of one stream, in the host's memory (null if the library does not tell)
+  archive_bytes of one stream, in the host's memory (null if the library does not tell); files: null without --archive,
+  else folder, n_segments and bytes of all archives that are there
   stock_kv_bytes: what llama.cpp's own cache takes at the training length
   recommended: the settings to use, as command line options
 """
@@ -23,10 +24,12 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lminf_edge.cli.common import (
     KV_TYPE_NUMBERS,
+    CommandError,
     add_model,
     add_window,
     describe_layers,
@@ -37,7 +40,7 @@ from lminf_edge.cli.common import (
     resolved_window,
     weightless,
 )
-from lminf_edge.config import DEFAULT_WINDOW, Window, physical_memory, warn_of_window
+from lminf_edge.config import DEFAULT_WINDOW, IN_MEMORY, Window, physical_memory, warn_of_window
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header
 
@@ -133,24 +136,38 @@ def costs(
             "kv_type": args.kv_type,
             "kv_bytes": parts.kv_bytes,
         },
-        "recall": recall_report(window, parts.archive_token_bytes),
+        "recall": recall_report(window, parts.archive_token_bytes, args.archive),
         "stock_kv_bytes": model.stock_bytes(header.n_ctx_train or model.n_ctx_train, kv_type),
         "recommended": recommend(header, f16, model.n_swa if parts.n_layer_sliding else 0, args.n_global),
     }
 
 
-def recall_report(window: Window, token_bytes: int) -> dict[str, Any] | None:
-    """What is recalled, and what the archive of a stream takes when it is full; None without recall."""
+def recall_report(window: Window, token_bytes: int, archive: str) -> dict[str, Any] | None:
+    """What is recalled, what the archive of a stream takes when it is full, and what archives in files take now; None
+    without recall."""
     if window.n_recall == 0:
         return None
+    n_archive = window.archive_tokens(token_bytes)
     return {
         "n_recall": window.n_recall,
         "distance": window.recall_distance,
-        "archive_tokens": window.n_archive,
+        "archive_tokens": n_archive,
         "archive_type": window.archive_type_k,
         "archive_bytes_per_token": token_bytes or None,
-        "archive_bytes": window.n_archive * token_bytes or None,
+        "archive_bytes": n_archive * token_bytes or None,
+        "files": None if archive == IN_MEMORY else archive_files(Path(archive)),
     }
+
+
+def archive_files(folder: Path) -> dict[str, Any]:
+    """What the archives in a folder take, of whatever model. Raises CommandError if it cannot be read."""
+    from lminf_edge.cache.segments import segment_sizes
+
+    try:
+        sizes = segment_sizes(folder)
+    except OSError as error:
+        raise CommandError(f"The archive in {folder} cannot be read: {error.strerror or error}.") from error
+    return {"folder": str(folder), "n_segments": len(sizes), "bytes": sum(sizes)}
 
 
 def recommend(header: Header, f16: Layout, n_swa: int, n_global: int) -> str:
@@ -189,5 +206,7 @@ def print_costs(args: argparse.Namespace, report: dict[str, Any], layout: Layout
                 f"archive         {human_bytes(recall['archive_bytes'])} in {recall['archive_type']} per stream, "
                 f"{human_bytes(recall['archive_bytes_per_token'])} per token"
             )
+        if files := recall["files"]:
+            print(f"archive files   {human_bytes(files['bytes'])} in {files['n_segments']} files in {files['folder']}")
     print(f"full attention  {human_bytes(report['stock_kv_bytes'])} at {report['n_ctx_train']} tokens")
     print(f"recommended     {report['recommended']}")

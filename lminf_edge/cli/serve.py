@@ -228,6 +228,7 @@ def open_service(args: argparse.Namespace) -> TextService:
             folder=folder,
             memory_budget=max(args.memory - text_bytes - (n_stored if folder is None else 0), 0),
             disk_budget=args.disk - (0 if folder is None else n_stored),
+            background=args.background,
             chat_format=args.chat_format,
             verbose=False,
             **model_settings(args),

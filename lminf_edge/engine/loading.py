@@ -30,6 +30,7 @@ def load_engine(
     folder: Path | None = None,
     memory_budget: int = 1 << 30,
     disk_budget: int = 8 << 30,
+    background: bool = True,
     **kwargs: Any,
 ) -> Engine:
     """Loads a model and starts an engine for it. Close both: `engine.close()`, then `engine.model.close()`.
@@ -41,6 +42,8 @@ def load_engine(
     folder         where conversations are kept on disk, in a folder for each model; None: nowhere
     memory_budget  bytes for conversations that are not in the context, and for what the others were before
     disk_budget    bytes for their files
+    background     with recall and prefill "tail", while there are no requests read what was skipped, in one sequence
+                   more than there are slots
 
     The other arguments are Llama's. Raises UserError, in one sentence, for invalid ones, as Llama does.
     """
@@ -51,7 +54,8 @@ def load_engine(
     if room > config.n_global and config.n_local is None:
         # the window stays what it would be without the additional sinks
         config, n_ctx = replace(config, n_local=window_of(model, config, n_ctx).n_local), None
-    loaded = Model.load(model, replace(config, n_global=room), n_ctx, parallel, **kwargs)
+    reads_skipped = background and config.n_recall > 0 and config.prefill == "tail"
+    loaded = Model.load(model, replace(config, n_global=room), n_ctx, parallel + reads_skipped, **kwargs)
     try:
         place = None if folder is None else Path(os.path.expanduser(folder)) / loaded.identity.folder_name
         # one conversation must not take the place of all others
@@ -66,6 +70,7 @@ def load_engine(
             prefill=config.prefill,
             n_tail=config.n_tail,
             n_ahead=N_AHEAD,
+            reads_skipped=reads_skipped,
         )
         return Engine(scheduler)
     except BaseException:

@@ -63,6 +63,7 @@ class RequestStats:
     n_generated: int = 0  # tokens after the prompt; once it is finished, those that were taken
     position: int = 0  # of the stream, skipped and dropped tokens included
     n_archived: int = 0  # of the stream, tokens that can be recalled once they have left the window
+    n_unread: int = 0  # of the stream, tokens that were skipped and are read in the background
 
 
 @dataclass(eq=False)

@@ -5,6 +5,9 @@ the next token of every request that decodes and parts of the prompts of the oth
 micro-batch, cancellations included.
 
 A few tokens are generated before their consumer takes them: the cache can roll them back exactly.
+
+With recall, what prefill "tail" skipped of a stream is read in the background: while there are no requests, one more
+sequence processes all of its tokens, and then takes its place.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ PENALIZED = 1 << 16  # tokens of the prompt that penalties look back at, at most
 N_TAIL = 2  # windows that prefill "tail" processes, see docs/results.md
 GATHER = 0.002  # seconds that a batch waits for the others of the last one, where tokens are generated on demand
 SAVE_AFTER = 2.0  # seconds; a stream that is idle for this long is written to its file
+READ_AFTER = 1.0  # seconds without a request before something is read in the background: programs ask at once
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Counters:
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     skipped_tokens: int = 0
+    background_tokens: int = 0  # skipped ones that were read later, and what had to be read before and after them
     generated_tokens: int = 0
     wasted_tokens: int = 0  # generated ahead, and rolled back
     batches: int = 0
@@ -73,6 +78,15 @@ class Counters:
     accepted_tokens: int = 0  # of them
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How far the stream in a slot has been read in the background, in tokens."""
+
+    slot: int
+    n_read: int
+    n_tokens: int
+
+
 @dataclass(eq=False)
 class _Work:
     """The scheduler's state of a request that has a slot."""
@@ -86,6 +100,7 @@ class _Work:
     skip_from: int = 0
     skip_to: int = 0  # once the log has skip_from tokens, skip to this length; 0: skip nothing
     arrived: Future[Checkpoint] | None = None
+    reads_for: Slot | None = None  # whose tokens it reads in the background
 
 
 @dataclass(eq=False)
@@ -113,6 +128,7 @@ class Scheduler:
         n_tail: int = N_TAIL,
         n_ahead: int = 0,
         keeps_displaced: bool = True,
+        reads_skipped: bool = False,
         on_logits: Callable[[int, Logits], None] | None = None,
     ) -> None:
         """
@@ -123,6 +139,7 @@ class Scheduler:
         n_ahead          tokens generated before they are taken, at most half of the slack; where nothing can be rolled
                          back, a token is generated once it has been asked for
         keeps_displaced  make a checkpoint of a stream before another takes its slot, and when it is idle
+        reads_skipped    the model's last sequence is no slot: it reads what other streams skipped, if they recall
         on_logits        called after each batch with the log's length and the logits of all tokens (n_tokens, n_vocab),
                          which are then computed; for schedulers of one slot
         """
@@ -131,6 +148,10 @@ class Scheduler:
         if model.sequences[0].has_states:
             n_states = store.room_for_states(len(model.sequences), model.sequences[0].state_bytes)
         self.slots = [Slot(sequence, model.identity, n_recent, n_states) for sequence in model.sequences]
+        reader = self.slots.pop() if reads_skipped else None
+        self._reader = reader if model.window.n_recall else None
+        self._reading: _Work | None = None
+        self._progress: tuple[Slot, int] | None = None  # whose tokens were read last, and how many were
         self.counters = Counters()
         self.window = model.window
         self.n_sinks = model.window.n_global if n_sinks is None else min(n_sinks, model.window.n_global)
@@ -187,6 +208,10 @@ class Scheduler:
             return
         slot, work.slot.request = work.slot, None
         slot.used = time.monotonic()
+        if work.reads_for is not None:
+            self._reading = None
+            if error is not None:
+                work.reads_for.n_recall = 0  # it is not tried again
         if n_taken is not None and request.stats.n_generated and slot.conversation is not None:
             n_tokens = work.n_base + max(n_taken - 1, 0)
             if n_tokens < len(slot):
@@ -197,8 +222,9 @@ class Scheduler:
             return
         request.stats.position = len(slot) + slot.n_dropped
         request.stats.n_archived = slot.sequence.info().n_archived
+        request.stats.n_unread = slot.n_skipped if self._reader is not None and slot.is_unread else 0
         slot.marks = [mark for mark in slot.marks if mark <= len(slot)]
-        if self._keeps_displaced or slot.sequence.has_states:
+        if (self._keeps_displaced or slot.sequence.has_states) and work.reads_for is None:
             slot.mark(len(slot))
 
     def cancel(self, request: Request) -> None:
@@ -245,6 +271,7 @@ class Scheduler:
             (self.n_busy < len(self.slots) and any(map(self._free_slots, self._waiting)))
             or any(work.arrived is not None and work.arrived.done() for work in self._work.values())
             or (any(self._is_ready(work) for work in self._work.values()) and self._seconds_to_gather() <= 0)
+            or self._seconds_to_reading() == 0
         )
 
     def step(self) -> None:
@@ -257,6 +284,8 @@ class Scheduler:
                 with self._boundary(work.request):
                     self._restore(work, work.arrived)
         self._admit()
+        if self._seconds_to_reading() == 0:
+            self._read_skipped()
         parts = [part for part in map(self._next_part, self._ready()) if part is not None]
         if parts:
             self._process(parts)
@@ -274,6 +303,8 @@ class Scheduler:
         due = [slot.used + SAVE_AFTER - now for slot in self.slots if self._is_unsaved(slot)]
         if any(self._is_ready(work) for work in self._work.values()):
             due.append(self._seconds_to_gather())
+        if (seconds := self._seconds_to_reading()) is not None:
+            due.append(seconds)
         return max(0.0, min(due)) if due else None
 
     def close(self) -> None:
@@ -281,7 +312,7 @@ class Scheduler:
         for request in [*self._waiting, *self._work]:
             self.finish(request, error=RequestCancelled())
         try:
-            for slot in self.slots:
+            for slot in [*self.slots, *([self._reader] if self._reader is not None else [])]:
                 self.displace(slot)
         finally:
             self.store.close()
@@ -330,6 +361,7 @@ class Scheduler:
             if found is None:
                 return
             self._waiting.remove(found)
+            self._stop_reading()
             with self._boundary(found):
                 self._start(found, self._free_slots(found))
 
@@ -338,16 +370,19 @@ class Scheduler:
         wanted = self.slots if request.slot is None else [self.slots[request.slot]]
         return [slot for slot in wanted if slot.request is None]
 
-    def _start(self, request: Request, free: list[Slot]) -> None:
+    def _start(self, request: Request, free: list[Slot], reads_for: Slot | None = None) -> None:
         n_sinks = self.n_sinks if request.n_sinks is None else request.n_sinks
         if request.continues:
             match = PrefixMatch(len(free[0]), slot=free[0])
         else:
             match = find_prefix(request, n_sinks, self._may_skip(request), free, self.store, self._logits_at)
         slot = match.slot or self._choose(match, free)
-        work = self._work[request] = _Work(request, slot, match)
+        work = self._work[request] = _Work(request, slot, match, reads_for=reads_for)
         slot.request = request
-        request.stats.slot = self.slots.index(slot)
+        if reads_for is None:
+            request.stats.slot = self.slots.index(slot)
+        else:
+            self._reading = work
         if match.stored is not None:
             match.stored.conversation.used = time.time()  # so that it is not evicted to make room for itself
             work.arrived = self.store.fetch(match.stored)
@@ -447,7 +482,10 @@ class Scheduler:
         work.slot.sequence.clear(work.slot.n_sinks)
         work.slot.assign(None)
         request.phase = Phase.WAITING
-        self._waiting.appendleft(request)
+        if work.reads_for is None:
+            self._waiting.appendleft(request)
+        else:
+            self._reading = None
 
     def _begin(self, work: _Work) -> None:
         """The slot holds the cached prefix; plans how the rest is processed."""
@@ -455,8 +493,9 @@ class Scheduler:
         conversation = slot.conversation
         assert conversation is not None
         conversation.used = time.time()
+        slot.n_recall = self.window.n_recall if request.n_recall is None else request.n_recall
         if self.window.n_recall:
-            slot.sequence.set_recall(self.window.n_recall if request.n_recall is None else request.n_recall)
+            slot.sequence.set_recall(slot.n_recall)
         if conversation.label or conversation.states:
             self.store.track(conversation)
         n_known = 0 if request.continues else len(slot)
@@ -471,11 +510,14 @@ class Scheduler:
             marks = spared(marks, n_end, max(slot.n_states, 1))
         for mark in sorted(marks):
             slot.mark(mark)
+        slot.boundaries = [*request.boundaries, n_end - 1]
         request.stats.n_cached = n_known
+        request.phase = Phase.PREFILL
+        if work.reads_for is not None:
+            return
         self.counters.requests += 1
         self.counters.prompt_tokens += len(request.prompt)
         self.counters.cached_tokens += n_known
-        request.phase = Phase.PREFILL
         self._report(request)
 
     @staticmethod
@@ -582,12 +624,13 @@ class Scheduler:
             return
         seconds = time.perf_counter() - started
         self._decoded = time.monotonic()
-        self.counters.batches += 1
-        self.counters.batch_parts += len(parts)
-        if all(part.work.request.phase is Phase.DECODE for part in parts):
-            self.counters.decode_seconds += seconds
-        else:
-            self.counters.prefill_seconds += seconds
+        if self._reading is None:  # the figures are those of requests
+            self.counters.batches += 1
+            self.counters.batch_parts += len(parts)
+            if all(part.work.request.phase is Phase.DECODE for part in parts):
+                self.counters.decode_seconds += seconds
+            else:
+                self.counters.prefill_seconds += seconds
         for part, end in zip(parts, ends, strict=True):
             with self._boundary(part.work.request):
                 decodes = part.work.request.phase is Phase.DECODE
@@ -638,6 +681,12 @@ class Scheduler:
         work, request = part.work, part.work.request
         n_new = len(part.tokens) - part.n_drafts
         work.pending = work.pending[n_new:]
+        if work.reads_for is not None:
+            self.counters.background_tokens += n_new
+            self._progress = work.reads_for, len(work.slot)
+            if part.is_last:
+                self._take_over(work)
+            return
         stats = request.stats
         stats.position = len(work.slot) + work.slot.n_dropped
         self.counters.longest = max(self.counters.longest, stats.position)
@@ -660,6 +709,82 @@ class Scheduler:
         self.counters.draft_tokens += part.n_drafts
         self.counters.accepted_tokens += n_accepted
         return n_accepted
+
+    # --- reading in the background ------------------------------------------------------------------------------------
+
+    @property
+    def reading(self) -> Reading | None:
+        """What is read in the background, now or as soon as there is time. May be asked for from any thread."""
+        slot = self._unread()
+        if slot is None:
+            return None
+        of, n_read = self._progress or (None, 0)
+        return Reading(self.slots.index(slot), n_read if of is slot else 0, len(slot))
+
+    def _unread(self) -> Slot | None:
+        """The most recently used stream that has skipped tokens which it could recall."""
+        if self._reader is None:
+            return None
+        return max((slot for slot in self.slots if slot.is_unread), key=lambda slot: slot.used, default=None)
+
+    def _seconds_to_reading(self) -> float | None:
+        """Seconds until something can be read in the background, if nothing else happens; None if there is nothing."""
+        if self._work or self._waiting or self._unread() is None:
+            return None
+        return max(0.0, max(slot.used for slot in self.slots) + READ_AFTER - time.monotonic())
+
+    def _read_skipped(self) -> None:
+        """Begins to process all of a stream's tokens, or goes on where that was interrupted.
+
+        It is a request as others are, which starts with the longest known prefix; this one has skipped nothing.
+        """
+        slot, reader = self._unread(), self._reader
+        assert slot is not None
+        assert slot.conversation is not None
+        assert reader is not None
+        request = Request(
+            slot.log.recent().copy(),
+            boundaries=slot.boundaries,
+            n_sinks=slot.n_sinks,
+            owner=slot.conversation.owner,
+            label=slot.conversation.label,
+            prefill="full",
+            n_recall=slot.n_recall,
+        )
+        with self._boundary(request):
+            self._start(request, [reader], slot)
+        if request.phase is Phase.FINISHED:  # it failed
+            slot.n_recall = 0
+        elif reader.conversation is not None:
+            slot.conversation.add_copy(reader.conversation)
+
+    def _stop_reading(self) -> None:
+        """A request comes first. What was read so far stays, unless streams that are used need its memory."""
+        work, reader = self._reading, self._reader
+        if work is None or reader is None:
+            return
+        self.finish(work.request)
+        room = len(self.model.sequences) * N_SEGMENT * self.model.parts.archive_token_bytes
+        if reader.conversation is not None and not self.store.archives.has_room(reader.sequence, room):
+            self.displace(reader)
+            reader.clear()
+
+    def _take_over(self, work: _Work) -> None:
+        """All has been read: the stream that skipped nothing takes the place of the other."""
+        slot, reader = work.reads_for, work.slot
+        assert slot is not None
+        self.finish(work.request)
+        old, new = slot.conversation, reader.conversation
+        assert old is not None
+        assert new is not None
+        reader.used = slot.used
+        reader.mark(len(reader))
+        self.slots[self.slots.index(slot)], self._reader = reader, slot
+        slot.clear()
+        for stored in [each for each in old.checkpoints if each.n_skipped]:
+            self.store.forget(stored)
+        self.store.release(old)
+        new.add_copy(old)
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -777,8 +902,14 @@ class Scheduler:
             self._logits_at.pop(slot, None)
             slot.sequence.clear(slot.n_sinks)
             self._leave(slot)
-            for stored in list(conversation.checkpoints):
-                self.store.forget(stored)
+            forgotten = [conversation, *conversation.copies]
+            reader = self._reader
+            if reader is not None and reader.conversation in forgotten:
+                reader.sequence.clear()
+                self._leave(reader)
+            for each in forgotten:
+                for stored in list(each.checkpoints):
+                    self.store.forget(stored)
         return n_tokens
 
     def _idle_slot(self, number: int, owner: str | None) -> Slot:
@@ -790,6 +921,7 @@ class Scheduler:
             raise UserError(f"Slot {number} is at work: try again later.")
         if owner is not None and slot.conversation is not None and slot.conversation.owner != owner:
             raise UserError(f"Slot {number} holds a conversation of another API key.")
+        self._stop_reading()
         return slot
 
     def displace(self, slot: Slot) -> None:

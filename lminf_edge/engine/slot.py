@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
@@ -40,6 +41,8 @@ class Slot:
     n_sinks: int = 0
     n_dropped: int = 0
     n_skipped: int = 0
+    n_recall: int = 0  # tokens that its last request recalled
+    boundaries: Sequence[int] = ()  # where the messages of its last request begin, and where that ended
     n_least: int = 0  # least length of the log to roll back to
     start: int = 0  # stream position since which all cells are kept, until there are more than n_whole
     kept: int = -NO_LIMIT  # least stream position that the cells could be truncated to after the last rollback
@@ -68,6 +71,13 @@ class Slot:
         assert self.conversation is not None
         label = self.conversation.label if self.n_dropped else ""
         return salt(self.n_sinks, self.conversation.owner, label, self.n_skipped > 0)
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether there are tokens that it skipped and could recall, if another stream of the same tokens had not."""
+        conversation = self.conversation  # read once: other threads may ask
+        log = None if conversation is None else conversation.log
+        return log is not None and log.n_base == 0 and self.n_skipped > 0 and self.n_dropped == 0 and self.n_recall > 0
 
     # --- what it holds ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import RECALL_PARAMETERS, LMInfConfig, SinkMode, Window, default_ubatch
+from lminf_edge.config import LMInfConfig, SinkMode, Window, default_ubatch
 from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ WITHOUT_RECALL = {name: policy for name, policy in POLICIES.items() if not polic
 
 def recall_of(window: Window) -> dict[str, Any]:
     """What the policy "recall" recalls in this window: parameters of LMInfConfig."""
-    settings = {name: getattr(window, name) for name in RECALL_PARAMETERS}
-    return settings | {"n_recall": window.n_recall or N_RECALL}
+    found = {"n_recall": window.n_recall or N_RECALL, "n_archive": window.n_archive or None}
+    return window.recall_settings() | found
 
 
 def parse_policies(text: str) -> list[Policy]:

@@ -38,6 +38,7 @@ class EngineCollector(Collector):
             ("cached_tokens", "Of them, those that were in the cache.", counters.cached_tokens),
             ("prefilled_tokens", "Tokens of prompts that were processed.", counters.prefilled_tokens),
             ("skipped_tokens", "Tokens of prompts that were skipped.", counters.skipped_tokens),
+            ("background_tokens", "Tokens read while there were no requests.", counters.background_tokens),
             ("generated_tokens", "Tokens generated.", counters.generated_tokens),
             ("wasted_tokens", "Tokens generated ahead and taken back.", counters.wasted_tokens),
             ("prefill_seconds", "Seconds spent in prefill batches.", counters.prefill_seconds),

@@ -68,6 +68,8 @@ class Usage:
     n_completion: int = 0
     position: int = 0  # of the stream, after the last token
     n_archived: int = 0  # of the stream, tokens that can be recalled
+    n_unread: int = 0  # of the stream, tokens that were skipped and are read in the background
+    slot: int = -1
     n_sinks: int = 0
 
     def openai(self) -> dict[str, Any]:
@@ -225,6 +227,7 @@ class Exchange:
             "window": engine.n_local,
             "kv_bytes": engine.parts.kv_bytes,
             **({"archived": self.usage.n_archived} if engine.n_recall else {}),
+            **({"unread": self.usage.n_unread, "slot": self.usage.slot} if self.usage.n_unread else {}),
             **({"warning": self.warning} if self.warning else {}),
         }
 
@@ -297,6 +300,7 @@ class Answer:
         usage.first_token = usage.first_token or stats.first_token
         usage.n_completion += self.text.n_tokens
         usage.position, usage.n_archived = stats.position, stats.n_archived
+        usage.n_unread, usage.slot = stats.n_unread, stats.slot
         usage.n_sinks = self._request.n_sinks or 0
 
     def _remember(self) -> None:

@@ -73,7 +73,7 @@ struct lminf_params {
     int32_t recall_every;    // a choice serves decoded tokens up to the next multiple of this, 1 or more
     int32_t recall_rule;     // enum lminf_recall_rule
     int32_t recall_index;    // enum lminf_recall_index
-    int32_t n_archive;       // tokens of each sequence that can be recalled, the newest, 1 or more
+    int32_t n_archive;       // tokens of each sequence that can be recalled, the newest; 0: 262144, or what archive_bytes holds
     int32_t archive_type_k;  // enum ggml_type: F32, F16, Q8_0 or Q4_0
     int32_t archive_type_v;
     int32_t archive_in_files; // 1: full segments are put into files by lminf_archive_map, an archive may be larger than memory
@@ -121,7 +121,7 @@ enum lminf_support_type {
 };
 
 // n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO, n_seq_max 0; n_recall 0,
-// recall_distance 0, recall_from 0, recall_every 1, recall_rule LAYER, recall_index SKETCH, n_archive 131072, archive types Q8_0,
+// recall_distance 0, recall_from 0, recall_every 1, recall_rule LAYER, recall_index SKETCH, n_archive 0, archive types Q8_0,
 // archive_in_files 0, archive_bytes 0
 LLAMA_API struct lminf_params lminf_default_params(void);
 

@@ -94,8 +94,8 @@ static const char * check_recall(const lminf_params & params) {
     if (params.recall_rule == LMINF_RECALL_PAPER && params.attention == LMINF_ATTENTION_FUSED) {
         return "the paper's recall needs the stock attention: its heads attend to different tokens";
     }
-    if (params.n_archive < 1) {
-        return "n_archive must be 1 or more";
+    if (params.n_archive < 0) {
+        return "n_archive must be 1 or more, or 0";
     }
     if (!is_archive_type(params.archive_type_k) || !is_archive_type(params.archive_type_v)) {
         return "an archive's types are f32, f16, q8_0 or q4_0";
@@ -159,7 +159,7 @@ lminf_params lminf_default_params() {
         /*.recall_every    =*/ 1,
         /*.recall_rule     =*/ LMINF_RECALL_LAYER,
         /*.recall_index    =*/ LMINF_RECALL_SKETCH,
-        /*.n_archive       =*/ 131072,
+        /*.n_archive       =*/ 0,
         /*.archive_type_k  =*/ GGML_TYPE_Q8_0,
         /*.archive_type_v  =*/ GGML_TYPE_Q8_0,
         /*.archive_in_files =*/ 0,

@@ -28,6 +28,7 @@ struct llama_model;
 class lminf_archive_layout {
 public:
     static constexpr int64_t n_segment = 1024;
+    static constexpr int64_t n_default = 262144; // tokens of an archive: prompts of 131072, a usual training length, and what follows
 
     struct layer {
         ggml_type type_k;

@@ -57,16 +57,23 @@ static void check_memory(const std::map<ggml_backend_dev_t, uint64_t> & need) {
     }
 }
 
-// an archive grows as a stream does: it is told in time that it never can be full
-static void check_archive(const lminf_archive_layout & layout, int64_t n_tokens) {
+// how many tokens an archive has room for. It grows as a stream does: it is told in time that it never can be full
+static int32_t archive_tokens(const lminf_archive_layout & layout, int32_t n_tokens, bool in_files) {
+    if (n_tokens == 0) {
+        const uint64_t n_segments = layout.get_max_bytes()/layout.get_segment_size();
+        const uint64_t n_default  = lminf_archive_layout::n_default/lminf_archive_layout::n_segment;
+        return lminf_archive_layout::n_segment*(in_files ? n_default : std::clamp<uint64_t>(n_segments, 1, n_default));
+    }
+
     const double size  = (double) layout.get_segment_size()*n_tokens/lminf_archive_layout::n_segment;
     const double total = (double) layout.get_max_bytes();
 
-    if (size > total) {
+    if (size > total && !in_files) {
         throw std::runtime_error(lminf_set_error(format(
             "an archive of %lld tokens needs %.2f GiB of memory, and archives may take %.2f GiB: choose a smaller n_archive, smaller archive types or a larger archive_memory",
             (long long) n_tokens, size/1024.0/1024.0/1024.0, total/1024.0/1024.0/1024.0)));
     }
+    return n_tokens;
 }
 
 // one layer's attention as a device would be asked to compute it
@@ -219,9 +226,7 @@ lminf_memory::lminf_memory(
 
     if (params.n_recall > 0) {
         auto layout = std::make_shared<lminf_archive_layout>(model, params, layers.full, layers.reuse);
-        if (!params.archive_in_files) {
-            check_archive(*layout, params.n_archive);
-        }
+        params.n_archive = archive_tokens(*layout, params.n_archive, params.archive_in_files);
         recall = std::make_unique<lminf_recall>(params, std::move(layout), n_seq_max);
     }
 

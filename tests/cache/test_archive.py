@@ -533,7 +533,7 @@ def test_a_stream_has_the_memory_it_is_told(make_llama: MakeLlama, tokens: Token
     segment = llm.scheduler.model.parts.archive_token_bytes * 1024
     llm.close()
     with pytest.raises(UserError, match=r"archives may take .* a larger archive_memory"):
-        make_llama(lminf=window(archive_memory=2 * segment))
+        make_llama(lminf=window(archive_memory=2 * segment, n_archive=131072))
     other = make_llama(lminf=window())
     other.eval(tokens[:100])
     llm = make_llama(lminf=window(archive_memory=in_use(other) + 2 * segment, n_archive=2048))
@@ -541,6 +541,25 @@ def test_a_stream_has_the_memory_it_is_told(make_llama: MakeLlama, tokens: Token
     info = llm.stream_info()
     assert info.archive_bytes == 2 * segment
     assert 1000 < info.archived < 2048
+
+
+def test_by_default_it_holds_what_fits(make_llama: MakeLlama, tokens: Tokens) -> None:
+    llm = make_llama(lminf=window())
+    segment = llm.scheduler.model.parts.archive_token_bytes * 1024
+    assert llm.scheduler.window.archive_tokens(segment // 1024) == 262144
+    before = in_use(llm)  # nothing is reserved
+    read(llm, tokens[:500])
+    assert in_use(llm) - before <= segment
+    llm.close()
+    gc.collect()
+    small = make_llama(lminf=window(archive_memory=2 * segment + 100))
+    assert 2048 <= small.scheduler.window.archive_tokens(segment // 1024) < 2060
+    for start in range(0, 6000, 500):
+        small.eval(tokens[start % 3000 : start % 3000 + 500])
+    info = small.stream_info()
+    assert 1024 <= info.archived <= 2048
+    assert info.archived + info.forgotten == 6000
+    assert info.archive_bytes <= 2 * segment
 
 
 def test_segments_are_read_once(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> None:

@@ -92,6 +92,16 @@ def test_a_long_file_is_read_first(tmp_path: Path) -> None:
     assert report["finish_reason"] == "length"
 
 
+def test_what_is_read_in_the_background_is_told(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(TEXT * 20, encoding="utf-8")
+    asked = "And then?\n/stats\n"
+    done = chat("--file", str(book), "--recall", "5", lines=asked)
+    [n_recallable] = re.findall(r", (\d+) tokens can be recalled, reading what was skipped: \d+ %; last", done.stdout)
+    assert int(n_recallable) < 500
+    assert "reading" not in chat("--file", str(book), "--recall", "5", "--no-background", lines=asked).stdout
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     # a process started in the background may have Ctrl-C switched off
     program = (

@@ -481,6 +481,14 @@ def test_demo_reports_both_readers(capfd: pytest.CaptureFixture[str]) -> None:
     assert report["summary"]
 
 
+def test_demo_with_recall(capfd: pytest.CaptureFixture[str]) -> None:
+    report = run_json(capfd, "demo", "--stock-tokens", "1024", "--tokens", "3000", "--recall", "4")
+    kv_bytes = [bucket["lminf"]["kv_bytes"] for bucket in report["buckets"]]
+    assert kv_bytes[0] < kv_bytes[-1]  # an archive grows
+    assert "Of what has left the window, each layer recalls the 4 tokens it looks for most." in report["summary"]
+    assert "grows until its archive is full" in " ".join(report["summary"])
+
+
 def test_demo_on_a_terminal_and_elsewhere(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(python_documentation()[:6000], encoding="utf-8")

@@ -244,6 +244,22 @@ def test_what_can_be_recalled_is_shown(browser: Browser, nano_path: str) -> None
         choose(page, max_tokens=4)
         say(page, "The sea was calm and the lamp was lit. " * 50)
         assert int(page.get_by_test_id("archived").inner_text().replace(",", "")) > 300
+        expect(page.get_by_test_id("reading")).to_be_hidden()
+        context.close()
+
+
+def test_what_is_read_in_the_background_is_shown(browser: Browser, nano_path: str) -> None:
+    window = LMInfConfig(n_global=4, n_local=64, n_recall=8, prefill="tail")
+    with serve(nano_path, Settings(model_name="nano"), lminf=window) as served:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(served.url)
+        choose(page, max_tokens=4)
+        say(page, "The sea was calm and the lamp was lit. " * 200)
+        expect(page.get_by_test_id("reading")).to_have_text(re.compile(r"^\d+ %$"))
+        expect(page.get_by_test_id("reading")).to_be_hidden()
+        say(page, "And then?")
+        assert int(page.get_by_test_id("archived").inner_text().replace(",", "")) > 1500
         context.close()
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -135,6 +138,23 @@ def test_props_and_metrics_tell_it(server: Served, prompt: Prompt) -> None:
     assert float(values["lminf_archive_bytes"]) > 0
 
 
+def test_what_is_read_in_the_background_is_told(nano_path: str, prompt: Prompt) -> None:
+    with serve(nano_path, lminf=replace(WINDOW, prefill="tail"), parallel=2) as served:
+        told = lambda: httpx.get(f"{served.url}/props").json()["lminf"]["recall"]["reading"]  # noqa: E731
+        assert told() is None
+        answered = complete(served, prompt).json()
+        assert answered["lminf"]["unread"] == answered["lminf"]["skipped"] > 500
+        reading = told()
+        assert (reading["slot"], reading["n_tokens"]) == (answered["lminf"]["slot"], answered["lminf"]["position"])
+        end = time.monotonic() + 60
+        while told() is not None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        metrics = httpx.get(f"{served.url}/metrics").text
+        assert f"lminf_background_tokens_total {answered['lminf']['position']}.0" in metrics
+        assert f"lminf_archived_tokens {answered['lminf']['position']}.0" in metrics
+
+
 # --- on the command line ----------------------------------------------------------------------------------------------
 
 
@@ -154,6 +174,31 @@ def test_info_says_what_it_takes(capfd: pytest.CaptureFixture[str]) -> None:
     assert recall["archive_bytes"] == (token_bytes and 1000 * token_bytes)
     assert main(["info", "-m", "nano", *options]) == 0
     assert "recall          5 tokens in each layer, of the last 1000" in capfd.readouterr().out
+    assert recall["files"] is None
+
+
+def test_info_says_what_is_on_disk(
+    make_llama: MakeLlama, tokens: Tokens, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "archive"
+    options = ["info", "-m", "nano", "--recall", "5", "--archive", str(folder)]
+    assert main([*options, "--json"]) == 0
+    nothing = {"folder": str(folder), "n_segments": 0, "bytes": 0}
+    assert json.loads(capfd.readouterr().out)["recall"]["files"] == nothing
+    llm = make_llama(lminf=LMInfConfig(n_global=4, n_local=64, n_recall=8, archive=folder))
+    for start in range(0, 3000, 500):
+        llm.eval(tokens[start : start + 500].tolist())
+    sizes = [each.stat().st_size for each in folder.rglob("*.segment")]
+    assert len(sizes) >= 1
+    assert main([*options, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["recall"]["files"] == {
+        **{"folder": str(folder), "n_segments": len(sizes), "bytes": sum(sizes)}
+    }
+    assert main(options) == 0
+    assert f"in {len(sizes)} files in {folder}" in capfd.readouterr().out
+    (tmp_path / "file").write_text("")
+    assert main([*options[:-1], str(tmp_path / "file")]) == 1
+    assert "Not a directory" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

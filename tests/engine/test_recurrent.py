@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cache.sequence import ConstantSequence
 from lminf_edge.cli import main
 from lminf_edge.config import Parts
+from lminf_edge.engine import scheduler
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.evaluate import token_nll
@@ -235,6 +238,37 @@ def test_conversations_take_turns(engine: Engine, make: Make) -> None:
         stats, _, first = run(engine, [*prompt, 3], 3)
         assert stats.n_cached >= len(prompt) - 1
         assert_close(first, expected(make, [*prompt, 3]))
+
+
+@with_hybrids
+def test_what_was_skipped_is_read_in_the_background(
+    path: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where nothing is skipped there is nothing to read, and a context has a sequence too many."""
+    monkeypatch.setattr(scheduler, "READ_AFTER", 0.02)
+    config = LMInfConfig(n_global=4, n_local=40, n_recall=8, prefill="tail")
+    ids = tiny_tokens(900).tolist()
+    more = [*ids, *tiny_tokens(60, 1).tolist()]
+    logits = []
+    for folder, how in (("a", config), ("b", replace(config, prefill="full"))):
+        engine = load_engine(path, parallel=2, lminf=how, folder=tmp_path / folder, **ONE_THREAD)
+        stats, _, _ = run(engine, ids, boundaries=[300, 600])
+        assert len(engine.slots) == 2
+        assert (stats.n_unread > 0) == (how is config and name not in more_models.CONSTANT)
+        end = time.monotonic() + 60
+        while engine.scheduler.reading is not None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        stats, _, first = run(engine, more)
+        assert (stats.n_cached, stats.n_skipped) == (900, 0)
+        logits.append(first)
+        stats, _, first = run(engine, [*ids[:600], 9, 8])  # there is a checkpoint
+        assert stats.n_cached == 600
+        logits.append(first)
+        engine.close()
+        engine.model.close()
+    assert_close(logits[0], logits[2])
+    assert_close(logits[1], logits[3])
 
 
 # --- commands and the server ------------------------------------------------------------------------------------------

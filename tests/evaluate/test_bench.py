@@ -247,6 +247,27 @@ def test_bench_json(capfd: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
 
 
+def test_bench_with_recall(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--window", "64", "--n-gen", "2", "--n-prompt", "0", "--rounds", "1", "--depth", "300", "--recall", "8"]
+    assert main(["bench", "-m", "nano", "--threads", "1", *options, "--archive-type", "f16", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    ours = [(r["cache"], r["prefilled"], r["recall"]["n_recall"]) for r in report["results"] if r["library"] == "ours"]
+    assert ours == [("lambda", True, 0), ("recall", True, 8)]
+    assert [r["recall"]["archive_type_k"] for r in report["results"]][:2] == ["q8_0", "f16"]
+    assert [r["to"] for r in report["ratios"]] == ["full", "window", "recall"]
+    assert main(["bench", "-m", "nano", "--threads", "1", *options]) == 0
+    output = capfd.readouterr().out
+    assert "| Λ 10 + 54, 8 recalled | ours |" in output
+    assert "times as fast as with 8 recalled" in output
+
+
+def test_what_was_measured_before_there_was_recall_can_be_read() -> None:
+    result = Result(Contender("ours", "lambda", "tg", 4, 0), 0, (10.0,))
+    old = result.as_json()
+    del old["recall"]
+    assert Result.from_json(old) == result
+
+
 def test_bench_table(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--window", "64", "--n-gen", "2", "--n-prompt", "0", "--rounds", "1", "--threads", "1", "--depth", "64"]
     assert main(["bench", "-m", "nano", *options, "--kv-type", "q8_0"]) == 0

@@ -120,7 +120,7 @@ RECALL = {
 
 def test_recall_reaches_the_library_field_by_field() -> None:
     window = resolve(LMInfConfig(n_local=100, **RECALL), None, 512)  # type: ignore[arg-type]
-    assert {name: getattr(window, name) for name in RECALL_PARAMETERS} == RECALL
+    assert window.recall_settings() == RECALL
     params = Params.of(window, n_seq_max=1)
     numbers = {"recall_rule": 1, "recall_index": 1, "archive_type_k": 1, "archive_type_v": 2}
     assert {name: getattr(params, name) for name in RECALL_PARAMETERS} == {**RECALL, **numbers}

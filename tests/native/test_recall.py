@@ -366,7 +366,7 @@ def test_it_is_not_made_of_what_is_not_there(nano_f32_path: str, text: Tokens, t
         ({"n_recall": 8, "recall_distance": -1}, "recall_distance must be"),
         ({"n_recall": 8, "recall_every": 0}, "recall_every must be"),
         ({"n_recall": 8, "recall_rule": 2}, "recall_rule must be"),
-        ({"n_recall": 8, "n_archive": 0}, "n_archive must be"),
+        ({"n_recall": 8, "n_archive": -1}, "n_archive must be"),
         ({"n_recall": 8, "archive_type_k": 30}, "an archive's types are"),
         ({"n_recall": 8, "recall_rule": PAPER, "attention": "fused"}, "needs the stock attention"),
         ({"n_recall": 8, "mode": "order"}, "needs the sink_mode CEILING"),

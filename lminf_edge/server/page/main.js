@@ -12,6 +12,7 @@ import { showStatus } from "./status.js";
 import { Thread } from "./thread.js";
 import { Turn } from "./turn.js";
 
+const READING_MS = 1000;
 const SAID = 1000; // characters of a finished answer that a screen reader is given to say
 
 const $ = (id) => document.getElementById(id);
@@ -143,7 +144,21 @@ function refresh() {
 
 function refreshStatus() {
   statusFrame = 0;
-  showStatus({ ...server.cache, ...shown.turn?.cache, ...(shown.turn ?? shown).stats });
+  showStatus({ ...server.cache, ...shown.turn?.cache, ...(shown.turn ?? shown).stats, reading: shown.reading });
+}
+
+/** After an answer, shows how far the server is with reading what it skipped, until it has, or the next question. */
+async function watchReading(chat) {
+  const { unread, slot } = chat.stats;
+  for (let next = unread; next && chat === shown && !chat.turn; ) {
+    const { reading } = (await api.props().catch(() => null))?.lminf?.recall ?? {};
+    if (chat !== shown || chat.turn) break;
+    chat.reading = reading?.slot === slot ? reading : null;
+    next = chat.reading;
+    refreshStatus();
+    if (next) await new Promise((resolve) => setTimeout(resolve, READING_MS));
+  }
+  chat.reading = null;
 }
 
 async function refreshList() {
@@ -266,6 +281,7 @@ async function answer(chat, previous = null) {
     return;
   }
   refresh();
+  if (turn.answer) watchReading(chat);
   if (turn.answer) announce(`${turn.stopped ? "Stopped. " : ""}${saidBy(turn.answer)}`);
 }
 

@@ -3,17 +3,22 @@
 const UNKNOWN = "–";
 
 const fields = Object.fromEntries(
-  ["position", "skipped", "archived", "window", "kv-memory", "speed"].map((name) => [name, document.getElementById(name)]),
+  ["position", "skipped", "archived", "reading", "window", "kv-memory", "speed"].map((name) => [name, document.getElementById(name)]),
 );
 
-/** All as far as they are known, and `skipped` and `archived` only if there are any; `estimated`: the position and the speed are. */
-export function showStatus({ position, skipped, archived, window, sink, kv_bytes, tokens_per_second, estimated }) {
+/**
+ * All as far as they are known, `skipped` and `archived` only if there are any, and `reading` ({n_read, n_tokens}) while that lasts;
+ * `estimated`: the position and the speed are.
+ */
+export function showStatus({ position, skipped, archived, reading, window, sink, kv_bytes, tokens_per_second, estimated }) {
   const about = estimated ? "≈ " : "";
   fields.position.textContent = known(position) ? about + count(position) : UNKNOWN;
   for (const [name, n] of Object.entries({ skipped, archived })) {
     fields[name].parentElement.hidden = !n;
     fields[name].textContent = known(n) ? count(n) : UNKNOWN;
   }
+  fields.reading.parentElement.hidden = !reading;
+  fields.reading.textContent = reading ? `${Math.floor((100 * reading.n_read) / reading.n_tokens)} %` : UNKNOWN;
   fields.window.textContent = known(window) ? (sink ? `${count(sink)} + ` : "") + count(window) : UNKNOWN;
   fields["kv-memory"].textContent = known(kv_bytes) ? bytes(kv_bytes) : UNKNOWN;
   fields.speed.textContent = known(tokens_per_second)
