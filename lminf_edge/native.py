@@ -282,10 +282,16 @@ def _capturing_callback() -> Any:
     return callback
 
 
+# what llama.cpp says of a file whose head or whose weights end too soon
+_OF_DAMAGE = ("failed to load model from", "is not within the file bounds")
+
+
 def load_failure(path: str, errors: list[str]) -> str | None:
     """Why a model could not be loaded, in one sentence, from what llama.cpp logged."""
     for error in errors:
         _, found, reason = error.partition("error loading model: ")
+        if found and any(each in reason for each in _OF_DAMAGE):
+            return f"{path} is cut short or damaged: download or convert it again."
         if found:
             return f"{path} cannot be loaded: {reason}."
     unfit = context_failure(errors)

@@ -130,6 +130,7 @@ class Exchange:
         self._slot, self._reuses = slot, reuses
         self._n_recall = None if recall is None or recall is True else self._checked_recall(int(recall))
         self._pins_system = service.pin_system if pin_system is None else pin_system
+        self._rendered: tuple[Messages, ChatOptions | None, ChatPrompt] | None = None
         self._request: Request | None = None
         self._cancelled = False
         self._lock = threading.Lock()
@@ -141,8 +142,11 @@ class Exchange:
         return n_recall
 
     def chat_prompt(self, messages: Messages, options: ChatOptions | None = None) -> ChatPrompt:
-        """See ChatTemplate.render."""
-        return self.service.template.render(messages, options, self.owner, self.is_cancelled)
+        """See ChatTemplate.render; the same objects are rendered once, as a compaction is decided by the prompt."""
+        if self._rendered is None or self._rendered[0] is not messages or self._rendered[1] is not options:
+            prompt = self.service.template.render(messages, options, self.owner, self.is_cancelled)
+            self._rendered = messages, options, prompt
+        return self._rendered[2]
 
     def text_prompt(self, prompt: str | Sequence[int], suffix: str | None = None) -> ChatPrompt:
         """A prompt without messages: text, before a gap if there is a suffix, or tokens."""

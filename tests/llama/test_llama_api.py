@@ -145,7 +145,7 @@ def test_files_that_are_no_models(tmp_path: Path, nano_path: str, capfd: pytest.
     Path(path).write_bytes(model[:500])
     refused(ValueError, "cut short or damaged", path)
     Path(path).write_bytes(model[: len(model) // 2])
-    refused(ValueError, "cannot be loaded: .*corrupted or incomplete", path)
+    refused(ValueError, "is cut short or damaged: download or convert it again", path)
     assert capfd.readouterr() == ("", "")
 
 

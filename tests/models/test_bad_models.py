@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import threading
@@ -79,6 +80,21 @@ def test_a_contradiction_is_one_sentence(
         assert line.startswith(f"error: {path}")
         assert words in line
         assert output.out == ""
+
+
+@pytest.mark.parametrize("n_bytes", [20, 600, 1000, 5000, 60_000, 100_000, 3_000_000, -1])
+def test_so_is_a_file_that_was_cut(
+    capfd: pytest.CaptureFixture[str], nano_path: str, tmp_path: Path, n_bytes: int
+) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(Path(nano_path).read_bytes()[:n_bytes])
+    expected = f"{path} is cut short or damaged: download or convert it again."
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        Llama(str(path), lminf=True, verbose=False)
+    for command in (["generate", "-p", "abc"], ["info"], ["serve", "--port", "0", "--disk", "0"]):
+        capfd.readouterr()
+        assert main([*command, "-m", str(path)]) == 1
+        assert capfd.readouterr().err == f"error: {expected}\n"
 
 
 @pytest.mark.parametrize(("name", "words"), [("bert", "reads its whole input at once"), ("gpt2", "absolute positions")])

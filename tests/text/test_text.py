@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,27 @@ def test_what_one_owner_sent_changes_nothing_for_another(engine: Engine) -> None
         assert set(counts.values()) == {2}
     finally:
         del service.llm.tokenize
+
+
+def test_the_same_messages_are_rendered_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = TextService(engine)
+    rendered: list[Any] = []
+    render = service.template.render
+
+    def counting(*args: Any) -> Any:
+        rendered.append(args[0])
+        return render(*args)
+
+    monkeypatch.setattr(service.template, "render", counting)
+    exchange, options = Exchange(service), ChatOptions()
+    one: Any = [{"role": "user", "content": "I will."}]
+    other: Any = [{"role": "user", "content": "I will not."}]
+    prompts = [exchange.chat_prompt(messages, options) for messages in (one, one, other, other, one)]
+    assert prompts[0] is prompts[1]
+    assert prompts[3].text != prompts[4].text == prompts[0].text
+    assert rendered == [one, other, one]
+    exchange.chat_prompt(one, ChatOptions())
+    assert rendered == [one, other, one, one]
 
 
 @pytest.mark.parametrize("name", ["suffix", "owner", "is_cancelled", "kwargs"])
