@@ -4,7 +4,7 @@
     test_kernels.py [--require] [NAME]...
 
     device      on ggml's own devices, by ggml: the CPU, and a GPU if llama.cpp was built for one
-    cpu         the CPU kernels compiled for plain C, AVX2, AVX-512 (or NEON, on ARM), and recall with each of these
+    cpu         the CPU kernels compiled for plain C, AVX2 and AVX-512, with and without VNNI (on ARM NEON), and recall
     sanitize    those for plain C and AVX2 again, and recall, under AddressSanitizer and UndefinedBehaviorSanitizer
     neon        cross-compiled for ARM, under qemu-user
     cuda        the CUDA kernels as C++ on the CPU
@@ -87,7 +87,8 @@ def cpu_supports(flag: str) -> bool:
 def cpu_variants() -> list[str]:
     if not IS_X86:
         return ["neon"]
-    return ["plain"] + [name for name, flag in (("avx2", "avx2"), ("avx512", "avx512bw")) if cpu_supports(flag)]
+    flags = {"avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512bw", "avx512vnni": "avx512_vnni"}
+    return ["plain"] + [name for name, flag in flags.items() if cpu_supports(flag)]
 
 
 def test_device() -> None:
@@ -105,7 +106,7 @@ def test_cpu() -> None:
 
 
 def test_sanitize() -> None:
-    variants = [variant for variant in cpu_variants() if variant != "avx512"]
+    variants = [variant for variant in cpu_variants() if variant not in ("avx512", "avx512vnni")]
     options = ("-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DGGML_SANITIZE_ADDRESS=ON", "-DGGML_SANITIZE_UNDEFINED=ON")
     programs = build("sanitize", [*(f"test-attn-cpu-{variant}" for variant in variants), "test-recall"], *options)
     for variant in variants:

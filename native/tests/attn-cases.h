@@ -74,12 +74,16 @@ double attn_nmse(const std::vector<double> & expected, const float * found);
 // kernels trip over: single cells, sizes next to those of tiles, the largest groups and heads, V that is a part of K
 std::vector<attn_case> attn_grid(std::mt19937 & rng);
 
-// runs `cases` through `compute`, which fills op->data and returns false to decline; prints failures and a summary.
-// Returns the exit status: 1 if any NMSE is above the bound for its types or `limit`, or nothing was run
-int attn_run(const char * name, const std::vector<attn_case> & cases, std::mt19937 & rng, bool (*compute)(ggml_tensor * op), double limit = 1.0);
+// the largest NMSE that is right, by the types of K and V alone; of kernels that compute in f32 throughout; and of those
+// that round queries to 16 bits where K is in blocks of integers, and weights where V is
+double attn_limit(const attn_case & c);
+double attn_limit_f32(const attn_case & c);
+double attn_limit_i16(const attn_case & c);
 
-// what kernels that compute in f32 throughout stay below
-constexpr double ATTN_LIMIT_F32 = 1e-10;
+// runs `cases` through `compute`, which fills op->data and returns false to decline; prints failures and a summary.
+// Returns the exit status: 1 if any NMSE is above its limit, or nothing was run
+int attn_run(const char * name, const std::vector<attn_case> & cases, std::mt19937 & rng, bool (*compute)(ggml_tensor * op),
+        double (*limit)(const attn_case & c) = attn_limit);
 
 // the random state for this run: LMINF_TEST_SEED if set, else a new one; printed
 std::mt19937 attn_seed();

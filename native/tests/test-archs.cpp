@@ -17,6 +17,8 @@
 #include "llama-ext.h"
 #include "llama-model.h"
 
+#include "lminf-attn.h"
+
 #include <cstring>
 #include <functional>
 
@@ -252,6 +254,49 @@ static double keeps_memory(llama_model * model) {
     return 0.0;
 }
 
+struct not_applicable {}; // to this model
+
+// attention reads the cells that one of the batch's sequences has filled, up to a multiple of 256, not the whole ring
+static double reads_what_is_filled(llama_model * model) {
+    const int64_t n_pad = 256;
+
+    int64_t n_read = 0;
+
+    context_params params;
+    params.n_local = 1000;
+    params.n_seq   = 2;
+    params.on_node = [&](const ggml_tensor * node) {
+        if (node->op == GGML_OP_LMINF_ATTN) {
+            n_read = std::max(n_read, node->src[LMINF_ATTN_K]->ne[1]);
+        }
+    };
+    context ctx(model, params);
+    const int64_t n_cells = ctx.info().n_cells;
+
+    const auto check = [&](int64_t n_filled, llama_seq_id seq_id, const tokens & part) {
+        n_read = 0;
+        ctx.decode({ { seq_id, part } });
+        if (n_read == 0) {
+            throw not_applicable(); // stock operations
+        }
+        const int64_t most = std::min(n_cells, (n_filled + n_pad - 1)/n_pad*n_pad);
+        require(n_read <= most, std::to_string(n_read) + " cells were read where " + std::to_string(n_filled) + " are filled");
+    };
+
+    const tokens one = { text[0] };
+
+    check(1, 0, one);
+    ctx.read(text, 1, 300, 30, 0, false);
+    check(301, 0, one);
+    check(1,   1, one); // another sequence
+    ctx.read(text, 301, 2500, 30, 0, false);
+    check(n_cells, 0, one); // gone round
+    check(2, 1, one);
+    llama_memory_seq_rm(llama_get_memory(ctx.get()), 0, -1, -1);
+    check(1, 0, one); // empty again
+    return 0.0;
+}
+
 // both ways to compute the attention
 static double equals_stock_operations(llama_model * model) {
     const size_t n = 400;
@@ -288,8 +333,6 @@ static double equals_cpu(const arch_model & what, llama_model * model) {
 
     return error_between(context(other.get(), params).read(text, 0, n, 30), context(model, params).read(text, 0, n, 30));
 }
-
-struct not_applicable {}; // to this model
 
 // A quantized cache, in units of what quantizing changes with llama.cpp's own: it rotates queries, keys and values so that
 // they quantize better, and an attention that reads them must know.
@@ -476,6 +519,7 @@ static void check_all(const arch_model & what, llama_model * model, json_object 
     check("rollback",   [&] { return equals_rolled_back(model, 0, n_rollback); });
     check("sequences",  [&] { return equals_alone(model); });
     check("memory",     [&] { return keeps_memory(model); });
+    check("filled",     [&] { return reads_what_is_filled(model); });
     check("operations", [&] { return equals_stock_operations(model); });
     check("recall",     [&] { return recalls_as_sinks(model); });
     check("batches",    [&] { return refuses_bad_batches(model); });

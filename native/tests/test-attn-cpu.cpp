@@ -101,7 +101,7 @@ int main(int argc, char ** argv) {
     auto cases = attn_grid(rng);
     cases.erase(std::remove_if(cases.begin(), cases.end(), [&](const attn_case &) { return rng() % 100 >= percent; }), cases.end());
 
-    const int status = attn_run(LMINF_TEST_NAME, cases, rng, compute, ATTN_LIMIT_F32);
+    const int status = attn_run(LMINF_TEST_NAME, cases, rng, compute, attn_limit_i16);
 
     return status || !nan_stays_nan(cases, rng);
 }

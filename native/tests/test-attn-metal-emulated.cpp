@@ -311,7 +311,7 @@ int main(int argc, char ** argv) {
         cases.push_back(c);
     }
 
-    const int status = attn_run("Metal kernels on the CPU", cases, rng, compute, ATTN_LIMIT_F32);
+    const int status = attn_run("Metal kernels on the CPU", cases, rng, compute, attn_limit_f32);
 
     printf("launched:");
     for (const auto & [name, count] : n_launched) {

@@ -113,6 +113,8 @@ def test_it_does_what_it_should(pending: Mapping[str, Future[dict[str, Any]]], n
         assert checks["quantized"] <= QUANTIZED
     else:
         assert checks["quantized"] is None
+    # of a ring that is not full, attention reads what is filled
+    assert checks["filled"] == (0 if result["layers"]["fused"] else None)
     assert {
         "stock",
         "rebase",

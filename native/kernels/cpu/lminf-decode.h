@@ -9,8 +9,10 @@
 
 #include <utility>
 
-// up to so many rows per KV head the decode kernel is faster (2 AVX-512 cores, head size 64 and 128)
-static constexpr int N_ROWS_DECODE = 8;
+// up to so many rows per KV head the decode kernel is faster (measured with head sizes 64 to 576; not on ARM)
+static constexpr int N_ROWS_DECODE = LANES == 16 ? 24 : LANES == 8 ? 16 : 8;
+
+static constexpr int N_BLOCK_MAX = 64; // cells in a block
 
 // n cells of all heads in a form that the kernels read 16 elements at a time
 struct kv_rows {
@@ -126,6 +128,109 @@ static void scores(const kv_rows & k, int n, int n_head, int n_embd, const head_
     }
 }
 
+// Queries for keys that are blocks of integers: rounded to 16 bits, and multiplied as such. In place, N rows of q [N][n_embd]
+// become [N][2*n_embd] numbers of 16 bits, of which the first n_embd of a row are its elements; behind those of the first
+// row lie LANES floats, what row i % N was divided by.
+static int get_q_factors(int n_embd) { return n_embd/2; }
+
+static void pack_q(float * q, int n_rows, int n_embd) {
+    float factor[4];
+
+    for (int r = 0; r < n_rows; ++r) {
+        float   * row = q + r*n_embd;
+        int16_t * res = (int16_t *) row;
+
+        float max = 0.0f;
+        float nan = 0.0f; // if an element is: the factor must be as well
+        for (int e = 0; e < n_embd; ++e) {
+            max  = std::max(max, std::fabs(row[e]));
+            nan += 0.0f*row[e];
+        }
+        const bool is_zero = !(max > 1e-30f) || nan != 0.0f;
+
+        const float scale = is_zero ? 0.0f : 32767.0f/max;
+        factor[r] = max/32767.0f + nan;
+
+        for (int e0 = 0; e0 < n_embd; e0 += 16) { // what is written lies before what is still to be read
+            float part[16];
+            for (int i = 0; i < 16; i += LANES) {
+                vf_store(part + i, vf_round(vf_mul(vf_set(scale), vf_load(row + e0 + i))));
+            }
+            int16_t ints[16];
+            for (int e = 0; e < 16; ++e) {
+                ints[i16_place(e)] = is_zero ? 0 : (int16_t) part[e];
+            }
+            memcpy(res + e0, ints, sizeof(ints));
+        }
+    }
+    for (int i = 0; i < LANES; ++i) {
+        q[get_q_factors(n_embd) + i] = factor[i % n_rows];
+    }
+}
+
+// as scores, of q as pack_q leaves it
+template <ggml_type T, int N>
+static void scores_i16(const kv_rows & k, int n, int n_head, int n_embd, const head_rows & q, const head_rows & res, const next_rows & next) {
+    static constexpr int C = LANES/N; // cells whose sums are a vector [C][N]
+    static constexpr int V = 4/N;     // vectors of integers that they are loaded into: cell i*V + v is part i of number v
+
+    constexpr int n_bytes = 2*get_size16<T>();
+    const int64_t n_fetch = n_bytes*next.step/64;
+
+    for (int c0 = 0; c0 < n; c0 += C) {
+        // from the first of these cells on
+        int64_t at[C];
+        int64_t at_next[C];
+        for (int c = 0; c < C; ++c) {
+            at[c]      = (std::min(c0 + c, n - 1) - c0)*k.nb1;
+            at_next[c] = next.get_cell(c0 + c) - next.data;
+        }
+
+        for (int h = 0; h < n_head; ++h) {
+            const float   * q_h   = q.data + h*q.stride;
+            const int16_t * q_i16 = (const int16_t *) q_h;
+            const char    * row   = k.data    + c0*k.nb1 + h*k.nb2;
+            const char    * fetch = next.data + h*next.nb2;
+
+            vf sum = vf_zero();
+
+            for (int e = 0; e < n_embd; e += 32, q_i16 += 32, row += n_bytes, fetch += n_fetch) {
+                vi32 dot[4]; // [V][N]
+                for (int v = 0; v < V; ++v) {
+                    const char * block[N_PARTS];
+                    for (int i = 0; i < N_PARTS; ++i) {
+                        LMINF_PREFETCH(fetch + at_next[i*V + v]);
+                        block[i] = row + at[i*V + v];
+                    }
+                    vi8 x[2];
+                    load32_i8<T>(block, x);
+
+                    for (int r = 0; r < N; ++r) {
+                        dot[v*N + r] = vi32_zero();
+                    }
+                    for (int j = 0; j < 4; ++j) {
+                        const vi16 y = vi16_of(x[j/2], j%2);
+                        for (int r = 0; r < N; ++r) {
+                            dot[v*N + r] = vi32_dot(dot[v*N + r], y, vi16_set(q_i16 + r*2*n_embd + j*8));
+                        }
+                    }
+                }
+                sum = vf_fma(vf_parts(dot), vf_f16s<N>(row, at), sum);
+            }
+            sum = vf_mul(sum, vf_load(q_h + get_q_factors(n_embd)));
+
+            float * res_h = res.data + h*res.stride + c0*N;
+            if (c0 + C <= n) {
+                vf_store(res_h, sum);
+            } else {
+                float lanes[LANES];
+                vf_store(lanes, sum);
+                std::copy_n(lanes, (n - c0)*N, res_h);
+            }
+        }
+    }
+}
+
 // as many cells at once as make loading and storing sums cheap beside adding to them
 static constexpr int N_CELLS_VALUES = 8;
 
@@ -203,15 +308,119 @@ static void add_values(const kv_rows & v, int n, int n_head, int n_embd, const h
     }
 }
 
+// As add_values, with weights that are multiplied by a block's factor, then rounded to 16 bits beside the largest one of these
+// cells, and multiplied as such: two cells at once
+template <ggml_type T, int N>
+static void add_values_i16(const kv_rows & v, int n, int n_head, int n_embd, const head_rows & p, const head_rows & acc, const next_rows & next) {
+    static constexpr int C = LANES/N;   // cells whose weights are a vector [C][N]
+    static constexpr int E = 2*LANES;   // elements at once
+
+    constexpr int n_bytes = 2*get_size16<T>();
+    const int64_t n_fetch = n_bytes*next.step/64;
+
+    const int n_pairs = (n + 2*C - 1)/(2*C); // pairs of vectors
+
+    int64_t at[N_BLOCK_MAX];
+    int64_t at_next[N_BLOCK_MAX];
+    for (int c = 0; c < 2*C*n_pairs; ++c) {
+        at[c]      = std::min(c, n - 1)*v.nb1;
+        at_next[c] = next.get_cell(c) - next.data;
+    }
+
+    for (int h = 0; h < n_head; ++h) {
+        const float * p_h   = p.data    + h*p.stride;
+        const char  * row   = v.data    + h*v.nb2;
+        const char  * fetch = next.data + h*next.nb2;
+
+        for (int e0 = 0; e0 < n_embd; e0 += 32, row += n_bytes, fetch += n_fetch) {
+            vf w[N_BLOCK_MAX/C];
+            vf max = vf_zero();
+            for (int i = 0; i < 2*n_pairs; ++i) {
+                w[i] = i*C < n ? vf_mul(vf_load(p_h + i*LANES), vf_f16s<N>(row, at + i*C)) : vf_zero();
+                max  = vf_max(max, T == GGML_TYPE_Q4_0 ? vf_max(w[i], vf_sub(vf_zero(), w[i])) : w[i]); // whose factors have a sign
+            }
+
+            float lanes[LANES];
+            vf_store(lanes, max);
+            for (int i = N; i < LANES; ++i) {
+                lanes[i % N] = std::max(lanes[i % N], lanes[i]);
+            }
+            float factor[N];
+            for (int i = 0; i < LANES; ++i) {
+                lanes[i] = lanes[i % N];
+            }
+            for (int r = 0; r < N; ++r) {
+                factor[r] = lanes[r]/32767.0f;
+            }
+            for (int i = 0; i < LANES; ++i) {
+                lanes[i] = lanes[i] > 1e-30f ? 32767.0f/lanes[i] : 0.0f;
+            }
+            const vf scale = vf_load(lanes);
+
+            int16_t pairs[N_PAIR*N_BLOCK_MAX*N/2];
+            for (int i = 0; i < n_pairs; ++i) {
+                vi16_store_pairs(pairs + i*N_PAIR*LANES, vf_mul(scale, w[2*i]), vf_mul(scale, w[2*i + 1]));
+            }
+
+            for (int e = 0; e < 32; e += E) {
+                vi32 sum[N][2];
+                for (int r = 0; r < N; ++r) {
+                    sum[r][0] = sum[r][1] = vi32_zero();
+                }
+                for (int i = 0; i < n_pairs; ++i) {
+                    for (int c = 0; c < C; ++c) {
+                        const int c0 = i*2*C + c;
+                        if (e == 0) {
+                            LMINF_PREFETCH(fetch + at_next[c0]);
+                            LMINF_PREFETCH(fetch + at_next[c0 + C]);
+                        }
+                        vi16 x[2];
+                        vi16_zip(load_i16<T>(row + at[c0], e), load_i16<T>(row + at[c0 + C], e), x);
+                        for (int r = 0; r < N; ++r) {
+                            const vi16 y = vi16_pair(pairs + (i*LANES + c*N + r)*N_PAIR);
+                            sum[r][0] = vi32_dot(sum[r][0], x[0], y);
+                            sum[r][1] = vi32_dot(sum[r][1], x[1], y);
+                        }
+                    }
+                }
+                for (int r = 0; r < N; ++r) {
+                    float * acc_r = acc.data + h*acc.stride + r*n_embd + e0 + e;
+
+                    vf x[2];
+                    vf_unzip(sum[r], x);
+                    vf_store(acc_r,         vf_fma(x[0], vf_set(factor[r]), vf_load(acc_r)));
+                    vf_store(acc_r + LANES, vf_fma(x[1], vf_set(factor[r]), vf_load(acc_r + LANES)));
+                }
+            }
+        }
+    }
+}
+
 typedef void (*scores_t)(const kv_rows & k, int n, int n_head, int n_embd, const head_rows & q, const head_rows & res, const next_rows & next);
 typedef void (*add_values_t)(const kv_rows & v, int n, int n_head, int n_embd, const head_rows & p, const head_rows & acc, const next_rows & next);
 
+template <ggml_type T, int N> static scores_t get_scores() {
+    if constexpr (has_integers(T)) {
+        return scores_i16<T, N>;
+    } else {
+        return scores<T, N>;
+    }
+}
+
 template <ggml_type T> static scores_t get_scores(int n_rows) {
-    return n_rows == 1 ? scores<T, 1> : n_rows == 2 ? scores<T, 2> : scores<T, 4>;
+    return n_rows == 1 ? get_scores<T, 1>() : n_rows == 2 ? get_scores<T, 2>() : get_scores<T, 4>();
+}
+
+template <ggml_type T, int N> static add_values_t get_add_values() {
+    if constexpr (has_integers(T)) {
+        return add_values_i16<T, N>;
+    } else {
+        return add_values<T, N>;
+    }
 }
 
 template <ggml_type T> static add_values_t get_add_values(int n_rows) {
-    return n_rows == 1 ? add_values<T, 1> : n_rows == 2 ? add_values<T, 2> : add_values<T, 4>;
+    return n_rows == 1 ? get_add_values<T, 1>() : n_rows == 2 ? get_add_values<T, 2>() : get_add_values<T, 4>();
 }
 
 static scores_t get_scores(int type, int n_rows) {
@@ -255,8 +464,6 @@ static int get_row_groups(int n_rows, row_group * groups) {
     }
     return n;
 }
-
-static constexpr int N_BLOCK_MAX = 64;
 
 // cells in a block: its K and V should stay in the second level cache from when they are fetched to when they are read
 static int get_n_block(int64_t nb1) {
@@ -419,6 +626,14 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
                     load_q(args, get_row(args.q_sink, r/n_group, head, i_stream), state.q_sink + r*n_embd_k);
                 }
             }
+            for (int g = 0; g < n_groups; ++g) {
+                if (has_integers(args.k.type)) {
+                    pack_q(state.q + groups[g].first*n_embd_k, groups[g].size, n_embd_k);
+                }
+                if (args.n_sink > 0 && has_integers(args.k_sink.type)) {
+                    pack_q(state.q_sink + groups[g].first*n_embd_k, groups[g].size, n_embd_k);
+                }
+            }
             std::fill_n(state.m, n_padded, NO_SCORE);
         }
 
@@ -453,7 +668,7 @@ static void decode(const lminf_attn_args & args, float * scratch, float * parts,
 
                 const auto walk = [&](const lminf_attn_operand & t, int n_embd, const next_rows & next, auto read) {
                     const bool convert = must_convert(n_embd);
-                    const int  step    = n_groups == 1 && !convert ? n : N_CELLS_STEP;
+                    const int  step    = has_integers(t.type) || (n_groups == 1 && !convert) ? n : N_CELLS_STEP;
 
                     for (int c = 0; c < n; c += step) {
                         const int     n_cells = std::min(step, n - c);

@@ -7,6 +7,8 @@
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
 
+#include <cstddef>
+
 namespace lminf_simd {
 
 constexpr int N16 = 16/LANES; // vectors in 16 elements
@@ -58,6 +60,38 @@ template <> inline void load16<GGML_TYPE_Q4_0>(const char * row, int i, vf * x) 
     vf_load16_i4(block.qs, i%QK4_0 == 0 ? 0 : 4, x);
     for (int j = 0; j < N16; ++j) {
         x[j] = vf_mul(d, x[j]);
+    }
+}
+
+// types in blocks of 32 integers with a common factor in front of them, in f16
+constexpr bool has_integers(int type) { return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0; }
+
+static_assert(offsetof(block_q8_0, d) == 0 && offsetof(block_q4_0, d) == 0 && QK8_0 == 32 && QK4_0 == 32, "blocks of q8_0 and q4_0");
+
+// the integers of a block of N_PARTS cells each: its first 16, and the others
+template <ggml_type T> static inline void load32_i8(const char * const * block, vi8 * x) {
+    const char * p[N_PARTS];
+    for (int i = 0; i < N_PARTS; ++i) {
+        p[i] = block[i] + (T == GGML_TYPE_Q8_0 ? offsetof(block_q8_0, qs) : offsetof(block_q4_0, qs));
+    }
+    x[0] = vi8_load(p);
+    if constexpr (T == GGML_TYPE_Q8_0) {
+        for (int i = 0; i < N_PARTS; ++i) {
+            p[i] += 16;
+        }
+        x[1] = vi8_load(p);
+    } else {
+        x[1] = vi8_i4(x[0], 4);
+        x[0] = vi8_i4(x[0], 0);
+    }
+}
+
+// 2*LANES integers of a block, from number i on
+template <ggml_type T> static inline vi16 load_i16(const char * block, int i) {
+    if constexpr (T == GGML_TYPE_Q8_0) {
+        return vi16_load_i8(block + offsetof(block_q8_0, qs) + i);
+    } else {
+        return vi16_load_i4(block + offsetof(block_q4_0, qs) + i%16, i < 16 ? 0 : 4);
     }
 }
 

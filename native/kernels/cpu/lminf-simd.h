@@ -5,11 +5,25 @@
 //   vf_sums  N_ACC vectors -> the sum of each
 //
 // vf_load_* convert to f32; vf_load16_i4: 16 numbers of 4 bits with their offset of 8, at `shift` of each byte
+//
+// and in integers, where each 128 bits of a vector are of a cell of their own:
+//
+//   N_PARTS  of 128 bits: as many cells
+//   vi8      16 numbers of each, vi16 8, vi32 4
+//   vi16_of  half of the 16; element e is then number i16_place(e) of both halves
+//   vi32_dot adds products, two by two
+//   vf_parts 4 vectors -> the sum over each part of each, part by part
+//   vi16_load_*      2*LANES numbers of 8 or 4 bits
+//   vi16_zip         of two cells, so that with vi16_pair, two weights, vi32_dot adds each cell's numbers times its weight
+//   vf_unzip         those sums in order
+//   vi16_store_pairs weights, rounded: one of a, one of b, in N_PAIR numbers
+//   vf_f16s  the LANES/N numbers in f16 that lie at p + at[..], each N times
 
 #pragma once
 
 #include "ggml.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -32,6 +46,12 @@
 #endif
 
 namespace lminf_simd {
+
+static inline uint16_t load_u16(const char * p) {
+    uint16_t x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
@@ -76,6 +96,69 @@ static inline void vf_sums(const vf * a, float * res) {
     _mm512_storeu_ps(res, _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(y0, y1)), _mm512_castpd_ps(_mm512_unpackhi_pd(y0, y1))));
 }
 
+typedef __m512i vi8;
+typedef __m512i vi16;
+typedef __m512i vi32;
+
+constexpr int N_PARTS = 4;
+constexpr int N_PAIR  = 2;
+
+static inline int  i16_place(int e)                { return e%2*8 + e/2; }
+static inline vi8  vi8_load(const char * const * p) {
+    const auto load = [&](int i) { return _mm_loadu_si128((const __m128i *) p[i]); };
+    return _mm512_inserti32x4(_mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(load(0)), load(1), 1), load(2), 2), load(3), 3);
+}
+static inline vi8  vi8_i4(vi8 x, int shift)        {
+    return _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(x, shift), _mm512_set1_epi8(0xF)), _mm512_set1_epi8(8));
+}
+static inline vi16 vi16_of(vi8 x, int half)        { return _mm512_srai_epi16(half == 0 ? _mm512_slli_epi16(x, 8) : x, 8); }
+static inline vi16 vi16_set(const int16_t * p)     { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
+static inline vi16 vi16_load_i8(const char * p)    { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *) p)); }
+static inline vi16 vi16_load_i4(const char * p, int) { // all of a block
+    const __m128i x = _mm_loadu_si128((const __m128i *) p);
+    const __m256i y = _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1), _mm256_set1_epi8(0xF));
+    return _mm512_cvtepi8_epi16(_mm256_sub_epi8(y, _mm256_set1_epi8(8)));
+}
+static inline void vi16_zip(vi16 a, vi16 b, vi16 * res) {
+    res[0] = _mm512_unpacklo_epi16(a, b);
+    res[1] = _mm512_unpackhi_epi16(a, b);
+}
+static inline vi16 vi16_pair(const int16_t * p)    {
+    int32_t pair;
+    memcpy(&pair, p, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+}
+static inline void vi16_store_pairs(int16_t * res, vf a, vf b) {
+    const vi32 x = _mm512_and_si512(_mm512_cvtps_epi32(a), _mm512_set1_epi32(0xFFFF));
+    _mm512_storeu_si512((vi32 *) res, _mm512_or_si512(x, _mm512_slli_epi32(_mm512_cvtps_epi32(b), 16)));
+}
+static inline void vf_unzip(const vi32 * a, vf * res) {
+    const __m512i lo = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+    const __m512i hi = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    res[0] = _mm512_cvtepi32_ps(_mm512_permutex2var_epi64(a[0], lo, a[1]));
+    res[1] = _mm512_cvtepi32_ps(_mm512_permutex2var_epi64(a[0], hi, a[1]));
+}
+static inline vi32 vi32_zero()                     { return _mm512_setzero_si512(); }
+static inline vi32 vi32_dot(vi32 sum, vi16 a, vi16 b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
+static inline vf vf_parts(const vi32 * a) {
+    const __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    const __m512i y = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y)));
+}
+template <int N> static inline vf vf_f16s(const char * p, const int64_t * at) {
+    const auto get = [&](int i) { return (short) (i < LANES/N ? load_u16(p + at[i]) : 0); };
+    const __m256i x = _mm256_set_epi16(get(15), get(14), get(13), get(12), get(11), get(10), get(9), get(8),
+        get(7), get(6), get(5), get(4), get(3), get(2), get(1), get(0));
+    const __m512i place = _mm512_set_epi32(15/N, 14/N, 13/N, 12/N, 11/N, 10/N, 9/N, 8/N, 7/N, 6/N, 5/N, 4/N, 3/N, 2/N, 1/N, 0);
+    return _mm512_permutexvar_ps(place, _mm512_cvtph_ps(x));
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 typedef __m256 vf;
@@ -114,6 +197,63 @@ static inline void vf_sums(const vf * a, float * res) {
     const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
     const __m256 hi = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
     _mm256_storeu_ps(res, _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31)));
+}
+
+typedef __m256i vi8;
+typedef __m256i vi16;
+typedef __m256i vi32;
+
+constexpr int N_PARTS = 2;
+constexpr int N_PAIR  = 2;
+
+static inline int  i16_place(int e)                { return e%2*8 + e/2; }
+static inline vi8  vi8_load(const char * const * p) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p[0])), _mm_loadu_si128((const __m128i *) p[1]), 1);
+}
+static inline vi8  vi8_i4(vi8 x, int shift)        {
+    return _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi8(0xF)), _mm256_set1_epi8(8));
+}
+static inline vi16 vi16_of(vi8 x, int half)        { return _mm256_srai_epi16(half == 0 ? _mm256_slli_epi16(x, 8) : x, 8); }
+static inline vi16 vi16_set(const int16_t * p)     { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)); }
+static inline vi16 vi16_load_i8(const char * p)    { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *) p)); }
+static inline vi16 vi16_load_i4(const char * p, int shift) {
+    const __m128i x = _mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i *) p), shift), _mm_set1_epi8(0xF));
+    return _mm256_cvtepi8_epi16(_mm_sub_epi8(x, _mm_set1_epi8(8)));
+}
+static inline void vi16_zip(vi16 a, vi16 b, vi16 * res) {
+    res[0] = _mm256_unpacklo_epi16(a, b);
+    res[1] = _mm256_unpackhi_epi16(a, b);
+}
+static inline vi16 vi16_pair(const int16_t * p)    {
+    int32_t pair;
+    memcpy(&pair, p, sizeof(pair));
+    return _mm256_set1_epi32(pair);
+}
+static inline void vi16_store_pairs(int16_t * res, vf a, vf b) {
+    const vi32 x = _mm256_and_si256(_mm256_cvtps_epi32(a), _mm256_set1_epi32(0xFFFF));
+    _mm256_storeu_si256((vi32 *) res, _mm256_or_si256(x, _mm256_slli_epi32(_mm256_cvtps_epi32(b), 16)));
+}
+static inline void vf_unzip(const vi32 * a, vf * res) {
+    res[0] = _mm256_cvtepi32_ps(_mm256_permute2x128_si256(a[0], a[1], 0x20));
+    res[1] = _mm256_cvtepi32_ps(_mm256_permute2x128_si256(a[0], a[1], 0x31));
+}
+static inline vi32 vi32_zero()                     { return _mm256_setzero_si256(); }
+static inline vi32 vi32_dot(vi32 sum, vi16 a, vi16 b) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+static inline vf vf_parts(const vi32 * a) {
+    const __m256i x = _mm256_add_epi32(_mm256_unpacklo_epi32(a[0], a[1]), _mm256_unpackhi_epi32(a[0], a[1]));
+    const __m256i y = _mm256_add_epi32(_mm256_unpacklo_epi32(a[2], a[3]), _mm256_unpackhi_epi32(a[2], a[3]));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y)));
+}
+template <int N> static inline vf vf_f16s(const char * p, const int64_t * at) {
+    const auto get = [&](int i) { return (short) (i < LANES/N ? load_u16(p + at[i]) : 0); };
+    const __m128i x = _mm_set_epi16(get(7), get(6), get(5), get(4), get(3), get(2), get(1), get(0));
+    return _mm256_permutevar8x32_ps(_mm256_cvtph_ps(x), _mm256_set_epi32(7/N, 6/N, 5/N, 4/N, 3/N, 2/N, 1/N, 0));
 }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -162,6 +302,55 @@ static inline void vf_sums(const vf * a, float * res) {
     }
 }
 
+typedef int8x16_t vi8;
+typedef int16x8_t vi16;
+typedef int32x4_t vi32;
+
+constexpr int N_PARTS = 1;
+constexpr int N_PAIR  = 8;
+
+static inline int  i16_place(int e)                { return e; }
+static inline vi8  vi8_load(const char * const * p) { return vld1q_s8((const int8_t *) p[0]); }
+static inline vi8  vi8_i4(vi8 x, int shift)        {
+    const uint8x16_t bytes = vandq_u8(vshlq_u8(vreinterpretq_u8_s8(x), vdupq_n_s8(-shift)), vdupq_n_u8(0xF));
+    return vsubq_s8(vreinterpretq_s8_u8(bytes), vdupq_n_s8(8));
+}
+static inline vi16 vi16_of(vi8 x, int half)        { return vmovl_s8(half == 0 ? vget_low_s8(x) : vget_high_s8(x)); }
+static inline vi16 vi16_set(const int16_t * p)     { return vld1q_s16(p); }
+static inline vi16 vi16_load_i8(const char * p)    { return vmovl_s8(vld1_s8((const int8_t *) p)); }
+static inline vi16 vi16_load_i4(const char * p, int shift) {
+    const uint8x8_t x = vand_u8(vshl_u8(vld1_u8((const uint8_t *) p), vdup_n_s8(-shift)), vdup_n_u8(0xF));
+    return vsubq_s16(vreinterpretq_s16_u16(vmovl_u8(x)), vdupq_n_s16(8));
+}
+static inline void vi16_zip(vi16 a, vi16 b, vi16 * res) {
+    res[0] = vcombine_s16(vget_low_s16(a), vget_low_s16(b));
+    res[1] = vcombine_s16(vget_high_s16(a), vget_high_s16(b));
+}
+static inline vi16 vi16_pair(const int16_t * p)    { return vld1q_s16(p); }
+static inline void vi16_store_pairs(int16_t * res, vf a, vf b) {
+    const int16x4_t x = vmovn_s32(vcvtnq_s32_f32(a));
+    const int16x4_t y = vmovn_s32(vcvtnq_s32_f32(b));
+    vst1q_s16(res,      vcombine_s16(vdup_lane_s16(x, 0), vdup_lane_s16(y, 0)));
+    vst1q_s16(res + 8,  vcombine_s16(vdup_lane_s16(x, 1), vdup_lane_s16(y, 1)));
+    vst1q_s16(res + 16, vcombine_s16(vdup_lane_s16(x, 2), vdup_lane_s16(y, 2)));
+    vst1q_s16(res + 24, vcombine_s16(vdup_lane_s16(x, 3), vdup_lane_s16(y, 3)));
+}
+static inline void vf_unzip(const vi32 * a, vf * res) {
+    res[0] = vcvtq_f32_s32(a[0]);
+    res[1] = vcvtq_f32_s32(a[1]);
+}
+static inline vi32 vi32_zero()                     { return vdupq_n_s32(0); }
+static inline vi32 vi32_dot(vi32 sum, vi16 a, vi16 b) {
+    return vmlal_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), vget_high_s16(a), vget_high_s16(b));
+}
+static inline vf vf_parts(const vi32 * a) {
+    return vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(a[0], a[1]), vpaddq_s32(a[2], a[3])));
+}
+template <int N> static inline vf vf_f16s(const char * p, const int64_t * at) {
+    const uint16_t x[4] = { load_u16(p + at[0]), load_u16(p + at[1/N]), load_u16(p + at[2/N]), load_u16(p + at[3/N]) };
+    return vf_load_f16(x);
+}
+
 #else
 
 struct vf { float x[4]; };
@@ -193,13 +382,86 @@ static inline void vf_load16_i4(const uint8_t * p, int shift, vf * res) {
     }
 }
 
-#undef LMINF_LANES
-
 static inline void vf_sums(const vf * a, float * res) {
     for (int i = 0; i < N_ACC; ++i) {
         res[i] = (a[i].x[0] + a[i].x[1]) + (a[i].x[2] + a[i].x[3]);
     }
 }
+
+struct vi8  { int8_t  x[16]; };
+struct vi16 { int16_t x[8];  };
+struct vi32 { int32_t x[4];  };
+
+constexpr int N_PARTS = 1;
+constexpr int N_PAIR  = 8;
+
+static inline int  i16_place(int e) { return e; }
+static inline vi8  vi8_load(const char * const * p) {
+    vi8 r;
+    memcpy(r.x, p[0], sizeof(r.x));
+    return r;
+}
+static inline vi8  vi8_i4(vi8 a, int shift) {
+    for (int8_t & x : a.x) {
+        x = (int8_t) (((uint8_t) x >> shift & 0xF) - 8);
+    }
+    return a;
+}
+static inline vi16 vi16_of(vi8 a, int half) {
+    vi16 r;
+    std::copy_n(a.x + 8*half, 8, r.x);
+    return r;
+}
+static inline vi16 vi16_set(const int16_t * p) {
+    vi16 r;
+    memcpy(r.x, p, sizeof(r.x));
+    return r;
+}
+static inline vi16 vi16_load_i8(const char * p) {
+    vi16 r;
+    std::copy_n((const int8_t *) p, 8, r.x);
+    return r;
+}
+static inline vi16 vi16_load_i4(const char * p, int shift) {
+    vi16 r;
+    for (int i = 0; i < 8; ++i) {
+        r.x[i] = (int16_t) (((uint8_t) p[i] >> shift & 0xF) - 8);
+    }
+    return r;
+}
+static inline void vi16_zip(vi16 a, vi16 b, vi16 * res) {
+    for (int i = 0; i < 8; ++i) {
+        res[i/4].x[i%4*2]     = a.x[i];
+        res[i/4].x[i%4*2 + 1] = b.x[i];
+    }
+}
+static inline vi16 vi16_pair(const int16_t * p) { return vi16_set(p); }
+static inline void vi16_store_pairs(int16_t * res, vf a, vf b) {
+    for (int i = 0; i < 32; ++i) { // NaN cannot be converted
+        const float x = i%2 == 0 ? a.x[i/8] : b.x[i/8];
+        res[i] = std::isnan(x) ? 0 : (int16_t) nearbyintf(x);
+    }
+}
+static inline void vf_unzip(const vi32 * a, vf * res) {
+    for (int i = 0; i < 8; ++i) {
+        res[i/4].x[i%4] = (float) a[i/4].x[i%4];
+    }
+}
+static inline vi32 vi32_zero() { return { { 0, 0, 0, 0 } }; }
+static inline vi32 vi32_dot(vi32 sum, vi16 a, vi16 b) {
+    for (int i = 0; i < 8; ++i) {
+        sum.x[i/2] += a.x[i]*b.x[i];
+    }
+    return sum;
+}
+static inline vf vf_parts(const vi32 * a) {
+    LMINF_LANES((float) (a[i].x[0] + a[i].x[1] + a[i].x[2] + a[i].x[3]));
+}
+template <int N> static inline vf vf_f16s(const char * p, const int64_t * at) {
+    LMINF_LANES(ggml_fp16_to_fp32(load_u16(p + at[i/N])));
+}
+
+#undef LMINF_LANES
 
 #endif
 

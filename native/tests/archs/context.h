@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -30,12 +31,17 @@ struct context_params {
     int32_t   n_ubatch  = 16; // a batch is several of these
     ggml_type type      = GGML_TYPE_F32;
     bool      flash     = false;
+
+    // sees every node of every graph before it is computed
+    std::function<void(const ggml_tensor * node)> on_node;
 };
 
 class context {
 public:
+    context(const context &) = delete;
+
     context(llama_model * model, const context_params & params) :
-        n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(model))), outputs_all(needs_outputs(model)) {
+        n_vocab(llama_vocab_n_tokens(llama_model_get_vocab(model))), outputs_all(needs_outputs(model)), on_node(params.on_node) {
         llama_context_params cp = llama_context_default_params();
         cp.n_ctx           = params.n_ctx*params.n_seq;
         cp.n_batch         = params.n_batch;
@@ -49,6 +55,16 @@ public:
         cp.flash_attn_type = params.flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
         cp.kv_unified      = false;
         cp.swa_full        = false; // llama.cpp's own cache as llama-server makes it
+
+        if (on_node) {
+            cp.cb_eval = [](ggml_tensor * node, bool ask, void * self) {
+                if (ask) {
+                    static_cast<const context *>(self)->on_node(node);
+                }
+                return !ask; // whether to stop there; afterwards, to go on
+            };
+            cp.cb_eval_user_data = this;
+        }
 
         if (params.n_local > 0) {
             lminf_params lp = lminf_default_params();
@@ -167,4 +183,6 @@ private:
 
     int32_t n_vocab;
     bool    outputs_all;
+
+    std::function<void(const ggml_tensor * node)> on_node;
 };
