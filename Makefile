@@ -48,8 +48,8 @@ browser: setup # what the tests of the page and of node clients need, beside Chr
 test-kernels: setup ## the attention kernels against float64, on and for everything at hand; ARGS="cpu neon" for some
 	@$(PYTHON) scripts/test_kernels.py $(ARGS)
 
-sanitize: setup ## the CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(PYTHON) scripts/test_kernels.py sanitize
+sanitize: setup ## the CPU kernels and the whole library under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(PYTHON) scripts/test_kernels.py sanitize library
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

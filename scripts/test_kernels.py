@@ -6,6 +6,8 @@
     device      on ggml's own devices, by ggml: the CPU, and a GPU if llama.cpp was built for one
     cpu         the CPU kernels compiled for plain C, AVX2 and AVX-512, with and without VNNI (on ARM NEON), and recall
     sanitize    those for plain C and AVX2 again, and recall, under AddressSanitizer and UndefinedBehaviorSanitizer
+    library     the whole library and the chat library under both, in Python: random operations, changed states, other
+                batches than text, templates; takes long, so it is only run where it is asked for
     neon        cross-compiled for ARM, under qemu-user
     cuda        the CUDA kernels as C++ on the CPU
     nvcc        the CUDA kernels compiled by nvcc for compute capability 7.5, 8.0, 8.9 and 9.0
@@ -36,6 +38,14 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # most, as all of it takes an hour on two cores
 UPSTREAM_OPS = "SOFT_MAX,ROPE,CONCAT,SET_ROWS"
 UPSTREAM_FLASH = r"hsk=(64|128),hsv=(64|128),nh=4,nr23=.(1|4),1.,kv=(113|512),.*mask=1.*type_(K|KV)=(f16|q8_0|q4_0)"
+
+# of the suite, what goes through most of native/ with the least work of the model
+LIBRARY_TESTS = (
+    *(f"tests/native/test_operations.py::test_any_order_of_operations[{kind}]" for kind in ("llama-0", "qwen35-8")),
+    "tests/native/test_native.py::test_a_changed_state_is_refused_or_can_be_continued",
+    "tests/native/test_text_only.py",
+    "tests/text/test_chat_library.py",
+)
 
 
 class Skipped(Exception):
@@ -105,13 +115,37 @@ def test_cpu() -> None:
         raise Skipped("this processor has no AVX-512 (the others passed)")
 
 
+def build_sanitized(*targets: str) -> Path:
+    flags = [f"-DCMAKE_{language}_FLAGS_RELWITHDEBINFO=-O1 -g1 -DNDEBUG" for language in ("C", "CXX")]
+    return build("sanitize", targets, "-DCMAKE_BUILD_TYPE=RelWithDebInfo", *flags, "-DLMINF_SANITIZE=ON")
+
+
 def test_sanitize() -> None:
     variants = [variant for variant in cpu_variants() if variant not in ("avx512", "avx512vnni")]
-    options = ("-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DGGML_SANITIZE_ADDRESS=ON", "-DGGML_SANITIZE_UNDEFINED=ON")
-    programs = build("sanitize", [*(f"test-attn-cpu-{variant}" for variant in variants), "test-recall"], *options)
+    programs = build_sanitized(*(f"test-attn-cpu-{variant}" for variant in variants), "test-recall")
     for variant in variants:
         run([programs / f"test-attn-cpu-{variant}", "50"])
     run([programs / "test-recall"])
+
+
+def test_library() -> None:
+    """What the sanitizers find ends the process, and the test with it."""
+    if platform.system() != "Linux":
+        raise Skipped("the sanitizers' runtime is preloaded as on Linux")
+    compiler = os.environ.get("CXX", "c++")
+    # an interpreter that was not built with it needs the runtime first, and what throws exceptions for it to hook into
+    names = [f"-print-file-name={name}" for name in ("libasan.so", "libstdc++.so.6")]
+    runtime = [subprocess.run([compiler, name], capture_output=True, text=True).stdout.strip() for name in names]
+    if not all(map(os.path.isabs, runtime)):
+        raise Skipped(f"{compiler} has no libasan.so: only GCC's is known here (CXX=g++)")
+    run(
+        [TOOLS / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *LIBRARY_TESTS],
+        LMINF_LIB_PATH=str(build_sanitized("lminf")),
+        LD_PRELOAD=" ".join(runtime),
+        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",  # Python's own leaks; sizes in files may be anything
+        UBSAN_OPTIONS="print_stacktrace=1",
+        OMP_WAIT_POLICY="passive",
+    )
 
 
 def test_neon() -> None:
@@ -165,6 +199,7 @@ TESTS: dict[str, Callable[[], None]] = {
     "device": test_device,
     "cpu": test_cpu,
     "sanitize": test_sanitize,
+    "library": test_library,
     "neon": test_neon,
     "cuda": test_cuda,
     "nvcc": test_nvcc,
@@ -175,13 +210,13 @@ TESTS: dict[str, Callable[[], None]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", metavar="NAME", nargs="*", choices=[*TESTS, []], help="default: all of them")
+    parser.add_argument("names", metavar="NAME", nargs="*", choices=[*TESTS, []], help="default: all but library")
     parser.add_argument("--require", action="store_true", help="what cannot run here is a failure")
     args = parser.parse_args()
 
     results: list[tuple[str, str]] = []
     failed = False
-    for name in args.names or TESTS:
+    for name in args.names or [name for name in TESTS if name != "library"]:
         print(f"--- {name}", flush=True)
         started = time.monotonic()
         try:

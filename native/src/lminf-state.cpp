@@ -286,7 +286,9 @@ static void write_cells(llama_io_write_i & io, const lminf_kv & kv, llama_seq_id
 
     const state_cells cells = { (int32_t) kv.get_params().n_cells, (int32_t) idxs.size() };
     io.write(&cells, sizeof(cells));
-    io.write(idxs.data(), idxs.size()*sizeof(uint32_t));
+    if (!idxs.empty()) { // the data of none is a null pointer, which memcpy must not be given
+        io.write(idxs.data(), idxs.size()*sizeof(uint32_t));
+    }
 
     kv.get_cache().state_write(io, seq_id, flags);
 }
@@ -357,7 +359,9 @@ static void read_cells(llama_io_read_i & io, lminf_kv & kv, const state_seq & se
     }
 
     std::vector<uint32_t> idxs(cells.n_used);
-    io.read(idxs.data(), idxs.size()*sizeof(uint32_t));
+    if (!idxs.empty()) {
+        io.read(idxs.data(), idxs.size()*sizeof(uint32_t));
+    }
 
     if (std::adjacent_find(idxs.begin(), idxs.end(), std::greater_equal<>()) != idxs.end() ||
             (!idxs.empty() && (int64_t) idxs.back() >= cells.n_cells)) {

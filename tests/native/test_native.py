@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import subprocess
@@ -699,7 +700,8 @@ def test_a_changed_state_is_refused_or_can_be_continued(tmp_path: Path, name: st
     """In a process of its own: what is trusted and should not be ends in an abort."""
     path = models.write(name, tmp_path)
     command = [sys.executable, str(SUPPORT / "state_mutations.py"), str(path), "auto"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     n_refused, n_taken = map(int, result.stdout.split())
     assert n_refused > 1000
