@@ -201,7 +201,8 @@ def _mark(axes: Any, marks: Mapping[str, int], end: int) -> None:
         is_left = is_narrow or (i == 0 and len(names) > 1)
         axes.annotate(
             ", ".join(names[position]), (position, 1), (-4 if is_left else 4, -20 if is_narrow else -4),
-            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", ha="right" if is_left else "left", fontsize=9,
+            xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
+            ha="right" if is_left else "left", fontsize=9,
         )  # fmt: skip
 
 
