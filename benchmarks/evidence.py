@@ -922,7 +922,7 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
     n_far, n_near, n_sweep = (n // share for n in (size.n_real, size.n_real_others, size.n_real_sweep))
     n_full = min(2 * n_train, n_near)
     once = ["full", "sinks-uncapped"]  # what breaks is seen to break on one text
-    others = [name for name in WITHOUT_RECALL if name not in (*once, "lminf")]
+    others = ["window", "sinks", "shift"] if share == 1 else ["window", "sinks"]
     block = size.block if share == 1 else size.tail_block
     one: Results = {"block": block, "n_texts": 1}
     broken = {"full": n_full} if share > 1 else {"sinks-uncapped": n_near, "full": n_full}

@@ -22,9 +22,9 @@ STYLES = {
     "sinks-uncapped": ("#D55E00", (0, (6, 1.5, 1, 1.5)), 2.4),
     "lminf": ("#56B4E9", "-", 5.0),
     "recall": ("#CC79A7", (0, (1, 1.5)), 3.0),
-    "shift": ("#E69F00", (0, (4, 8)), 2.4),
-    "window": ("#009E73", (4, (4, 8)), 2.4),
-    "sinks": ("#0072B2", (8, (4, 8)), 2.4),
+    "shift": ("#E69F00", (0, (3, 3)), 2.8),
+    "sinks": ("#0072B2", (3, (3, 3)), 2.8),
+    "window": ("#009E73", "-", 1.2),
 }
 NAMES = {
     "full": "full attention",
@@ -187,17 +187,22 @@ def plot_divergence(
 
 
 def _mark(axes: Any, marks: Mapping[str, int], end: int) -> None:
-    """Vertical lines at these positions before `end`, each with its name: of two, the first to the left of its line."""
+    """Vertical lines at these positions before `end`, each with its name.
+
+    Of two, the first is to the left of its line, and so is one, further down, that has no room at its right.
+    """
     names: dict[int, list[str]] = {}
     for name, position in marks.items():
         if 0 < position < end:
             names.setdefault(position, []).append(name)
     for i, position in enumerate(sorted(names)):
         axes.axvline(position, color="0.3", linewidth=0.9, linestyle=":", zorder=1)
-        is_left = i == 0 and len(names) > 1
+        is_narrow = 3 * position > end
+        is_left = is_narrow or (i == 0 and len(names) > 1)
         axes.annotate(
-            ", ".join(names[position]), (position, 1), (-4 if is_left else 4, -4), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", ha="right" if is_left else "left", fontsize=9,
+            ", ".join(names[position]), (position, 1), (-4 if is_left else 4, -20 if is_narrow else -4),
+            xycoords=("data", "axes fraction"), textcoords="offset points", va="top",
+            ha="right" if is_left else "left", fontsize=9,
         )  # fmt: skip
 
 
