@@ -686,7 +686,7 @@ class Scheduler:
             self._progress = work.reads_for, len(work.slot)
             if part.is_last:
                 self._take_over(work)
-            return
+            return 0
         stats = request.stats
         stats.position = len(work.slot) + work.slot.n_dropped
         self.counters.longest = max(self.counters.longest, stats.position)
