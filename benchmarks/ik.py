@@ -1,4 +1,4 @@
-"""Measures ik_llama.cpp beside this project and stock llama.cpp, in the same run: docs/performance/ik-*.json.
+"""Measures ik_llama.cpp beside this project and stock llama.cpp, in the same run: docs/performance/neighbor/ik-*.json.
 
     .venv/bin/python benchmarks/ik.py CHECKOUT [--shape llama-3.2-1b] [--weights Q4_0] [--depths 0,4096]
 
@@ -29,7 +29,7 @@ from lminf_edge.bench.contender import Contender
 from lminf_edge.bench.random_model import SHAPES, random_model
 from lminf_edge.config import default_ubatch
 
-FIGURES = ROOT / "docs" / "performance"
+FIGURES = ROOT / "docs" / "performance" / "neighbor"
 N_GEN = 32
 N_PROMPT = 512
 
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--stock-lib", metavar="DIR", type=Path, default=ROOT / "build" / "stock" / "bin")
     parser.add_argument("--models", metavar="DIR", type=Path, default=ROOT / "build" / "models")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=FIGURES, help="default docs/performance")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=FIGURES, help="default docs/performance/neighbor")
     args = parser.parse_args()
     try:
         native.load()

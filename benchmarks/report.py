@@ -22,6 +22,7 @@ from lminf_edge.evaluate import plots
 PLOT = "decode-speed.png"
 DEEP, NEAR = -1, -2  # as depths: the largest there is, the smallest
 GPU = "gpu-"  # before the names of the experiments of benchmarks/gpu.py
+NEIGHBOR = "ik-"  # before those of benchmarks/ik.py
 
 NAMES = {"llama-3.2-1b": "Llama-3.2-1B", "qwen3-0.6b": "Qwen3-0.6B", "llama-2-7b": "Llama-2-7B"}
 
@@ -283,6 +284,53 @@ def machines(records: dict[str, Record]) -> str:
     return pages.machines({name: record for name, record in records.items() if not name.startswith(GPU)})
 
 
+# --- ik_llama.cpp -----------------------------------------------------------------------------------------------------
+
+
+def neighbor(records: dict[str, Record]) -> str:
+    """Ours and stock beside ik_llama.cpp, each with its fastest setting, and what each keeps of its speed at depth."""
+    parts = []
+    for name, record in records.items():
+        if not name.startswith(NEIGHBOR):
+            continue
+        runs = [{**run, "who": who} for who, key in (("", "results"), ("ik", "neighbor")) for run in record[key]]
+        fast: dict[tuple[str, str, int, str], list[float]] = {}
+        for run in runs:
+            at = run["who"] or run["library"], run["test"], run["depth"], run["kv_type"]
+            fast[at] = max(fast.get(at, [0.0]), run["tokens_per_second"], key=statistics.median)
+        for who, test, depth, _ in list(fast):  # the faster of f16 and q8_0
+            both = [fast[at] for at in fast if at[:3] == (who, test, depth)]
+            if test == "tg":
+                fast[who, test, depth, "either"] = max(both, key=statistics.median)
+        rows = []
+        for _, test, depth, kv_type in (at for at in fast if at[0] == "ours"):
+            sides = [fast.get((who, test, depth, kv_type)) for who in ("ours", "ik", "stock")]
+            label = "prefill, 512 tokens" if test == "pp" else f"decode at {depth:,}" if depth else "decode, empty"
+            speeds = [speed(statistics.median(side)) if side else "–" for side in sides]
+            ratios = [_ratio_cell(sides[0], side) for side in sides[1:]]
+            rows.append([label, kv_type, *speeds, *ratios])
+        kept = []
+        for at, values in fast.items():
+            empty = fast.get((at[0], "tg", 0, at[3]))
+            if at[1] == "tg" and at[2] and empty:
+                kept.append(f"{at[0]} {statistics.median(values) / statistics.median(empty):.2f} ({at[3]}, {at[2]:,})")
+        model, limit = record["model"], record["bytes_per_second"]
+        parts.append(
+            f"{NAMES[model['shape']]}, {model['weights'].upper()}, {record['n_rounds']} rounds; ik_llama.cpp "
+            f"{record['checkout'][:12]}; memory yields {max(limit) / 1e9:.0f} GB/s.\n\n"
+            + pages.table(["test", "KV", "ours", "ik", "stock", "ours / ik", "ours / stock"], rows, 2)
+            + f"\nKept at depth: {', '.join(kept)}.\n"
+        )
+    return "\n".join(parts) or NOT_MEASURED
+
+
+def _ratio_cell(ours: Sequence[float] | None, other: Sequence[float] | None) -> str:
+    if not ours or not other:
+        return "–"
+    values = [a / b for a, b in zip(ours, other, strict=True)]
+    return spread((statistics.median(values), min(values), max(values)))
+
+
 # --- GPUs -------------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +425,7 @@ BLOCKS: dict[str, pages.Block] = {
     "positions": positions,
     "latency": latency,
     "memory": memory,
+    "neighbor": neighbor,
     "gpu-card": card,
     "gpu-decode": lambda records: gpu_models(records, "decode"),
     "gpu-prefill": lambda records: gpu_models(records, "prefill"),
@@ -427,7 +476,8 @@ def plot(records: dict[str, Record], folder: Path) -> None:
 
 def load(folder: Path) -> dict[str, Record]:
     gpu = pages.load_records(folder / "cuda")
-    return pages.load_records(folder) | {GPU + name: record for name, record in gpu.items()}
+    gpu = {GPU + name: record for name, record in gpu.items()}
+    return pages.load_records(folder) | pages.load_records(folder / "neighbor") | gpu
 
 
 if __name__ == "__main__":
