@@ -118,8 +118,8 @@ class Size:
     real_part: int = 1 << 14  # of each text
     real_block: int = 2048
     place: int = 20_000  # where texts are gone on with
-    n_written: int = 4096  # past the window
-    n_seeds: int = 6
+    n_written: int = 2048  # past the window
+    n_seeds: int = 4
     n_text: int | None = None  # of each text, at most
     save_every: float = 60.0
 
