@@ -281,7 +281,13 @@ def passkey_claims(record: Record) -> list[Claim]:
 
 
 def summary(records: dict[str, Record]) -> str:
-    return "## In short\n\n" + table(["", "measured", "target", ""], claims(records), 4) if records else ""
+    if not records:
+        return ""
+    weights = sorted({f"`{r['model']['name']}` {r['model']['weights']}" for r in records.values()})
+    facts = (
+        f"f16 KV where nothing is said; weights: {', '.join(weights)}. Machines and dates are with each table below."
+    )
+    return f"## In short\n\n{facts}\n\n" + table(["", "measured", "target", ""], claims(records), 4)
 
 
 def source(record: Record) -> str:
@@ -924,8 +930,8 @@ def own_model_section(performance: Figures) -> str:
         "worse; a text that is shorter than that shows nothing, so a model trained on 128k tokens needs a longer one. "
         "Λ stays at the loss of its window: with a window of 4096, a model that makes use of 100k tokens loses what "
         "they gave it. Whether first tokens matter depends on the model: one that leans on its first token, as SmolLM2 "
-        "and Gemma 3 do, loses with `window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller than the "
-        "default, min(4096, training length).\n\n"
+        "and Gemma 3 do, loses with `window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller "
+        "than the default, min(4096, training length).\n\n"
         f"{takes}Full attention takes four times as long for twice the tokens: `--full-tokens` ends it. Ctrl-C prints "
         "what was measured so far.\n"
     )
