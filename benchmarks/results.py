@@ -454,7 +454,7 @@ def kv_table(records: dict[str, Record]) -> str:
         quantized = records.get(plain["experiment"].removesuffix("f16") + "q8_0")
         if quantized is None:
             continue
-        start, end = plain["settings"]["start"], min(far_end(plain), far_end(quantized))
+        start, end = quantized["settings"]["start"], min(far_end(plain), far_end(quantized))
         cells = []
         for policy in WITHOUT_RECALL:
             if not all(policy in record["policies"] for record in (plain, quantized)):
@@ -467,10 +467,11 @@ def kv_table(records: dict[str, Record]) -> str:
         rows.append([f"`{plain['model']['name']}`, {window_of(plain)}, {short(start)} – {short(end)}", *cells])
     if not rows:
         return ""
-    return (
-        "### q8_0 KV\n\nLoss with a q8_0 cache minus loss with an f16 cache:\n\n"
-        + table(["", *WITHOUT_RECALL], rows, 1)
-    )  # fmt: skip
+    header = ["", *WITHOUT_RECALL]
+    kept = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    cells = [[row[i] for i in kept] for row in rows]
+    title = "### q8_0 KV\n\nLoss with a q8_0 cache minus loss with an f16 cache:\n\n"
+    return title + table([header[i] for i in kept], cells, 1)
 
 
 def stream_section(records: dict[str, Record], plot: str) -> str:
