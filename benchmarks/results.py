@@ -469,9 +469,9 @@ def kv_table(records: dict[str, Record]) -> str:
         return ""
     header = ["", *WITHOUT_RECALL]
     kept = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
-    cells = [[row[i] for i in kept] for row in rows]
+    found = [[row[i] for i in kept] for row in rows]
     title = "### q8_0 KV\n\nLoss with a q8_0 cache minus loss with an f16 cache:\n\n"
-    return title + table([header[i] for i in kept], cells, 1)
+    return title + table([header[i] for i in kept], found, 1)
 
 
 def stream_section(records: dict[str, Record], plot: str) -> str:
