@@ -204,7 +204,7 @@ def stream_claims(record: Record) -> list[Claim]:
             "the position",
             f"{interval(estimate, 5)} nats",
             "zero within its interval",
-            "reached" if estimate.is_zero else "**not reached**",
+            ("reached" if record["complete"] else "reached so far") if estimate.is_zero else "**not reached**",
         )
     ]
     again = readings_again(record)
