@@ -928,7 +928,7 @@ def real_experiments(model: str, name: str, size: Size, windows: tuple[int, int]
     broken = {"full": n_full} if share > 1 else {"sinks-uncapped": n_near, "full": n_full}
     add(f"loss-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_near, start=n_near // 2,
         read={"lminf": n_near, **dict.fromkeys(others, n_near), **broken}, once=once, fresh=[], block=block,
-        n_texts=3 if share == 1 else 1)  # fmt: skip
+        n_texts=2 if share == 1 else 1)  # fmt: skip
     add(f"far-{name}-{small}-f16", measure_loss, kv_type="f16", window=small, tokens=n_far, start=n_far // 2,
         read={"lminf": n_far}, fresh=["lminf"], **one)  # fmt: skip
     add(f"loss-{name}-{small}-q8_0", measure_loss, kv_type="q8_0", window=small, tokens=n_near // 2, start=n_near // 4,

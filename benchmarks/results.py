@@ -204,7 +204,7 @@ def stream_claims(record: Record) -> list[Claim]:
             "the position",
             f"{interval(estimate, 5)} nats",
             "zero within its interval",
-            "reached" if estimate.is_zero else "**not reached**",
+            ("reached" if record["complete"] else "reached so far") if estimate.is_zero else "**not reached**",
         )
     ]
     again = readings_again(record)
@@ -281,7 +281,13 @@ def passkey_claims(record: Record) -> list[Claim]:
 
 
 def summary(records: dict[str, Record]) -> str:
-    return "## In short\n\n" + table(["", "measured", "target", ""], claims(records), 4) if records else ""
+    if not records:
+        return ""
+    weights = sorted({f"`{r['model']['name']}` {r['model']['weights']}" for r in records.values()})
+    facts = (
+        f"f16 KV where nothing is said; weights: {', '.join(weights)}. Machines and dates are with each table below."
+    )
+    return f"## In short\n\n{facts}\n\n" + table(["", "measured", "target", ""], claims(records), 4)
 
 
 def source(record: Record) -> str:
@@ -448,7 +454,7 @@ def kv_table(records: dict[str, Record]) -> str:
         quantized = records.get(plain["experiment"].removesuffix("f16") + "q8_0")
         if quantized is None:
             continue
-        start, end = plain["settings"]["start"], min(far_end(plain), far_end(quantized))
+        start, end = quantized["settings"]["start"], min(far_end(plain), far_end(quantized))
         cells = []
         for policy in WITHOUT_RECALL:
             if not all(policy in record["policies"] for record in (plain, quantized)):
@@ -461,10 +467,11 @@ def kv_table(records: dict[str, Record]) -> str:
         rows.append([f"`{plain['model']['name']}`, {window_of(plain)}, {short(start)} – {short(end)}", *cells])
     if not rows:
         return ""
-    return (
-        "### q8_0 KV\n\nLoss with a q8_0 cache minus loss with an f16 cache:\n\n"
-        + table(["", *WITHOUT_RECALL], rows, 1)
-    )  # fmt: skip
+    header = ["", *WITHOUT_RECALL]
+    kept = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    found = [[row[i] for i in kept] for row in rows]
+    title = "### q8_0 KV\n\nLoss with a q8_0 cache minus loss with an f16 cache:\n\n"
+    return title + table([header[i] for i in kept], found, 1)
 
 
 def stream_section(records: dict[str, Record], plot: str) -> str:
@@ -924,8 +931,8 @@ def own_model_section(performance: Figures) -> str:
         "worse; a text that is shorter than that shows nothing, so a model trained on 128k tokens needs a longer one. "
         "Λ stays at the loss of its window: with a window of 4096, a model that makes use of 100k tokens loses what "
         "they gave it. Whether first tokens matter depends on the model: one that leans on its first token, as SmolLM2 "
-        "does, fails with `window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller than the "
-        "default, min(4096, training length).\n\n"
+        "and Gemma 3 do, loses with `window`, and not with `sinks` and `lminf`. `--n-local` makes the window smaller "
+        "than the default, min(4096, training length).\n\n"
         f"{takes}Full attention takes four times as long for twice the tokens: `--full-tokens` ends it. Ctrl-C prints "
         "what was measured so far.\n"
     )

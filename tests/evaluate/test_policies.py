@@ -27,8 +27,8 @@ from lminf_edge.evaluate.reader import Reader, ShiftReader
 F32 = {"type_k": 0, "type_v": 0}
 
 # What the embedded model does past its 512 tokens: nats per token over positions LATE, on the documentation that
-# comes with Python (that of 3.11 where it was measured), with a window of 4 + 252. Unlike real models it does not lean on
-# its first token, so a window without sinks is as good here: see docs/results.md.
+# comes with Python (that of 3.11 where it was measured), with a window of 4 + 252. Unlike real models it does not lean
+# on its first token, so a window without sinks is as good here: see docs/results.md.
 LATE = slice(4096, 6144)
 FULL_IS_WORSE_BY = 0.8  # than lminf and sinks; 1.26 was measured
 UNCAPPED_IS_WORSE_BY = 0.25  # than lminf; 0.41 was measured
