@@ -9,7 +9,8 @@ from typing import Any
 from lminf_edge.errors import UserError
 from lminf_edge.text.answer import Delta, Reader
 from lminf_edge.text.chat import ChatOptions, ChatTemplate, Messages
-from lminf_edge.text.schema import check_size, enforceable
+from lminf_edge.text.schema import enforceable
+from lminf_edge.text.schema_bounds import check_size
 
 # of create_chat_completion besides llama_cpp's, and what they are in ChatOptions
 CHAT_ARGUMENTS = {

@@ -27,7 +27,8 @@ from lminf_edge.server.requests import (
 from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import check_sizes
-from lminf_edge.text.schema import check_size, enforceable, loosened
+from lminf_edge.text.schema import enforceable
+from lminf_edge.text.schema_bounds import check_size, loosened
 from lminf_edge.text.service import Exchange, TextService
 
 MAX_TOOLS = 1024

@@ -6,27 +6,17 @@ allows is valid by it; where the converter takes a keyword differently, the sche
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
-import re
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
-from lminf_edge.errors import UserError
 from lminf_edge.text import library
-from lminf_edge.text.pattern import MAX_REPEATS, json_pattern, refuse
+from lminf_edge.text.pattern import json_pattern, refuse
+from lminf_edge.text.schema_bounds import MAX_DEPTH, MAX_INTEGER, check_size, is_number
 
-MAX_DEPTH = 256  # of a schema
-MAX_PARTS = 10_000  # of a schema
-MAX_NAME = 1000  # characters of a property's name, or of a reference
-MAX_PATTERN = 4096  # characters
-MAX_OPTIONAL = 400  # properties of an object that may be left out: a grammar has rules for each after each
-MAX_INTEGER = 1 << 53
-
-REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 # keywords that say what is valid, by the type they are about; all others may be ignored
@@ -43,71 +33,9 @@ _OF_TYPE = {
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }
 _OF_TYPE["integer"] = _OF_TYPE["number"]
-_VALUES = ("const", "enum", "default", "examples")  # of these, keys say nothing
 _COMBINING = {"$ref", "anyOf", "oneOf", "allOf"}
 _NEVER = {"not", "if", "then", "else", "$dynamicRef", "$recursiveRef"}
 _ASSERTIONS = {"type", "enum", "const", *_COMBINING, *_NEVER, *set().union(*_OF_TYPE.values())}
-
-
-def check_size(schema: Any) -> None:
-    """Raises UserError for what is no JSON schema, or one whose grammar would be enormous."""
-    if not isinstance(schema, dict):
-        raise UserError("a JSON schema is an object")
-    level: list[Any] = [schema]
-    n_parts = 0
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return
-        n_parts += len(level)
-        if n_parts > MAX_PARTS:
-            break
-        for part in level:
-            if isinstance(part, dict):
-                _check_part(part)
-        level = [
-            child
-            for part in level
-            for child in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())
-        ]
-    raise UserError("the JSON schema is too large")
-
-
-def loosened(schema: Any) -> Any:
-    """A schema without bounds that are too large for a grammar, and patterns that have none; the others made to fit.
-
-    For tools that are not strict: agents' real ones have such limits, and go on without them.
-    """
-    if isinstance(schema, list):
-        return [loosened(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {}
-    for name, value in schema.items():
-        if name in _VALUES:
-            made[name] = value
-        elif name == "pattern" and isinstance(value, str):
-            with contextlib.suppress(UserError, re.error, OverflowError, RecursionError):
-                if len(value) <= MAX_PATTERN and re.compile(value):
-                    made[name] = json_pattern(value)
-        elif not _is_number(value) or abs(value) <= (MAX_REPEATS if name in REPEATS else MAX_INTEGER):
-            made[name] = loosened(value)
-    return made
-
-
-def _check_part(part: dict[str, Any]) -> None:
-    for name in REPEATS:
-        if isinstance(part.get(name), (int, float)) and part[name] > MAX_REPEATS:
-            raise UserError(f"{name} may be {MAX_REPEATS:,} at most")
-    properties, required = part.get("properties"), part.get("required")
-    if isinstance(properties, dict):
-        n_optional = len(properties) - (len(required) if isinstance(required, list) else 0)
-        if n_optional > MAX_OPTIONAL:
-            raise UserError(f"an object may have {MAX_OPTIONAL:,} properties at most that are not required")
-    if any(len(name) > MAX_NAME for name in part):
-        raise UserError(f"a name may have {MAX_NAME:,} characters at most")
-    for name, most in (("$ref", MAX_NAME), ("pattern", MAX_PATTERN)):
-        if isinstance(part.get(name), str) and len(part[name]) > most:
-            raise UserError(f"{name} may have {most:,} characters at most")
 
 
 def enforceable(schema: Any) -> dict[str, Any]:
@@ -235,7 +163,7 @@ class _Rewriter:
             values = [node["const"]] if "const" in node else node["enum"]
             made: dict[str, Any] = {}
             for value in values:
-                made.setdefault("number" if _is_number(value) else _type_of(value), set()).add(json.dumps(value))
+                made.setdefault("number" if is_number(value) else _type_of(value), set()).add(json.dumps(value))
             return made
         type_ = node.get("type")
         if not isinstance(type_, str):
@@ -329,7 +257,7 @@ class _Rewriter:
 
     def _array(self, node: dict[str, Any], said: set[str], place: str) -> None:
         least, most = node.get("minItems", 0), node.get("maxItems", math.inf)
-        if not all(_is_number(each) for each in (least, most)) or least > most:
+        if not all(is_number(each) for each in (least, most)) or least > most:
             refuse(place, "minItems and maxItems are numbers, one no more than the other")
         for name in sorted(said & {"contains", "minContains", "maxContains", "unevaluatedItems"}):
             refuse(place, f"{name} cannot be enforced")
@@ -372,7 +300,7 @@ def _string(node: dict[str, Any], said: set[str], place: str) -> None:
             refuse(place, "pattern is a text")
         node["pattern"] = json_pattern(node["pattern"], place)
     elif said:
-        if not _is_number(node.get("minLength", 0)) or not _is_number(node.get("maxLength", 0)):
+        if not is_number(node.get("minLength", 0)) or not is_number(node.get("maxLength", 0)):
             refuse(place, "minLength and maxLength are numbers")
         if node.get("minLength", 0) > node.get("maxLength", math.inf):
             refuse(place, "no text is as long as minLength and as short as maxLength")
@@ -382,7 +310,7 @@ def _integer(node: dict[str, Any], said: set[str], place: str, alone: bool) -> N
     if node.get("multipleOf", 1) != 1:
         refuse(place, "multipleOf cannot be enforced")
     bounds = said - {"multipleOf"}
-    if any(not _is_number(node[name]) or abs(node[name]) > MAX_INTEGER for name in bounds):
+    if any(not is_number(node[name]) or abs(node[name]) > MAX_INTEGER for name in bounds):
         refuse(place, f"the bounds of an integer are numbers of at most {MAX_INTEGER:,}")
     leasts, mosts = [-math.inf], [math.inf]
     if "minimum" in node:
@@ -406,10 +334,6 @@ def _integer(node: dict[str, Any], said: set[str], place: str, alone: bool) -> N
         node["maximum"] = most
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _type_of(value: Any) -> str:
     return next(name for name in (*_TYPES[:3], "boolean", "null", "number") if _fits(value, name))
 
@@ -419,7 +343,7 @@ def _fits(value: Any, type_: Any) -> bool:
     python = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
     if type_ in python:
         return isinstance(value, python[type_])
-    return _is_number(value) and (type_ == "number" or (type_ == "integer" and value == int(value)))
+    return is_number(value) and (type_ == "number" or (type_ == "integer" and value == int(value)))
 
 
 def _tags_differ(a: Any, b: Any) -> bool:

@@ -60,8 +60,9 @@ static void check_memory(const std::map<ggml_backend_dev_t, uint64_t> & need) {
 // how many tokens an archive has room for. It grows as a stream does: it is told in time that it never can be full
 static int32_t archive_tokens(const lminf_archive_layout & layout, int32_t n_tokens, bool in_files) {
     if (n_tokens == 0) {
-        const uint64_t n_segments = layout.get_max_bytes()/layout.get_segment_size();
         const uint64_t n_default  = lminf_archive_layout::n_default/lminf_archive_layout::n_segment;
+        const uint64_t n_bytes    = layout.get_segment_size(); // 0 where no layer recalls
+        const uint64_t n_segments = n_bytes > 0 ? layout.get_max_bytes()/n_bytes : n_default;
         return lminf_archive_layout::n_segment*(in_files ? n_default : std::clamp<uint64_t>(n_segments, 1, n_default));
     }
 

@@ -21,7 +21,7 @@ from lminf_edge.evaluate.policies import POLICIES
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     yield figures
     for figure in figures:
         plots._pyplot().close(figure)

@@ -1,0 +1,85 @@
+"""How large a JSON schema may be, as the grammar that is made of it grows with it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any
+
+from lminf_edge.errors import UserError
+from lminf_edge.text.pattern import MAX_REPEATS, json_pattern
+
+MAX_DEPTH = 256  # of a schema
+MAX_PARTS = 10_000  # of a schema
+MAX_NAME = 1000  # characters of a property's name, or of a reference
+MAX_PATTERN = 4096  # characters
+MAX_OPTIONAL = 400  # properties of an object that may be left out: a grammar has rules for each after each
+MAX_INTEGER = 1 << 53
+
+REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
+VALUES = ("const", "enum", "default", "examples")  # of these, keys say nothing
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_size(schema: Any) -> None:
+    """Raises UserError for what is no JSON schema, or one whose grammar would be enormous."""
+    if not isinstance(schema, dict):
+        raise UserError("a JSON schema is an object")
+    level: list[Any] = [schema]
+    n_parts = 0
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        n_parts += len(level)
+        if n_parts > MAX_PARTS:
+            break
+        for part in level:
+            if isinstance(part, dict):
+                _check_part(part)
+        level = [
+            child
+            for part in level
+            for child in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())
+        ]
+    raise UserError("the JSON schema is too large")
+
+
+def loosened(schema: Any) -> Any:
+    """A schema without bounds that are too large for a grammar, and patterns that have none; the others made to fit.
+
+    For tools that are not strict: agents' real ones have such limits, and go on without them.
+    """
+    if isinstance(schema, list):
+        return [loosened(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for name, value in schema.items():
+        if name in VALUES:
+            made[name] = value
+        elif name == "pattern" and isinstance(value, str):
+            with contextlib.suppress(UserError, re.error, OverflowError, RecursionError):
+                if len(value) <= MAX_PATTERN and re.compile(value):
+                    made[name] = json_pattern(value)
+        elif not is_number(value) or abs(value) <= (MAX_REPEATS if name in REPEATS else MAX_INTEGER):
+            made[name] = loosened(value)
+    return made
+
+
+def _check_part(part: dict[str, Any]) -> None:
+    for name in REPEATS:
+        if isinstance(part.get(name), (int, float)) and part[name] > MAX_REPEATS:
+            raise UserError(f"{name} may be {MAX_REPEATS:,} at most")
+    properties, required = part.get("properties"), part.get("required")
+    if isinstance(properties, dict):
+        n_optional = len(properties) - (len(required) if isinstance(required, list) else 0)
+        if n_optional > MAX_OPTIONAL:
+            raise UserError(f"an object may have {MAX_OPTIONAL:,} properties at most that are not required")
+    if any(len(name) > MAX_NAME for name in part):
+        raise UserError(f"a name may have {MAX_NAME:,} characters at most")
+    for name, most in (("$ref", MAX_NAME), ("pattern", MAX_PATTERN)):
+        if isinstance(part.get(name), str) and len(part[name]) > most:
+            raise UserError(f"{name} may have {most:,} characters at most")
