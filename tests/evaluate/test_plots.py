@@ -24,7 +24,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     yield figures
     for figure in figures:
-        plots._pyplot().close(figure)
+        plots.load_pyplot().close(figure)
 
 
 def marks(axes: Any) -> dict[float, str]:
