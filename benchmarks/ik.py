@@ -86,7 +86,10 @@ def contenders(depths: Sequence[int], window: int, kv_types: Sequence[str]) -> l
     made = []
     for kv_type in kv_types:
         for depth in depths:
-            made.append(Contender("ours", "lambda", "tg", N_GEN, depth, window, kv_type=kv_type, n_ubatch=n_ubatch))
+            ours = Contender("ours", "lambda", "tg", N_GEN, depth, window, kv_type=kv_type, n_ubatch=n_ubatch)
+            made.append(
+                dataclasses.replace(ours, flash_attn=kv_type != "f16")
+            )  # llama.cpp wants it; it changes nothing
             for flash in (False, True) if kv_type == "f16" else (True,):
                 made.append(Contender("stock", "full", "tg", N_GEN, depth, window, flash_attn=flash, kv_type=kv_type))
     made.append(Contender("ours", "lambda", "pp", N_PROMPT, 0, window, n_ubatch=n_ubatch))
