@@ -46,7 +46,7 @@ const short = [{ role: "assistant", content: compacted.content }, { role: "user"
 const after = await client.beta.messages.create({ ...settings, messages: short });
 assert.ok(after.usage.cache_read_input_tokens > counted.input_tokens);
 
-await assert.rejects(client.messages.create({ ...settings, messages: [] }), (error) => {
+await assert.rejects(client.messages.create({ ...settings, messages: "Hello" }), (error) => {
   assert.equal(error.status, 400);
   assert.equal(error.error.error.type, "invalid_request_error");
   return true;

@@ -44,7 +44,7 @@ for await (const chunk of left) {
   if (chunk.choices[0]?.delta?.content) break;
 }
 
-await assert.rejects(client.chat.completions.create({ ...settings, messages: [] }), (error) => {
+await assert.rejects(client.chat.completions.create({ ...settings, messages: "Hello" }), (error) => {
   assert.equal(error.status, 400);
   assert.match(error.message, /messages/);
   return true;
