@@ -413,7 +413,7 @@ async def _mixed_client(server: Server, i: int, until: float, first: list[float]
             if kind == "new" or len(talk.messages) > 60:
                 talk.messages = talk.messages[:1]
             if kind == "wrong":
-                answer = await client.post("/v1/chat/completions", json={"messages": []})
+                answer = await client.post("/v1/chat/completions", json={"messages": "Hello"})
                 if answer.status_code != 400:
                     errors.append(f"{answer.status_code} for a wrong request")
                 continue
