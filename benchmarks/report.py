@@ -15,7 +15,7 @@ import pages
 from pages import NOT_MEASURED, Record, spread
 from pages import table as table
 
-from lminf_edge.bench.alternate import Ratio, Result, fastest, ratio
+from lminf_edge.bench.alternate import Ratio, Result, fastest, ratio, ratio_of
 from lminf_edge.cli.common import human_bytes
 from lminf_edge.evaluate import plots
 
@@ -307,7 +307,7 @@ def neighbor(records: dict[str, Record]) -> str:
             sides = [fast.get((who, test, depth, kv_type)) for who in ("ours", "ik", "stock")]
             label = "prefill, 512 tokens" if test == "pp" else f"decode at {depth:,}" if depth else "decode, empty"
             speeds = [speed(statistics.median(side)) if side else "–" for side in sides]
-            ratios = [_ratio_cell(sides[0], side) for side in sides[1:]]
+            ratios = [times(ratio_of(sides[0], side)) if sides[0] and side else "–" for side in sides[1:]]
             rows.append([label, kv_type, *speeds, *ratios])
         kept = []
         for at, values in fast.items():
@@ -322,13 +322,6 @@ def neighbor(records: dict[str, Record]) -> str:
             + f"\nKept at depth: {', '.join(kept)}.\n"
         )
     return "\n".join(parts) or NOT_MEASURED
-
-
-def _ratio_cell(ours: Sequence[float] | None, other: Sequence[float] | None) -> str:
-    if not ours or not other:
-        return "–"
-    values = [a / b for a, b in zip(ours, other, strict=True)]
-    return spread((statistics.median(values), min(values), max(values)))
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,12 @@ class Ratio:
 
 def ratio(result: Result, base: Result) -> Ratio:
     """How many times as fast `result` is as `base`, measured in the same rounds."""
-    values = [a / b for a, b in zip(result.tokens_per_second, base.tokens_per_second, strict=True)]
+    return ratio_of(result.tokens_per_second, base.tokens_per_second)
+
+
+def ratio_of(speeds: Sequence[float], base: Sequence[float]) -> Ratio:
+    """The same of speeds, one per round."""
+    values = [a / b for a, b in zip(speeds, base, strict=True)]
     return Ratio(statistics.median(values), min(values), max(values))
 
 
