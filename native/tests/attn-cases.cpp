@@ -422,14 +422,15 @@ double attn_limit_i16(const attn_case & c) {
     double res = attn_limit_f32(c);
 
     // An element of q is off by 1/sqrt(12) of a step at random, a step being the largest one over 32767, 3 to 4 times their
-    // standard deviation. So a score is off by 3e-5 of its size at most, and a weight by that of itself.
+    // standard deviation. So a score is off by 3.5e-5 of a standard deviation of scores, and a weight by that of itself: 1.2e-9
+    // in the mean. A case may have one row with one such error, normally distributed: 50 times its mean is 7 deviations.
     if (is_integer(c.type_k) || (c.n_sink > 0 && is_integer(c.type_k_sink))) {
-        res += 2e-9*c.sharpness*c.sharpness;
+        res += 50*1.2e-9*c.sharpness*c.sharpness;
     }
-    // A weight is off by 1/sqrt(12) of a step, the largest of its 64 cells over 32767: with one large weight in a block and nothing
-    // anywhere else, the sum of their squares is 64/12/32767^2 of the output's, 5e-9. Values differ in size: twice that.
+    // A weight is off by half a step at most, the largest of its 64 cells over 32767: with one large weight in a block and nothing
+    // anywhere else, the sum of their squares is 64/4/32767^2 of the output's, 1.5e-8. Values differ in size: twice that.
     if (is_integer(c.type_v) || (c.n_sink > 0 && is_integer(c.type_v_sink))) {
-        res += 1e-8;
+        res += 3e-8;
     }
     return res;
 }
