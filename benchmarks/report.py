@@ -213,6 +213,22 @@ def latency(records: dict[str, Record]) -> str:
     )
 
 
+def busy(records: dict[str, Record]) -> str:
+    """Decoding beside other work."""
+    if "busy" not in records:
+        return NOT_MEASURED
+    results = records["busy"]["results"]
+    n_busy = sorted({result["busy"] for result in results})
+    cells: dict[tuple[str, int, str], list[str]] = {}
+    for result in sorted(results, key=lambda result: result["busy"]):
+        milliseconds = [1000 / value for value in result["tokens_per_second"]]
+        values = statistics.median(milliseconds), min(milliseconds), max(milliseconds)
+        cells.setdefault((result["model"], result["threads"], result["waiting"]), []).append(spread(values, unit=" ms"))
+    rows = [[f"`{model}`", str(threads), waiting, *made] for (model, threads, waiting), made in cells.items()]
+    header = ["model", "threads", "waiting", *(f"{n} busy" if n else "idle" for n in n_busy)]
+    return f"{records['busy']['machine']['n_cores']} cores.\n\n" + pages.table(header, rows, 3)
+
+
 def memory(records: dict[str, Record]) -> str:
     """How far decoding is from the speed at which memory can be read."""
     if "bandwidth" not in records or "decode-llama-3.2-1b" not in records:
@@ -417,6 +433,7 @@ BLOCKS: dict[str, pages.Block] = {
     "summary": summary,
     "positions": positions,
     "latency": latency,
+    "busy": busy,
     "memory": memory,
     "neighbor": neighbor,
     "gpu-card": card,

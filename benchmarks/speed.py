@@ -9,12 +9,15 @@ machine alone meanwhile. benchmarks/report.py makes the page and the plot from w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +177,11 @@ EXPERIMENTS = {
 }
 LATENCY = "latency"
 BANDWIDTH = "bandwidth"
+BUSY = "busy"
+
+# how threads wait for each other: GCC's OpenMP spins for some milliseconds, for 5,000 turns, or sleeps at once
+WAITING = {"spin": {}, "spin briefly": {"GOMP_SPINCOUNT": "5000"}, "sleep": {"OMP_WAIT_POLICY": "passive"}}
+N_BUSY = (0, 1, 2)  # other processes that never rest
 
 
 def measure(
@@ -223,13 +231,50 @@ def measure_bandwidth(size: Size, n_workers: int) -> dict[str, Any]:
     return {"system": {"ours": ""}, "bytes_per_second": read_bandwidth(n_workers, min(5, size.most_rounds))}
 
 
+@contextlib.contextmanager
+def other_work(n_processes: int) -> Iterator[None]:
+    """So many processes of one thread that do nothing else than compute."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_processes)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure_busy(size: Size, libraries: dict[str, Path], models: Path, n_threads: int) -> dict[str, Any]:
+    """Decoding beside other work, by as many threads as the machine has cores, and by half of them (the default)."""
+    shape = "qwen3-0.6b"
+    paths: dict[str, str | os.PathLike[str]] = {
+        "nano": find_model("nano"),
+        shape: random_model(shape, size.shapes[shape], models),
+    }
+    settings = [(n_threads, name) for name in WAITING] + [(max(n_threads // 2, 1), "spin")]
+    n_rounds = min(3, size.most_rounds)
+    results, system = [], {}
+    for model, path in paths.items():
+        contender = Contender("ours", "lambda", "tg", size.n_gen, 0, 512, n_ubatch=default_ubatch(512))
+        for n_busy, (threads, waiting) in itertools.product(N_BUSY, settings):
+            environment = mock.patch.dict(os.environ, WAITING[waiting])
+            with environment, other_work(n_busy), Bench({"ours": libraries["ours"]}, path, threads) as bench:
+                (result,) = bench.measure([contender], n_rounds)
+                system = {library: fact["system"] for library, fact in bench.facts.items()}
+            speeds = list(result.tokens_per_second)
+            print(f"  {model}, {threads} threads, {waiting}, {n_busy} busy: {speeds}", flush=True)
+            results.append(
+                {"model": model, "threads": threads, "waiting": waiting, "busy": n_busy, "tokens_per_second": speeds}
+            )
+    return {"system": system, "environments": WAITING, "n_gen": size.n_gen, "results": results}
+
+
 def _model_facts(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"n_params": facts["ours"]["n_params"], "n_bytes": facts["ours"]["n_bytes"]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = [*EXPERIMENTS, LATENCY, BANDWIDTH]
+    names = [*EXPERIMENTS, LATENCY, BANDWIDTH, BUSY]
     parser.add_argument("--only", metavar="NAME", choices=names, action="append", help=", ".join(names))
     parser.add_argument("--threads", metavar="N", type=int, default=2, help="default 2")
     parser.add_argument("--rounds", metavar="N", type=int, help="at most N, for a first look")
@@ -256,6 +301,8 @@ def main() -> int:
                 figures = measure_latency(size, libraries, args.threads)
             elif name == BANDWIDTH:
                 figures = measure_bandwidth(size, args.threads)
+            elif name == BUSY:
+                figures = measure_busy(size, libraries, args.models, args.threads)
             else:
                 figures = measure(EXPERIMENTS[name], libraries, args.models, args.threads, size=size)
             seconds = round(time.monotonic() - started, 1)

@@ -350,13 +350,16 @@ def test_speed_and_report(tmp_path: Path) -> None:
     run_benchmark("speed.py", "--tiny", *options)
     run_benchmark("report.py", "--figures", figures, "--page", page)
     records = {path.stem: json.loads(path.read_text()) for path in figures.glob("*.json")}
-    assert len(records) == 13
+    assert len(records) == 14
     for name, record in records.items():
         assert record["experiment"] == name
         assert record["machine"]["cpu"]
         assert record["machine"]["upstream"].startswith("llama-cpp-python==")
     text = page.read_text()
-    assert all(f"performance/{name}.json" in text for name in records if name not in ("latency", "bandwidth"))
+    assert all(f"performance/{name}.json" in text for name in records if name not in ("latency", "bandwidth", "busy"))
+    assert len(records["busy"]["results"]) == 2 * 3 * 4  # models, other processes, settings
+    assert all(result["tokens_per_second"] for result in records["busy"]["results"])
+    assert "| `nano` | 1 | sleep |" in text
     assert "against full attention" in text
     assert (figures / "decode-speed.png").stat().st_size > 10_000
 
