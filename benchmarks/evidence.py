@@ -881,9 +881,10 @@ def experiments(
             for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (header.n_ctx_train // 2,):
                 add(
                     f"recall-{name}-{task}-{window}", model, measure_recall, kv_type="f16", task=task, window=window,
-                    n_recall=256 if is_large else 8, ceiling=window - MAX_ANSWER,
+                    n_recall=8, ceiling=window - MAX_ANSWER,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
-                    depths=list(size.recall_depths[: -1 if is_large else None]), trials=size.n_recall_trials,
+                    depths=list(size.recall_depths[: -1 if is_large else None]),
+                    trials=size.n_recall_trials << is_large,
                     n_ceiling=size.n_ceiling_trials, n_without=1,
                     # full attention does not depend on the window
                     policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],

@@ -111,8 +111,7 @@ class LMInfConfig(Recall):
     n_tail         windows that prefill "tail" processes, 1 or more
     n_recall       tokens that have left the window and are attended to again, in each layer those its queries look for
                    most; 0: none. See docs/design.md, "Recall"
-    recall_distance  where they stand for a query, in tokens; None: four windows or 7/8 of the training length, what is
-                   less, but max_distance at least
+    recall_distance  where they stand for a query, in tokens; None: max_distance
     recall_from    the first layer that recalls
     recall_every   decoded tokens that a choice serves, 1 or more
     recall_rule    "layer": one choice for all queries of a micro-batch and all heads; "paper": LM-Infinite's code,
@@ -308,22 +307,13 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
         attention=config.attention,
         **{
             **config.recall_settings(),
-            "recall_distance": config.recall_distance or default_recall_distance(n_local, max_distance, n_ctx_train),
+            "recall_distance": config.recall_distance or max_distance,
             "n_archive": config.n_archive or 0,
         },
         archive_in_files=int(config.archive != IN_MEMORY),
         archive_bytes=config.archive_memory if config.archive_memory is not None else (physical_memory() or 0) // 2,
     )
     return window
-
-
-def default_recall_distance(n_local: int, max_distance: int, n_ctx_train: int) -> int:
-    """Where recalled tokens stand: further away than the window, as far as the model has learned to look.
-
-    At the window's edge they stand in the middle of its text: nano, trained on 512 tokens, with a window of 256,
-    finds 2 to 9 of 10 passkeys among 8,000 tokens at the distance 246, by the number recalled, and 10 at 400.
-    """
-    return max(max_distance, min(4 * n_local, n_ctx_train * 7 // 8))
 
 
 def warn_of_window(window: Window, n_ctx_train: int, n_swa: int, parameter: str = "n_local") -> None:

@@ -469,8 +469,10 @@ class Llama(RemoteLlama):
             super().eval(new.tolist())
             return
         slot = self._take_stream()
-        for start in range(0, len(new), self.n_batch):
-            self._scheduler.eval(slot, new[start : start + self.n_batch], n_logits=1)
+        while len(new):
+            n_tokens = slot.sequence.piece(len(new), self.n_batch)
+            self._scheduler.eval(slot, new[:n_tokens], n_logits=1)
+            new = new[n_tokens:]
 
     @with_signature(_SAMPLE)
     def sample(self, *args: Any, **kwargs: Any) -> int:

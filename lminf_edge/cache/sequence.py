@@ -27,6 +27,10 @@ log = logging.getLogger("lminf_edge.engine")
 
 Logits = npt.NDArray[np.float32]
 
+# Last tokens of a prompt: with recall each makes a choice of its own, as one of a micro-batch finds less of what is
+# asked for there (docs/design.md has figures)
+N_ASKING = 32
+
 
 class CacheSequence:
     """A sequence of the context, used only by the thread that decodes."""
@@ -46,6 +50,7 @@ class CacheSequence:
         self.has_states = parts.n_layer_recurrent > 0
         self.state_bytes = parts.recurrent_bytes // int(bindings.llama_n_seq_max(self.ctx))  # of the recurrent layers
         self.n_undo = 0 if self.has_states else self.n_slack  # tokens that can be rolled back without a state
+        self._n_recall = window.n_recall
 
     @property
     def ctx(self) -> Any:
@@ -99,6 +104,13 @@ class CacheSequence:
         """Each layer recalls n_recall tokens from the next batch on. Raises UserError if that is too many."""
         if not self._native.set_recall(self.ctx, n_recall, self.seq_id):
             raise UserError(f"0 to {self.window.n_recall} tokens can be recalled here, not {n_recall}.")
+        self._n_recall = n_recall
+
+    def piece(self, n_left: int, n_most: int) -> int:
+        """How many of a prompt's n_left tokens to process next, n_most at most: one where it ends, with recall."""
+        if self._n_recall == 0 or self.window.recall_rule == "paper":
+            return min(n_left, n_most)
+        return min(n_most, max(n_left - N_ASKING, 1))
 
     def begin_at(self, position: int) -> None:
         """Lets an empty sequence begin at this stream position, for tests of far positions."""
@@ -215,6 +227,7 @@ class ConstantSequence(CacheSequence):
     def __init__(self, native: Native, context: Any, window: Window, seq_id: int = 0) -> None:
         super().__init__(native, context, window, seq_id)
         self.has_states, self.n_slack, self.n_whole = False, 0, 0  # all there is is its state
+        self._n_recall = 0
         self._n_before = 0  # stream position of llama.cpp's position 0
         self._n_rebase = 0
         self._kv_bytes = native.memory_bytes(self.ctx)

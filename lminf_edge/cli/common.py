@@ -178,7 +178,7 @@ def add_recall(parser: argparse.ArgumentParser, in_files: bool = True) -> None:
         "--recall-distance",
         metavar="D",
         type=whole_number(1),
-        help="where they stand for a query; default: the least of four windows and 7/8 of the training length",
+        help="where they stand for a query; default: the largest distance of the window",
     )
     group.add_argument(
         "--recall-from",

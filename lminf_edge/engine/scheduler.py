@@ -573,7 +573,7 @@ class Scheduler:
                 drafts = self._drafts(work)
                 tokens = np.concatenate([work.pending, drafts]) if len(drafts) else work.pending
                 return _Part(work, tokens, len(drafts), 1 + len(drafts), is_last=True)
-            n_tokens = min(self._share, slot.n_until_checkpoint())
+            n_tokens = slot.sequence.piece(len(work.pending), min(self._share, slot.n_until_checkpoint()))
             if work.skip_to:
                 n_tokens = min(n_tokens, work.skip_from - len(slot))
             tokens = work.pending[:n_tokens]

@@ -50,8 +50,11 @@ def answer(reader: Reader, prompt: Prompt, detokenize: Callable[[list[int]], byt
     Starts a new stream.
     """
     reader.clear()
-    for start in range(0, len(prompt.tokens), reader.n_batch):
-        logits = reader.read(prompt.tokens[start : start + reader.n_batch], logits_all=False)
+    left = prompt.tokens
+    while len(left):
+        n_tokens = reader.piece(len(left))
+        logits = reader.read(left[:n_tokens], logits_all=False)
+        left = left[n_tokens:]
     said: list[int] = []
     while True:
         token = int(logits[-1].argmax())

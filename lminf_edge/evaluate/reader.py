@@ -41,6 +41,10 @@ class Reader(abc.ABC):
     def sees(self, position: int) -> bool:
         """Whether the next token to be read can attend to the one at this position."""
 
+    def piece(self, n_left: int) -> int:
+        """How many of a prompt's n_left tokens to read next."""
+        return min(n_left, self.n_batch)
+
     def is_end(self, token: int) -> bool:
         """Whether this token ends a text."""
         return bool(bindings.llama_vocab_is_eog(self.llm._model.vocab, token))
@@ -73,6 +77,9 @@ class LambdaReader(Reader):
     def _clear(self) -> None:
         self.llm.reset()
         self._skipped = range(0)
+
+    def piece(self, n_left: int) -> int:
+        return self.llm.slot.sequence.piece(n_left, self.n_batch)
 
     def skip(self, tokens: Tokens) -> None:
         """The stream goes on after tokens (n_tokens,) that are not read, as with prefill "tail"; once in a stream."""

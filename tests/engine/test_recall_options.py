@@ -128,7 +128,7 @@ def test_a_server_without_recall_takes_no_number(nano_path: str, prompt: Prompt)
 
 def test_props_and_metrics_tell_it(server: Served, prompt: Prompt) -> None:
     recall = httpx.get(f"{server.url}/props").json()["lminf"]["recall"]
-    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, 448, 5000)
+    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, WINDOW.n_local, 5000)
     assert (recall["rule"], recall["index"], recall["archive_type_k"]) == ("layer", "sketch", "q8_0")
     token_bytes = recall["archive_bytes_per_token"]
     assert recall["archive_bytes_at_most"] == (token_bytes and 5000 * token_bytes)
@@ -243,3 +243,27 @@ def test_passkey_finds_with_recall_what_has_left_the_window(capfd: pytest.Captur
     assert policies["lminf"]["correct"] == 0
     assert policies["recall"]["correct"] >= 2  # 3 were measured
     assert policies["recall"]["cells"][0]["in_reach"] == 0
+
+
+# --- the end of a prompt ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_recall", "rule", "sizes"),
+    [(8, "layer", [100, 100, 18] + 32 * [1]), (0, "layer", [100, 100, 50]), (8, "paper", [100, 100, 50])],
+)
+def test_each_of_the_last_tokens_makes_its_own_choice(
+    make_llama: MakeLlama, nano_path: str, monkeypatch: pytest.MonkeyPatch, n_recall: int, rule: Any, sizes: list[int]
+) -> None:
+    config = replace(WINDOW, n_recall=n_recall, recall_rule=rule, attention="stock" if rule == "paper" else "auto")
+    llm = make_llama(nano_path, lminf=config, n_batch=100)
+    done: list[int] = []
+    process = llm.scheduler.eval
+
+    def processing(slot: Any, new: Tokens, n_logits: int) -> int:
+        done.append(len(new))
+        return process(slot, new, n_logits)
+
+    monkeypatch.setattr(llm.scheduler, "eval", processing)
+    llm.eval(list(range(300, 550)))
+    assert done == sizes
