@@ -125,18 +125,22 @@ def download(found: Found, on_progress: OnProgress | None = None) -> Path:
             return path
         sha256 = _complete(output, path.parent, found.repo, file, on_progress)
         is_right = sha256 == file.sha256
-        if is_right:
-            os.fsync(output.fileno())
-        else:
-            output.truncate(0)
+        os.fsync(output.fileno())
+        if os.name != "nt":  # while it is locked, so that no other process goes on with it; Windows cannot
+            _settle(part, path, is_right)
+    if os.name == "nt":
+        _settle(part, path, is_right)
     if not is_right:
-        part.unlink(missing_ok=True)
-        raise UserError(
-            f"What came is not {file.path} of {found.repo} (another sha256): nothing of it was kept, try again."
-        )
-    part.replace(path)
-    sync_folder(path.parent)
+        raise UserError(f"What came is not {file.path} of {found.repo} (another sha256): it was not kept, try again.")
     return path
+
+
+def _settle(part: Path, path: Path, is_right: bool) -> None:
+    if is_right:
+        part.replace(path)
+        sync_folder(path.parent)
+    else:
+        part.unlink()
 
 
 def is_present(found: Found) -> bool:
@@ -213,7 +217,7 @@ def _host() -> str:
 def _files(repo: str) -> Iterator[HubFile]:
     """The GGUF files of a repository. Raises HubError."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise HubError("HF_HUB_OFFLINE is set: nothing is asked of the hub.")
+        raise HubError("HF_HUB_OFFLINE is set: unset it to download what is not there yet.")
     address = f"{_endpoint()}/api/models/{repo}/tree/main?recursive=true"
     for _ in range(_MAX_PAGES):
         try:

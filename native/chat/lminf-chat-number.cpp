@@ -138,13 +138,13 @@ static void read_bound(const common_json & schema, const std::string & key, bool
 
 // The digits behind the point of multiples.
 static size_t multiples_digits(const common_json & value) {
-    const decimal step = value.is_number_integer() ? parse(value.dump()) : value.is_number() ? shortest(value.get<double>()) : decimal();
-    if (!step.is_negative && step.whole == "1" && step.fraction.empty()) {
+    const decimal unit = value.is_number_integer() ? parse(value.dump()) : value.is_number() ? shortest(value.get<double>()) : decimal();
+    if (!unit.is_negative && unit.whole == "1" && unit.fraction.empty()) {
         return 0;
     }
-    const size_t n_digits = step.fraction.size();
-    if (!step.is_negative && step.whole.empty() && n_digits > 0 && n_digits < EXACT_DIGITS &&
-            step.fraction == std::string(n_digits - 1, '0') + "1") {
+    const size_t n_digits = unit.fraction.size();
+    if (!unit.is_negative && unit.whole.empty() && n_digits > 0 && n_digits < EXACT_DIGITS &&
+            unit.fraction == std::string(n_digits - 1, '0') + "1") {
         return n_digits;
     }
     throw std::runtime_error("of multipleOf, only 1, 0.1, 0.01 and so on can be enforced");
