@@ -98,7 +98,8 @@ def near(limit: float) -> list[str]:
     exact = Decimal(str(limit))
     steps = [Decimal(sign).scaleb(-n) for n in (0, 1, 7, *range(12, 18), 20, 25) for sign in (1, -1)]
     values = [Decimal(0), exact, *(Decimal(math.nextafter(limit, way)) for way in (math.inf, -math.inf))]
-    with localcontext(prec=1000):
+    with localcontext() as context:
+        context.prec = 1000
         values += [exact + step for step in steps]
         values += [round(value, n) for value, n in itertools.product(values, (0, 3, 10, 13, 14, 15, 16))]
     return [fixed(value) for value in values]
@@ -128,7 +129,8 @@ def test_what_rounds_to_an_open_bound_is_not_within_it(limit: float) -> None:
     """99.9999999999999999 is 100 as a double."""
     for name, sign in (("exclusiveMaximum", -1), ("exclusiveMinimum", 1)):
         takes = expression({name: limit}).fullmatch
-        with localcontext(prec=100):
+        with localcontext() as context:
+            context.prec = 100
             texts = [fixed(Decimal(str(limit)) + Decimal(sign).scaleb(-n)) for n in range(-6, 40)]
         taken = [text for text in texts if takes(text)]
         assert taken
