@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lminf_edge.cache.archive import N_SEGMENT, Archive
 from lminf_edge.cache.checkpoint import Checkpoint
-from lminf_edge.cache.files import Worker, locked
+from lminf_edge.cache.files import Worker
 from lminf_edge.cache.segments import DATA_AT, Kept, SegmentFolder
 from lminf_edge.errors import UserError
+from lminf_edge.files import locked
 from lminf_edge.structures import Segment
 
 if TYPE_CHECKING:

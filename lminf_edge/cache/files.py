@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from lminf_edge.cache.checkpoint import HEADER_BYTES, Checkpoint, CheckpointErro
 from lminf_edge.cache.segments import Kept
 from lminf_edge.cache.token_log import TokenLog
 from lminf_edge.errors import UserError
-from lminf_edge.files import open_regular
+from lminf_edge.files import locked, open_regular
 
 log = logging.getLogger("lminf_edge.engine")
 
@@ -328,25 +327,3 @@ def _hash(data: bytes | memoryview) -> bytes:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _MAX_COUNT
-
-
-def locked(path: Path) -> BinaryIO:
-    """A file that no other process can lock as long as it is open. Raises BlockingIOError if one has."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-    file = os.fdopen(os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600), "r+b", buffering=0)
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            try:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            except OSError:
-                raise BlockingIOError from None
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        file.close()
-        raise
-    return file

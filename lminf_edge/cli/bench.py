@@ -33,6 +33,7 @@ from typing import Literal
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Cache, Contender, is_quantized
 from lminf_edge.cli.common import (
     CommandError,
+    add_hub,
     add_recall,
     expand_home,
     file_path,
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=expand_home,
         help="path of a GGUF model, or the name of an embedded one (nano, nano-alibi)",
     )
+    add_hub(source)
     source.add_argument("--shape", metavar="S", help="random weights: llama-3.2-1b, qwen3-0.6b or llama-2-7b")
     parser.add_argument("--weights", metavar="T", default="q4_0", help="of --shape: q4_0, q8_0 or f16; default q4_0")
     parser.add_argument(

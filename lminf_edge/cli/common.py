@@ -35,7 +35,7 @@ from lminf_edge.config import (
 from lminf_edge.engine.params import SAMPLERS, SamplingParams, sampler_name
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header, read_header
-from lminf_edge.models import find_model
+from lminf_edge.models import download_from_hub, find_model
 from lminf_edge.rpc import DEFAULT_PORT, parse_servers
 
 if TYPE_CHECKING:
@@ -119,9 +119,24 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
     text = "path of a GGUF model, or a name: nano, nano-alibi, smollm2 (see lminf-edge get)"
     if default is not None:
         text += f"; default {default}"
+    source = parser.add_mutually_exclusive_group(required=default is None)
+    source.add_argument("-m", "--model", metavar="M", type=expand_home, default=default, help=text)
+    add_hub(source)
+
+
+def add_hub(parser: argparse._ActionsContainer) -> None:
+    """An option of commands with a --model, in its place: `use_hub` sets it."""
     parser.add_argument(
-        "-m", "--model", metavar="M", type=expand_home, required=default is None, default=default, help=text
+        "--hf",
+        metavar="REPO",
+        help="USER/REPO[:QUANT] of the Hugging Face hub, downloaded once; without QUANT, Q4_K_M or the first file",
     )
+
+
+def use_hub(args: argparse.Namespace) -> None:
+    """Downloads the model of --hf. Raises UserError if it cannot be had."""
+    if getattr(args, "hf", None) is not None:
+        args.model = str(download_from_hub(args.hf))
 
 
 def add_window(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from lminf_edge.cli.agents import AGENTS, KEY_VARIABLE, Agent, Setup
 from lminf_edge.cli.common import CommandError, expand_home, print_json
@@ -38,9 +37,12 @@ _STOP_SECONDS = 15.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("agent", choices=sorted(AGENTS), help="which agent")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "-m", "--model", metavar="M", type=expand_home, help="the model of the server that is started if none runs"
     )
+    # not `hf`: only the server that is started downloads it
+    source.add_argument("--hf", metavar="REPO", dest="hub_model", help="that model, from the Hugging Face hub")
     parser.add_argument("--url", default=DEFAULT_URL, help=f"of a running server; default {DEFAULT_URL}")
     parser.add_argument(
         "--api-key", metavar="KEY", help=f"the server's; default ${KEY_VARIABLE}, and none if it is not set"
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     url = args.url.rstrip("/").removesuffix("/v1")
     key = args.api_key or os.environ.get(KEY_VARIABLE) or "none"
     if args.print or args.json:
-        name = model_of(url, key) or (Path(args.model).stem if args.model else "model")
+        name = model_of(url, key) or (Path(args.model).stem if args.model else args.hub_model or "model")
         show(agent, agent.setup(url, name, key), args)
         return 0
     command = shutil.which(agent.command)
@@ -73,10 +75,12 @@ def run(args: argparse.Namespace) -> int:
         found = model_of(url, key)
         if found is not None:
             name = found
-        elif args.model is None:
-            raise CommandError(f"No server runs at {url}: start one, or give -m MODEL to have one started.")
+        elif args.hub_model is not None:
+            url, name = stack.enter_context(served(["--hf", args.hub_model, *args.serve], args.api_key))
+        elif args.model is not None:
+            url, name = stack.enter_context(served(["-m", os.fspath(args.model), *args.serve], args.api_key))
         else:
-            url, name = stack.enter_context(served(args.model, args.serve, args.api_key))
+            raise CommandError(f"No server runs at {url}: start one, or give -m MODEL to have one started.")
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lminf-edge-"))
         setup = agent.setup(url, name, key)
         write(setup, Path(folder))
@@ -130,9 +134,9 @@ def _not_ours(url: str) -> str:
 
 
 @contextlib.contextmanager
-def served(model: Any, options: list[str], key: str | None) -> Iterator[tuple[str, str]]:
+def served(options: list[str], key: str | None) -> Iterator[tuple[str, str]]:
     """A server of its own on a free port; its URL and its model's name. Raises CommandError if it does not start."""
-    command = [sys.executable, "-m", "lminf_edge", "serve", "-m", os.fspath(model), "--port", "0", "--json", *options]
+    command = [sys.executable, "-m", "lminf_edge", "serve", "--port", "0", "--json", *options]
     environment = {**os.environ, **({KEY_VARIABLE: key} if key else {})}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         # in a session of its own: Ctrl-C is the agent's

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import lminf_edge
 from lminf_edge import native
 from lminf_edge.cli import bench, chat, demo, doctor, generate, get, info, launch, passkey, ppl, rpc_server, serve
+from lminf_edge.cli.common import use_hub
 from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
 
 COMMANDS = (chat, serve, launch, generate, ppl, passkey, bench, info, doctor, demo, get, rpc_server)
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            use_hub(args)
             status: int = args.run(args)
         sys.stdout.flush()
         return status

@@ -1,13 +1,16 @@
-"""The models that are known by name: those that come with the package, and real ones, downloaded on first use."""
+"""The models that are known by name: those that come with the package, and others, downloaded on first use."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from lminf_edge.errors import UserError
-from lminf_edge.models.named import NAMED_MODELS, cache_folder, get, is_present
+from lminf_edge.models import hub
+from lminf_edge.models.named import NAMED_MODELS, OnProgress, cache_folder, get, is_present
 
 _FOLDER = Path(__file__).parent
 
@@ -53,10 +56,29 @@ def download(name: str) -> Path:
     folder, model = cache_folder(), NAMED_MODELS[name]
     if is_present(name, folder):
         return get(name, folder)
-    megabytes = model.download_bytes // 1_000_000
-    print(f"downloading {model.about}, about {megabytes} MB, once", file=sys.stderr, flush=True)
+    with _shown(model.about, model.download_bytes) as on_progress:
+        return get(name, folder, on_progress)
+
+
+def download_from_hub(spec: str) -> Path:
+    """A file of the Hugging Face hub, user/repo[:quant], likewise."""
+    found = hub.find(spec, cache_folder())
+    if found.file is None:
+        print(f"{found.note} What was downloaded before is used: {found.path.name}", file=sys.stderr, flush=True)
+    if found.file is None or hub.is_present(found):
+        return found.path
+    with _shown(f"{found.path.name} of {found.repo}", found.file.n_bytes) as on_progress:
+        return hub.download(found, on_progress)
+
+
+@contextlib.contextmanager
+def _shown(about: str, total: int) -> Iterator[OnProgress | None]:
+    """Says on stderr what is downloaded; on a terminal, what to call with how far that is."""
+    megabytes = total // 1_000_000
+    print(f"downloading {about}, about {megabytes} MB, once", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
-        return get(name, folder)
+        yield None
+        return
 
     def show(done: int, total: int) -> None:
         done = min(done, total)
@@ -64,6 +86,6 @@ def download(name: str) -> Path:
         print(f"\r[{bar:24}] {done // 1_000_000} of {megabytes} MB", end="", file=sys.stderr, flush=True)
 
     try:
-        return get(name, folder, show)
+        yield show
     finally:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)

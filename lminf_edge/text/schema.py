@@ -13,9 +13,18 @@ import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
+from lminf_edge.errors import UserError
 from lminf_edge.text import library
 from lminf_edge.text.pattern import json_pattern, refuse
-from lminf_edge.text.schema_bounds import MAX_DEPTH, MAX_INTEGER, check_size, is_number
+from lminf_edge.text.schema_bounds import (
+    MAX_DEPTH,
+    MAX_INTEGER,
+    NUMBER_BOUNDS,
+    check_number,
+    check_size,
+    is_number,
+    make_flags_bounds,
+)
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
@@ -30,7 +39,7 @@ _OF_TYPE = {
         *("minContains", "maxContains", "unevaluatedItems"),
     },
     "string": {"pattern", "minLength", "maxLength"},
-    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "number": set(NUMBER_BOUNDS),
 }
 _OF_TYPE["integer"] = _OF_TYPE["number"]
 _COMBINING = {"$ref", "anyOf", "oneOf", "allOf"}
@@ -67,6 +76,7 @@ class _Rewriter:
         if id(node) in self._seen:
             return
         self._seen.add(id(node))
+        make_flags_bounds(node)
         given = {name for name in _ASSERTIONS & node.keys() if not _says_nothing(name, node[name])}
         for name in sorted(given & _NEVER):
             refuse(place, f"{name} cannot be enforced")
@@ -199,10 +209,8 @@ class _Rewriter:
     def _typed(self, node: dict[str, Any], given: set[str], place: str) -> None:
         types = node.get("type")
         if types is None:
-            types = next((name for name in ("object", "array", "string") if given & _OF_TYPE[name]), None)
+            types = next((name for name in ("object", "array", "string", "number") if given & _OF_TYPE[name]), None)
             if types is None:
-                if given:
-                    refuse(place, f"{sorted(given)[0]} needs a type beside it")
                 return
             node["type"] = types
         if isinstance(types, list) and all(isinstance(each, str) for each in types):
@@ -220,7 +228,10 @@ class _Rewriter:
             elif type_ == "integer":
                 _integer(node, said, place, alone=isinstance(types, str))
             elif type_ == "number" and said:
-                refuse(place, f"{sorted(said)[0]} of a number that may have decimals cannot be enforced")
+                try:
+                    check_number({name: node[name] for name in sorted(said)})
+                except UserError as error:
+                    refuse(place, str(error))
 
     def _object(self, node: dict[str, Any], said: set[str], place: str) -> None:
         properties = node.get("properties", {})

@@ -1,12 +1,14 @@
-"""How large a JSON schema may be, as the grammar that is made of it grows with it."""
+"""How large a JSON schema may be, as the grammar that is made of it grows with it, and its numbers."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from typing import Any
 
 from lminf_edge.errors import UserError
+from lminf_edge.text import library
 from lminf_edge.text.pattern import MAX_REPEATS, json_pattern
 
 MAX_DEPTH = 256  # of a schema
@@ -17,11 +19,39 @@ MAX_OPTIONAL = 400  # properties of an object that may be left out: a grammar ha
 MAX_INTEGER = 1 << 53
 
 REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
+NUMBER_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 VALUES = ("const", "enum", "default", "examples")  # of these, keys say nothing
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_number(bounds: dict[str, Any]) -> None:
+    """Raises UserError for bounds of a number that have no grammar."""
+    for name, bound in bounds.items():
+        if not is_number(bound) or not _is_double(bound):
+            raise UserError(f"{name} is a number of double precision")
+    try:
+        library.load().schema_grammar({"type": "number", **bounds})
+    except library.ChatError as error:
+        raise UserError(str(error).removeprefix("JSON schema conversion failed: ")) from None
+
+
+def _is_double(number: float) -> bool:
+    try:
+        return math.isfinite(number) and float(number) == number
+    except OverflowError:
+        return False
+
+
+def make_flags_bounds(node: dict[str, Any]) -> None:
+    """Until the sixth draft, exclusiveMinimum was a flag that said how minimum is meant; now it is a bound itself."""
+    for name, flag in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(node.get(flag), bool):
+            is_exclusive = node.pop(flag)
+            if is_exclusive and name in node:
+                node[flag] = node.pop(name)
 
 
 def check_size(schema: Any) -> None:
@@ -66,7 +96,21 @@ def loosened(schema: Any) -> Any:
                     made[name] = json_pattern(value)
         elif not is_number(value) or abs(value) <= (MAX_REPEATS if name in REPEATS else MAX_INTEGER):
             made[name] = loosened(value)
+    _drop_bounds(made)
     return made
+
+
+def _drop_bounds(node: dict[str, Any]) -> None:
+    """Removes the bounds of a schema's numbers if no grammar enforces them."""
+    types = node.get("type")
+    if types == "number" or (isinstance(types, list) and "number" in types):
+        make_flags_bounds(node)
+        bounds = {name: node[name] for name in NUMBER_BOUNDS if name in node}
+        try:
+            check_number(bounds)
+        except UserError:
+            for name in bounds:
+                del node[name]
 
 
 def _check_part(part: dict[str, Any]) -> None:

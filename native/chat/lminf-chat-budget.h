@@ -6,9 +6,6 @@
 
 #include <cstddef>
 
-// Whether a grammar was made since the last question that does not enforce all of its schema.
-bool lminf_chat_warned_of_schema();
-
 class lminf_chat_budget {
 public:
     // for a call that is given so many bytes; `is_cancelled` (or nullptr) is asked now and then

@@ -1,12 +1,9 @@
 // The few functions of common/common.h and common/log.h that the chat library uses. Theirs would bring in downloads,
 // speculative decoding and a thread that logs.
 
-#include "lminf-chat-budget.h"
-
 #include "common.h"
 #include "log.h"
 
-#include <cstring>
 #include <stdexcept>
 
 std::string string_join(const std::vector<std::string> & values, const std::string & separator) {
@@ -69,25 +66,14 @@ std::string common_token_to_piece(const llama_vocab * vocab, llama_token token, 
     return piece;
 }
 
-// What the library logs: nothing, as it throws what goes wrong. But it only warns of a schema that its grammar does not
-// enforce.
-
-static thread_local bool warned_of_schema = false;
-
-bool lminf_chat_warned_of_schema() {
-    const bool warned = warned_of_schema;
-    warned_of_schema = false;
-    return warned;
-}
+// What the library logs: nothing, as it throws what goes wrong.
 
 int common_log_get_verbosity_thold() {
-    return LOG_LEVEL_WARN;
+    return LOG_LEVEL_ERROR;
 }
 
 common_log * common_log_main() {
     return nullptr;
 }
 
-void common_log_add(common_log *, ggml_log_level, const char * format, ...) {
-    warned_of_schema = warned_of_schema || std::strstr(format, "schema conversion was incomplete");
-}
+void common_log_add(common_log *, ggml_log_level, const char *, ...) {}

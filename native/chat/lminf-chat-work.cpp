@@ -93,14 +93,6 @@ void lminf_chat_charge_replacement(const std::string & text, const std::string &
     }
 }
 
-std::string lminf_chat_in_class(const std::string & character) {
-    if (character == "^") {
-        return "\\x5E";
-    }
-    const bool means_something = character == "]" || character == "-" || character == "\\";
-    return (means_something ? "\\" : "") + character;
-}
-
 // --- values of templates ----------------------------------------------------------------------------------------------
 
 struct freed_value {

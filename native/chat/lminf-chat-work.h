@@ -8,6 +8,8 @@
 
 #pragma once
 
+#include "lminf-chat-schema.h" // the other hooks in common/
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -29,9 +31,6 @@ void lminf_chat_check_json(const std::string & text);
 
 // For all replacements in a text, done one after the other in place.
 void lminf_chat_charge_replacement(const std::string & text, const std::string & from, const std::string & to);
-
-// A character of a class of a grammar.
-std::string lminf_chat_in_class(const std::string & character);
 
 // --- values of templates ----------------------------------------------------------------------------------------------
 

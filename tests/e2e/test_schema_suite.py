@@ -27,11 +27,11 @@ from lminf_edge.text.schema import schema_gbnf
 
 # of each draft's groups of tests, and of their valid instances: at least as many are served
 SERVED = {
-    "draft4": (80, 140),
-    "draft6": (105, 180),
-    "draft7": (110, 210),
-    "draft2019-09": (120, 240),
-    "draft2020-12": (115, 250),
+    "draft4": (90, 140),
+    "draft6": (112, 180),
+    "draft7": (120, 210),
+    "draft2019-09": (130, 240),
+    "draft2020-12": (125, 250),
 }
 TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # struct llama_token_data
 

@@ -81,6 +81,27 @@ def test_a_response(ai: openai.OpenAI) -> None:
     assert probe.status == "incomplete"
 
 
+def test_telemetry_of_clients_changes_nothing(ai: openai.OpenAI) -> None:
+    """Fields and headers that Codex and others send about themselves; kinds of any JSON."""
+    asked: Any = {**ALWAYS, "input": QUESTION, "store": False}
+    about: Any = {
+        "client_metadata": {"x-codex-installation-id": "0", "x-codex-turn-metadata": '{"turn_id":"1"}'},
+        "service_tier": "priority",
+        "safety_identifier": "a",
+        "stream_options": {"include_obfuscation": False},
+        "telemetry": [{"trace": None}, 1.5],
+        "text": {"verbosity": "low"},
+        "include": ["reasoning.encrypted_content"],
+        "reasoning": {"summary": "auto"},
+    }
+    names = ("originator", "session_id", "x-codex-turn-state", "x-codex-beta-features", "x-openai-subagent", "version")
+    headers = {**dict.fromkeys(names, "x" * 500), "traceparent": f"00-{'1' * 32}-{'2' * 16}-01", "OpenAI-Beta": "a=b"}
+    plain = ai.responses.create(**asked).output_text
+    assert ai.responses.create(**asked, extra_body=about, extra_headers=headers).output_text == plain
+    *_, last = ai.responses.create(**asked, stream=True, extra_body=about, extra_headers=headers)
+    assert last.response.output_text == plain  # type: ignore[union-attr]
+
+
 def test_the_events_of_a_stream(ai: openai.OpenAI) -> None:
     whole = ai.responses.create(**ALWAYS, input=QUESTION)
     kinds, deltas = [], []

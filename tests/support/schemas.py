@@ -18,6 +18,12 @@ class Node(BaseModel):
     children: list[Node] = Field(max_length=2)
 
 
+class Rated(BaseModel):
+    confidence: float = Field(ge=0, le=1)
+    celsius: float = Field(gt=-273.15, lt=1e7)
+    tiny: float | None = Field(ge=1e-7)
+
+
 class Tagged(BaseModel):
     code: str = Field(pattern=r"^[A-Z]{2}-\d{3}$")
     kind: str = Field(pattern="^(a|b)$")
@@ -28,6 +34,15 @@ class Tagged(BaseModel):
 SCHEMAS: dict[str, Any] = {
     "nested": Point.model_json_schema(),
     "recursion": Node.model_json_schema(),
+    "decimals": Rated.model_json_schema(),
+    "a number by its bounds": {"minimum": -0.5, "exclusiveMaximum": 3},
+    "a flag of the fourth draft": {
+        "$schema": "http://json-schema.org/draft-04/schema#",
+        "type": "number",
+        "minimum": 2,
+        "exclusiveMinimum": True,
+        "maximum": 3,
+    },
     "patterns": Tagged.model_json_schema(),
     "union": {"oneOf": [{"type": "integer", "minimum": 10}, {"type": "boolean"}, {"enum": ["a", 'b"\\', None]}]},
     "several types": {"type": ["string", "null", "integer"], "maxLength": 3},

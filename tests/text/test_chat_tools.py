@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from test_chat_library import ASKED, TOOLS, templates
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.engine.sampler import sample_checked
 from lminf_edge.errors import UserError
-from lminf_edge.text.chat import ChatTemplate
+from lminf_edge.text.chat import ChatOptions, ChatTemplate
 from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 from lminf_edge.text.schema import schema_gbnf
 from lminf_edge.text.tokenizer import CachedTokenizer
@@ -79,6 +80,41 @@ def test_a_required_call_is_one(llm: Llama, name: str) -> None:
                 check_call(call)
         if choice != "required":
             assert {call["function"]["name"] for call in done["message"]["tool_calls"]} == {"send_mail"}
+
+
+NUMBERS = {
+    "type": "object",
+    "properties": {
+        "p": {"type": "number", "minimum": 0, "maximum": 1},
+        "t": {"type": ["number", "null"], "exclusiveMinimum": -5.5, "maximum": 17.25},
+        "price": {"type": "number", "exclusiveMinimum": 0, "maximum": 99, "multipleOf": 0.1},
+    },
+    "required": ["p", "t", "price"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("name", CALLING[:2])
+def test_numbers_of_a_call_are_within_their_bounds(llm: Llama, name: str) -> None:
+    llm.__dict__["_chat_template"] = template = with_template(llm, name)
+    function = {"name": "rate", "description": "Rates.", "parameters": NUMBERS, "strict": True}
+    tools = [{"type": "function", "function": function}]
+    settings: Any = {"temperature": 1.0, "max_tokens": 300, "logit_bias": ends_strings(llm)}
+    numbers = list[Decimal]()
+    for seed in range(4):
+        done: Any = llm.create_chat_completion(ASKED, tools=tools, tool_choice="required", seed=seed, **settings)
+        calls = done["choices"][0]["message"]["tool_calls"]
+        for call in calls if done["choices"][0]["finish_reason"] == "tool_calls" else calls[:-1]:
+            made = json.loads(call["function"]["arguments"], parse_float=Decimal)
+            assert 0 <= made["p"] <= 1
+            assert Decimal("-5.5") < (made["t"] or 0) <= Decimal("17.25")
+            assert 0 < made["price"] <= 99
+            assert made["price"] * 10 == int(made["price"] * 10)
+            numbers += made.values()
+    assert numbers
+    # the model is told the bounds as they were given
+    prompt = template.render(ASKED, ChatOptions(tools=tools, tool_choice="required")).text
+    assert "-5.5" in prompt
 
 
 @pytest.mark.parametrize("n_words", [1, 250])
@@ -151,7 +187,8 @@ def test_a_message_is_continued(llm: Llama) -> None:
 # --- schemas ----------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, Any] = {
-    "a number's bounds": {"type": "number", "minimum": 0},
+    "no number": {"type": "number", "minimum": 0.5, "exclusiveMaximum": 0.5},
+    "other multiples": {"type": "number", "multipleOf": 0.25},
     "multiples": {"type": "integer", "multipleOf": 3},
     "unique": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
     "not": {"not": {"type": "string"}},
@@ -163,7 +200,6 @@ REFUSED: dict[str, Any] = {
     "keys of a pattern": {"type": "object", "patternProperties": {"^a": {}}},
     "a word boundary": {"type": "string", "pattern": r"^\bx$"},
     "looking ahead": {"type": "string", "pattern": "^(?=a)a$"},
-    "no type": {"minimum": 3},
     "an unknown type": {"type": "text"},
     "closed parts": {
         "allOf": [{"type": "object", "additionalProperties": False}, {"type": "object", "properties": {}}]

@@ -133,6 +133,7 @@ SCHEMAS = {
     "deep": nested(400, lambda inner: {"type": "array", "items": inner}),
     "alternatives in alternatives": nested(11, lambda inner: {"anyOf": [inner, inner]}),
     "many types": {"type": ["string", "null", "object", "array", "number"] * 1000},
+    "digits": objects({f"f{i}": {"type": "number", "exclusiveMinimum": (i + 1) * 1e-39} for i in range(390)}),
     "less than none": {"type": "array", "items": {"type": "null"}, "minItems": -5, "maxItems": -1},
 }
 
@@ -251,6 +252,7 @@ ORDINARY_SCHEMAS = {
     "200 fields": objects(fields(200), required=list(fields(200))),
     "200 optional fields": objects(fields(200)),
     "300 words": {"enum": [f"{chr(97 + i % 26)}{i}" for i in range(300)]},
+    "300 prices": objects({f"field-{i}": {"type": "number", "exclusiveMinimum": 0} for i in range(300)}),
     "maxLength": {"type": "string", "maxLength": 1000},
     "maxItems": {"type": "array", "items": objects(fields(4)), "minItems": 2, "maxItems": 300},
     "pattern": {"type": "string", "pattern": "^([a-z]{1,60}-)*[0-9]{2,10}(/[a-z0-9]*)*$"},

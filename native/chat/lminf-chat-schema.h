@@ -1,0 +1,24 @@
+// What llama.cpp's conversion of JSON schemas to grammars asks of us.
+
+#pragma once
+
+#include <memory>
+#include <string>
+
+class common_json;
+struct common_chat_schema;
+
+// A character of a class of a grammar.
+std::string lminf_chat_in_class(const std::string & character);
+
+// A grammar is being made that does not enforce all of its schema.
+void lminf_chat_warn_of_schema();
+
+// Whether there was one since the last question.
+bool lminf_chat_warned_of_schema();
+
+// A schema of type number. Throws std::runtime_error if no number is within its bounds, or none that a grammar can tell.
+std::unique_ptr<common_chat_schema> lminf_chat_number(const common_json & schema);
+
+// The grammar of such a schema, "" if it has no bounds.
+const std::string & lminf_chat_number_rule(const common_chat_schema & number);
