@@ -26,8 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from machine import ROOT, describe
-from million import resident_bytes
+from machine import ROOT, describe, resident_bytes
 from quantize import FILE_TYPES, quantize, tensor_types
 
 from lminf_edge import LMInfConfig, native
@@ -343,14 +342,6 @@ def rate(figures: Results) -> str:
     return f"{figures['tokens'] / figures['seconds']:.0f} tokens/s"
 
 
-def resident_or_none() -> int | None:
-    """Resident memory of this process in bytes, where the system tells."""
-    try:
-        return resident_bytes()
-    except RuntimeError:
-        return None
-
-
 def say(line: str) -> None:
     print(f"  {line}", flush=True)
 
@@ -454,7 +445,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
     )
     with setup.reader(POLICIES["lminf"], 0) as reader:
         begun = saved = time.perf_counter()
-        resident = resident_or_none()
+        resident = resident_bytes()
         done = 0
 
         def results() -> Results:
@@ -472,7 +463,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
                 "kv_bytes": info.kv_bytes,
                 "rebases": info.rebases,
                 "max_graph_position": info.max_graph_position,
-                "resident_bytes": [resident, resident_or_none()],
+                "resident_bytes": [resident, resident_bytes()],
             }
 
         try:
@@ -481,7 +472,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
                 sums.add(start + shift, nll[:inside])
                 done = start + len(nll)
                 if resident is None or done == 100 * N_BATCH:
-                    resident = resident_or_none()
+                    resident = resident_bytes()
                 if time.perf_counter() - saved > experiment.size.save_every:
                     saved = time.perf_counter()
                     save(results())
