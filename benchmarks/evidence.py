@@ -31,15 +31,7 @@ from quantize import FILE_TYPES, quantize, tensor_types
 
 from lminf_edge import LMInfConfig, native
 from lminf_edge.cache.token_log import Tokens, as_tokens
-from lminf_edge.cli.common import (
-    KV_TYPE_NUMBERS,
-    CommandError,
-    load,
-    model_header,
-    model_settings,
-    read_text,
-    tokenize,
-)
+from lminf_edge.cli.common import KV_TYPE_NUMBERS, CommandError, load, model_header, model_settings, read_text, tokenize
 from lminf_edge.cli.demo import python_documentation
 from lminf_edge.cli.passkey import policy_report
 from lminf_edge.cli.policies import Setup
@@ -1020,9 +1012,7 @@ def main() -> int:
         parser.error("give the books to be read: --text FILE...")
     size = TINY if args.tiny else Size()
     size = dataclasses.replace(
-        size,
-        full_minutes=args.full_minutes or size.full_minutes,
-        n_longest=args.longest or size.n_longest,
+        size, full_minutes=args.full_minutes or size.full_minutes, n_longest=args.longest or size.n_longest
     )
     try:
         native.load()
