@@ -26,21 +26,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from machine import ROOT, describe
-from million import resident_bytes
+from machine import ROOT, describe, resident_bytes
 from quantize import FILE_TYPES, quantize, tensor_types
 
 from lminf_edge import LMInfConfig, native
 from lminf_edge.cache.token_log import Tokens, as_tokens
-from lminf_edge.cli.common import (
-    KV_TYPE_NUMBERS,
-    CommandError,
-    load,
-    model_header,
-    model_settings,
-    read_text,
-    tokenize,
-)
+from lminf_edge.cli.common import KV_TYPE_NUMBERS, CommandError, load, model_header, model_settings, read_text, tokenize
 from lminf_edge.cli.demo import python_documentation
 from lminf_edge.cli.passkey import policy_report
 from lminf_edge.cli.policies import Setup
@@ -343,14 +334,6 @@ def rate(figures: Results) -> str:
     return f"{figures['tokens'] / figures['seconds']:.0f} tokens/s"
 
 
-def resident_or_none() -> int | None:
-    """Resident memory of this process in bytes, where the system tells."""
-    try:
-        return resident_bytes()
-    except RuntimeError:
-        return None
-
-
 def say(line: str) -> None:
     print(f"  {line}", flush=True)
 
@@ -454,7 +437,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
     )
     with setup.reader(POLICIES["lminf"], 0) as reader:
         begun = saved = time.perf_counter()
-        resident = resident_or_none()
+        resident = resident_bytes()
         done = 0
 
         def results() -> Results:
@@ -472,7 +455,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
                 "kv_bytes": info.kv_bytes,
                 "rebases": info.rebases,
                 "max_graph_position": info.max_graph_position,
-                "resident_bytes": [resident, resident_or_none()],
+                "resident_bytes": [resident, resident_bytes()],
             }
 
         try:
@@ -481,7 +464,7 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
                 sums.add(start + shift, nll[:inside])
                 done = start + len(nll)
                 if resident is None or done == 100 * N_BATCH:
-                    resident = resident_or_none()
+                    resident = resident_bytes()
                 if time.perf_counter() - saved > experiment.size.save_every:
                     saved = time.perf_counter()
                     save(results())
@@ -587,87 +570,56 @@ def measure_divergence(subject: Subject, experiment: Experiment, save: Save) -> 
     }
 
 
-def measure_passkey(subject: Subject, experiment: Experiment, save: Save) -> Results:
-    """Right answers by length and depth of the key."""
-    settings = experiment.settings
-    size = subject.n_train // 2
-    window = subject.window(settings["n_global"], size - settings["n_global"])
-    setup = subject.setup(window, "f16")
-    policies = {}
-    with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
-        task = Prompts(vocabulary, "prose", subject.prose)
-        for name in settings["policies"]:
-            cells = []
-            with setup.reader(POLICIES[name], max(settings["lengths"]) + MAX_ANSWER) as reader:
-                for length, depth in itertools.product(settings["lengths"], settings["depths"]):
-                    prompts = [task.prompt(length, depth, trial) for trial in range(settings["trials"])]
-                    cells.append(measure(reader, prompts, vocabulary.detokenize, length, depth))
-            policies[name] = policy_report(cells)
-            say(f"{name}: {policies[name]['correct']} of {policies[name]['trials']} right")
-    lists = {
-        "policies": settings["policies"],
-        "lengths": settings["lengths"],
-        "depths": [f"{100 * depth:g}" for depth in settings["depths"]],
-    }
+def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """Right answers by length and place of what was told once.
+
+    With recall: with it, without, with full attention, and the ceiling, which is the fact in the window.
+    """
+    settings, depths = experiment.settings, experiment.settings["depths"]
+    lengths, n_trials = settings["lengths"], settings["trials"]
+    n_global, size = settings.get("n_global", N_GLOBAL), settings.get("window", subject.n_train // 2)
+    recall: dict[str, Any] = {}
+    asked = {name: (name, lengths, n_trials) for name in settings["policies"]}
+    if "n_recall" in settings:
+        # what is asked at the end must not push out the oldest
+        recall = {"n_recall": settings["n_recall"], "n_archive": max(lengths) + 2 * MAX_ANSWER}
+        ways = {
+            "ceiling": ("lminf", [settings["ceiling"]], settings["n_ceiling"]),
+            "recall": ("recall", lengths, n_trials),
+            "lminf": ("lminf", lengths, settings["n_without"]),
+            "full": ("full", [n for n in lengths if n <= subject.n_train], settings["n_without"]),
+        }
+        asked = {name: way for name, way in ways.items() if name in asked and way[1]}
+    window = resolve(LMInfConfig(n_global=n_global, n_local=size - n_global, **recall), None, subject.n_train)
+    setup = subject.setup(window, settings.get("kv_type", "f16"))
+    task_name = settings.get("task", "prose")
+    policies = ["lminf", "recall"] if recall else settings["policies"]
+    lists = {"policies": policies, "lengths": lengths, "depths": [f"{100 * depth:g}" for depth in depths]}
     command = (
-        f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt --task prose "
+        f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt --task {task_name} "
         + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
-        + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
+        + f" --trials {n_trials} --n-global {window.n_global} --n-local {window.n_local}"
     )
-    return {"command": command, "window": window_facts(window), "policies": policies}
-
-
-def measure_recall(subject: Subject, experiment: Experiment, save: Save) -> Results:
-    """Right answers by length and place of the fact, with recall and without; the ceiling is the fact in the window."""
-    settings = experiment.settings
-    n_archive = max(settings["lengths"]) + 2 * MAX_ANSWER  # else the oldest would be forgotten during the answer
-    config = LMInfConfig(
-        n_global=N_GLOBAL,
-        n_local=settings["window"] - N_GLOBAL,
-        n_recall=settings["n_recall"],
-        n_archive=n_archive,
-    )
-    window = resolve(config, None, subject.n_train)
-    setup = subject.setup(window, settings["kv_type"])
-    asked = {
-        "ceiling": ("lminf", [settings["ceiling"]], settings["n_ceiling"]),
-        "recall": ("recall", settings["lengths"], settings["trials"]),
-        "lminf": ("lminf", settings["lengths"], settings["n_without"]),
-        "full": ("full", [n for n in settings["lengths"] if n <= subject.n_train], settings["n_without"]),
-    }
+    facts = window_facts(window)
+    if recall:
+        command += f" --recall {window.n_recall} --archive-tokens {recall['n_archive']}"
+        facts["recall_distance"] = window.recall_distance
     figures: Results = {}
     done = 0
     with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
-        task = Prompts(vocabulary, settings["task"], subject.prose)
-
-        def results() -> Results:
-            lists = {"lengths": settings["lengths"], "depths": [f"{100 * depth:g}" for depth in settings["depths"]]}
-            command = (
-                f"lminf-edge passkey -m {subject.argument} -f {next(iter(subject.texts))}.txt "
-                f"--task {settings['task']} --policies lminf,recall "
-                + " ".join(f"--{name} {','.join(map(str, values))}" for name, values in lists.items())
-                + f" --trials {settings['trials']} --n-global {window.n_global} --n-local {window.n_local}"
-                + f" --recall {window.n_recall} --archive-tokens {n_archive}"
-            )
-            facts = {**window_facts(window), "recall_distance": window.recall_distance}
-            return {"command": command, "tokens": done, "window": facts, "policies": figures}
-
-        for name, (policy, lengths, n_trials) in asked.items():
-            if not lengths or name not in settings["policies"]:
-                continue
+        task = Prompts(vocabulary, task_name, subject.prose)
+        for name, (policy, its_lengths, most) in asked.items():
             cells = []
-            with setup.reader(POLICIES[policy], max(lengths) + MAX_ANSWER) as reader:
-                for length, depth in itertools.product(lengths, settings["depths"]):
-                    n = max(1, n_trials // 2) if length > LONG_PROMPT else n_trials
+            with setup.reader(POLICIES[policy], max(its_lengths) + MAX_ANSWER) as reader:
+                for length, depth in itertools.product(its_lengths, depths):
+                    n = max(1, most // 2) if length > LONG_PROMPT else most
                     prompts = [task.prompt(length, depth, trial) for trial in range(n)]
-                    begun = time.perf_counter()
                     cells.append(measure(reader, prompts, vocabulary.detokenize, length, depth))
                     done += length * n
                     figures[name] = policy_report(cells)
-                    save(results())
-                    say(f"{name}, {length}, {depth:.0%}: {cells[-1].correct} of {cells[-1].trials} right, "
-                        f"{time.perf_counter() - begun:.0f} s")  # fmt: skip
-        return results()
+                    save({"command": command, "tokens": done, "window": facts, "policies": figures})
+            say(f"{name}: {figures[name]['correct']} of {figures[name]['trials']} right")
+    return {"command": command, "tokens": done, "window": facts, "policies": figures}
 
 
 def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) -> Results:
@@ -850,9 +802,9 @@ def experiments(
     for kv_type in ("f32", "f16"):
         add(f"kl-{kv_type}", main, measure_divergence, kv_type=kv_type, stretches=size.n_stretches)
     asked = {"lengths": list(size.lengths), "depths": list(size.depths), "trials": size.n_trials}
-    add("passkey", main, measure_passkey, **asked, policies=list(WITHOUT_RECALL), n_global=N_GLOBAL)
+    add("passkey", main, measure_answers, **asked, policies=list(WITHOUT_RECALL), n_global=N_GLOBAL)
     # as many as hold a key that is told at once
-    add("passkey-sinks", main, measure_passkey, **asked, policies=["lminf"], n_global=n_train // 8)
+    add("passkey-sinks", main, measure_answers, **asked, policies=["lminf"], n_global=n_train // 8)
     for model, name in zip(models, names, strict=True):
         n_bytes = Path(model_header(model)[0]).stat().st_size
         if n_bytes > LARGE:
@@ -880,7 +832,7 @@ def experiments(
         for task in ("facts", "chat") if is_large else ("prose",):
             for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (header.n_ctx_train // 2,):
                 add(
-                    f"recall-{name}-{task}-{window}", model, measure_recall, kv_type="f16", task=task, window=window,
+                    f"recall-{name}-{task}-{window}", model, measure_answers, kv_type="f16", task=task, window=window,
                     n_recall=8, ceiling=window - MAX_ANSWER,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
                     depths=list(size.recall_depths[: -1 if is_large else None]),
@@ -1061,9 +1013,7 @@ def main() -> int:
         parser.error("give the books to be read: --text FILE...")
     size = TINY if args.tiny else Size()
     size = dataclasses.replace(
-        size,
-        full_minutes=args.full_minutes or size.full_minutes,
-        n_longest=args.longest or size.n_longest,
+        size, full_minutes=args.full_minutes or size.full_minutes, n_longest=args.longest or size.n_longest
     )
     try:
         native.load()

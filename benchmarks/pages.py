@@ -65,8 +65,8 @@ def machines(records: Mapping[str, Record]) -> str:
     return table(header, rows, 4) + "\n" + "".join(f"- {line}\n" for line in dict.fromkeys(details))
 
 
-def write(page: Path, blocks: Mapping[str, Block], records: dict[str, Record], target: Path) -> None:
-    """Writes `page` with every block in it made anew: what is between <!-- NAME --> and <!-- end of NAME -->.
+def filled(page: Path, blocks: Mapping[str, Block], records: dict[str, Record]) -> str:
+    """A page with every block in it made anew: what is between <!-- NAME --> and <!-- end of NAME -->.
 
     Raises ValueError if the page has other blocks.
     """
@@ -79,17 +79,17 @@ def write(page: Path, blocks: Mapping[str, Block], records: dict[str, Record], t
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
         text = f"{before}{start}\n{make(records)}\n{end}{after}"
-    target.write_text(text, encoding="utf-8")
+    return text
 
 
 def main(
     name: str,
-    blocks: Mapping[str, Block],
+    blocks: Mapping[str, Block] | Callable[[dict[str, Record], Path], str],
     remake: str,
     load: Callable[[Path], dict[str, Record]] = load_records,
     draw: Callable[[dict[str, Record], Path], None] | None = None,
 ) -> int:
-    """The command line of a script that makes docs/`name`.md of docs/`name`/*.json."""
+    """The command line of a script that makes docs/`name`.md of docs/`name`/*.json: its blocks, or all of it."""
     page = ROOT / "docs" / f"{name}.md"
     parser = argparse.ArgumentParser()
     parser.add_argument("--figures", metavar="DIR", type=Path, default=ROOT / "docs" / name)
@@ -101,7 +101,8 @@ def main(
             raise ValueError(f"There are no figures in {args.figures}: {remake} measures them.")
         if draw:
             draw(records, args.figures)
-        write(page, blocks, records, args.page)
+        text = blocks(records, args.figures) if callable(blocks) else filled(page, blocks, records)
+        args.page.write_text(text, encoding="utf-8")
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

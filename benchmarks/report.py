@@ -75,19 +75,6 @@ QUESTIONS: dict[str, list[tuple[str, list[Choice], list[Choice]]]] = {
 }
 
 
-class Figures:
-    """The files of one folder, by experiment."""
-
-    def __init__(self, folder: Path) -> None:
-        self.records = pages.load_records(folder)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.records
-
-    def results(self, name: str) -> list[Result]:
-        return results_of(self.records[name])
-
-
 def results_of(record: Record) -> list[Result]:
     return [Result.from_json(value) for value in record["results"]]
 
@@ -189,12 +176,12 @@ def positions(records: dict[str, Record]) -> str:
     return pages.table(header, rows, 0)
 
 
-def positions_section(figures: Figures) -> str:
+def positions_section(records: dict[str, Record]) -> str:
     """For docs/results.md."""
     return (
         f"## Speed and memory by stream position\n\n![decode speed by stream position](performance/{PLOT})\n\n"
         "Llama-3.2-1B, Q4_0, f16 KV; of each side the faster of without and with flash attention.\n\n"
-        + positions(figures.records)
+        + positions(records)
     )
 
 

@@ -1,6 +1,6 @@
 """Writes docs/results.md and its plots from the figures that benchmarks/evidence.py measured.
 
-    make results, or: .venv/bin/python benchmarks/results.py [--figures DIR] [--performance DIR] [--page FILE]
+    make results, or: .venv/bin/python benchmarks/results.py [--figures DIR] [--page FILE]
 
 Every number of the page comes from those files, or, for the paper's own, from benchmarks/published.json; only the words
 around them are here. What a sentence claims is decided by the figures.
@@ -8,7 +8,6 @@ around them are here. What a sentence claims is decided by the figures.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import ROOT
+import pages
 from measured import (
     PAST,
     SMALL,
@@ -38,7 +37,6 @@ from measured import (
     fresh_blocks,
     is_real,
     kind_of,
-    load_records,
     loss_records,
     octaves,
     paired,
@@ -57,7 +55,7 @@ from measured import (
     variant_of,
     window_size,
 )
-from report import Figures, pick, positions_section, table
+from report import pick, positions_section, results_of, table
 from trend import Estimate, mean_difference, proportion
 
 from lminf_edge.bench.alternate import Result, fastest, ratio
@@ -832,25 +830,25 @@ def passkey_section(records: dict[str, Record]) -> str:
     )
 
 
-def performance_section(performance: Figures) -> str:
+def performance_section(performance: dict[str, Record]) -> str:
     if "positions" not in performance:
         return "## Speed and memory by stream position\n\nNot measured: `make bench` writes `docs/performance/`.\n"
     return positions_section(performance) + "\nFrom [performance.md](performance.md), which has more.\n"
 
 
-def bench_machine(performance: Figures) -> str:
-    record = performance.records["positions"]
+def bench_machine(performance: dict[str, Record]) -> str:
+    record = performance["positions"]
     return f"{record['model']['shape']} shape, {record['model']['weights']}, {record['n_threads']} CPU threads"
 
 
-def ours_decoding(records: dict[str, Record], performance: Figures) -> str:
+def ours_decoding(records: dict[str, Record], performance: dict[str, Record]) -> str:
     if "positions" not in performance:
         return "–"
     depth, ours, full = at_deepest(performance)
     return f"{ratio(ours, full).median:.2f} × as fast at position {depth:,}: {bench_machine(performance)}"
 
 
-def ours_memory(records: dict[str, Record], performance: Figures) -> str:
+def ours_memory(records: dict[str, Record], performance: dict[str, Record]) -> str:
     if "positions" not in performance:
         return "–"
     depth, ours, full = at_deepest(performance)
@@ -858,15 +856,15 @@ def ours_memory(records: dict[str, Record], performance: Figures) -> str:
     return f"{less} at position {depth:,}, window {ours.contender.window}: {bench_machine(performance)}"
 
 
-def at_deepest(performance: Figures) -> tuple[int, Result, Result]:
+def at_deepest(performance: dict[str, Record]) -> tuple[int, Result, Result]:
     """The deepest position that both were measured at, ours there, and full attention."""
-    results = performance.results("positions")
+    results = results_of(performance["positions"])
     ours, full = (pick(results, cache=cache) for cache in ("lambda", "full"))
     depth = max({r.contender.depth for r in ours} & {r.contender.depth for r in full})
     return depth, fastest(pick(ours, depth=depth)), fastest(pick(full, depth=depth))
 
 
-def ours_longest(records: dict[str, Record], performance: Figures) -> str:
+def ours_longest(records: dict[str, Record], performance: dict[str, Record]) -> str:
     lines = []
     for record in stream_records(records):
         estimate = drift(record)
@@ -875,7 +873,7 @@ def ours_longest(records: dict[str, Record], performance: Figures) -> str:
     return "; ".join(lines) or "–"
 
 
-def ours_global(records: dict[str, Record], performance: Figures) -> str:
+def ours_global(records: dict[str, Record], performance: dict[str, Record]) -> str:
     words = []
     for name, record in records.items():
         if name.startswith("sweep-global"):
@@ -886,12 +884,12 @@ def ours_global(records: dict[str, Record], performance: Figures) -> str:
     return "; ".join(words) or "–"
 
 
-def ours_local(records: dict[str, Record], performance: Figures) -> str:
+def ours_local(records: dict[str, Record], performance: dict[str, Record]) -> str:
     found = loss_records(records, "f16")
     return f"{window_of(found[0])} of {found[0]['model']['n_ctx_train']}" if found else "–"
 
 
-OURS: dict[str, Callable[[dict[str, Record], Figures], str]] = {
+OURS: dict[str, Callable[[dict[str, Record], dict[str, Record]], str]] = {
     "longest": ours_longest,
     "decoding": ours_decoding,
     "memory": ours_memory,
@@ -900,7 +898,7 @@ OURS: dict[str, Callable[[dict[str, Record], Figures], str]] = {
 }
 
 
-def paper_section(records: dict[str, Record], performance: Figures, published: Record) -> str:
+def paper_section(records: dict[str, Record], performance: dict[str, Record], published: Record) -> str:
     rows = [
         [f["what"], f["value"], OURS[f["ours"]](records, performance), f["differs"], f["source"]]
         for f in published["figures"]
@@ -910,10 +908,10 @@ def paper_section(records: dict[str, Record], performance: Figures, published: R
     )
 
 
-def own_model_section(performance: Figures) -> str:
+def own_model_section(performance: dict[str, Record]) -> str:
     n_tokens, takes = 1 << 17, ""
     if "prefill" in performance:
-        ours = pick(performance.results("prefill"), cache="lambda")
+        ours = pick(results_of(performance["prefill"]), cache="lambda")
         speed = fastest(pick(ours, depth=max(r.contender.depth for r in ours))).median
         takes = (
             f"Llama-3.2-1B's shape with Q4_0 weights and a window of 4096 reads {speed:,.0f} tokens/s on the machine "
@@ -1035,7 +1033,13 @@ def draw(records: dict[str, Record], folder: Path) -> None:
         plots.plot_passkey(folder / "passkey.png", cells, title)
 
 
-def page(records: dict[str, Record], refused: dict[str, Record], performance: Figures, published: Record) -> str:
+def page(everything: dict[str, Record], figures: Path) -> str:
+    """Draws the plots as well, beside the figures."""
+    refused = {name: record for name, record in everything.items() if "refused" in record}
+    records = {name: record for name, record in everything.items() if name not in refused}
+    draw(records, figures)
+    published = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
+    performance = pages.load_records(figures.parent / "performance")
     real, toys = kind_of(records, True), kind_of(records, False)
     losses = loss_section(real)
     sections: Iterable[str] = [
@@ -1078,26 +1082,5 @@ def appendix(toys: dict[str, Record]) -> str:
     return f"## Appendix: toy models\n\n{intro}\n" + re.sub(r"^(?=##)", "#", text, flags=re.MULTILINE) if text else ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--figures", metavar="DIR", type=Path, default=ROOT / "docs" / "results")
-    parser.add_argument("--performance", metavar="DIR", type=Path, default=ROOT / "docs" / "performance")
-    parser.add_argument("--page", metavar="FILE", type=Path, default=ROOT / "docs" / "results.md")
-    args = parser.parse_args()
-    try:
-        records = load_records(args.figures)
-        refused = {name: records.pop(name) for name in [*records] if "refused" in records[name]}
-        if not records:
-            raise ValueError(f"There are no figures in {args.figures}: make results-measure measures them.")
-        published = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
-        draw(records, args.figures)
-        args.page.write_text(page(records, refused, Figures(args.performance), published), encoding="utf-8")
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {args.page}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pages.main("results", page, "make results-measure"))

@@ -8,7 +8,6 @@ About 45 minutes, most of it the mixed load; leave the machine alone meanwhile.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -20,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +83,26 @@ class Server:
         [value] = re.findall(rf"^lminf_{name} ([\d.e+-]+)$", self.client.get("/metrics").text, re.M)
         return float(value)
 
-    def ask(self, messages: Messages, n_tokens: int) -> tuple[str, float, Figures]:
-        """An answer, the seconds until its first text came, and what the last chunk says."""
+    def ask(
+        self, messages: Messages, n_tokens: int, most: float = float("inf"), **sampling: float
+    ) -> tuple[str, float, Figures]:
+        """An answer, the seconds until its first text came, and what the last chunk says.
+
+        After more than `most` characters the client hangs up. Raises httpx.HTTPError and RuntimeError.
+        """
         body = {
             "messages": messages,
             "max_tokens": n_tokens,
-            "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **sampling,
         }
         data = json.dumps(body).encode()  # the client's own work is not part of what is measured
         started, first, text, last = time.perf_counter(), None, "", {}
         headers = {"Content-Type": "application/json"}
         with self.client.stream("POST", "/v1/chat/completions", content=data, headers=headers) as response:
-            response.raise_for_status()
+            if response.status_code != 200:
+                raise RuntimeError(f"{response.status_code}: {response.read()[:200]!r}")
             for line in response.iter_lines():
                 chunk = chunk_of(line)
                 if chunk is None:
@@ -106,6 +112,8 @@ class Server:
                     first = time.perf_counter() - started
                 text += piece
                 last = chunk
+                if len(text) > most:
+                    break
         return text, first or time.perf_counter() - started, last
 
     def stop(self) -> None:
@@ -140,7 +148,7 @@ class Talk:
     def say(self, n_words: int, n_answer: int = 8) -> tuple[float, Figures]:
         """A turn: seconds to the first text of the answer, and the figures of the last chunk."""
         self.messages.append({"role": "user", "content": self.text(n_words)})
-        answer, first, last = self.server.ask(self.messages, n_answer)
+        answer, first, last = self.server.ask(self.messages, n_answer, temperature=0)
         self.messages.append({"role": "assistant", "content": answer})
         return first, last
 
@@ -240,7 +248,7 @@ def unseen(args: argparse.Namespace) -> Figures:
                 for n in runs if i % 2 else reversed(runs):
                     messages = history(vocabulary, n, seed=1000 * i + n)
                     with served(model, *options) as server:
-                        _, first, last = server.ask(messages, 4)
+                        _, first, last = server.ask(messages, 4, temperature=0)
                     usage = last["usage"]
                     runs[n].append({"seconds": first, "tokens": usage["prompt_tokens"], "processed": n_processed(last)})
         short, long = ([run["seconds"] for run in each] for each in runs.values())
@@ -404,47 +412,34 @@ def _stock_rate(llm: Llama, n: int, n_batches: int) -> float:
     return n / float(np.median(seconds))
 
 
-async def _mixed_client(server: Server, i: int, until: float, first: list[float], errors: list[str]) -> int:
+def _mixed_client(server: Server, i: int, until: float, first: list[float], errors: list[str]) -> int:
     """One user: talks, regenerates, edits, hangs up, begins anew."""
     rng, talk, n = random.Random(i), Talk(server, i), 0
-    async with httpx.AsyncClient(base_url=server.facts["url"], timeout=600) as client:
-        while time.monotonic() < until:
-            kind = rng.choices(("say", "regenerate", "edit", "hang up", "new", "wrong"), (10, 3, 2, 2, 1, 1))[0]
-            if kind == "new" or len(talk.messages) > 60:
-                talk.messages = talk.messages[:1]
-            if kind == "wrong":
-                answer = await client.post("/v1/chat/completions", json={"messages": "Hello"})
-                if answer.status_code != 400:
-                    errors.append(f"{answer.status_code} for a wrong request")
-                continue
-            if kind == "regenerate" and len(talk.messages) > 2:
-                talk.messages.pop()
-            elif kind == "edit" and len(talk.messages) > 4:
-                talk.messages = talk.messages[: 2 * rng.randrange(1, len(talk.messages) // 2) - 1]
-            if talk.messages[-1]["role"] != "user":
-                talk.messages.append({"role": "user", "content": talk.text(rng.choice((5, 30, 200, 1500)))})
-            body = {"messages": talk.messages, "max_tokens": rng.choice((5, 30, 120)), "stream": True}
-            started, text = time.perf_counter(), ""
-            try:
-                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                    if response.status_code != 200:
-                        errors.append(f"{response.status_code}: {(await response.aread())[:200]!r}")
-                        continue
-                    async for line in response.aiter_lines():
-                        chunk = chunk_of(line)
-                        if chunk is None:
-                            continue
-                        piece = text_of(chunk)
-                        if piece and not text:
-                            first.append(time.perf_counter() - started)
-                        text += piece
-                        if kind == "hang up" and len(text) > 20:
-                            break
-            except (httpx.HTTPError, RuntimeError) as error:
-                errors.append(repr(error))
-            talk.messages.append({"role": "assistant", "content": text})
-            n += 1
-            await asyncio.sleep(rng.expovariate(2.0))
+    while time.monotonic() < until:
+        kind = rng.choices(("say", "regenerate", "edit", "hang up", "new", "wrong"), (10, 3, 2, 2, 1, 1))[0]
+        if kind == "new" or len(talk.messages) > 60:
+            talk.messages = talk.messages[:1]
+        if kind == "wrong":
+            answer = server.client.post("/v1/chat/completions", json={"messages": "Hello"})
+            if answer.status_code != 400:
+                errors.append(f"{answer.status_code} for a wrong request")
+            continue
+        if kind == "regenerate" and len(talk.messages) > 2:
+            talk.messages.pop()
+        elif kind == "edit" and len(talk.messages) > 4:
+            talk.messages = talk.messages[: 2 * rng.randrange(1, len(talk.messages) // 2) - 1]
+        if talk.messages[-1]["role"] != "user":
+            talk.messages.append({"role": "user", "content": talk.text(rng.choice((5, 30, 200, 1500)))})
+        text, most = "", 20 if kind == "hang up" else float("inf")
+        try:
+            text, seconds, _ = server.ask(talk.messages, rng.choice((5, 30, 120)), most)
+            if text:
+                first.append(seconds)
+        except (httpx.HTTPError, RuntimeError) as error:
+            errors.append(repr(error))
+        talk.messages.append({"role": "assistant", "content": text})
+        n += 1
+        time.sleep(rng.expovariate(2.0))
     return n
 
 
@@ -458,25 +453,18 @@ def mixed(args: argparse.Namespace) -> Figures:
         errors: list[str] = []
         samples: list[Figures] = []
 
-        async def everyone() -> list[int]:
-            until = time.monotonic() + 60 * args.minutes
-
-            async def sample() -> None:
-                started = time.monotonic()
-                while time.monotonic() < until:
-                    samples.append({"minute": (time.monotonic() - started) / 60, "resident": server.resident()})
-                    await asyncio.sleep(min(5, 6 * args.minutes))
-
-            clients = [_mixed_client(server, i, until, first, errors) for i in range(args.clients)]
-            *counts, _ = await asyncio.gather(*clients, sample())
-            return [count for count in counts if count is not None]
-
-        counts = asyncio.run(everyone())
+        started = time.monotonic()
+        until = started + 60 * args.minutes
+        with ThreadPoolExecutor(args.clients) as pool:
+            clients = [pool.submit(_mixed_client, server, i, until, first, errors) for i in range(args.clients)]
+            while time.monotonic() < until:
+                samples.append({"minute": (time.monotonic() - started) / 60, "resident": server.resident()})
+                time.sleep(min(5, 6 * args.minutes))
         after = [each["resident"] for each in samples if each["minute"] >= min(5, args.minutes / 2)]
         return {
             "minutes": args.minutes,
             "clients": args.clients,
-            "turns": sum(counts),
+            "turns": sum(client.result() for client in clients),
             "errors": errors[:20],
             "n_errors": len(errors),
             "first_token": {**spread(first), "p99": float(np.quantile(first, 0.99))},

@@ -7,7 +7,7 @@
     cpu         the CPU kernels compiled for plain C, AVX2 and AVX-512, with and without VNNI (on ARM NEON), and recall
     sanitize    those for plain C and AVX2 again, and recall, under AddressSanitizer and UndefinedBehaviorSanitizer
     library     the whole library and the chat library under both, in Python: random operations, changed states, other
-                batches than text, templates; takes long, so it is only run where it is asked for
+                batches than text, recall and archives, templates; takes long, so it is only run where it is asked for
     neon        cross-compiled for ARM, under qemu-user
     cuda        the CUDA kernels as C++ on the CPU
     nvcc        the CUDA kernels compiled by nvcc for compute capability 7.5, 8.0, 8.9 and 9.0
@@ -39,11 +39,39 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 UPSTREAM_OPS = "SOFT_MAX,ROPE,CONCAT,SET_ROWS"
 UPSTREAM_FLASH = r"hsk=(64|128),hsv=(64|128),nh=4,nr23=.(1|4),1.,kv=(113|512),.*mask=1.*type_(K|KV)=(f16|q8_0|q4_0)"
 
-# of the suite, what goes through most of native/ with the least work of the model
+# of the suite, what goes through most of native/ with the least work of the model: every kind of memory, states and
+# files that were changed, recall and its archives
 LIBRARY_TESTS = (
-    *(f"tests/native/test_operations.py::test_any_order_of_operations[{kind}]" for kind in ("llama-0", "qwen35-8")),
-    "tests/native/test_native.py::test_a_changed_state_is_refused_or_can_be_continued",
+    *(
+        f"tests/native/test_operations.py::test_any_order_of_operations[{kind}]"
+        for kind in ("llama-0", "gemma3-0", "deepseek2-0", "qwen35-8")
+    ),
+    *(
+        f"tests/native/test_native.py::test_a_changed_state_is_refused_or_can_be_continued[{name}]"
+        for name in ("gemma3", "qwen35", "deepseek2")  # llama's parts are some of these, and each takes minutes
+    ),
     "tests/native/test_text_only.py",
+    *(
+        f"tests/native/test_recall.py::{name}"
+        for name in (
+            "test_sketches_find_nearly_the_same",
+            "test_branches_share_what_they_have_in_common",
+            "test_another_context_gets_a_copy",
+            "test_an_archive_smaller_than_a_batch",
+            "test_a_full_archive_forgets_the_oldest",
+            "test_what_was_skipped_is_not_recalled",
+            "test_it_is_not_made_of_what_is_not_there",
+        )
+    ),
+    *(
+        f"tests/cache/test_archive.py::{name}"
+        for name in (
+            "test_a_file_recalls_as_the_stream_did",
+            "test_a_branch_within_a_segment_has_its_own",
+            "test_a_bad_file_costs_what_it_held",
+            "test_a_branch_does_not_change_what_is_in_files",
+        )
+    ),
     "tests/text/test_chat_library.py",
 )
 

@@ -312,7 +312,7 @@ def test_page(folder: Path, records: dict[str, Record]) -> None:
     page = folder / "results.md"
 
     def make() -> str:
-        run_benchmark("results.py", "--figures", folder / "results", "--performance", folder / "none", "--page", page)
+        run_benchmark("results.py", "--figures", folder / "results", "--page", page)
         return page.read_text(encoding="utf-8")
 
     text = make()
@@ -356,7 +356,7 @@ def headings_of(page: str, level: str) -> list[str]:
 
 def test_page_of_real_models(folder: Path, real: Path) -> None:
     page = folder / "real.md"
-    run_benchmark("results.py", "--figures", real, "--performance", folder / "none", "--page", page)
+    run_benchmark("results.py", "--figures", real, "--page", page)
     text = page.read_text(encoding="utf-8")
     assert headings_of(text, "## ") == [
         "## In short", "## Loss by position", "## Without end", "## Which settings", "## Long texts",
