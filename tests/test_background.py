@@ -33,6 +33,7 @@ def window(**more: Any) -> LMInfConfig:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "READ_AFTER", 0.02)
+    monkeypatch.setattr(scheduler, "SAVE_AFTER", 60.0)  # where a stream is saved decides where prompts are cut
 
 
 def wait_until(reached: Callable[[], Any]) -> None:
