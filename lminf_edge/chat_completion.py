@@ -10,7 +10,7 @@ from lminf_edge.errors import UserError
 from lminf_edge.text.answer import Delta, Reader
 from lminf_edge.text.chat import ChatOptions, ChatTemplate, Messages
 from lminf_edge.text.schema import enforceable
-from lminf_edge.text.schema_bounds import check_size
+from lminf_edge.text.schema_bounds import check_size, loosened
 
 # of create_chat_completion besides llama_cpp's, and what they are in ChatOptions
 CHAT_ARGUMENTS = {
@@ -61,6 +61,7 @@ def chat_options(
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     function = tool["function"]
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    parameters = enforceable(parameters) if function.get("strict") else loosened(parameters)
     check_size(parameters)
     return {**tool, "type": "function", "function": {**function, "parameters": parameters}}
 

@@ -113,7 +113,7 @@ class LMInfConfig(Recall):
                    most; 0: none. See docs/design.md, "Recall"
     recall_distance  where they stand for a query, in tokens; None: max_distance
     recall_from    the first layer that recalls
-    recall_every   decoded tokens that a choice serves, 1 or more
+    recall_every   decoded tokens, or last ones of a prompt, that a choice serves, 1 or more
     recall_rule    "layer": one choice for all queries of a micro-batch and all heads; "paper": LM-Infinite's code,
                    n_recall tokens for each query head, for the newest query of a batch alone (for comparison)
     recall_index   "sketch": 32 numbers of 2 bits for each key make a short list, whose keys are then looked at;

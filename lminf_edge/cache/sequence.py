@@ -107,10 +107,13 @@ class CacheSequence:
         self._n_recall = n_recall
 
     def piece(self, n_left: int, n_most: int) -> int:
-        """How many of a prompt's n_left tokens to process next, n_most at most: one where it ends, with recall."""
+        """How many of a prompt's n_left tokens to process next, n_most at most: one choice's where it ends."""
+        n_most = min(n_left, n_most)
         if self._n_recall == 0 or self.window.recall_rule == "paper":
-            return min(n_left, n_most)
-        return min(n_most, max(n_left - N_ASKING, 1))
+            return n_most
+        if self.position + n_left <= self.window.n_local:
+            return n_most  # nothing has left the window yet
+        return min(n_most, max(n_left - N_ASKING, self.window.recall_every))
 
     def begin_at(self, position: int) -> None:
         """Lets an empty sequence begin at this stream position, for tests of far positions."""

@@ -207,7 +207,7 @@ def add_recall(parser: argparse.ArgumentParser, in_files: bool = True) -> None:
         metavar="N",
         type=whole_number(1),
         default=plain.recall_every,
-        help="tokens generated with one choice; default 1",
+        help="tokens that one choice serves, where a prompt ends and in what is generated; default 1",
     )
     group.add_argument(
         "--recall-rule",

@@ -7,6 +7,7 @@ and HF_HUB_OFFLINE are understood. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -93,7 +94,7 @@ def choose(repo: str, paths: Sequence[str], wanted: str) -> str:
     if wanted.lower().endswith(".gguf"):
         fitting = [path for path in models if path == wanted]
     else:
-        quant = re.compile(rf"(?<![A-Za-z0-9]){re.escape(wanted or DEFAULT_QUANT)}(?=[.-])", re.IGNORECASE)
+        quant = re.compile(rf"(?<![A-Za-z0-9]){re.escape(wanted or DEFAULT_QUANT)}(?=[./-])", re.IGNORECASE)
         fitting = sorted((path for path in models if quant.search(path)), key=len)
     if not fitting and not wanted:
         fitting = models
@@ -121,7 +122,12 @@ def download(found: Found, on_progress: OnProgress | None = None) -> Path:
     except BlockingIOError:
         raise UserError(f"Another process is downloading {path.name}: wait for it.") from None
     with output:
-        if is_present(found):  # it was the other's, before it was locked
+        if not _is_there(output, part):  # it was finished, and perhaps begun again, before it was locked
+            if is_present(found):
+                return path
+            raise UserError(f"Another process is downloading {path.name}: wait for it.")
+        if is_present(found):
+            part.unlink()
             return path
         sha256 = _complete(output, path.parent, found.repo, file, on_progress)
         is_right = sha256 == file.sha256
@@ -133,6 +139,13 @@ def download(found: Found, on_progress: OnProgress | None = None) -> Path:
     if not is_right:
         raise UserError(f"What came is not {file.path} of {found.repo} (another sha256): it was not kept, try again.")
     return path
+
+
+def _is_there(output: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one that has this path."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(output.fileno()), path.stat())
+    return False
 
 
 def _settle(part: Path, path: Path, is_right: bool) -> None:
@@ -205,7 +218,11 @@ def _write(output: BinaryIO, block: bytes) -> None:
 
 def _endpoint() -> str:
     address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
+    try:
+        is_address = urllib.parse.urlsplit(address).scheme in ("http", "https")
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise UserError(f"HF_ENDPOINT is the address of a hub, not {address[:200]!r}.")
     return address
 
@@ -286,7 +303,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if made.type not in ("http", "https") or (req.type == "https" and made.type == "http"):
             raise urllib.error.URLError(f"it redirects to {made.type}")
         token = req.unredirected_hdrs.get("Authorization")
-        if token and (made.type, made.host) == (req.type, req.host):
+        if token and urllib.parse.urlsplit(made.full_url)[:2] == urllib.parse.urlsplit(req.full_url)[:2]:
             made.add_unredirected_header("Authorization", token)
         return made
 

@@ -28,7 +28,7 @@ from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import check_sizes
 from lminf_edge.text.schema import enforceable
-from lminf_edge.text.schema_bounds import check_size, loosened
+from lminf_edge.text.schema_bounds import check_parts, check_size, loosened
 from lminf_edge.text.service import Exchange, TextService
 
 MAX_TOOLS = 1024
@@ -267,6 +267,7 @@ def checked_tools(tools: list[Any], is_cancelled: Callable[[], bool]) -> list[di
             if function.get("strict"):
                 parameters = enforceable(parameters)
             else:
+                check_parts(parameters)
                 parameters = loosened(parameters)
                 check_size(parameters)
         except UserError as error:

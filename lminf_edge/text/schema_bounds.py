@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from lminf_edge.errors import UserError
@@ -58,6 +59,18 @@ def check_size(schema: Any) -> None:
     """Raises UserError for what is no JSON schema, or one whose grammar would be enormous."""
     if not isinstance(schema, dict):
         raise UserError("a JSON schema is an object")
+    for part in _parts(schema):
+        if isinstance(part, dict):
+            _check_part(part)
+
+
+def check_parts(schema: Any) -> None:
+    """Raises UserError if a schema has too many parts, or too deep ones, to be looked at."""
+    for _ in _parts(schema):
+        pass
+
+
+def _parts(schema: Any) -> Iterator[Any]:
     level: list[Any] = [schema]
     n_parts = 0
     for _ in range(MAX_DEPTH):
@@ -66,9 +79,7 @@ def check_size(schema: Any) -> None:
         n_parts += len(level)
         if n_parts > MAX_PARTS:
             break
-        for part in level:
-            if isinstance(part, dict):
-                _check_part(part)
+        yield from level
         level = [
             child
             for part in level
@@ -105,12 +116,14 @@ def _drop_bounds(node: dict[str, Any]) -> None:
     types = node.get("type")
     if types == "number" or (isinstance(types, list) and "number" in types):
         make_flags_bounds(node)
-        bounds = {name: node[name] for name in NUMBER_BOUNDS if name in node}
-        try:
-            check_number(bounds)
-        except UserError:
-            for name in bounds:
-                del node[name]
+        for given_up in ((), ("multipleOf",), NUMBER_BOUNDS):  # as few as possible
+            for name in given_up:
+                node.pop(name, None)
+            bounds = {name: node[name] for name in NUMBER_BOUNDS if name in node}
+            with contextlib.suppress(UserError):
+                if bounds:
+                    check_number(bounds)
+                return
 
 
 def _check_part(part: dict[str, Any]) -> None:

@@ -309,6 +309,7 @@ def test_stop_and_go_on(page: Page, server: Served) -> None:
     assert server.engine.n_busy == 0
     [kept] = answers(page)
     choose(page, max_tokens=10)
+    expect(page.locator("[data-testid=message][data-role=assistant]")).to_have_count(1)
     assert kept[:80] in answers(page)[0]
     say(page, "And then?")
     assert len(answers(page)) == 2

@@ -249,14 +249,24 @@ def test_passkey_finds_with_recall_what_has_left_the_window(capfd: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("n_recall", "rule", "sizes"),
-    [(8, "layer", [100, 100, 18] + 32 * [1]), (0, "layer", [100, 100, 50]), (8, "paper", [100, 100, 50])],
+    ("recall", "n_tokens", "sizes"),
+    [
+        ({"n_recall": 8}, 250, [100, 100, 18] + 32 * [1]),
+        ({"n_recall": 8, "recall_every": 8}, 250, [100, 100, 18] + 4 * [8]),
+        ({"n_recall": 8}, 246, [100, 100, 46]),  # nothing has left the window
+        ({"n_recall": 0}, 250, [100, 100, 50]),
+        ({"n_recall": 8, "recall_rule": "paper", "attention": "stock"}, 250, [100, 100, 50]),
+    ],
 )
 def test_each_of_the_last_tokens_makes_its_own_choice(
-    make_llama: MakeLlama, nano_path: str, monkeypatch: pytest.MonkeyPatch, n_recall: int, rule: Any, sizes: list[int]
+    make_llama: MakeLlama,
+    nano_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recall: dict[str, Any],
+    n_tokens: int,
+    sizes: list[int],
 ) -> None:
-    config = replace(WINDOW, n_recall=n_recall, recall_rule=rule, attention="stock" if rule == "paper" else "auto")
-    llm = make_llama(nano_path, lminf=config, n_batch=100)
+    llm = make_llama(nano_path, lminf=replace(WINDOW, **recall), n_batch=100)
     done: list[int] = []
     process = llm.scheduler.eval
 
@@ -265,5 +275,5 @@ def test_each_of_the_last_tokens_makes_its_own_choice(
         return process(slot, new, n_logits)
 
     monkeypatch.setattr(llm.scheduler, "eval", processing)
-    llm.eval(list(range(300, 550)))
+    llm.eval(list(range(300, 300 + n_tokens)))
     assert done == sizes

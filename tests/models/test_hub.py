@@ -163,6 +163,11 @@ def test_without_the_default_quantization_the_first_is_taken() -> None:
     assert hub.choose(REPO, ["mmproj-b.gguf", "b-f16.gguf", "b-Q8_0.gguf"], "") == "b-Q8_0.gguf"
 
 
+@pytest.mark.parametrize(("wanted", "chosen"), [("", "Q4_K_M/b.gguf"), ("bf16", "BF16/b.gguf")])
+def test_a_folder_may_name_the_quantization(wanted: str, chosen: str) -> None:
+    assert hub.choose(REPO, ["BF16/b.gguf", "Q4_K_M/b.gguf", "Q8_0/b-00001-of-00002.gguf"], wanted) == chosen
+
+
 @pytest.mark.parametrize(
     ("paths", "wanted", "said"),
     [
@@ -170,6 +175,7 @@ def test_without_the_default_quantization_the_first_is_taken() -> None:
         (["mmproj-f16.gguf"], "", "has no GGUF files"),
         (["b-Q8_0.gguf"], "Q4_0", r"has no Q4_0: it has b-Q8_0\.gguf\."),
         (["b-Q4_K_M.gguf"], "Q4_K", "has no Q4_K: "),
+        (["Q8_0/b-00001-of-00002.gguf"], "Q8_0", "one of several parts"),
         (["b-Q4_K_M-00001-of-00002.gguf", "b-Q4_K_M-00002-of-00002.gguf"], "", "one of several parts"),
     ],
 )

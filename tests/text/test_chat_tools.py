@@ -138,6 +138,16 @@ def test_a_grammar_waits_for_its_trigger(llm: Llama, n_words: int) -> None:
     assert {call["function"]["name"] for call in calls} <= PARAMETERS.keys()
 
 
+def test_bounds_without_a_grammar_are_left_out(llm: Llama) -> None:
+    price = {"type": "number", "minimum": 0, "multipleOf": 0.5}
+    function: dict[str, Any] = {"name": "sell", "parameters": {"type": "object", "properties": {"price": price}}}
+    tools: Any = [{"type": "function", "function": function}]
+    assert llm.create_chat_completion(ASKED, tools=tools, tool_choice="required", max_tokens=1)
+    function["strict"] = True
+    with pytest.raises(ValueError, match="multipleOf"):
+        llm.create_chat_completion(ASKED, tools=tools, tool_choice="required", max_tokens=1)
+
+
 def test_no_tools_no_trigger(llm: Llama) -> None:
     llm.__dict__["_chat_template"] = with_template(llm, "Qwen-Qwen2.5-7B-Instruct")
     text = '<tool_call>\n{"name": 1'
