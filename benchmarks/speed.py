@@ -255,9 +255,9 @@ def measure_busy(size: Size, libraries: dict[str, Path], models: Path, n_threads
     }
     settings = dict.fromkeys([*((n_threads, name) for name in WAITING), (max(n_threads // 2, 1), "spin")])
     n_rounds = min(3, size.most_rounds)
+    contender = Contender("ours", "lambda", "tg", size.n_gen, 0, 512, n_ubatch=default_ubatch(512))
     results, system = [], {}
     for model, path in paths.items():
-        contender = Contender("ours", "lambda", "tg", size.n_gen, 0, 512, n_ubatch=default_ubatch(512))
         for n_busy, (threads, waiting) in itertools.product(N_BUSY, settings):
             environment = mock.patch.dict(os.environ, WAITING[waiting])
             with environment, other_work(n_busy), Bench({"ours": libraries["ours"]}, path, threads) as bench:

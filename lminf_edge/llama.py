@@ -469,10 +469,8 @@ class Llama(RemoteLlama):
             super().eval(new.tolist())
             return
         slot = self._take_stream()
-        while len(new):
-            n_tokens = slot.sequence.piece(len(new), self.n_batch)
-            self._scheduler.eval(slot, new[:n_tokens], n_logits=1)
-            new = new[n_tokens:]
+        for piece in slot.sequence.pieces(new, self.n_batch):
+            self._scheduler.eval(slot, piece, n_logits=1)
 
     @with_signature(_SAMPLE)
     def sample(self, *args: Any, **kwargs: Any) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,13 @@ class CacheSequence:
         if self.position + n_left <= self.window.n_local:
             return n_most  # nothing has left the window yet
         return min(n_most, max(n_left - N_ASKING, self.window.recall_every))
+
+    def pieces(self, tokens: Tokens, n_most: int) -> Iterator[Tokens]:
+        """A prompt's tokens (n_tokens,), piece after piece, each to be processed before the next one is asked for."""
+        while len(tokens):
+            n_tokens = self.piece(len(tokens), n_most)
+            yield tokens[:n_tokens]
+            tokens = tokens[n_tokens:]
 
     def begin_at(self, position: int) -> None:
         """Lets an empty sequence begin at this stream position, for tests of far positions."""

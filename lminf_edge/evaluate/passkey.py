@@ -50,11 +50,8 @@ def answer(reader: Reader, prompt: Prompt, detokenize: Callable[[list[int]], byt
     Starts a new stream.
     """
     reader.clear()
-    left = prompt.tokens
-    while len(left):
-        n_tokens = reader.piece(len(left))
-        logits = reader.read(left[:n_tokens], logits_all=False)
-        left = left[n_tokens:]
+    for piece in reader.pieces(prompt.tokens):
+        logits = reader.read(piece, logits_all=False)
     said: list[int] = []
     while True:
         token = int(logits[-1].argmax())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp
@@ -41,9 +42,10 @@ class Reader(abc.ABC):
     def sees(self, position: int) -> bool:
         """Whether the next token to be read can attend to the one at this position."""
 
-    def piece(self, n_left: int) -> int:
-        """How many of a prompt's n_left tokens to read next."""
-        return min(n_left, self.n_batch)
+    def pieces(self, tokens: Tokens) -> Iterator[Tokens]:
+        """A prompt's tokens (n_tokens,) as they are to be read, piece after piece."""
+        for start in range(0, len(tokens), self.n_batch):
+            yield tokens[start : start + self.n_batch]
 
     def is_end(self, token: int) -> bool:
         """Whether this token ends a text."""
@@ -78,8 +80,8 @@ class LambdaReader(Reader):
         self.llm.reset()
         self._skipped = range(0)
 
-    def piece(self, n_left: int) -> int:
-        return self.llm.slot.sequence.piece(n_left, self.n_batch)
+    def pieces(self, tokens: Tokens) -> Iterator[Tokens]:
+        return self.llm.slot.sequence.pieces(tokens, self.n_batch)
 
     def skip(self, tokens: Tokens) -> None:
         """The stream goes on after tokens (n_tokens,) that are not read, as with prefill "tail"; once in a stream."""
