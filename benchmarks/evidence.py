@@ -96,7 +96,7 @@ class Size:
     places_per_octave: int = 9
     n_octaves: int = 4  # of a large model half as many
     recall_lengths: tuple[int, ...] = (8192, 32768, 131072)
-    recall_lengths_large: tuple[int, ...] = (4096,)
+    recall_lengths_large: tuple[int, ...] = (4096, 8192)
     recall_depths: tuple[float, ...] = tuple(i / 4 for i in range(5))
     n_recall_trials: int = 2  # for each place
     n_ceiling_trials: int = 4
@@ -587,7 +587,7 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
             "ceiling": ("lminf", [settings["ceiling"]], settings["n_ceiling"]),
             "recall": ("recall", lengths, n_trials),
             "lminf": ("lminf", lengths, settings["n_without"]),
-            "full": ("full", [n for n in lengths if n <= subject.n_train], settings["n_without"]),
+            "full": ("full", [n for n in lengths if n <= subject.n_train], n_trials),
         }
         asked = {name: way for name, way in ways.items() if name in asked and way[1]}
     window = resolve(LMInfConfig(n_global=n_global, n_local=size - n_global, **recall), None, subject.n_train)

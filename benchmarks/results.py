@@ -246,19 +246,27 @@ def tail_claims(record: Record) -> list[Claim]:
 
 
 def recall_claims(record: Record) -> list[Claim]:
-    """All lengths together, beside the fact inside the window."""
-    (right, asked), (best, tried) = found_of(record, "recall"), found_of(record, "ceiling")
-    if not asked or not best:
-        return []
-    share, ceiling = right / asked, best / tried
-    what = f"{subject(record)}, {record['settings']['task']}: right answers with recall, against the ceiling"
-    return [
-        (
-            what,
-            f"{right} of {asked} against {best} of {tried}: {share / ceiling:.0%}",
-            *target(record, f"{RECALLED:.0%}", share >= RECALLED * ceiling),
-        )
+    """All lengths together, beside the fact in the window; and lengths full attention was trained on, beside it."""
+    cells = record["policies"].get("full", {"cells": []})["cells"]
+    beside = [
+        ("the fact in the window", found_of(record, "recall"), found_of(record, "ceiling")),
+        *(
+            (f"full attention at {length:,}", found_of(record, "recall", length), found_of(record, "full", length))
+            for length in sorted({cell["length"] for cell in cells})
+        ),
     ]
+    claims = []
+    for name, (right, asked), (best, tried) in beside:
+        if asked and best:
+            share, ceiling = right / asked, best / tried
+            claims.append(
+                (
+                    f"{subject(record)}, {record['settings']['task']}: right answers with recall, against {name}",
+                    f"{right} of {asked} against {best} of {tried}: {share / ceiling:.0%}",
+                    *target(record, f"{RECALLED:.0%}", share >= RECALLED * ceiling),
+                )
+            )
+    return claims
 
 
 def passkey_claims(record: Record) -> list[Claim]:
