@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/evidence.py --text FILE... [--only NAME]... [--model GGUF]... [--f16 GGUF]
 
 What was finished for the same model, texts and settings is not measured again without --again. Ctrl-C ends it: finished
-experiments are kept, and of a long stream what was reached. benchmarks/results.py makes the page from what is written
-here.
+experiments are kept, and of a long stream what was reached. benchmarks/results.py puts what is written here into the
+page.
 """
 
 from __future__ import annotations

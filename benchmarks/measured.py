@@ -21,6 +21,11 @@ REAL = 50_000_000  # parameters: fewer are a toy's
 SMALL = 0.01  # nats per token, 1 % of perplexity: up to there a difference does not matter to users
 
 
+def not_refused(records: dict[str, Record]) -> dict[str, Record]:
+    """Without what a model could not do."""
+    return {name: record for name, record in records.items() if "refused" not in record}
+
+
 def is_real(record: Record) -> bool:
     """Whether its model is one that people use."""
     return bool(record["model"]["n_params"] >= REAL)
@@ -33,6 +38,10 @@ def kind_of(records: dict[str, Record], real: bool) -> dict[str, Record]:
 
 def window_size(record: Record) -> int:
     return int(record["window"]["n_global"] + record["window"]["n_local"])
+
+
+def window_of(record: Record) -> str:
+    return f"{record['window']['n_global']} + {record['window']['n_local']}"
 
 
 def loss_records(records: dict[str, Record], kv_type: str | None = None, kind: str = "loss") -> list[Record]:
@@ -70,8 +79,9 @@ def blocks(record: Record, policy: str, start: int, end: int, texts: Sequence[st
 
 
 def beside(record: Record, other: str, start: int, end: int) -> tuple[Array, Array]:
-    """The same of another policy and of Λ, of the texts that both have read."""
+    """The same of another policy and of Λ, of the texts that both have read, as far as both have."""
     texts = texts_read(record, other, "lminf")
+    end = min(end, read_everywhere(record, other), read_everywhere(record, "lminf"))
     return blocks(record, other, start, end, texts), blocks(record, "lminf", start, end, texts)
 
 

@@ -84,12 +84,12 @@ def filled(page: Path, blocks: Mapping[str, Block], records: dict[str, Record]) 
 
 def main(
     name: str,
-    blocks: Mapping[str, Block] | Callable[[dict[str, Record], Path], str],
+    blocks: Mapping[str, Block],
     remake: str,
     load: Callable[[Path], dict[str, Record]] = load_records,
     draw: Callable[[dict[str, Record], Path], None] | None = None,
 ) -> int:
-    """The command line of a script that makes docs/`name`.md of docs/`name`/*.json: its blocks, or all of it."""
+    """The command line of a script that fills the blocks of docs/`name`.md from docs/`name`/*.json."""
     page = ROOT / "docs" / f"{name}.md"
     parser = argparse.ArgumentParser()
     parser.add_argument("--figures", metavar="DIR", type=Path, default=ROOT / "docs" / name)
@@ -101,8 +101,7 @@ def main(
             raise ValueError(f"There are no figures in {args.figures}: {remake} measures them.")
         if draw:
             draw(records, args.figures)
-        text = blocks(records, args.figures) if callable(blocks) else filled(page, blocks, records)
-        args.page.write_text(text, encoding="utf-8")
+        args.page.write_text(filled(page, blocks, records), encoding="utf-8")
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -133,7 +133,10 @@ def block(name: str, make: Callable[[Record], str]) -> pages.Block:
 
 
 SECTIONS = (first_token, unseen, cold, memory, parallel, mixed)
-BLOCKS: dict[str, pages.Block] = {make.__name__: block(make.__name__, make) for make in SECTIONS}
+BLOCKS: dict[str, pages.Block] = {
+    **{make.__name__: block(make.__name__, make) for make in SECTIONS},
+    "machines": machines,
+}
 
 if __name__ == "__main__":
-    sys.exit(pages.main("server-performance", BLOCKS | {"machines": machines}, "make bench-server"))
+    sys.exit(pages.main("server-performance", BLOCKS, "make bench-server"))

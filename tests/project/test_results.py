@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmark_script import BENCHMARKS, run_benchmark
+from repository import ROOT
 
 from lminf_edge import LMInfConfig
 from lminf_edge.cli import main
@@ -22,6 +24,10 @@ sys.path.insert(0, str(BENCHMARKS))  # its scripts import each other
 
 import evidence
 import measured
+import pages
+import report
+import results
+import server_report
 from quantize import quantize, tensor_types
 from trend import mean_difference, proportion, slope
 
@@ -124,12 +130,12 @@ def test_the_command_gives_the_same_figures(
     assert main([*shlex.split(record["command"])[1:], "--threads", "1"]) == 0
     policies = json.loads(capfd.readouterr().out)["policies"]
     assert set(policies) == set(record["policies"]) == set(WITHOUT_RECALL)
-    for name, report in policies.items():
+    for name, said in policies.items():
         figures = record["policies"][name]["texts"]["text"]
-        assert report["tokens"] == figures["tokens"]
+        assert said["tokens"] == figures["tokens"]
         # with several threads, or none to spare, sums come out in another order
-        assert report["mean_nll"] == pytest.approx(figures["mean_nll"], abs=1e-3)
-        assert [bucket["end"] for bucket in report["buckets"]] == figures["edges"][1:]
+        assert said["mean_nll"] == pytest.approx(figures["mean_nll"], abs=1e-3)
+        assert [bucket["end"] for bucket in said["buckets"]] == figures["edges"][1:]
 
 
 def test_loss_by_position(records: dict[str, Record]) -> None:
@@ -308,67 +314,81 @@ def test_quantized_models_say_what_they_are(folder: Path) -> None:
 # --- page -------------------------------------------------------------------------------------------------------------
 
 
+def made(figures: Path, page: Path) -> str:
+    """The page that is made of the figures in a folder."""
+    run_benchmark("results.py", "--figures", figures, "--page", page)
+    return page.read_text(encoding="utf-8")
+
+
 def test_page(folder: Path, records: dict[str, Record]) -> None:
-    page = folder / "results.md"
-
-    def make() -> str:
-        run_benchmark("results.py", "--figures", folder / "results", "--page", page)
-        return page.read_text(encoding="utf-8")
-
-    text = make()
+    figures, page = folder / "results", folder / "results.md"
+    text = made(figures, page)
     for name in records:
         assert f"(results/{name}.json)" in text
+        assert f"\n# {name}\n{records[name]['command']}\n" in text
     for picture in ("loss-nano", "drift-toys", "divergence", "passkey", "recall-toys"):
         assert f"(results/{picture}.png)" in text
-        assert (folder / "results" / f"{picture}.png").stat().st_size > 10_000
-    assert headings_of(text, "## ") == [
-        "## Speed and memory by stream position", "## Beside the paper", "## Your own model", "## Appendix: toy models",
-        "## How it was measured",
-    ]  # fmt: skip
-    assert headings_of(text, "### ") == [
-        "### In short", "### Loss by position", "### Without end", "### Which settings",
-        '### What prefill "tail" costs',
-        "### Divergence from full attention", "### What is remembered", "### What recall finds",
-    ]  # fmt: skip
+        assert (figures / f"{picture}.png").stat().st_size > 10_000
+    assert not_measured(text) == {*results.SECTIONS, *results.OF_REAL}  # which are of real models
     assert "nan" not in text.replace("nano", "")
     assert "Not up to date" not in text
-    for line in text.splitlines():  # no table is ragged
-        if line.startswith("|"):
-            assert line.count(" | ") <= 8
+    lengths = [line.count(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert max(lengths) <= 8  # no table is ragged
 
-    pictures = {path.name: path.read_bytes() for path in (folder / "results").glob("*.png")}
-    assert make() == text
-    assert {path.name: path.read_bytes() for path in (folder / "results").glob("*.png")} == pictures
+    pictures = {path.name: path.read_bytes() for path in figures.glob("*.png")}
+    assert made(figures, page) == text
+    assert {path.name: path.read_bytes() for path in figures.glob("*.png")} == pictures
 
     # its numbers are those of the files
-    record = json.loads((folder / "results" / "stream.json").read_text(encoding="utf-8"))
+    record = json.loads((figures / "stream.json").read_text(encoding="utf-8"))
     estimate = measured.drift(record)
     assert estimate is not None
-    assert f"{estimate.value:+.5f} ({estimate.low:+.5f} to {estimate.high:+.5f})" in text
+    assert f"| slope | {estimate.value:+.5f} ({estimate.low:+.5f} to {estimate.high:+.5f}) |" in text
     record["model"]["sha256"] = "of another model"
-    (folder / "results" / "stream.json").write_text(json.dumps(record), encoding="utf-8")
-    assert "**Not up to date**: stream measured another version" in make()
+    (figures / "stream.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "**Not up to date**: another version of an embedded model was measured by stream." in made(figures, page)
 
 
-def headings_of(page: str, level: str) -> list[str]:
-    return [line for line in page.splitlines() if line.startswith(level)]
+def not_measured(page: str) -> set[str]:
+    """The blocks that say so."""
+    return set(re.findall(r"^<!-- ([\w-]+) -->\n\nNot measured\.\n\n<!-- end of \1 -->$", page, re.M))
 
 
 def test_page_of_real_models(folder: Path, real: Path) -> None:
-    page = folder / "real.md"
-    run_benchmark("results.py", "--figures", real, "--page", page)
-    text = page.read_text(encoding="utf-8")
-    assert headings_of(text, "## ") == [
-        "## In short", "## Loss by position", "## Without end", "## Which settings", "## Long texts",
-        "## Speed and memory by stream position", "## Beside the paper", "## Your own model", "## How it was measured",
-    ]  # fmt: skip
-    assert "### What is different where losses tie" in text
+    text = made(real, folder / "real.md")
+    # of them no tails and answers were measured here, and nothing of toys
+    toys = {f"toy-{name}" for name in {*results.SECTIONS, *results.OF_TOYS}}
+    assert not_measured(text) == {"tail", "recall", "recall-loss", *toys}
     for picture in ("loss-real-128", "loss-real-256", "drift"):
         assert f"(results/{picture}.png)" in text
         assert (real / f"{picture}.png").stat().st_size > 10_000
     record = json.loads((real / "far-real-128-f16.json").read_text(encoding="utf-8"))
     assert f"{measured.blocks(record, 'lminf', 2048, 4096).mean():.4f} against" in text
     assert f"{record['machine']['cpu']}, {record['machine']['date'][:10]}: [far-real-128-f16]" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "load"),
+    [
+        ("results", results.BLOCKS, pages.load_records),
+        ("performance", report.BLOCKS, report.load),
+        ("server-performance", server_report.BLOCKS, pages.load_records),
+    ],
+)
+def test_pages_are_what_their_figures_say(name: str, blocks: Any, load: Any) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
+    assert pages.filled(page, blocks, load(ROOT / "docs" / name)) == text, f"{page.name} is not: make results, for one"
+
+
+def test_a_page_has_its_blocks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("By hand.\n\n<!-- a -->\nold\n<!-- end of a -->\n\nThe end.\n", encoding="utf-8")
+    assert pages.filled(page, {"a": lambda records: f"{records['n']}\n"}, {"n": {}}) == (
+        "By hand.\n\n<!-- a -->\n\n{}\n\n<!-- end of a -->\n\nThe end.\n"
+    )
+    with pytest.raises(ValueError, match="should have the blocks a, b"):
+        pages.filled(page, dict.fromkeys(("a", "b"), str), {})
 
 
 def test_without_figures(tmp_path: Path) -> None:
@@ -455,7 +475,7 @@ def test_policies_that_were_read_are_not_read_again(tmp_path: Path) -> None:
 
 def test_policies_are_compared_on_texts_that_both_read() -> None:
     def read(**texts: list[float]) -> Record:
-        return {"texts": {name: {"block_nll": losses} for name, losses in texts.items()}}
+        return {"texts": {name: {"block_nll": losses, "tokens": 4} for name, losses in texts.items()}}
 
     record = {"settings": {"block": 2}, "policies": {"full": read(b=[5, 6]), "lminf": read(a=[1, 2], b=[3, 4])}}
     assert measured.texts_read(record, "lminf", "full") == ["b"]
