@@ -132,16 +132,12 @@ def constant_memory(record: Record) -> list[str]:
     return [name for name in WITHOUT_RECALL if name in record["policies"] and name not in ("full", "lminf")]
 
 
-def compare_buckets(record: Record, other: str) -> list[tuple[int, int, Estimate]]:
+def compare_buckets(record: Record, other: str) -> list[Estimate]:
     """other - lminf in each bucket past PAST that has two blocks at least, from all texts."""
     n = min(read_everywhere(record, name) for name in ("lminf", other))
     edges = [edge for edge in log_edges(n) if edge >= PAST]
-    found = []
-    for start, end in pairwise(edges):
-        samples = beside(record, other, start, end)
-        if len(samples[0]) >= 2:
-            found.append((start, end, mean_difference(*samples)))
-    return found
+    samples = [beside(record, other, start, end) for start, end in pairwise(edges)]
+    return [mean_difference(*pair) for pair in samples if len(pair[0]) >= 2]
 
 
 # --- recall -----------------------------------------------------------------------------------------------------------
@@ -201,11 +197,7 @@ def tail_blocks(record: Record, way: str, start: int = 0, end: int | None = None
 def tail_octaves(record: Record) -> list[tuple[int, int]]:
     """From the first place to the last, twice as deep each time."""
     start, last = record["settings"]["places"][0], record["settings"]["places"][-1]
-    found = []
-    while start <= last:
-        found.append((start, 2 * start))
-        start *= 2
-    return found
+    return [(start << i, start << i + 1) for i in range((last // start).bit_length())]
 
 
 def tails(record: Record) -> list[str]:
@@ -244,14 +236,8 @@ def drift(record: Record, within: bool = False) -> Estimate | None:
 def readings_again(record: Record) -> Array:
     """Of every block past settings["start"] that had been read before: its loss minus that of its first reading."""
     _, difference, place = paired(record)
-    first: dict[int, float] = {}
-    later = []
-    for block, value in zip(place.tolist(), difference.tolist(), strict=True):
-        if block in first:
-            later.append(value - first[block])
-        else:
-            first[block] = value
-    return np.array(later)
+    _, first, block = np.unique(place, return_index=True, return_inverse=True)
+    return np.delete(difference - difference[first][block], first)
 
 
 def drift_points(record: Record) -> list[tuple[float, float, float]]:
@@ -264,9 +250,9 @@ def drift_points(record: Record) -> list[tuple[float, float, float]]:
         here, places = difference[bins == number], place[bins == number]
         inside = np.array([here[places == one].mean() for one in np.unique(places)])
         if len(inside) >= 2:
-            estimate = mean_difference(inside, np.zeros(len(inside)))
+            estimate = mean_difference(inside)
             middle = float(10 ** np.log10(position[bins == number]).mean())
-            points.append((middle, estimate.value, (estimate.high - estimate.low) / 2))
+            points.append((middle, estimate.value, estimate.margin))
     return points
 
 
@@ -301,13 +287,6 @@ def reach(record: Record, policy: str) -> tuple[int, int, int, int]:
 
 def cells_of(policy: Record) -> list[Cell]:
     return [
-        Cell(
-            c["length"],
-            c["depth"],
-            c["trials"],
-            c["correct"],
-            round(c["in_reach"] * c["trials"]),
-            c["correct_in_reach"],
-        )
+        Cell(c["length"], c["depth"], n := c["trials"], c["correct"], round(c["in_reach"] * n), c["correct_in_reach"])
         for c in policy["cells"]
     ]

@@ -38,6 +38,11 @@ def spread(values: Sequence[float], form: str = "{:.2f}", unit: str = " ×") -> 
     return f"{median}{unit} ({least} – {most})"
 
 
+def block(name: str, make: Callable[[Record], str]) -> Block:
+    """A block of one experiment."""
+    return lambda records: make(records[name]) if name in records else ""
+
+
 def machines(records: Mapping[str, Record]) -> str:
     """What each experiment ran on, and once what they have in common."""
     rows, details = [], []
@@ -68,7 +73,7 @@ def machines(records: Mapping[str, Record]) -> str:
 def filled(page: Path, blocks: Mapping[str, Block], records: dict[str, Record]) -> str:
     """A page with every block in it made anew: what is between <!-- NAME --> and <!-- end of NAME -->.
 
-    Raises ValueError if the page has other blocks.
+    What makes "" says that it was not measured. Raises ValueError if the page has other blocks.
     """
     text = page.read_text(encoding="utf-8")
     found = re.findall(r"^<!-- end of ([\w-]+) -->$", text, re.M)
@@ -78,7 +83,7 @@ def filled(page: Path, blocks: Mapping[str, Block], records: dict[str, Record]) 
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{make(records)}\n{end}{after}"
+        text = f"{before}{start}\n{make(records) or NOT_MEASURED}\n{end}{after}"
     return text
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pages
-from pages import NOT_MEASURED, Record, spread
-from pages import table as table
+from pages import Record, block, spread, table
 
 from lminf_edge.bench.alternate import Ratio, Result, fastest, ratio, ratio_of
 from lminf_edge.cli.common import human_bytes
@@ -142,7 +141,7 @@ def summary(records: dict[str, Record]) -> str:
         rows.append([*row[:3], f"{row[3]}, {sizes[1] / sizes[0]:.2f} times less KV memory"])
     if "sinks" in records:
         rows.append(sinks(results_of(records["sinks"])))
-    return pages.table(["", "ours", "other", "ratio"], rows, 4)
+    return table(["", "ours", "other", "ratio"], rows, 4)
 
 
 def sinks(results: list[Result]) -> list[str]:
@@ -161,10 +160,8 @@ def sinks(results: list[Result]) -> list[str]:
     ]
 
 
-def positions(records: dict[str, Record]) -> str:
-    if "positions" not in records:
-        return NOT_MEASURED
-    results = results_of(records["positions"])
+def positions(record: Record) -> str:
+    results = results_of(record)
     rows = []
     for depth in sorted({r.contender.depth for r in results if r.contender.cache != "window"}):
         ours, full = (pick(results, cache=cache, depth=depth) for cache in ("lambda", "full"))
@@ -173,22 +170,11 @@ def positions(records: dict[str, Record]) -> str:
             cells += [speed(fastest(side).median), human_bytes(fastest(side).kv_bytes)] if side else ["–", "–"]
         rows.append([*cells, bold(ratio(fastest(ours), fastest(full))) if ours and full else "–"])
     header = ["stream position", "Λ, t/s", "Λ, KV size", "full attention, t/s", "full attention, KV size", "ratio"]
-    return pages.table(header, rows, 0)
+    return table(header, rows, 0)
 
 
-def positions_section(records: dict[str, Record]) -> str:
-    """For docs/results.md."""
-    return (
-        f"## Speed and memory by stream position\n\n![decode speed by stream position](performance/{PLOT})\n\n"
-        "Llama-3.2-1B, Q4_0, f16 KV; of each side the faster of without and with flash attention.\n\n"
-        + positions(records)
-    )
-
-
-def latency(records: dict[str, Record]) -> str:
-    if "latency" not in records:
-        return NOT_MEASURED
-    record, figures = records["latency"], records["latency"]["latency"]
+def latency(record: Record) -> str:
+    figures = record["latency"]
     rows = []
     for what, seconds in (("decoding", figures), ("always the same work, one thread", figures["control"])):
         cells = [f"{1000 * seconds[name]:.2f} ms" for name in ("median", "p99", "max")]
@@ -196,15 +182,13 @@ def latency(records: dict[str, Record]) -> str:
     return (
         f"{figures['n_tokens']:,} tokens, window {record['contender']['window']}, {record['n_threads']} threads; the "
         f"positions were moved back {figures['n_rebase']} times meanwhile.\n\n"
-        + pages.table(["", "median", "p99", "max", "p99 / median"], rows)
+        + table(["", "median", "p99", "max", "p99 / median"], rows)
     )
 
 
-def busy(records: dict[str, Record]) -> str:
+def busy(record: Record) -> str:
     """Decoding beside other work."""
-    if "busy" not in records:
-        return NOT_MEASURED
-    results = records["busy"]["results"]
+    results = record["results"]
     n_busy = sorted({result["busy"] for result in results})
     cells: dict[tuple[str, int, str], list[str]] = {}
     for result in sorted(results, key=lambda result: result["busy"]):
@@ -213,13 +197,13 @@ def busy(records: dict[str, Record]) -> str:
         cells.setdefault((result["model"], result["threads"], result["waiting"]), []).append(spread(values, unit=" ms"))
     rows = [[f"`{model}`", str(threads), waiting, *made] for (model, threads, waiting), made in cells.items()]
     header = ["model", "threads", "waiting", *(f"{n} busy" if n else "idle" for n in n_busy)]
-    return f"{records['busy']['machine']['n_cores']} cores.\n\n" + pages.table(header, rows, 3)
+    return f"{record['machine']['n_cores']} cores.\n\n" + table(header, rows, 3)
 
 
 def memory(records: dict[str, Record]) -> str:
     """How far decoding is from the speed at which memory can be read."""
     if "bandwidth" not in records or "decode-llama-3.2-1b" not in records:
-        return NOT_MEASURED
+        return ""
     bandwidth = statistics.median(records["bandwidth"]["bytes_per_second"])
     record = records["decode-llama-3.2-1b"]
     results = results_of(record)
@@ -237,23 +221,21 @@ def memory(records: dict[str, Record]) -> str:
         )
     ]
     most = bandwidth / (n_weights + n_cells)
-    return pages.table(["", "bytes", "at that speed", "measured"], rows) + (
+    return table(["", "bytes", "at that speed", "measured"], rows) + (
         f"\n{record['n_threads']} processes read {bandwidth / 1e9:.1f} GB/s together. Decoding is at "
         f"{full.median / most:.0%} of memory's speed; all of it would be {most / fastest(stock).median:.2f} times the "
         "speed of the better stock here.\n"
     )
 
 
-def made_up(records: dict[str, Record]) -> str:
-    if "made-up-cells" not in records:
-        return NOT_MEASURED
-    results = results_of(records["made-up-cells"])
+def made_up(record: Record) -> str:
+    results = results_of(record)
     rows = []
     for each in pick(results, prefilled=False):
         c = each.contender
         (real,) = pick(results, prefilled=True, cache=c.cache, flash_attn=c.flash_attn)
         rows.append([f"{who(each)} at d{c.depth}", times(ratio(each, real))])
-    return pages.table(["Qwen3-0.6B", "speed with made-up cells over speed with computed ones"], rows)
+    return table(["Qwen3-0.6B", "speed with made-up cells over speed with computed ones"], rows)
 
 
 def details(records: dict[str, Record]) -> str:
@@ -278,7 +260,7 @@ def details(records: dict[str, Record]) -> str:
             f"### {title}\n\n{model['n_params'] / 1e6:,.0f} M weights, {human_bytes(model['n_bytes'])} "
             f"({model['weights'].upper()}), {record['n_threads']} threads, {record['n_rounds']} rounds, "
             f"{record['seconds']:.0f} s. [{name}.json](performance/{name}.json)\n\n"
-            + pages.table(["cache", "kv", "fa", "KV size", "test", "t/s", "least – most"], rows, 2)
+            + table(["cache", "kv", "fa", "KV size", "test", "t/s", "least – most"], rows, 2)
         )
     return "\n".join(parts)
 
@@ -321,10 +303,10 @@ def neighbor(records: dict[str, Record]) -> str:
         parts.append(
             f"{NAMES[model['shape']]}, {model['weights'].upper()}, {record['n_rounds']} rounds; ik_llama.cpp "
             f"{record['checkout'][:12]}; memory yields {max(limit) / 1e9:.0f} GB/s.\n\n"
-            + pages.table(["test", "KV", "ours", "ik", "stock", "ours / ik", "ours / stock"], rows, 2)
+            + table(["test", "KV", "ours", "ik", "stock", "ours / ik", "ours / stock"], rows, 2)
             + f"\nKept at depth: {', '.join(kept)}.\n"
         )
-    return "\n".join(parts) or NOT_MEASURED
+    return "\n".join(parts)
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------
@@ -333,7 +315,7 @@ def neighbor(records: dict[str, Record]) -> str:
 def card(records: dict[str, Record]) -> str:
     record = next((record for name, record in records.items() if name.startswith(GPU)), None)
     if record is None:
-        return NOT_MEASURED
+        return ""
     machine, card = record["machine"], record["machine"]["card"]
     return (
         f"{machine['date']}: {card['name']}, {card['memory']}, driver {card['driver']}, {card['compiler']}; "
@@ -360,12 +342,10 @@ def gpu_models(records: dict[str, Record], test: str) -> str:
                 row = [name, kv_type, f"{window:,}", *speeds[:2], ratios[0], speeds[2], ratios[1], *speeds[3:], sizes]
                 rows.append(row)
     header = ["model", "KV", "window", "Λ", "stock, as many", "ratio", "stock, 32k", "ratio", "Λ, empty"]
-    return pages.table([*header, "stock, empty", "KV size: Λ / stock, 32k"], rows, 2) if rows else NOT_MEASURED
+    return table([*header, "stock, empty", "KV size: Λ / stock, 32k"], rows, 2) if rows else ""
 
 
-def gpu_attention(records: dict[str, Record]) -> str:
-    if (record := records.get(GPU + "attention")) is None:
-        return NOT_MEASURED
+def gpu_attention(record: Record) -> str:
     speeds = {line["what"]: line["gb_per_s"] for line in record["results"] if line["what"] != "attention"}
     rows = []
     for line in record["results"]:
@@ -374,21 +354,13 @@ def gpu_attention(records: dict[str, Record]) -> str:
         amount, unit = (line["gb"], "GB/s") if line["n_q"] == 1 else (line["tflop"], "TFLOP/s")
         rate = f"{amount / (line['fused_us'] * 1e-6):,.0f} {unit}"
         stock = ["–", "–"] if line["flash_us"] is None else [f"{line['flash_us']:.1f}", f"{line['ratio']:.2f} ×"]
-        row = [
-            line["shape"],
-            line["kv"],
-            str(line["n_q"]),
-            f"{line['n_kv']:,}",
-            f"{line['fused_us']:.1f}",
-            rate,
-            *stock,
-        ]
-        rows.append(row)
+        counts = [str(line["n_q"]), f"{line['n_kv']:,}"]
+        rows.append([line["shape"], line["kv"], *counts, f"{line['fused_us']:.1f}", rate, *stock])
     return (
         f"{record['n_rounds']} rounds. A copy moves {speeds['copy']:,.0f} GB/s, bytes read and written; decoding's "
         f"product of Q4_0 matrices and a vector reads {speeds['product']:,.0f} GB/s of matrices. "
         "[attention.json](performance/cuda/attention.json)\n\n"
-        + pages.table(["shape", "KV", "queries", "cells", "ours", "is", "stock", "stock / ours"], rows, 2)
+        + table(["shape", "KV", "queries", "cells", "ours", "is", "stock", "stock / ours"], rows, 2)
     )
 
 
@@ -418,17 +390,17 @@ def gpu_correct(records: dict[str, Record]) -> str:
 
 BLOCKS: dict[str, pages.Block] = {
     "summary": summary,
-    "positions": positions,
-    "latency": latency,
-    "busy": busy,
+    "positions": block("positions", positions),
+    "latency": block("latency", latency),
+    "busy": block("busy", busy),
     "memory": memory,
     "neighbor": neighbor,
     "gpu-card": card,
     "gpu-decode": lambda records: gpu_models(records, "decode"),
     "gpu-prefill": lambda records: gpu_models(records, "prefill"),
-    "gpu-attention": gpu_attention,
+    "gpu-attention": block(GPU + "attention", gpu_attention),
     "gpu-correct": gpu_correct,
-    "made-up": made_up,
+    "made-up": block("made-up-cells", made_up),
     "machines": machines,
     "details": details,
 }

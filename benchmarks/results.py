@@ -52,7 +52,7 @@ from measured import (
     window_of,
     window_size,
 )
-from pages import NOT_MEASURED, Record, table
+from pages import Record, block, table
 from pictures import DIVERGENCE, PASSKEY, draw, loss_plot, of_kind, recall_picture
 from report import DEEP, pick, positions, results_of
 from trend import Array, Estimate, mean_difference, proportion
@@ -87,7 +87,7 @@ def interval(estimate: Estimate, digits: int = 4) -> str:
 
 def verdict(estimate: Estimate) -> str:
     """With "tie" where the interval contains zero."""
-    words = f"{nats(estimate.value)} ± {(estimate.high - estimate.low) / 2:.4f}"
+    words = f"{nats(estimate.value)} ± {estimate.margin:.4f}"
     return f"tie ({words})" if estimate.is_zero else words
 
 
@@ -308,7 +308,7 @@ def others_table(record: Record) -> str:
 
 
 def buckets(record: Record, other: str) -> str:
-    found = [estimate for _, _, estimate in compare_buckets(record, other)]
+    found = compare_buckets(record, other)
     if not found:
         return "–"
     better, worse = sum(e.low > 0 for e in found), sum(e.high < 0 for e in found)
@@ -509,10 +509,10 @@ def generation(records: Records) -> str:
         for name, figures in policies.items():
             losses, new = np.array(figures["nll"]), np.array(figures["distinct"])
             by_seed[name] = np.array(figures["distinct_all"]), losses.mean(axis=1)
-            means = [mean_difference(values, np.zeros(len(values))) for values in by_seed[name]]
+            means = [mean_difference(values) for values in by_seed[name]]
             rows.append([
                 plots.NAMES.get(name, "the novels themselves"),
-                *(f"{e.value:.3f} ± {(e.high - e.low) / 2:.3f}" for e in means),
+                *(f"{e.value:.3f} ± {e.margin:.3f}" for e in means),
                 *(f"{values[:, 0].mean():.3f} → {values[:, -1].mean():.3f}" for values in (new, losses)),
             ])  # fmt: skip
         differences = [compared(pair) for pair in zip(by_seed["lminf"], by_seed["shift"], strict=True)]
@@ -610,10 +610,8 @@ def ours_of_speed() -> dict[str, str]:
     }
 
 
-def reading() -> str:
+def reading(record: Record) -> str:
     """How long a text takes."""
-    if (record := speed().get("prefill")) is None:
-        return NOT_MEASURED
     fast, n_tokens = fastest(pick(results_of(record), cache="lambda", depth=DEEP)), 1 << 17
     return (
         f"Llama-3.2-1B's shape with Q4_0 weights and a window of {fast.contender.window} reads {fast.median:,.0f} "
@@ -660,7 +658,7 @@ def speed() -> Records:
 
 def of(is_of_real: bool, make: Callable[[Records], str]) -> pages.Block:
     """A block of what was measured of real models, or of toys."""
-    return lambda records: make(kind_of(not_refused(records), is_of_real)) or NOT_MEASURED
+    return lambda records: make(kind_of(not_refused(records), is_of_real))
 
 
 SECTIONS: dict[str, Callable[[Records], str]] = {
@@ -680,8 +678,8 @@ OF_TOYS = {"kv-type": sweep("kv"), "weights": sweep("weights"), "divergence": di
 BLOCKS: dict[str, pages.Block] = {
     **{name: of(True, make) for name, make in (SECTIONS | OF_REAL).items()},
     **{f"toy-{name}": of(False, make) for name, make in (SECTIONS | OF_TOYS).items()},
-    "positions": lambda _: positions(speed()),
-    "reading": lambda _: reading(),
+    "positions": lambda _: block("positions", positions)(speed()),
+    "reading": lambda _: block("prefill", reading)(speed()),
     "paper": paper,
     "texts": texts,
     "machines": machines,

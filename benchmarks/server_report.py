@@ -6,10 +6,9 @@ make bench-server-report, or: .venv/bin/python benchmarks/server_report.py [--fi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import pages
-from pages import NOT_MEASURED, Record, machines, table
+from pages import Record, block, machines, table
 
 from lminf_edge.cli.common import human_bytes
 
@@ -126,10 +125,6 @@ def mixed(record: Record) -> str:
     nearest = [min(record["samples"], key=lambda sample: abs(sample["minute"] - minute)) for minute in minutes]
     sizes = ["memory", *(human_bytes(each["resident"]) for each in nearest)]
     return table(["", ""], rows) + "\n" + table(["minute", *map(str, minutes)], [sizes]) + loaded(record)
-
-
-def block(name: str, make: Callable[[Record], str]) -> pages.Block:
-    return lambda records: make(records[name]) if name in records else NOT_MEASURED
 
 
 SECTIONS = (first_token, unseen, cold, memory, parallel, mixed)

@@ -22,6 +22,10 @@ class Estimate:
     n: int
 
     @property
+    def margin(self) -> float:
+        return (self.high - self.low) / 2
+
+    @property
     def is_zero(self) -> bool:
         """Whether zero lies within the interval."""
         return self.low <= 0 <= self.high
@@ -33,7 +37,7 @@ def proportion(n_right: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def mean_difference(a: Sequence[float] | Array, b: Sequence[float] | Array) -> Estimate:
+def mean_difference(a: Sequence[float] | Array, b: Sequence[float] | Array | float = 0.0) -> Estimate:
     """Mean of a - b over samples that belong together: the same blocks of text, so that its difficulty cancels.
 
     Raises ValueError for fewer than two.
@@ -43,7 +47,7 @@ def mean_difference(a: Sequence[float] | Array, b: Sequence[float] | Array) -> E
     if n < 2:
         raise ValueError("A confidence interval needs two samples at least.")
     mean = float(difference.mean())
-    margin = float(stats.t.ppf(0.975, n - 1) * difference.std(ddof=1)) / n**0.5
+    margin = float(stats.t.ppf(0.975, n - 1) * stats.sem(difference))
     return Estimate(mean, mean - margin, mean + margin, n)
 
 
