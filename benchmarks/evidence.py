@@ -192,17 +192,18 @@ class Subject:
         return Setup(path or self.path, self.header, window, KV_TYPE_NUMBERS[kv_type], model_settings(options))
 
 
+@dataclass(frozen=True)
 class Save:
     """Takes what a long experiment has reached.
 
     kept   what an earlier run of the same has reached; {}: nothing
     """
 
-    def __init__(self, write: Callable[[Results], None], kept: Results) -> None:
-        self._write, self.kept = write, kept
+    write: Callable[[Results], None]
+    kept: Results
 
     def __call__(self, reached: Results) -> None:
-        self._write(reached)
+        self.write(reached)
 
 
 @dataclass(frozen=True)
@@ -275,16 +276,14 @@ def curve(
     and the number of tokens scored.
     """
     buckets, blocks = BucketMeans(log_edges(n_tokens)), BucketMeans(even_edges(n_tokens, block))
-    begun, octave = time.perf_counter(), 0.0
-    done = 0
+    begun, done = time.perf_counter(), 0
     for start, nll in nll_blocks(reader, tokens, n_tokens + 1):
         buckets.add(start, nll)
         blocks.add(start, nll)
         done = start + len(nll)
-        if most_seconds is not None and done >= 4096 and done & (done - 1) == 0:
-            octave = time.perf_counter() - begun
-            if 4 * octave > most_seconds:
-                break
+        is_octave = done >= 4096 and done & (done - 1) == 0
+        if most_seconds is not None and is_octave and 4 * (time.perf_counter() - begun) > most_seconds:
+            break
     seconds = time.perf_counter() - begun
     return {
         "tokens": done,
@@ -432,9 +431,8 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
 
     n_tokens = settings["tokens"]
     sums = BucketMeans(even_edges(n_tokens, block))
-    command = ppl(
-        subject, "texts", window, settings["kv_type"], f"--tokens {settings['tokens'] + 1} --repeat --bucket {block}"
-    )
+    options = f"--tokens {n_tokens + 1} --repeat --bucket {block}"
+    command = ppl(subject, "texts", window, settings["kv_type"], options)
     with setup.reader(POLICIES["lminf"], 0) as reader:
         begun = saved = time.perf_counter()
         resident = resident_bytes()
@@ -630,22 +628,21 @@ def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) ->
         config = LMInfConfig(n_global=N_GLOBAL, n_local=settings["window"] - N_GLOBAL, n_recall=n_recall)
         window = resolve(config, None, subject.n_train)
         begun = time.perf_counter()
-        ways[str(n_recall)] = {"texts": {}, "recall_distance": window.recall_distance if n_recall else None}
-        with subject.setup(window, settings["kv_type"]).reader(
-            POLICIES["recall" if n_recall else "lminf"], 0
-        ) as reader:
+        way: Results = {"texts": {}, "recall_distance": window.recall_distance if n_recall else None}
+        policy = POLICIES["recall" if n_recall else "lminf"]
+        with subject.setup(window, settings["kv_type"]).reader(policy, 0) as reader:
             for name, tokens in subject.texts_of(settings).items():
                 figures, _ = curve(reader, tokens, min(settings["tokens"], len(tokens) - 1), settings["block"])
-                ways[str(n_recall)]["texts"][name] = figures["block_nll"]
+                way["texts"][name] = figures["block_nll"]
                 reader.clear()
-        ways[str(n_recall)]["seconds"] = round(time.perf_counter() - begun, 2)
-        say(f"{n_recall} recalled: {np.mean([np.mean(each) for each in ways[str(n_recall)]['texts'].values()]):.4f}")
+        ways[str(n_recall)] = way | {"seconds": round(time.perf_counter() - begun, 2)}
+        say(f"{n_recall} recalled: {np.mean([np.mean(each) for each in way['texts'].values()]):.4f}")
+    options = f"--tokens {settings['tokens'] + 1} --policies lminf,recall --recall R --bucket {settings['block']}"
     return {
-        "command": ppl(subject, "text.txt", window, settings["kv_type"], f"--tokens {settings['tokens'] + 1} "
-                       f"--policies lminf,recall --recall R --bucket {settings['block']}"),
+        "command": ppl(subject, "text", window, settings["kv_type"], options),
         "window": window_facts(window),
         "ways": ways,
-    }  # fmt: skip
+    }
 
 
 def measure_generation(subject: Subject, experiment: Experiment, save: Save) -> Results:
@@ -772,7 +769,8 @@ def experiments(
 ) -> list[Experiment]:
     """All of them, the longest last. The first model is the one that most of them are measured on."""
     main, names = models[0], [Path(model).stem for model in models]
-    smallest = min(models, key=lambda model: Path(model_header(model)[0]).stat().st_size)
+    n_bytes = {model: Path(model_header(model)[0]).stat().st_size for model in models}
+    smallest = min(models, key=n_bytes.__getitem__)
     made: list[Experiment] = []
 
     def add(name: str, model: str, run: Callable[[Subject, Experiment, Save], Results], **settings: Any) -> None:
@@ -806,9 +804,8 @@ def experiments(
     # as many as hold a key that is told at once
     add("passkey-sinks", main, measure_answers, **asked, policies=["lminf"], n_global=n_train // 8)
     for model, name in zip(models, names, strict=True):
-        n_bytes = Path(model_header(model)[0]).stat().st_size
-        if n_bytes > LARGE:
-            made += real_experiments(model, name, size, REAL_WINDOWS, 1 if n_bytes < 2 * LARGE else 4)
+        if n_bytes[model] > LARGE:
+            made += real_experiments(model, name, size, REAL_WINDOWS, 1 if n_bytes[model] < 2 * LARGE else 4)
             continue
         for kv_type in ("f16", "q8_0"):
             add(
@@ -816,21 +813,19 @@ def experiments(
                 start=size.far_loss, block=size.block, full_tokens=full_tokens, full_minutes=size.full_minutes,
             )  # fmt: skip
     for model, name in zip(models, names, strict=True):
-        path, header = model_header(model)
-        n_octaves = size.n_octaves // 2 if Path(path).stat().st_size > LARGE else size.n_octaves
+        n_octaves = size.n_octaves // 2 if n_bytes[model] > LARGE else size.n_octaves
         for window in (TAIL_WINDOW // 2, TAIL_WINDOW):
-            if window <= header.n_ctx_train:
+            if window <= model_header(model)[1].n_ctx_train:
                 add(
                     f"tail-{name}-{window}", model, measure_tail, kv_type="f16", window=window, block=size.tail_block,
                     places=places(size, n_octaves), n_tail=[1, 2, 3], n_contrast=64,
                 )  # fmt: skip
     for model, name in zip(models, names, strict=True):
-        path, header = model_header(model)
-        is_large = Path(path).stat().st_size > LARGE
+        is_large, half = n_bytes[model] > LARGE, model_header(model)[1].n_ctx_train // 2
         if model in EMBEDDED[1:] or not (is_large or model == main):
             continue  # what the smallest ones were not trained to answer
         for task in ("facts", "chat") if is_large else ("prose",):
-            for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (header.n_ctx_train // 2,):
+            for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (half,):
                 add(
                     f"recall-{name}-{task}-{window}", model, measure_answers, kv_type="f16", task=task, window=window,
                     n_recall=8, ceiling=window - MAX_ANSWER,
@@ -841,7 +836,7 @@ def experiments(
                     # full attention does not depend on the window
                     policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],
                 )  # fmt: skip
-        window = TAIL_WINDOW if is_large else header.n_ctx_train // 2
+        window = TAIL_WINDOW if is_large else half
         add(
             f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,
             tokens=size.n_recall_loss >> is_large, start=size.recall_loss_start, block=size.tail_block,
@@ -849,14 +844,8 @@ def experiments(
         )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
-    add(
-        f"longest-{Path(smallest).stem}",
-        smallest,
-        measure_stream,
-        **stream,
-        tokens=size.n_longest,
-        block=size.longest_block,
-    )
+    longest = {"tokens": size.n_longest, "block": size.longest_block}
+    add(f"longest-{Path(smallest).stem}", smallest, measure_stream, **stream, **longest)
     return made
 
 
@@ -928,15 +917,6 @@ def write(path: Path, record: Results) -> None:
     unfinished.replace(path)
 
 
-def is_finished(path: Path, inputs: Results) -> bool:
-    """Whether this file holds the whole experiment for the same model, texts and settings."""
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text(encoding="utf-8"))
-    # through JSON, as it makes lists of tuples
-    return bool(record["complete"]) and all(record[name] == json.loads(json.dumps(inputs[name])) for name in inputs)
-
-
 def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out: Path, again: bool) -> None:
     """Measures one experiment and writes its file; of a long stream that is interrupted, what was reached.
 
@@ -948,19 +928,20 @@ def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out
         "texts": {name: text_facts(text, subject.texts[name]) for name, text in texts.items()},
         "settings": experiment.settings,
     }
+    inputs = json.loads(json.dumps(inputs))  # as it is read again: lists for tuples
     print(f"{experiment.name}, {subject.name}", flush=True)
-    if not again and is_finished(path, inputs):
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not again else {}
+    same = all(kept.get(name) == inputs[name] for name in inputs)
+    if same and kept["complete"]:
         say("measured before")
         return
     folder = native.library_folder()
     assert folder is not None
     machine = describe(folder, folder)
     begun = time.monotonic()
-    # what an earlier run has reached of a long stream is only replaced by more of it
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not again else {}
-    same = all(kept.get(name) == json.loads(json.dumps(inputs[name])) for name in inputs)
 
     def record(results: Results, complete: bool) -> None:
+        # what an earlier run has reached of a long stream is only replaced by more of it
         if same and not complete and results["tokens"] <= kept["tokens"]:
             return
         seconds = round(time.monotonic() - begun, 1)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,6 @@ Figures = dict[str, Any]
 
 
 # --- a server and its clients -----------------------------------------------------------------------------------------
-
-
-def chunk_of(line: str) -> Figures | None:
-    """What a line of a stream holds, None for lines between chunks. Raises RuntimeError for an error."""
-    if not line.startswith("data: {"):
-        return None
-    chunk: Figures = json.loads(line[6:])
-    if "error" in chunk:
-        raise RuntimeError(chunk["error"]["message"])
-    return chunk
-
-
-def text_of(chunk: Figures) -> str:
-    return chunk["choices"][0]["delta"].get("content") or "" if chunk["choices"] else ""
 
 
 class Server:
@@ -104,31 +90,26 @@ class Server:
             if response.status_code != 200:
                 raise RuntimeError(f"{response.status_code}: {response.read()[:200]!r}")
             for line in response.iter_lines():
-                chunk = chunk_of(line)
-                if chunk is None:
+                if not line.startswith("data: {"):  # between chunks
                     continue
-                piece = text_of(chunk)
+                last = json.loads(line[6:])
+                if "error" in last:
+                    raise RuntimeError(last["error"]["message"])
+                piece = last["choices"][0]["delta"].get("content") or "" if last["choices"] else ""
                 if piece and first is None:
                     first = time.perf_counter() - started
                 text += piece
-                last = chunk
                 if len(text) > most:
                     break
         return text, first or time.perf_counter() - started, last
 
-    def stop(self) -> None:
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.client.close()
         self.process.terminate()
         self.process.wait()
-
-
-@contextlib.contextmanager
-def served(model: str, *options: str) -> Iterator[Server]:
-    server = Server(model, *options)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 class Talk:
@@ -202,7 +183,7 @@ def first_token(args: argparse.Namespace) -> Figures:
 
 
 def _first_token(args: argparse.Namespace, model: str) -> Figures:
-    with served(model, *_window(FIRST_WINDOW), "--parallel", "2", "--disk", "0", "--threads", "1") as server:
+    with Server(model, *_window(FIRST_WINDOW), "--parallel", "2", "--disk", "0", "--threads", "1") as server:
         talks = {n: Talk(server, n) for n in args.lengths}
         lengths = {n: talk.grow(n) for n, talk in talks.items()}
         n_messages = {n: len(talk.messages) for n, talk in talks.items()}
@@ -247,7 +228,7 @@ def unseen(args: argparse.Namespace) -> Figures:
             for i in range(args.rounds_unseen):
                 for n in runs if i % 2 else reversed(runs):
                     messages = history(vocabulary, n, seed=1000 * i + n)
-                    with served(model, *options) as server:
+                    with Server(model, *options) as server:
                         _, first, last = server.ask(messages, 4, temperature=0)
                     usage = last["usage"]
                     runs[n].append({"seconds": first, "tokens": usage["prompt_tokens"], "processed": n_processed(last)})
@@ -286,7 +267,7 @@ def cold(args: argparse.Namespace) -> Figures:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             hot, cold_seconds = [], []
-            with served("nano", "--parallel", "1", "--memory", "0", "--folder", name) as server:
+            with Server("nano", "--parallel", "1", "--memory", "0", "--folder", name) as server:
                 talk, other = Talk(server, 1), Talk(server, 2)
                 n_tokens = talk.grow(n)
                 for _ in range(args.rounds):
@@ -320,7 +301,7 @@ def cold(args: argparse.Namespace) -> Figures:
 def memory(args: argparse.Namespace) -> Figures:
     """Many conversations, few in the context: what the process takes, against what the budgets say."""
     budget = args.memory_mib << 20
-    with served("nano", "--parallel", "4", "--disk", "0", "--memory", str(budget)) as server:
+    with Server("nano", "--parallel", "4", "--disk", "0", "--memory", str(budget)) as server:
         warm = Talk(server, 0)
         for _ in range(20):
             warm.say(300)
@@ -447,7 +428,7 @@ def mixed(args: argparse.Namespace) -> Figures:
     """A mixed load for a while: errors, memory by time, and how long the first token takes."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        served("nano", "--parallel", "4", "--memory", "128M", "--disk", "512M", "--folder", folder) as server,
+        Server("nano", "--parallel", "4", "--memory", "128M", "--disk", "512M", "--folder", folder) as server,
     ):
         first: list[float] = []
         errors: list[str] = []
