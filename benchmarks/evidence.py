@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/evidence.py --text FILE... [--only NAME]... [--model GGUF]... [--f16 GGUF]
 
 What was finished for the same model, texts and settings is not measured again without --again. Ctrl-C ends it: finished
-experiments are kept, and of a long stream what was reached. benchmarks/results.py puts what is written here into the
-page.
+experiments are kept, and a long stream goes on from where it was saved last (build/streams). benchmarks/results.py puts
+what is written here into the page.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from machine import ROOT, describe, resident_bytes
 from quantize import FILE_TYPES, quantize, tensor_types
 
 from lminf_edge import LMInfConfig, native
+from lminf_edge.cache.checkpoint import Checkpoint
 from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.cli.common import KV_TYPE_NUMBERS, CommandError, load, model_header, model_settings, read_text, tokenize
 from lminf_edge.cli.demo import python_documentation
@@ -52,6 +54,7 @@ from lminf_edge.models import embedded_models
 
 FIGURES = ROOT / "docs" / "results"
 WEIGHTS_FOLDER = ROOT / "build" / "models" / "weights"
+STREAMS_FOLDER = ROOT / "build" / "streams"
 EMBEDDED = ("nano", "nano-alibi")
 MAIN = "nano"  # what one model is enough for is measured on this one
 N_GLOBAL = 10
@@ -196,14 +199,39 @@ class Subject:
 class Save:
     """Takes what a long experiment has reached.
 
-    kept   what an earlier run of the same has reached; {}: nothing
+    kept    what an earlier run of the same has reached; {}: nothing
+    folder  with a checkpoint of a stream and what it had reached there, to go on from
+    inputs  of the experiment
     """
 
     write: Callable[[Results], None]
     kept: Results
+    folder: Path | None = None
+    inputs: Results = dataclasses.field(default_factory=dict)
 
-    def __call__(self, reached: Results) -> None:
+    def __call__(self, reached: Results, checkpoint: Checkpoint | None = None) -> None:
+        if checkpoint is not None and self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state = self.folder / f"{reached['tokens']}.state"
+            checkpoint.save(state)
+            write(self.folder / "reached.json", {**self.inputs, **reached})
+            for other in set(self.folder.glob("*.state")) - {state}:
+                other.unlink()
         self.write(reached)
+
+    def going(self) -> tuple[Results, Checkpoint] | None:
+        """What a stream of the same had reached when it was saved last, and the stream."""
+        path = self.folder / "reached.json" if self.folder is not None else None
+        if path is None or not path.exists():
+            return None
+        reached: Results = json.loads(path.read_text(encoding="utf-8"))
+        if any(reached.get(name) != value for name, value in self.inputs.items()):
+            return None
+        return reached, Checkpoint.load(path.with_name(f"{reached['tokens']}.state"))
+
+    def finished(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -422,42 +450,55 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
     if n_blocks < 2:
         raise CommandError(f"The texts have {len(text)} tokens, and a long stream needs {2 * block} at least.")
     shift = 1 - subject.n_bos  # of the position of a loss to the place of its token in the text
+    before, checkpoint = save.going() or ({}, None)
 
-    with setup.reader(POLICIES["lminf"], 0) as reader:
-        begun = time.perf_counter()
-        fresh = fresh_nll(reader, subject, tokens, window, -shift, n_blocks * block - shift)
-    fresh_seconds = time.perf_counter() - begun
-    say(f"started fresh: {fresh.mean():.4f} nats, {len(fresh) / fresh_seconds:.0f} tokens/s")
+    fresh_nlls = before.get("fresh_nll")
+    if fresh_nlls is None:
+        with setup.reader(POLICIES["lminf"], 0) as reader:
+            begun = time.perf_counter()
+            fresh = fresh_nll(reader, subject, tokens, window, -shift, n_blocks * block - shift)
+        say(f"started fresh: {fresh.mean():.4f} nats, {len(fresh) / (time.perf_counter() - begun):.0f} tokens/s")
+        fresh_nlls = block_means(fresh, block)
 
     n_tokens = settings["tokens"]
     sums = BucketMeans(even_edges(n_tokens, block))
     options = f"--tokens {n_tokens + 1} --repeat --bucket {block}"
     command = ppl(subject, "texts", window, settings["kv_type"], options)
     with setup.reader(POLICIES["lminf"], 0) as reader:
+        assert isinstance(reader, LambdaReader)
         begun = saved = time.perf_counter()
-        resident = resident_bytes()
-        done = 0
+        resident = before.get("resident_bytes", [resident_bytes()])[0]
+        done = n_before = before.get("tokens", 0)
+        if checkpoint is not None:
+            reader.restore(checkpoint)
+            sums.add(0, np.repeat(before["block_nll"], block))
+            n_whole = len(before["block_nll"]) * block
+            sums.add(n_whole, np.full(n_before + shift - n_whole, before["rest_nll"]))
+            say(f"goes on after {n_before} tokens")
 
         def results() -> Results:
             info = stream_info(reader)
-            whole = [bucket for bucket in sums.buckets() if bucket.end - bucket.start == block]
+            *whole, rest = sums.buckets()
+            if rest.end - rest.start == block:
+                whole.append(rest)
             return {
                 "command": command,
                 "window": window_facts(window),
                 "tokens": done,
-                "seconds_stream": round(time.perf_counter() - begun, 1),
+                "seconds_stream": round(before.get("seconds_stream", 0.0) + time.perf_counter() - begun, 1),
                 "text_tokens": n_blocks * block,
                 "block": block,
-                "fresh_nll": block_means(fresh, block),
+                "fresh_nll": fresh_nlls,
                 "block_nll": [round(bucket.mean, 6) for bucket in whole],
+                "rest_nll": rest.mean,
                 "kv_bytes": info.kv_bytes,
-                "rebases": info.rebases,
-                "max_graph_position": info.max_graph_position,
+                "rebases": before.get("rebases", 0) + info.rebases,
+                "max_graph_position": max(before.get("max_graph_position", 0), info.max_graph_position),
                 "resident_bytes": [resident, resident_bytes()],
             }
 
         try:
-            for start, nll in nll_blocks(reader, tokens, n_tokens + 1, subject.n_bos):
+            for start, nll in nll_blocks(reader, tokens, n_tokens + 1, subject.n_bos, n_before):
                 inside = max(n_tokens - start - shift, 0)
                 sums.add(start + shift, nll[:inside])
                 done = start + len(nll)
@@ -465,11 +506,11 @@ def measure_stream(subject: Subject, experiment: Experiment, save: Save) -> Resu
                     resident = resident_bytes()
                 if time.perf_counter() - saved > experiment.size.save_every:
                     saved = time.perf_counter()
-                    save(results())
-                    say(f"{done} of {n_tokens} tokens, {nll.mean():.3f} nats, {done / (saved - begun):.0f} tokens/s")
+                    save(results(), reader.llm.checkpoint())
+                    rate_ = (done - n_before) / (saved - begun)
+                    say(f"{done} of {n_tokens} tokens, {nll.mean():.3f} nats, {rate_:.0f} tokens/s")
         except KeyboardInterrupt:
             say(f"stopped after {done} tokens")
-            save(results())
             raise
         return results()
 
@@ -944,17 +985,22 @@ def perform(experiment: Experiment, subject: Subject, texts: dict[str, str], out
         # what an earlier run has reached of a long stream is only replaced by more of it
         if same and not complete and results["tokens"] <= kept["tokens"]:
             return
-        seconds = round(time.monotonic() - begun, 1)
+        # a stream may have gone on from an earlier run
+        seconds = max(round(time.monotonic() - begun, 1), results.get("seconds_stream", 0.0))
         head = {"experiment": experiment.name, "complete": complete, "seconds": seconds, "n_threads": subject.n_threads}
         write(path, {**head, **inputs, **results, "machine": machine})
 
     try:
-        save = Save(lambda reached: record(reached, complete=False), kept if same else {})
+        going = STREAMS_FOLDER / experiment.name
+        save = Save(lambda reached: record(reached, complete=False), kept if same else {}, going, inputs)
+        if again:
+            save.finished()
         results = experiment.run(subject, experiment, save)
     except (CommandError, UserError) as error:  # such a thing as a cache of this type cannot be had for this model
         results = {"refused": str(error)}
         say(f"not measured: {error}")
     record(results, complete=True)
+    save.finished()
     say(f"took {time.monotonic() - begun:.0f} s")
 
 

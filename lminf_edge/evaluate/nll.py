@@ -30,11 +30,16 @@ def token_nll(llm: llama_cpp.Llama | Reader, tokens: Sequence[int] | Tokens) -> 
 
 
 def nll_blocks(
-    llm: llama_cpp.Llama | Reader, tokens: Sequence[int] | Tokens, n_tokens: int | None = None, n_bos: int = 0
+    llm: llama_cpp.Llama | Reader,
+    tokens: Sequence[int] | Tokens,
+    n_tokens: int | None = None,
+    n_bos: int = 0,
+    n_read: int = 0,
 ) -> Iterator[tuple[int, Nll]]:
     """The same, batch by batch: yields (i, nll) where nll[0] is that of token i + 1.
 
-    The stream has n_tokens; None: as many as given. After the last it repeats from the first, without the n_bos.
+    The stream has n_tokens; None: as many as given. After the last it repeats from the first, without the n_bos. A
+    reader that has read the first n_read of them goes on.
     """
     text = as_tokens(tokens)
     n_tokens = len(text) if n_tokens is None else n_tokens
@@ -46,8 +51,11 @@ def nll_blocks(
             f"{n_tokens} tokens do not fit the n_ctx of {reader.limit}: "
             "use a larger n_ctx, or lminf, which has no limit."
         )
-    reader.clear()
-    for start in range(0, n_tokens - 1, reader.n_batch):
+    if n_read:
+        assert n_read == reader.position
+    else:
+        reader.clear()
+    for start in range(n_read, n_tokens - 1, reader.n_batch):
         at = np.arange(start, min(start + reader.n_batch, n_tokens - 1) + 1)
         batch = text[np.where(at < len(text), at, n_bos + (at - n_bos) % max(len(text) - n_bos, 1))]
         yield start, nll_from_logits(reader.read(batch[:-1]), batch[1:])

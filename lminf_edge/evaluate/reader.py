@@ -11,6 +11,7 @@ import numpy as np
 from llama_cpp import llama_cpp as bindings
 
 from lminf_edge import Llama
+from lminf_edge.cache.checkpoint import Checkpoint
 from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.errors import UserError
@@ -82,6 +83,11 @@ class LambdaReader(Reader):
 
     def pieces(self, tokens: Tokens) -> Iterator[Tokens]:
         return self.llm.slot.sequence.pieces(tokens, self.n_batch)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on with a saved stream. Raises CheckpointError if it is of another model or has other parameters."""
+        self.llm.restore(checkpoint)
+        self.position, self._skipped = checkpoint.position, range(0)
 
     def skip(self, tokens: Tokens) -> None:
         """The stream goes on after tokens (n_tokens,) that are not read, as with prefill "tail"; once in a stream."""

@@ -416,36 +416,70 @@ def test_bad_input(tmp_path: Path, arguments: list[str], sentence: str) -> None:
 # --- a long stream that is stopped ------------------------------------------------------------------------------------
 
 
-def test_what_a_stream_has_reached_is_kept(tmp_path: Path) -> None:
+def test_a_stream_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "STREAMS_FOLDER", tmp_path / "streams")
     texts = {"text": python_documentation()}
     size = evidence.dataclasses.replace(evidence.TINY, n_stream=7000, save_every=0.0)
     subject = evidence.subject_of("nano", texts, 4096, 1)
     (stream,) = [e for e in evidence.experiments(["nano"], size, None, None, tmp_path) if e.name == "stream"]
     path = tmp_path / "stream.json"
 
-    def read(stop: int) -> Record:
-        """Stops where the stream is said to have reached so many tokens."""
+    def read(stop: int) -> tuple[Record, int]:
+        """Stops where the stream is said to have reached so many tokens; what was saved, and how often."""
+        saves = []
 
         def run(subject: Any, experiment: Any, save: Any) -> Record:
             def save_and_stop(reached: Record) -> None:
-                save(reached)
+                save.write(reached)
+                saves.append(reached["tokens"])
                 if reached["tokens"] >= stop:
                     raise KeyboardInterrupt
 
-            return evidence.measure_stream(subject, experiment, save_and_stop)
+            return evidence.measure_stream(subject, experiment, evidence.dataclasses.replace(save, write=save_and_stop))
+
+        with pytest.raises(KeyboardInterrupt):
+            evidence.perform(evidence.dataclasses.replace(stream, run=run), subject, texts, tmp_path, False)
+        return dict(json.loads(path.read_text(encoding="utf-8"))), len(saves)
+
+    first, n_saves = read(4000)
+    assert first["complete"] is False
+    assert first["tokens"] >= 4000
+    assert len(first["block_nll"]) == first["tokens"] // first["block"]
+    second, n_more = read(6000)
+    assert second["tokens"] >= 6000
+    assert n_more < n_saves  # what had been read was not read again
+    evidence.perform(stream, subject, texts, tmp_path, False)
+    third = json.loads(path.read_text(encoding="utf-8"))
+    assert not (tmp_path / "streams" / "stream").exists()
+    (tmp_path / "whole").mkdir()
+    evidence.perform(stream, subject, texts, tmp_path / "whole", False)
+    whole = json.loads((tmp_path / "whole" / "stream.json").read_text(encoding="utf-8"))
+    assert third["complete"] is whole["complete"] is True
+    for name in ("tokens", "block_nll", "fresh_nll", "rebases", "max_graph_position", "kv_bytes"):
+        assert third[name] == whole[name], name
+
+
+def test_less_of_a_stream_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "STREAMS_FOLDER", tmp_path / "streams")
+    texts = {"text": python_documentation()}
+    subject = evidence.subject_of("nano", texts, 4096, 1)
+    (stream,) = [e for e in evidence.experiments(["nano"], evidence.TINY, None, None, tmp_path) if e.name == "stream"]
+    path = tmp_path / "stream.json"
+
+    def read(*tokens: int) -> Record:
+        def run(subject: Any, experiment: Any, save: Any) -> Record:
+            for n in tokens:
+                save({"tokens": n})
+            raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             evidence.perform(evidence.dataclasses.replace(stream, run=run), subject, texts, tmp_path, False)
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
-    first = read(4000)
-    assert first["complete"] is False
-    assert first["tokens"] >= 4000
-    assert len(first["block_nll"]) == first["tokens"] // first["block"]
-    assert read(2000) == first  # less than there was replaces nothing
-    assert read(6000)["tokens"] >= 6000
-    evidence.perform(stream, subject, texts, tmp_path, False)
-    assert json.loads(path.read_text(encoding="utf-8"))["complete"] is True
+    first = read(1000, 2000)
+    assert first["tokens"] == 2000
+    assert read(1000) == first
+    assert read(1000, 3000)["tokens"] == 3000
 
 
 def test_policies_that_were_read_are_not_read_again(tmp_path: Path) -> None:
