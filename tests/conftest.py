@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_hub import Hub, serve_hub
 from reference.gguf_file import copy_as_f32
 
 # waiting threads sleep: spinning ones would starve the others on a busy machine, and in the processes that tests start
@@ -18,7 +20,7 @@ from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
-from lminf_edge.models import find_model
+from lminf_edge.models import find_model, hub
 
 SHARED = Path(os.environ.get("LMINF_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
@@ -43,6 +45,7 @@ TEXT = (
 
 MakeLlama = Callable[..., Llama]
 MakeEngine = Callable[..., Engine]
+MakeHub = Callable[..., Hub]
 
 # with everything in f32, another order of additions is all that can differ
 F32: dict[str, Any] = {"type_k": 0, "type_v": 0}
@@ -131,3 +134,20 @@ def tokens(nano_path: str) -> Tokens:
     rng = np.random.default_rng(0)
     text = np.concatenate([rng.permutation(piece) for _ in range(3000 // len(piece) + 1)])
     return np.concatenate([[1], text])[:3000].astype(np.int32)
+
+
+@pytest.fixture
+def make_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeHub]:
+    """Makes Hugging Face hubs on this machine, of which the last one is asked."""
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "_WAIT", 0.0)
+    with contextlib.ExitStack() as stack:
+
+        def make(**answers: Any) -> Hub:
+            made = Hub(**answers)
+            stack.enter_context(serve_hub(made))
+            monkeypatch.setenv("HF_ENDPOINT", made.url)
+            return made
+
+        yield make

@@ -1,7 +1,8 @@
 """Starts an agent against a server of ours: codex, claude (Claude Code), opencode or continue (its cn).
 
-A server that runs at --url is used; otherwise one is started with -m, and ended with the agent. The agent gets its
-settings for this run alone, as arguments, environment variables or a temporary file: nothing of the user's is changed.
+A server that runs at --url is used; otherwise one is started with -m or --hf, and ended with the agent. A model that is
+not there yet is downloaded before. The agent gets its settings for this run alone, as arguments, environment variables
+or a temporary file: nothing of the user's is changed.
 What follows -- is the agent's, for example: lminf-edge launch codex -m model.gguf -- exec "say hello"
 
 --json starts nothing and prints
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from lminf_edge.cli.agents import AGENTS, KEY_VARIABLE, Agent, Setup
 from lminf_edge.cli.common import CommandError, expand_home, print_json
+from lminf_edge.models import download_from_hub, find_model, path_from_hub
 
 HELP = "start an agent (codex, claude, opencode, continue) against a server of ours"
 
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "-m", "--model", metavar="M", type=expand_home, help="the model of the server that is started if none runs"
     )
-    # not `hf`: only the server that is started downloads it
+    # not `hf`, which would be downloaded whether a server runs or not
     source.add_argument("--hf", metavar="REPO", dest="hub_model", help="that model, from the Hugging Face hub")
     parser.add_argument("--url", default=DEFAULT_URL, help=f"of a running server; default {DEFAULT_URL}")
     parser.add_argument(
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     url = args.url.rstrip("/").removesuffix("/v1")
     key = args.api_key or os.environ.get(KEY_VARIABLE) or "none"
     if args.print or args.json:
-        name = model_of(url, key) or (Path(args.model).stem if args.model else args.hub_model or "model")
+        name = model_of(url, key) or expected_name(args)
         show(agent, agent.setup(url, name, key), args)
         return 0
     command = shutil.which(agent.command)
@@ -75,12 +77,9 @@ def run(args: argparse.Namespace) -> int:
         found = model_of(url, key)
         if found is not None:
             name = found
-        elif args.hub_model is not None:
-            url, name = stack.enter_context(served(["--hf", args.hub_model, *args.serve], args.api_key))
-        elif args.model is not None:
-            url, name = stack.enter_context(served(["-m", os.fspath(args.model), *args.serve], args.api_key))
         else:
-            raise CommandError(f"No server runs at {url}: start one, or give -m MODEL to have one started.")
+            # here, where its progress is seen: what the server says goes to a log
+            url, name = stack.enter_context(served(["-m", downloaded(args, url), *args.serve], args.api_key))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lminf-edge-"))
         setup = agent.setup(url, name, key)
         write(setup, Path(folder))
@@ -89,6 +88,25 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(signal.signal, signal.SIGINT, before)
         environment = {**os.environ, **setup.environment}
         return subprocess.run([command, *arguments(setup, folder), *args.rest], env=environment).returncode
+
+
+def downloaded(args: argparse.Namespace, url: str) -> str:
+    """What to give a server as its model, which is there. Raises UserError if it cannot be had."""
+    if args.hub_model is not None:
+        return str(download_from_hub(args.hub_model))
+    if args.model is None:
+        raise CommandError(
+            f"No server runs at {url}: start one, or give -m MODEL or --hf USER/REPO to have one started."
+        )
+    find_model(args.model)
+    return str(args.model)  # not its path: a model's name is what the agent is told
+
+
+def expected_name(args: argparse.Namespace) -> str:
+    """What a server that is started would call its model. Raises UserError if that is one that the hub has not."""
+    if args.hub_model is not None:
+        return path_from_hub(args.hub_model).stem
+    return Path(args.model).stem if args.model else "model"
 
 
 def arguments(setup: Setup, folder: str) -> list[str]:

@@ -71,6 +71,11 @@ def download_from_hub(spec: str) -> Path:
         return hub.download(found, on_progress)
 
 
+def path_from_hub(spec: str) -> Path:
+    """Where that file is, or will be. Raises UserError if there is none, or nobody can say."""
+    return hub.find(spec, cache_folder()).path
+
+
 @contextlib.contextmanager
 def _shown(about: str, total: int) -> Iterator[OnProgress | None]:
     """Says on stderr what is downloaded; on a terminal, what to call with how far that is."""

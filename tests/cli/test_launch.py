@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import MakeHub
+from fake_hub import REPO
 from served import serve
 
 from lminf_edge import LMInfConfig
@@ -72,6 +74,39 @@ def test_starts_a_server(nano_path: str, told: Path, tmp_path: Path) -> None:
     assert read(told)["model"] == "tiny"
 
 
+def test_a_model_of_the_hub_is_downloaded_first(
+    make_hub: MakeHub,
+    nano_path: str,
+    told: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In sight, and only if a server has to be started."""
+    made = make_hub(files={"Nano-Q8_0.gguf": Path(nano_path).read_bytes()})
+    monkeypatch.setattr("lminf_edge.models.cache_folder", lambda: tmp_path / "cache")
+    nowhere = ["--hf", REPO, "--url", "http://127.0.0.1:9"]
+    assert main(["launch", "codex", *nowhere, "--json"]) == 0
+    assert 'model="Nano-Q8_0"' in json.loads(capsys.readouterr().out)["command"]
+    assert main(["launch", "codex", "--hf", "someone/else", *nowhere[2:], "--print"]) == 1
+    assert "someone/else" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = f"--n-local 64 --parallel 1 --threads 1 --folder {tmp_path / 'kept'}"
+    for shown in (True, False):
+        assert main(["launch", "claude", *nowhere, "--serve", options]) == 7
+        assert read(told)["model"] == "Nano-Q8_0"
+        said = capsys.readouterr().err
+        assert (f"downloading Nano-Q8_0.gguf of {REPO}" in said) == shown
+        assert ("] 6 of 6 MB" in said) == shown
+    made.status = 500
+    with serve(nano_path, Settings(model_name="tiny"), lminf=LMInfConfig(4, 64)) as served:
+        made.asked.clear()
+        assert main(["launch", "codex", "--hf", REPO, "--url", served.url]) == 7
+    assert made.asked == []
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_the_server_ends_with_it(nano_path: str, told: Path, tmp_path: Path) -> None:
     agent = tmp_path / "claude"
@@ -92,7 +127,7 @@ def test_the_server_ends_with_it(nano_path: str, told: Path, tmp_path: Path) -> 
 def test_refusals(told: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = ["--url", "http://127.0.0.1:9"]
     assert main(["launch", "codex", *nowhere]) == 1
-    assert "-m MODEL" in capsys.readouterr().err
+    assert "-m MODEL or --hf USER/REPO" in capsys.readouterr().err
     assert main(["launch", "codex", *nowhere, "-m", str(tmp_path / "none.gguf")]) == 1
     assert "none.gguf" in capsys.readouterr().err
     (tmp_path / "codex").unlink()

@@ -1,106 +1,20 @@
-"""Models of the Hugging Face hub, which is here a server of our own with all the ways to answer that it may have."""
+"""Models of the Hugging Face hub, which is here a server of our own."""
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
-import os
 import socket
-import threading
-import urllib.parse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MakeHub
+from fake_hub import DATA, REPO
 
 from lminf_edge.cli.main import main
 from lminf_edge.errors import UserError
 from lminf_edge.files import locked
 from lminf_edge.models import embedded_models, hub
-
-REPO = "someone/Tiny-GGUF"
-DATA = os.urandom(2_500_000)
-
-
-@dataclass
-class Hub:
-    """What it has, how it is to answer, and what it was asked."""
-
-    files: dict[str, bytes] = field(default_factory=lambda: {"Tiny-Q4_K_M.gguf": DATA})
-    sent: dict[str, bytes] = field(default_factory=dict)  # other than what it says it has
-    entries: list[Any] = field(default_factory=list)  # of its list, besides the files
-    status: int = 200
-    cut: list[int] = field(default_factory=list)  # after so many bytes of an answer
-    takes_ranges: bool = True
-    cdn: str = ""  # where it sends who wants a file
-    asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)  # path, token, range
-    url: str = ""
-
-    def listing(self) -> bytes:
-        files = [
-            {"type": "file", "path": path, "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}}
-            for path, data in self.files.items()
-        ]
-        return json.dumps([{"type": "file", "path": "README.md", "size": 3}, *files, *self.entries]).encode()
-
-
-def handler(hub_: Hub) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            wanted = self.headers["Range"]
-            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-            hub_.asked.append((path, self.headers["Authorization"], wanted))
-            if hub_.status != 200:
-                self.send_error(hub_.status)
-            elif path == f"/api/models/{REPO}/tree/main":
-                self.answer(hub_.listing())
-            elif hub_.cdn and not path.startswith("/cdn/"):
-                self.send_response(302)
-                self.send_header("Location", f"{hub_.cdn}/cdn{urllib.parse.quote(path)}")
-                self.end_headers()
-            else:
-                name = path.rpartition("/main/")[2]
-                data = hub_.sent.get(name, hub_.files[name])
-                begin = int(wanted[6:-1]) if wanted and hub_.takes_ranges else None
-                self.answer(data, begin, hub_.cut.pop(0) if hub_.cut else None)
-
-        def answer(self, data: bytes, begin: int | None = None, cut: int | None = None) -> None:
-            self.send_response(200 if begin is None else 206)
-            if begin is not None:
-                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
-            self.send_header("Content-Length", str(len(data) - (begin or 0)))
-            self.end_headers()
-            self.wfile.write(data[begin or 0 :][:cut])
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    return Handler
-
-
-@pytest.fixture
-def make_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Hub]]:
-    servers = []
-
-    def make(**answers: Any) -> Hub:
-        made = Hub(**answers)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler(made))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        made.url = f"http://127.0.0.1:{server.server_address[1]}"
-        monkeypatch.setenv("HF_ENDPOINT", made.url)
-        return made
-
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hub, "_WAIT", 0.0)
-    yield make
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def get(folder: Path, spec: str = REPO, seen: list[tuple[int, int]] | None = None) -> Path:
@@ -122,7 +36,7 @@ def nobody() -> str:
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_downloaded_once(make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once(make_hub: MakeHub, tmp_path: Path) -> None:
     made = make_hub()
     seen: list[tuple[int, int]] = []
     path = get(tmp_path, seen=seen)
@@ -146,7 +60,7 @@ def test_a_file_is_downloaded_once(make_hub: Callable[..., Hub], tmp_path: Path)
         (":a/b.Q8_0.gguf", "a/b.Q8_0.gguf"),
     ],
 )
-def test_a_quantization_is_chosen(make_hub: Callable[..., Hub], tmp_path: Path, spec: str, chosen: str) -> None:
+def test_a_quantization_is_chosen(make_hub: MakeHub, tmp_path: Path, spec: str, chosen: str) -> None:
     names = [
         "a/b.Q8_0.gguf",
         "b-IQ4_XS.gguf",
@@ -187,7 +101,7 @@ def test_what_there_is_not(paths: list[str], wanted: str, said: str) -> None:
 @pytest.mark.parametrize(
     "spec", ["", "a", "a/", "/a/b", "../b", "a/..", "a/b/c", "a/b:", "a/b:../c", "a b/c", "a/b?x=1"]
 )
-def test_what_is_no_repository(make_hub: Callable[..., Hub], tmp_path: Path, spec: str) -> None:
+def test_what_is_no_repository(make_hub: MakeHub, tmp_path: Path, spec: str) -> None:
     made = make_hub()
     with pytest.raises(UserError, match="is no repository"):
         get(tmp_path, spec)
@@ -212,7 +126,7 @@ def test_what_is_no_repository(make_hub: Callable[..., Hub], tmp_path: Path, spe
         3,
     ],
 )
-def test_names_that_lead_elsewhere_are_not_taken(make_hub: Callable[..., Hub], tmp_path: Path, path: Any) -> None:
+def test_names_that_lead_elsewhere_are_not_taken(make_hub: MakeHub, tmp_path: Path, path: Any) -> None:
     good = {"oid": "0" * 64, "size": 3}
     make_hub(
         files={}, entries=[{"path": path, "lfs": good}, None, {"path": "y.gguf", "lfs": {"oid": "../x", "size": 3}}]
@@ -232,7 +146,7 @@ def test_names_that_lead_elsewhere_are_not_taken(make_hub: Callable[..., Hub], t
         (500, "status 500"),
     ],
 )
-def test_the_hub_refuses(make_hub: Callable[..., Hub], tmp_path: Path, status: int, said: str) -> None:
+def test_the_hub_refuses(make_hub: MakeHub, tmp_path: Path, status: int, said: str) -> None:
     make_hub(status=status)
     with pytest.raises(UserError, match=said) as refused:
         get(tmp_path)
@@ -240,7 +154,7 @@ def test_the_hub_refuses(make_hub: Callable[..., Hub], tmp_path: Path, status: i
     assert not files(tmp_path)
 
 
-def test_no_list(make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_list(make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_hub()
     for text in (b"<html>", b"{}3", b"3", b"[" * 100_000):
         monkeypatch.setattr(made, "listing", lambda text=text: text)
@@ -248,9 +162,7 @@ def test_no_list(make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: pyte
             get(tmp_path)
 
 
-def test_the_token_is_for_the_hub_alone(
-    make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_is_for_the_hub_alone(make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cdn = make_hub()
     made = make_hub(cdn=cdn.url)  # another port
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -267,7 +179,7 @@ def test_the_token_is_for_the_hub_alone(
 
 
 @pytest.mark.parametrize("cdn", ["file:///etc", "ftp://127.0.0.1"])
-def test_other_protocols_are_not_followed(make_hub: Callable[..., Hub], tmp_path: Path, cdn: str) -> None:
+def test_other_protocols_are_not_followed(make_hub: MakeHub, tmp_path: Path, cdn: str) -> None:
     make_hub(cdn=cdn)
     with pytest.raises(UserError):
         get(tmp_path)
@@ -278,14 +190,14 @@ def test_other_protocols_are_not_followed(make_hub: Callable[..., Hub], tmp_path
 
 
 @pytest.mark.parametrize("takes_ranges", [True, False])
-def test_a_download_that_is_cut_goes_on(make_hub: Callable[..., Hub], tmp_path: Path, takes_ranges: bool) -> None:
+def test_a_download_that_is_cut_goes_on(make_hub: MakeHub, tmp_path: Path, takes_ranges: bool) -> None:
     made = make_hub(cut=[1_200_000, 2_300_000], takes_ranges=takes_ranges)
     assert get(tmp_path).read_bytes() == DATA
     assert [wanted for _, _, wanted in made.asked[1:]][:2] == [None, "bytes=1200000-"]
     assert files(tmp_path) == ["Tiny-Q4_K_M.gguf"]
 
 
-def test_the_next_try_goes_on_where_the_last_one_ended(make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+def test_the_next_try_goes_on_where_the_last_one_ended(make_hub: MakeHub, tmp_path: Path) -> None:
     made = make_hub(cut=[1_000_000, 0, 0, 0, 0])
     with pytest.raises(UserError, match="it sends nothing"):
         get(tmp_path)
@@ -296,7 +208,7 @@ def test_the_next_try_goes_on_where_the_last_one_ended(make_hub: Callable[..., H
 
 
 @pytest.mark.parametrize("sent", [DATA[:-1] + bytes([DATA[-1] ^ 1]), DATA + b"x"])
-def test_another_file_is_not_kept(make_hub: Callable[..., Hub], tmp_path: Path, sent: bytes) -> None:
+def test_another_file_is_not_kept(make_hub: MakeHub, tmp_path: Path, sent: bytes) -> None:
     made = make_hub(sent={"Tiny-Q4_K_M.gguf": sent})
     with pytest.raises(UserError, match="another sha256"):
         get(tmp_path)
@@ -305,7 +217,7 @@ def test_another_file_is_not_kept(make_hub: Callable[..., Hub], tmp_path: Path, 
     assert get(tmp_path).read_bytes() == DATA
 
 
-def test_what_an_earlier_try_left_is_checked(make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+def test_what_an_earlier_try_left_is_checked(make_hub: MakeHub, tmp_path: Path) -> None:
     make_hub()
     found = hub.find(REPO, tmp_path)
     found.path.parent.mkdir(parents=True)
@@ -317,7 +229,7 @@ def test_what_an_earlier_try_left_is_checked(make_hub: Callable[..., Hub], tmp_p
     assert hub.download(found).read_bytes() == DATA
 
 
-def test_a_new_version_leaves_the_old_one(make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+def test_a_new_version_leaves_the_old_one(make_hub: MakeHub, tmp_path: Path) -> None:
     made = make_hub()
     old = get(tmp_path)
     made.files["Tiny-Q4_K_M.gguf"] = b"new"
@@ -330,7 +242,7 @@ def test_a_new_version_leaves_the_old_one(make_hub: Callable[..., Hub], tmp_path
     assert old.read_bytes() == DATA
 
 
-def test_one_process_downloads(make_hub: Callable[..., Hub], tmp_path: Path) -> None:
+def test_one_process_downloads(make_hub: MakeHub, tmp_path: Path) -> None:
     make_hub()
     found = hub.find(REPO, tmp_path)
     found.path.parent.mkdir(parents=True)
@@ -339,7 +251,7 @@ def test_one_process_downloads(make_hub: Callable[..., Hub], tmp_path: Path) -> 
     assert hub.download(found).read_bytes() == DATA
 
 
-def test_a_full_disk(make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_hub()
     monkeypatch.setattr(hub, "_ROOM", 1 << 60)
     with pytest.raises(UserError, match="There is no room for Tiny-Q4_K_M"):
@@ -349,9 +261,7 @@ def test_a_full_disk(make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: 
 # --- without a network ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_needs_no_hub(
-    make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_there_needs_no_hub(make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_hub()
     path = get(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", nobody())
@@ -368,7 +278,7 @@ def test_what_is_there_needs_no_hub(
 
 
 def test_a_command_with_it(
-    make_hub: Callable[..., Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Whole commands, with a model that works: nano under another name."""
     make_hub(files={"Nano-Q8_0.gguf": embedded_models()["nano"].read_bytes()})
