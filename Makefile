@@ -45,7 +45,7 @@ browser: setup # what the tests of the page and of node clients need, beside Chr
 	@$(BIN)/python -c "import playwright" 2> /dev/null || $(BIN)/python -m pip install -q playwright
 	@cd tests/e2e && { [ -d node_modules/@anthropic-ai/sdk ] || npm install --no-audit --no-fund --silent; }
 
-test-kernels: setup ## the attention kernels against float64, on and for everything at hand; ARGS="cpu neon" for some
+test-kernels: setup ## kernels against float64, on and for all that is here, llama.cpp's own tests; ARGS="cpu chat" for some
 	@$(PYTHON) scripts/test_kernels.py $(ARGS)
 
 sanitize: setup ## the CPU kernels and the whole library under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Builds and runs the tests of the fused attention and of recall's loops, on everything that is here or has a stand-in.
+"""Builds and runs the tests of the native half that are programs, on everything that is here or has a stand-in.
 
     test_kernels.py [--require] [NAME]...
 
@@ -13,6 +13,7 @@
     nvcc        the CUDA kernels compiled by nvcc for compute capability 7.5, 8.0, 8.9 and 9.0
     metal       the Metal kernels as C++ on the CPU, compiled by clang, which checks their address spaces as well
     upstream    llama.cpp's test-backend-ops for the operations near ours, on the patched library
+    chat        llama.cpp's tests of its chat library: templates, parsers, grammars, schemas, on the patched one
 
 What cannot run here is skipped and says so; with --require that is a failure. Build folders are kept in build/.
 Standard library only, beside the cmake and ninja that make setup installs.
@@ -38,6 +39,12 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # most, as all of it takes an hour on two cores
 UPSTREAM_OPS = "SOFT_MAX,ROPE,CONCAT,SET_ROWS"
 UPSTREAM_FLASH = r"hsk=(64|128),hsv=(64|128),nh=4,nr23=.(1|4),1.,kv=(113|512),.*mask=1.*type_(K|KV)=(f16|q8_0|q4_0)"
+
+UPSTREAM_CHAT = (
+    *("test-chat", "test-chat-auto-parser", "test-chat-peg-parser", "test-chat-template", "test-grammar-integration"),
+    *("test-grammar-parser", "test-jinja", "test-json-schema", "test-json-schema-to-grammar", "test-llama-grammar"),
+    *("test-peg-parser", "test-reasoning-budget"),
+)
 
 # of the suite, what goes through most of native/ with the least work of the model: every kind of memory, states and
 # files that were changed, recall and its archives
@@ -91,16 +98,17 @@ def need(program: str, package: str) -> str:
     return found
 
 
-def run(command: Sequence[str | Path], quiet: bool = False, **env: str) -> None:
+def run(command: Sequence[str | Path], quiet: bool = False, cwd: Path = ROOT, **env: str) -> None:
     """Runs a command; `quiet` shows its output only if it fails."""
     path = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         [str(part) for part in command],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "PATH": path, **env},
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
         text=True,
+        errors="replace",
     )
     if result.returncode:
         if quiet:
@@ -223,6 +231,14 @@ def test_upstream() -> None:
     run([program, "test", "-b", "CPU", "-o", "FLASH_ATTN_EXT", "-p", UPSTREAM_FLASH], quiet=True)
 
 
+def test_chat() -> None:
+    if platform.system() != "Linux":
+        raise Skipped("they use what only libraries of Linux export")
+    programs = build("kernels", UPSTREAM_CHAT)
+    for name in UPSTREAM_CHAT:
+        run([programs / name], quiet=True, cwd=ROOT / "build" / "upstream" / "llama.cpp")
+
+
 TESTS: dict[str, Callable[[], None]] = {
     "device": test_device,
     "cpu": test_cpu,
@@ -233,6 +249,7 @@ TESTS: dict[str, Callable[[], None]] = {
     "nvcc": test_nvcc,
     "metal": test_metal,
     "upstream": test_upstream,
+    "chat": test_chat,
 }
 
 

@@ -32,9 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
 PIN = PATCHES / "upstream.txt"
 
-# what libllama, ggml and the chat library are built from, the test of ggml's operations and the one that makes a model
-# of every architecture; the rest of the 170 MB is models, tools and documentation
-TESTS = ("tests/test-backend-ops.cpp", "tests/test-llama-archs.cpp")
+# what libllama, ggml and the chat library are built from, and upstream's tests with what those of its chat library
+# read; the rest of the 170 MB is models, tools and documentation
+SERVER = tuple(f"tools/server/server-{name}" for name in ("chat.cpp", "chat.h", "common.cpp", "common.h", "http.h"))
+TESTS = ("tests", "models/templates", *SERVER, "tools/mtmd/mtmd.h", "tools/mtmd/mtmd-helper.h")
 BUILD_PARTS = ("CMakeLists.txt", "LICENSE", "licenses", "cmake", "common", "ggml", "include", "src", *TESTS, "vendor")
 # llama-cpp-python itself, of which our package brings a copy
 PYTHON_PARTS = ("LICENSE.md", "llama_cpp")
@@ -106,7 +107,7 @@ def unpack(
             if not member.isfile() or path[: len(folder)] != [*folder] or path[len(folder)] == ".git":
                 continue
             path = path[len(folder) :]
-            if parts is not None and path[0] not in parts and "/".join(path) not in parts:
+            if parts is not None and not any("/".join(path[:n]) in parts for n in range(1, len(path) + 1)):
                 continue
             target = dest.joinpath(*path)
             target.parent.mkdir(parents=True, exist_ok=True)
