@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -159,9 +160,14 @@ class Templates:
         self._chat = self._library.open(model, text, bos, eos)
         weakref.finalize(self, self._library.free, self._chat)
         self.info = self._library.info(self._chat)
+        source = f"{self.info['source']} {self.info['tool_source']}"
+        self._wants_functions = bool(re.search(r"\bfunctions\b", source)) and not re.search(r"\btools\b", source)
 
     def apply(self, request: Mapping[str, Any], is_cancelled: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """A conversation to a prompt, and what its answer needs. Raises ChatError, and RequestCancelled."""
+        if self._wants_functions and request.get("tools"):  # Firefunction's template has tools as a text of this name
+            functions = {"functions": json.dumps(request["tools"], indent=2, ensure_ascii=False)}
+            request = {**request, "template_kwargs": functions | dict(request.get("template_kwargs") or {})}
         return self._library.apply(self._chat, request, is_cancelled)
 
 

@@ -1,0 +1,121 @@
+"""llama.cpp's engine renders its 70 templates as Jinja2 itself does, in the way of Hugging Face's transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import functools
+import itertools
+import json
+from typing import Any
+
+import jinja2.ext
+import jinja2.sandbox
+import pytest
+from test_chat_library import ANSWERED, ASKED, TOOLS, apply, templates
+
+from lminf_edge.text.library import ChatError
+
+DEVELOPER = [{"role": "developer", "content": "Be brief."}, ASKED[1]]
+CONVERSATIONS: dict[str, tuple[Any, Any, Any]] = {  # what we are given, what Jinja2 is, and tools
+    "a question": (ASKED, ASKED, None),
+    "tools": (ASKED, ASKED, TOOLS),
+    "thoughts, a call and its result": (ANSWERED, ANSWERED, TOOLS),
+    "a developer": (DEVELOPER, ASKED, None),  # is a system message to who does not know it
+}
+
+# where llama.cpp does more than Jinja2 with the same values
+NO_SYSTEM = "it knows no system messages: llama.cpp puts them before the first of the user"
+NO_DESCRIPTION = "it wants the description of each parameter, and Jinja2 raises where there is none"
+CALLED = "thoughts, a call and its result"
+DIFFERENT = {
+    ("CohereForAI-c4ai-command-r-plus-tool_use", "tools"): NO_DESCRIPTION,
+    ("CohereForAI-c4ai-command-r-plus-tool_use", CALLED): NO_DESCRIPTION,
+    ("google-gemma-2-2b-it", "a question"): NO_SYSTEM,
+    ("google-gemma-2-2b-it", "tools"): NO_SYSTEM,
+    ("google-gemma-2-2b-it", CALLED): NO_SYSTEM + "; then both refuse a tool's message",
+    ("google-gemma-2-2b-it", "a developer"): NO_SYSTEM,
+    (
+        "google-gemma-4-31B-it-interleaved",
+        CALLED,
+    ): "llama.cpp puts results into the turn of their call",
+    (
+        "mistralai-Ministral-3-14B-Reasoning-2512",
+        CALLED,
+    ): "llama.cpp makes thoughts a part of the content",
+}
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %}, which marks what a model is trained on."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja2 has it
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    made = jinja2.sandbox.SandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
+    )
+
+    def fail(reason: str) -> None:
+        raise jinja2.TemplateError(reason)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, default=list, **{"ensure_ascii": False, **options})
+
+    made.filters |= {"tojson": to_json, "safe": str}
+    made.globals["raise_exception"] = fail
+    made.globals["strftime_now"] = lambda text: datetime.datetime.now().strftime(text)
+    return made
+
+
+def by_jinja(source: str, messages: Any, tools: Any, has_objects: bool) -> str:
+    """has_objects: the arguments of a call are an object, and no text."""
+    messages = copy.deepcopy(messages)
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            if has_objects:
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+        if "reasoning_content" in message and "reasoning_content" not in source:
+            message["thinking"] = message["reasoning_content"]
+    now = datetime.datetime.now()
+    return (
+        environment()
+        .from_string(source)
+        .render(
+            messages=messages,
+            tools=tools,
+            functions=json.dumps(tools, indent=2) if tools else "",
+            add_generation_prompt=True,
+            enable_thinking=True,
+            bos_token="<s>",
+            eos_token="</s>",
+            date_string=now.strftime("%d %b %Y"),
+            datetime=now.strftime("%b %d %Y"),
+        )
+    )
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_prompts_are_those_of_jinja(conversation: str) -> None:
+    given, told, tools = CONVERSATIONS[conversation]
+    different = set()
+    for name, source in templates().items():
+        try:
+            made = apply(name, given, **({"tools": tools} if tools else {}))["prompt"]
+        except ChatError as error:
+            made = str(error)
+        # some templates go through tools that are not there; to some the arguments of a call are a text
+        for no_tools, has_objects in itertools.product((None, []), (True, False)):
+            with contextlib.suppress(jinja2.TemplateError, TypeError):
+                if by_jinja(source, told, tools or no_tools, has_objects) == made:
+                    break
+        else:
+            different.add(name)
+    assert different == {name for name, where in DIFFERENT if where == conversation}
