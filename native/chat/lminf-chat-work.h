@@ -8,7 +8,8 @@
 
 #pragma once
 
-#include "lminf-chat-schema.h" // the other hooks in common/
+#include "lminf-chat-calls.h"  // the other hooks in common/
+#include "lminf-chat-schema.h"
 
 #include <algorithm>
 #include <cstddef>
