@@ -28,10 +28,11 @@ from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import check_sizes
 from lminf_edge.text.schema import enforceable
-from lminf_edge.text.schema_bounds import check_parts, check_size, loosened
+from lminf_edge.text.schema_bounds import check_size, count_parts, loosened
 from lminf_edge.text.service import Exchange, TextService
 
 MAX_TOOLS = 1024
+MAX_TOOL_PARTS = 30_000  # of all their schemas
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
 
 # names that chat formats and their templates use themselves
@@ -252,6 +253,7 @@ def checked_tools(tools: list[Any], is_cancelled: Callable[[], bool]) -> list[di
         raise ApiError(400, f"tools: there may be {MAX_TOOLS:,} at most.", param="tools")
     checked: list[dict[str, Any]] = []
     names: set[str] = set()
+    n_parts = 0
     for i, tool in enumerate(tools):
         if is_cancelled():
             raise RequestCancelled
@@ -264,10 +266,12 @@ def checked_tools(tools: list[Any], is_cancelled: Callable[[], bool]) -> list[di
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         param = f"tools.{i}.function.parameters"
         try:
+            n_parts += count_parts(parameters)
+            if n_parts > MAX_TOOL_PARTS:
+                raise ApiError(400, f"tools: their schemas have more than {MAX_TOOL_PARTS:,} parts.", param="tools")
             if function.get("strict"):
                 parameters = enforceable(parameters)
             else:
-                check_parts(parameters)
                 parameters = loosened(parameters)
                 check_size(parameters)
         except UserError as error:

@@ -20,8 +20,10 @@ from lminf_edge.text.schema_bounds import (
     MAX_DEPTH,
     MAX_INTEGER,
     NUMBER_BOUNDS,
+    check_made,
     check_number,
     check_size,
+    count_parts,
     is_number,
     make_flags_bounds,
 )
@@ -52,9 +54,11 @@ def enforceable(schema: Any) -> dict[str, Any]:
 
     Raises UserError, in a part of a sentence, if there is none.
     """
+    count_parts(schema)
     check_size(schema)
     made: dict[str, Any] = copy.deepcopy(schema)
     _Rewriter(made).visit(made, "#")
+    check_made(made)
     return made
 
 
@@ -150,19 +154,17 @@ class _Rewriter:
                 if properties.setdefault(name, schema) != schema:
                     refuse(place, f"two parts of allOf have a property {name!r}")
             required += part.get("required") or []
-        node.update(type="object", properties=copy.deepcopy(properties), required=list(dict.fromkeys(required)))
+        node.update(type="object", properties=properties, required=list(dict.fromkeys(required)))
 
     def _are_disjoint(self, children: list[Any]) -> bool:
         """Whether no value fits two of these schemas, as far as types and tags tell."""
-        kinds = [self._kinds(child) for child in children]
-        for i, a in enumerate(kinds):
-            for b in kinds[:i]:
-                if a is None or b is None:
-                    return False
-                for type_ in a.keys() & b.keys():
-                    if not _tags_differ(a[type_], b[type_]):
-                        return False
-        return True
+        told: dict[str, list[Any]] = {}
+        for kinds in map(self._kinds, children):
+            if kinds is None:
+                return False
+            for type_, tells in kinds.items():
+                told.setdefault(type_, []).append(tells)
+        return all(map(_differ, told.values()))
 
     def _kinds(self, node: Any) -> dict[str, Any] | None:
         """The types of the values that fit, with what tells them apart: values, or properties with values."""
@@ -245,7 +247,7 @@ class _Rewriter:
             if name not in properties:
                 if additional is False:
                     refuse(place, f"{name!r} is required and not allowed")
-                properties[name] = {} if additional is True else copy.deepcopy(additional)
+                properties[name] = {} if additional is True else additional
         if properties:
             node["properties"] = properties
         for name in sorted(said - {"properties", "required", "additionalProperties"}):
@@ -357,10 +359,10 @@ def _fits(value: Any, type_: Any) -> bool:
     return is_number(value) and (type_ == "number" or (type_ == "integer" and value == int(value)))
 
 
-def _tags_differ(a: Any, b: Any) -> bool:
-    """Whether what _Rewriter._kinds tells of two schemas of one type sets them apart."""
-    if isinstance(a, set) and isinstance(b, set):
-        return not a & b
-    if isinstance(a, dict) and isinstance(b, dict):
-        return any(not a[name] & b[name] for name in a.keys() & b.keys())
-    return False
+def _differ(told: list[Any]) -> bool:
+    """Whether what _Rewriter._kinds tells of several schemas of one type sets them apart."""
+    if all(isinstance(tells, set) for tells in told):
+        return sum(map(len, told)) == len(set().union(*told))
+    if not all(isinstance(tells, dict) for tells in told):
+        return len(told) == 1
+    return all(any(not a[name] & b[name] for name in a.keys() & b.keys()) for i, a in enumerate(told) for b in told[:i])

@@ -14,6 +14,7 @@ from lminf_edge.text.pattern import MAX_REPEATS, json_pattern
 
 MAX_DEPTH = 256  # of a schema
 MAX_PARTS = 10_000  # of a schema
+PATTERN_PART = 16  # characters of a pattern that count as a part
 MAX_NAME = 1000  # characters of a property's name, or of a reference
 MAX_PATTERN = 4096  # characters
 MAX_OPTIONAL = 400  # properties of an object that may be left out: a grammar has rules for each after each
@@ -21,6 +22,7 @@ MAX_INTEGER = 1 << 53
 
 REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 NUMBER_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_TOO_LARGE = "the JSON schema is too large"
 VALUES = ("const", "enum", "default", "examples")  # of these, keys say nothing
 
 
@@ -64,20 +66,31 @@ def check_size(schema: Any) -> None:
             _check_part(part)
 
 
-def check_parts(schema: Any) -> None:
-    """Raises UserError if a schema has too many parts, or too deep ones, to be looked at."""
-    for _ in _parts(schema):
+def count_parts(schema: Any) -> int:
+    """What the work that a schema makes grows with. Raises UserError if that is too much."""
+    n_parts = 0
+    for part in _parts(schema):
+        pattern = part.get("pattern") if isinstance(part, dict) else None
+        n_parts += 1 + (len(pattern) // PATTERN_PART if isinstance(pattern, str) else 0)
+    if n_parts > MAX_PARTS:
+        raise UserError(_TOO_LARGE)
+    return n_parts
+
+
+def check_made(schema: Any) -> None:
+    """Raises UserError if a rewritten schema has become too large: what is in several places counts in each."""
+    for _ in _parts(schema, 2 * MAX_PARTS):
         pass
 
 
-def _parts(schema: Any) -> Iterator[Any]:
+def _parts(schema: Any, most: int = MAX_PARTS) -> Iterator[Any]:
     level: list[Any] = [schema]
     n_parts = 0
     for _ in range(MAX_DEPTH):
         if not level:
             return
         n_parts += len(level)
-        if n_parts > MAX_PARTS:
+        if n_parts > most:
             break
         yield from level
         level = [
@@ -85,7 +98,7 @@ def _parts(schema: Any) -> Iterator[Any]:
             for part in level
             for child in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())
         ]
-    raise UserError("the JSON schema is too large")
+    raise UserError(_TOO_LARGE)
 
 
 def loosened(schema: Any) -> Any:
@@ -103,8 +116,8 @@ def loosened(schema: Any) -> Any:
             made[name] = value
         elif name == "pattern" and isinstance(value, str):
             with contextlib.suppress(UserError, re.error, OverflowError, RecursionError):
-                if len(value) <= MAX_PATTERN and re.compile(value):
-                    made[name] = json_pattern(value)
+                if len(value) <= MAX_PATTERN and re.compile(value) and len(text := json_pattern(value)) <= MAX_PATTERN:
+                    made[name] = text
         elif not is_number(value) or abs(value) <= (MAX_REPEATS if name in REPEATS else MAX_INTEGER):
             made[name] = loosened(value)
     _drop_bounds(made)

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <locale>
 #include <sstream>
@@ -334,4 +335,8 @@ std::unique_ptr<common_chat_schema> lminf_chat_number(const common_json & schema
 
 const std::string & lminf_chat_number_rule(const common_chat_schema & number) {
     return static_cast<const bounded_number &>(number).rule;
+}
+
+std::string lminf_chat_number_name(const common_chat_schema & number) {
+    return "number-" + std::to_string(std::hash<std::string>()(lminf_chat_number_rule(number)));
 }

@@ -22,3 +22,6 @@ std::unique_ptr<common_chat_schema> lminf_chat_number(const common_json & schema
 
 // The grammar of such a schema, "" if it has no bounds.
 const std::string & lminf_chat_number_rule(const common_chat_schema & number);
+
+// A name for it: of equal ones the same, of others another, as the converter counts on from a name that is taken.
+std::string lminf_chat_number_name(const common_chat_schema & number);
