@@ -121,7 +121,18 @@ class CachedTokenizer:
         """
         start: list[int] = self._llm.tokenize(b"", add_bos=True, special=True) if add_bos else []
         pieces = self.split(text)
-        parts = [self.tokens_of(piece, owner, is_cancelled) for piece in pieces]
+        found: dict[str, Tokens] = {}
+        room = self._n_bytes_max
+        for piece in pieces:
+            if piece not in found:
+                found[piece] = self.tokens_of(piece, owner, is_cancelled, room)
+                room -= _n_bytes(piece, found[piece])
+        # of what is too much for the memory the beginning is kept, not forgotten piece by piece as it is needed
+        with self._lock:
+            for key in ((owner, piece) for piece in reversed(found)):
+                if key in self._known:
+                    self._known.move_to_end(key)
+        parts = [found[piece] for piece in pieces]
         starts = list(itertools.accumulate(map(len, parts), initial=len(start)))
         return np.concatenate([as_tokens(start), *parts]), pieces, starts
 
@@ -138,15 +149,25 @@ class CachedTokenizer:
             for piece, part in zip(pieces, parts, strict=True):
                 self._remember(owner, piece, part)
 
-    def tokens_of(self, text: str, owner: str = "", is_cancelled: Callable[[], bool] = lambda: False) -> Tokens:
-        """The tokens of one piece of a text: int32 (n_tokens,). Raises RequestCancelled."""
+    def tokens_of(
+        self,
+        text: str,
+        owner: str = "",
+        is_cancelled: Callable[[], bool] = lambda: False,
+        room: int | None = None,
+    ) -> Tokens:
+        """The tokens of one piece of a text: int32 (n_tokens,); remembered if they take no more than `room` bytes.
+
+        Raises RequestCancelled.
+        """
         with self._lock:
             tokens = self._known.get((owner, text))
             if tokens is not None:
                 self._known.move_to_end((owner, text))
                 return tokens
         tokens = self.tokenize(text, is_cancelled=is_cancelled)
-        self._remember(owner, text, tokens)
+        if room is None or _n_bytes(text, tokens) <= room:
+            self._remember(owner, text, tokens)
         return tokens
 
     def tokenize(

@@ -1,4 +1,4 @@
-"""A long text is tokenized in parts, and comes out as if it had been tokenized whole."""
+"""A long text is tokenized in parts, and comes out as if it had been tokenized whole; parts are remembered."""
 
 from __future__ import annotations
 
@@ -79,3 +79,30 @@ def test_it_is_cancelled_between_two_parts(llm: Any) -> None:
     with pytest.raises(RequestCancelled):
         CachedTokenizer(llm, None, 0).tokenize("the sea was calm. " * 100_000, is_cancelled=is_cancelled)
     assert n_asked == 4
+
+
+def test_of_a_text_too_large_to_be_remembered_the_beginning_is(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn costs what is too much, not all of it, and so does an answer that is remembered between them."""
+    cached = CachedTokenizer(llm, "</s>", 40_000)
+    asked: list[str] = []
+    tokenize = cached.tokenize
+
+    def counting(text: str, **more: Any) -> Any:
+        asked.append(text)
+        return tokenize(text, **more)
+
+    monkeypatch.setattr(cached, "tokenize", counting)
+    pieces = [f"</s>{i}: the sea was calm, and nobody on board had slept." for i in range(120)]
+    expected = whole(llm, "".join(pieces), False, True)
+    tokens, found, _ = cached.encode("".join(pieces), False)
+    assert (tokens.tolist(), found) == (expected, pieces)
+    assert asked == pieces
+    n_remembered = sum(piece in pieces for _, piece in cached._known)
+    assert 40 < n_remembered < 100
+    for turn in range(9):
+        asked.clear()
+        assert cached.encode("".join(pieces), False)[0].tolist() == expected
+        assert asked == pieces[-len(asked) :]
+        assert len(asked) <= 120 - n_remembered + 3  # some made room for an answer
+        cached.remember_answer(pieces[-1], f" {turn}", cached.tokenize(f" {turn}"))
+        assert cached.n_bytes <= 40_000
