@@ -237,7 +237,7 @@ def test_hostile_templates(name: str) -> None:
     began = time.process_time()
     with pytest.raises(ChatError) as refused:
         Templates(None, HOSTILE[name]).apply({"messages": ASKED})
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 100  # with sanitizers, 30
     assert len(str(refused.value)) < 600
 
 
@@ -264,7 +264,7 @@ def test_values_nest_deep(name: str) -> None:
     began = time.process_time()
     with contextlib.suppress(ChatError):
         chat.apply({"messages": [*ASKED, {"role": "user", "content": "x" * 10**6}]})
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 100  # with sanitizers, 30
     assert chat.apply({"messages": ASKED[1:]})["prompt"] == ASKED[1]["content"]
 
 
@@ -313,7 +313,7 @@ def test_hostile_requests() -> None:
         began = time.process_time()
         with contextlib.suppress(ChatError):
             assert opened("Qwen-Qwen2.5-7B-Instruct").apply(more)["prompt"]
-        assert time.process_time() - began < 20
+        assert time.process_time() - began < 100  # with sanitizers, 30
 
 
 def test_a_call_can_be_cancelled() -> None:
