@@ -6,10 +6,10 @@
     root        in a fresh environment whose PATH has nothing else: doctor, demo, a chat with smollm2, a server
     variants    the operation against float64, in each variant that this processor can run
     x86         under qemu, on four processors: the variant that is taken, the operation, ten tokens of nano
-    arm         the operation under qemu on three Arm processors, in a build for these by clang 19
+    arm         the same on three Arm processors, with a wheel that clang 19 builds for them and Debian's Python
 
 What cannot run here is skipped and says so; with --require that is a failure. It runs after make wheel, whose build
-folder it uses. Standard library only.
+folder it uses; the wheel for Arm it makes itself. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,15 @@ IS_X86_LINUX = platform.machine() == "x86_64" and sys.platform == "linux"
 # processor of qemu, and the variant: qemu emulates no AVX-512
 X86 = {"Nehalem": "sse42", "Haswell": "haswell", "Skylake-Server": "haswell", "max": "haswell"}
 ARM = {"cortex-a53": "armv8.0_1", "neoverse-n1": "armv8.2_2", "max": "armv9.2_2"}
+ARM_OPTIONS = (
+    "CMAKE_SYSTEM_NAME=Linux",
+    "CMAKE_SYSTEM_PROCESSOR=aarch64",
+    "CMAKE_C_COMPILER=clang-19",
+    "CMAKE_CXX_COMPILER=clang++-19",
+    "CMAKE_C_COMPILER_TARGET=aarch64-linux-gnu",
+    "CMAKE_CXX_COMPILER_TARGET=aarch64-linux-gnu",
+    "GGML_OPENMP=OFF",  # clang's library for it is not at hand for Arm
+)
 
 
 class Skipped(Exception):
@@ -134,9 +143,10 @@ def _serve(install: Install) -> None:
         raise Failed("the server does not answer")
 
 
-def build_operation_test(folder: str, *options: str) -> Path:
+def build_operation_test(folder: str) -> Path:
+    """In the build folder of a wheel."""
     where = ROOT / "build" / folder
-    run("cmake", "-S", ROOT, "-B", where, "-G", "Ninja", "-DLMINF_TESTS=ON", "-DLMINF_PORTABLE=ON", *options)
+    run("cmake", "-S", ROOT, "-B", where, "-G", "Ninja", "-DLMINF_TESTS=ON", "-DLMINF_PORTABLE=ON")
     run("cmake", "--build", where, "--target", "test-attn", "--parallel", "2")
     return where / "bin"
 
@@ -171,7 +181,7 @@ def emulator(name: str) -> str:
     return found
 
 
-def run_operation(programs: Path, variant: str, *emulated: str) -> None:
+def run_operation(programs: Path, variant: str, *emulated: str | Path) -> None:
     """The operation on the variant that the loader takes."""
     output = run(*emulated, programs / "test-attn", "--load", programs, "--percent", "2", "--threads", "1")
     if f"libggml-cpu-{variant}.so" not in output:
@@ -180,27 +190,69 @@ def run_operation(programs: Path, variant: str, *emulated: str) -> None:
     print(f"  {variant}: {last_line(output)}", flush=True)
 
 
+def run_nano(python: Sequence[str | Path], variant: str, env: Mapping[str, str], folder: Path) -> None:
+    """Ten tokens in Python, on the variant that the package takes."""
+    script = (
+        "import llama_cpp\nfrom lminf_edge import backends, native\nnative.load()\n"
+        "print(backends.taken(llama_cpp.llama_cpp._lib, native.library_folder()).stem)"
+    )
+    taken = last_line(run(*python, "-c", f"import lminf_edge\n{script}", env=env, cwd=folder))
+    if taken != f"libggml-cpu-{variant}":
+        raise Failed(f"the wheel takes {taken}, not {variant}")
+    generate = ("generate", "-m", "nano", "-p", "The night was", "-n", "10", "--threads", "1", "--json")
+    output = run(*python, "-m", "lminf_edge", *generate, env=env, cwd=folder)
+    print(f"  {taken}: {json.loads(last_line(output))['text']!r}", flush=True)
+
+
 def test_x86() -> None:
     if not IS_X86_LINUX:
         raise Skipped("this is no x86-64 Linux")
     qemu = emulator("qemu-x86_64")
     programs = build_operation_test("wheel")
-    generate = ("generate", "-m", "nano", "-p", "The night was", "-n", "10", "--threads", "1", "--json")
     with tempfile.TemporaryDirectory() as folder:
         install = Install(Path(folder))
-        script = (
-            "import pathlib, lminf_edge, llama_cpp\nfrom lminf_edge import backends, native\n"
-            "native.load()\nprint(backends.taken(llama_cpp.llama_cpp._lib, native.library_folder()).stem)"
-        )
         for cpu, variant in X86.items():
             print(cpu, flush=True)
-            run_operation(programs, variant, qemu, "-cpu", cpu)
-            python = (qemu, "-cpu", cpu, install.bin / "python")
-            taken = last_line(run(*python, "-c", script, env=install.env, cwd=install.folder))
-            if taken != f"libggml-cpu-{variant}":
-                raise Failed(f"the wheel takes {taken} on {cpu}")
-            output = run(*python, "-m", "lminf_edge", *generate, env=install.env, cwd=install.folder)
-            print(f"  {taken}: {json.loads(last_line(output))['text']!r}", flush=True)
+            emulated = (qemu, "-cpu", cpu)
+            run_operation(programs, variant, *emulated)
+            run_nano((*emulated, install.bin / "python"), variant, install.env, install.folder)
+
+
+def arm_python() -> Path:
+    """Debian's Python for Arm, unpacked in build/debian-arm64; what is installed here is not touched."""
+    root = ROOT / "build" / "debian-arm64"
+    found = sorted(root.glob("usr/bin/python3.*"))
+    if found:
+        return found[0]
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise Skipped("apt-get and dpkg-deb are not here, and the Python for Arm comes from Debian's packages")
+    root.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+        apt = ["apt-get", "--quiet", "--yes", "--no-install-recommends"]
+        for name, value in {
+            "APT::Architecture": "arm64",
+            "APT::Architectures": "arm64",
+            "Dir::State": f"{folder}/state",
+            "Dir::State::status": "/dev/null",  # nothing is installed: all that is needed is downloaded
+            "Dir::Cache": f"{folder}/cache",
+            "Debug::NoLocking": "true",
+            "pkgCacheGen::Essential": "none",  # nor what every system must have
+        }.items():
+            apt += ["--option", f"{name}={value}"]
+        for part in ("state/lists/partial", "cache/archives/partial"):
+            Path(folder, part).mkdir(parents=True)
+        try:
+            run(*apt, "update")
+            run(*apt, "install", "--download-only", "python3-minimal", "libpython3-stdlib", "libstdc++6")
+        except Failed:
+            raise Skipped("apt-get finds no packages for arm64 (Debian has them in the same archive)") from None
+        unpacked = Path(folder, "root")
+        for package in sorted(Path(folder).glob("cache/archives/*.deb")):
+            run("dpkg-deb", "--extract", package, unpacked)
+        if not (unpacked / "lib").exists():  # a link, of a package that nothing here needs
+            (unpacked / "lib").symlink_to("usr/lib")
+        unpacked.rename(root)
+    return arm_python()
 
 
 def test_arm() -> None:
@@ -210,19 +262,23 @@ def test_arm() -> None:
     for program, package in (("clang++-19", "clang-19"), ("aarch64-linux-gnu-ld", "g++-aarch64-linux-gnu")):
         if not shutil.which(program):
             raise Skipped(f"{program} is not installed (Debian: {package})")
-    target = [f"-DCMAKE_{language}_COMPILER_TARGET=aarch64-linux-gnu" for language in ("C", "CXX")]
-    programs = build_operation_test(
-        "wheel-aarch64",
-        "-DCMAKE_SYSTEM_NAME=Linux",
-        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        "-DCMAKE_C_COMPILER=clang-19",
-        "-DCMAKE_CXX_COMPILER=clang++-19",
-        "-DGGML_OPENMP=OFF",
-        *target,
-    )
-    for cpu, variant in ARM.items():
-        print(cpu, flush=True)
-        run_operation(programs, variant, qemu, "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu)
+    python = arm_python()
+    with tempfile.TemporaryDirectory() as folder:
+        run(sys.executable, ROOT / "scripts" / "wheel.py", "--into", folder, *ARM_OPTIONS)
+        (made,) = Path(folder).glob("*.whl")
+        print(made.name, flush=True)
+        programs = build_operation_test("wheel-aarch64")
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--target", folder]
+        pip += ["--only-binary", ":all:", "--python-version", python.name.removeprefix("python")]
+        for minor in range(17, 42):  # of glibc: pip does not know that one runs what is for an older one
+            pip += ["--platform", f"manylinux_2_{minor}_aarch64"]
+        run(*pip, made)
+        env = {"PATH": folder, "HOME": folder, "PYTHONPATH": folder}
+        for cpu, variant in ARM.items():
+            print(cpu, flush=True)
+            emulated = (qemu, "-L", python.parent.parent.parent, "-cpu", cpu)
+            run_operation(programs, variant, *emulated)
+            run_nano((*emulated, python), variant, env, Path(folder))
 
 
 TESTS: dict[str, Callable[[], None]] = {

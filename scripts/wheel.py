@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Builds the wheel that carries everything, checks what is in it, and leaves it in dist/.
 
-    make wheel, or: scripts/wheel.py [--check WHEEL] [CMAKE_OPTION=VALUE]...
+    make wheel, or: scripts/wheel.py [--into FOLDER] [CMAKE_OPTION=VALUE]...
+                    scripts/wheel.py --check WHEEL
 
 Options such as GGML_CUDA=ON or GGML_VULKAN=ON add a module for a kind of GPU, where its SDK is installed. The build
-folder, build/wheel, is kept. On Linux auditwheel, on a Mac delocate says which systems the wheel runs on and adds what
-they lack (OpenMP's library). It runs in the environment that scripts/setup.py --tools makes.
+folder, build/wheel, is kept; CMake's options for another processor make a wheel for that, in a folder of its own. On
+Linux auditwheel, on a Mac delocate says which systems the wheel runs on and adds what they lack (OpenMP's library). It
+runs in the environment that scripts/setup.py --tools makes.
 
 --check only checks a wheel that is there.
 """
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +53,8 @@ class WheelError(Exception):
     """One sentence for the user."""
 
 
-def run(*command: str | Path) -> str:
-    result = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def run(*command: str | Path, env: Mapping[str, str] | None = None) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         print(result.stdout[-5000:])
         raise WheelError(f"{Path(command[0]).name} {command[1]} ended with status {result.returncode}.")
@@ -60,13 +62,34 @@ def run(*command: str | Path) -> str:
 
 
 def build(folder: Path, options: Sequence[str]) -> Path:
-    """A wheel of this machine, in `folder`."""
-    settings = ["-C", "build-dir=build/wheel", "-C", "cmake.define.LMINF_PORTABLE=ON"]
+    """A wheel in `folder`, for this machine or the processor that the options name."""
+    machine = target(options)
+    name, env = "wheel", dict(os.environ)
+    if machine != platform.machine():
+        name += f"-{machine}"
+        env["_PYTHON_HOST_PLATFORM"] = f"linux-{machine}"  # what scikit-build-core names a wheel after
+    forget_other_options(ROOT / "build" / name, options)
+    settings = ["-C", f"build-dir=build/{name}", "-C", "cmake.define.LMINF_PORTABLE=ON"]
     for option in options:
         settings += ["-C", f"cmake.define.{option}"]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, *settings, ".")
+    run(*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, *settings, ".", env=env)
     return next(folder.glob("*.whl"))
+
+
+def target(options: Sequence[str]) -> str:
+    names = [option.partition("=")[2] for option in options if option.startswith("CMAKE_SYSTEM_PROCESSOR=")]
+    return names[-1] if names else platform.machine()
+
+
+def forget_other_options(folder: Path, options: Sequence[str]) -> None:
+    """CMake keeps options and what they built: after a module for GPUs, every wheel would have it."""
+    stamp, wanted = folder / "options.txt", "\n".join(options)
+    if folder.exists() and (stamp.read_text() if stamp.exists() else "") != wanted:
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(folder / "bin", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(wanted)
 
 
 def repair(wheel: Path, dest: Path) -> Path:
@@ -155,17 +178,18 @@ def n_initializers(library: bytes) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("options", nargs="*", metavar="CMAKE_OPTION=VALUE")
+    parser.add_argument("--into", type=Path, default=ROOT / "dist", metavar="FOLDER")
     parser.add_argument("--check", type=Path, metavar="WHEEL")
     args = parser.parse_args()
     try:
         if args.check:
             print("\n".join(check(args.check)))
             return 0
-        print(f"building for {platform.machine()} (some minutes the first time)", flush=True)
+        print(f"building for {target(args.options)} (some minutes the first time)", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            wheel = repair(build(Path(folder), args.options), ROOT / "dist")
+            wheel = repair(build(Path(folder), args.options), args.into)
         print("\n".join(check(wheel)))
-        print(f"pip install {wheel.relative_to(ROOT)}")
+        print(f"pip install {os.path.relpath(wheel)}")
     except WheelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

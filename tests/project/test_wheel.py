@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import zipfile
 from pathlib import Path
@@ -58,6 +59,26 @@ def test_an_ignored_option_leaves_one_variant(tmp_path: Path) -> None:
 def test_code_that_runs_when_a_variant_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(wheel.WheelError, match="alderlake has code that runs when it is loaded"):
         wheel.check(write_wheel(tmp_path, wheel.variants(TAG), n_initializers=2))
+
+
+def test_the_processor_is_the_options_or_this_one() -> None:
+    assert wheel.target(["GGML_CUDA=ON"]) == platform.machine()
+    assert wheel.target(["CMAKE_SYSTEM_NAME=Linux", "CMAKE_SYSTEM_PROCESSOR=riscv64"]) == "riscv64"
+
+
+def test_a_build_folder_forgets_options_of_before(tmp_path: Path) -> None:
+    cache, module, object_file = (tmp_path / name for name in ("CMakeCache.txt", "bin/libggml-cuda.so", "a.o"))
+    wheel.forget_other_options(tmp_path, ["GGML_CUDA=ON"])
+    module.parent.mkdir()
+    for path in (cache, module, object_file):
+        path.touch()
+    wheel.forget_other_options(tmp_path, ["GGML_CUDA=ON"])
+    assert cache.exists()
+    assert module.exists()
+    wheel.forget_other_options(tmp_path, [])
+    assert not cache.exists()
+    assert not module.exists()
+    assert object_file.exists()  # what is compiled the same way is not compiled again
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ELF files")
