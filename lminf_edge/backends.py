@@ -1,4 +1,4 @@
-"""ggml's backends where they are modules: loading them, which of the CPU's variants is taken, and what is not loaded.
+"""ggml's backends where they are modules: loading them, which of the CPU's variants is taken, and what is of no use.
 
 A wheel has the CPU's code for many generations of processors, each in a module of its own, and one for each kind of GPU
 whose SDK was there when it was built. Other builds have the code for one CPU inside, and nothing is to be loaded.
@@ -33,8 +33,8 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Unloaded:
-    """A module that is there and was not loaded."""
+class Unused:
+    """A module that is there and of no use here."""
 
     name: str
     reason: str
@@ -88,24 +88,29 @@ def taken(library: Any, folder: str | Path) -> Path | None:
     return _file_at(_registry(functions(library, folder), b"CPU"))
 
 
-def unloaded(library: Any, folder: str | Path) -> list[Unloaded]:
-    """Modules for GPUs and the like that were not loaded, and why."""
+def unused(library: Any, folder: str | Path) -> list[Unused]:
+    """Modules for GPUs and the like that were not loaded or have no device, and why."""
     ggml = functions(library, folder)
-    loaded = set()
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     ggml.ggml_backend_reg_get.argtypes, ggml.ggml_backend_reg_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    n_devices = ggml.ggml_backend_reg_dev_count
+    n_devices.argtypes, n_devices.restype = [ctypes.c_void_p], ctypes.c_size_t
+    loaded = {}
     for i in range(ggml.ggml_backend_reg_count()):
-        path = _file_at(ggml.ggml_backend_reg_get(i))
-        loaded.add(path and path.name)
+        registry = ggml.ggml_backend_reg_get(i)
+        path = _file_at(registry)
+        loaded[path and path.name] = n_devices(registry)
     found = []
     for path in _modules(folder):
-        if path.name not in loaded:
-            try:
-                ctypes.CDLL(str(path))
-                reason = "it found no device that it can use"
-            except OSError as error:
-                reason = str(error).removeprefix(f"{path}: ")
-            found.append(Unloaded(path.stem.partition("ggml-")[2], reason))
+        name = path.stem.partition("ggml-")[2]
+        if loaded.get(path.name) or (name == "rpc" and path.name in loaded):  # RPC's devices come with its servers
+            continue
+        reason = "it found no device that it can use"
+        try:
+            ctypes.CDLL(str(path))
+        except OSError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+        found.append(Unused(name, reason))
     return found
 
 

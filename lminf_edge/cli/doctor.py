@@ -139,7 +139,7 @@ def cpu() -> Check:
 
 
 def backends() -> Check:
-    """ggml's backends, the CPU features it was compiled for, and modules that were not loaded."""
+    """ggml's backends, the CPU features it was compiled for, and modules that are not used."""
     from llama_cpp import llama_cpp as bindings
 
     lib, folder = _loaded()
@@ -155,11 +155,11 @@ def backends() -> Check:
     if not devices:
         return Check("backends", False, "none", REINSTALL)
     is_one = hasattr(lib, "ggml_backend_cpu_reg")  # and no modules
-    unloaded = [] if is_one else backends_of_ggml.unloaded(lib, folder)
-    found += "".join(f"; {each.name} was not loaded: {each.reason}" for each in unloaded)
+    unused = [] if is_one else backends_of_ggml.unused(lib, folder)
+    found += "".join(f"; {each.name} is not used: {each.reason}" for each in unused)
     advice = None
-    if unloaded:
-        advice = "where that hardware is here, install its driver; without it, the CPU computes"
+    if unused:
+        advice = "where that hardware is here, install its driver and libraries; without them, the CPU computes"
     elif is_one and platform.machine() in ("x86_64", "AMD64"):
         features = bindings.llama_print_system_info().decode()
         if "AVX2 = 1" not in features:

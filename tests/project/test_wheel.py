@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from repository import script
@@ -42,6 +45,18 @@ def test_a_whole_wheel(tmp_path: Path) -> None:
     variants = wheel.variants(TAG)
     assert len(variants) == 14
     assert "CPU variants, 14: alderlake" in "\n".join(wheel.check(write_wheel(tmp_path, variants)))
+
+
+def test_modules_for_gpus_have_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_wheel(tmp_path, wheel.variants(TAG))
+    monkeypatch.setattr(wheel, "MAX_BYTES", path.stat().st_size + 500)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("lminf_edge/lib/libggml-cuda.so", bytes(100_000))
+    assert ", 0.1 modules for GPUs\n" in "\n".join(wheel.check(path))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("lminf_edge/lib/other.bin", bytes(1000))
+    with pytest.raises(wheel.WheelError, match="bytes without models and modules for GPUs, more than"):
+        wheel.check(path)
 
 
 @pytest.mark.parametrize("without", ["haswell", "x64", "lminf_edge/_vendor/LICENSE.llama-cpp-python.md", "ggml-rpc"])
@@ -102,9 +117,26 @@ def test_a_module_without_its_driver_is_told(tmp_path: Path) -> None:
 
     name = "ggml-cuda.dll" if sys.platform == "win32" else "libggml-cuda.so"
     (tmp_path / name).write_bytes(b"not a library")
-    (unloaded,) = backends.unloaded(llama_cpp.llama_cpp._lib, tmp_path)
-    assert unloaded.name == "cuda"
-    assert unloaded.reason
+    (unused,) = backends.unused(llama_cpp.llama_cpp._lib, tmp_path)
+    assert unused.name == "cuda"
+    assert unused.reason
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the names of files")
+@pytest.mark.parametrize("n_devices", [0, 1])
+def test_a_module_without_a_device_is_told(n_devices: int, tmp_path: Path) -> None:
+    folder = native.library_folder()
+    assert folder is not None
+    base = next(folder.glob("libggml-base.*"))
+    modules = [ctypes.CDLL(str(shutil.copy(base, tmp_path / f"libggml-{name}.so"))) for name in ("cuda", "rpc")]
+    registries = [ctypes.cast(module.ggml_backend_reg_dev_count, ctypes.c_void_p).value for module in modules]
+    library = SimpleNamespace(
+        ggml_backend_reg_count=lambda: 2,
+        ggml_backend_reg_get=lambda i: registries[i],
+        ggml_backend_reg_dev_count=lambda registry: n_devices * (registry == registries[0]),
+    )
+    unused = backends.unused(library, tmp_path)
+    assert unused == [backends.Unused("cuda", "it found no device that it can use")][n_devices:]
 
 
 def test_the_file_whose_code_runs() -> None:
