@@ -88,6 +88,13 @@ def taken(library: Any, folder: str | Path) -> Path | None:
     return _file_at(_registry(functions(library, folder), b"CPU"))
 
 
+def has_gpu(library: Any, folder: str | Path) -> bool:
+    """Whether layers can be anywhere but on the CPU: other machines count as GPUs."""
+    first_of = functions(library, folder).ggml_backend_dev_by_type
+    first_of.argtypes, first_of.restype = [ctypes.c_int], ctypes.c_void_p
+    return any(first_of(kind) for kind in (1, 2))  # a GPU with memory of its own, or without
+
+
 def unused(library: Any, folder: str | Path) -> list[Unused]:
     """Modules for GPUs and the like that were not loaded or have no device, and why."""
     ggml = functions(library, folder)

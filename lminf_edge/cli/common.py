@@ -553,6 +553,7 @@ def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llam
     """
     path, header = model_header(args.model)
     settings = model_settings(args)
+    show_note(gpu_note(args))
     if not args.stock:
         llm = load(path, lminf=window_config(args), **settings)
         show_note(llm.scheduler.model.note)
@@ -572,6 +573,22 @@ def weightless(path: str) -> Weightless:
     from lminf_edge.weightless import Weightless
 
     return Weightless(path)
+
+
+def gpu_note(args: argparse.Namespace) -> str | None:
+    """What llama.cpp would only log: that nothing came of --gpu-layers."""
+    from lminf_edge import backends, native
+
+    if not args.gpu_layers or args.rpc:
+        return None
+    native.load()
+    from llama_cpp import llama_cpp as bindings
+
+    folder = native.library_folder()
+    assert folder is not None
+    if backends.has_gpu(bindings._lib, folder):
+        return None
+    return "--gpu-layers has no effect, as the library can use no GPU here: lminf-edge doctor says what it has."
 
 
 def show_note(note: str | None) -> None:

@@ -37,6 +37,7 @@ from lminf_edge.cli.common import (
     chat_defaults,
     describe_layers,
     file_path,
+    gpu_note,
     human_bytes,
     model_header,
     model_settings,
@@ -241,6 +242,7 @@ def open_service(args: argparse.Namespace) -> TextService:
         engine.model.close()
         raise
     show_note(engine.model.note)
+    show_note(gpu_note(args))
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it reports llama.cpp's warnings as errors
     return service
 

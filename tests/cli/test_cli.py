@@ -19,7 +19,8 @@ import pytest
 from conftest import TEXT
 from reference import models, tiny_models
 
-from lminf_edge import Llama, LMInfConfig
+from lminf_edge import Llama, LMInfConfig, backends, native
+from lminf_edge.cli import doctor as cli_doctor
 from lminf_edge.cli import info as cli_info
 from lminf_edge.cli import main
 from lminf_edge.cli.common import KV_TYPE_NUMBERS, human_bytes, options_named, sampling_params
@@ -50,6 +51,25 @@ def run_json(capfd: pytest.CaptureFixture[str], *arguments: str, status: int = 0
 
 # one is known by its parameters, the other is only found out when its graph is built
 UNSUPPORTED = [("llada", "not causal"), ("maincoder", "between RoPE and attention")]
+
+
+def test_gpu_layers_without_a_gpu(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = ("generate", "-m", "nano", "-p", "The night", "-n", "1", "--gpu-layers", "1")
+    for has_gpu in (False, True):
+        monkeypatch.setattr(backends, "has_gpu", lambda library, folder, answer=has_gpu: answer)
+        assert main([*generate]) == 0
+        note = "note: --gpu-layers has no effect, as the library can use no GPU here"
+        assert capfd.readouterr().err.startswith(note) is not has_gpu
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac has a GPU")
+def test_a_gpu_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_cpp
+
+    library, folder = llama_cpp.llama_cpp._lib, native.library_folder()
+    assert folder is not None
+    devices = {device.split(" (")[0] for device in cli_doctor.backends().found.split("), ")}
+    assert backends.has_gpu(library, folder) is bool(devices - {"CPU"})
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
