@@ -51,6 +51,7 @@ def chat_options(
         schema = enforceable(inner.get("schema") or {"type": "object"})
     return ChatOptions(
         tools=[_tool(tool) for tool in tools or ()],
+        strict=frozenset(tool["function"]["name"] for tool in tools or () if tool["function"].get("strict")),
         tool_choice=tool_choice or "auto",
         json_schema=schema,
         grammar=grammar,

@@ -155,6 +155,7 @@ def chat_options(service: TextService, request: ChatRequest, is_cancelled: Calla
     budget = request.reasoning_budget_tokens
     return ChatOptions(
         tools=checked,
+        strict=frozenset(tool["function"]["name"] for tool in tools or () if tool["function"].get("strict")),
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls,
         add_generation_prompt=request.add_generation_prompt is not False and not continues,

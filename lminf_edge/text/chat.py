@@ -25,6 +25,7 @@ Messages = Sequence[Mapping[str, Any]]
 class ChatOptions:
     """What is asked of an answer besides its messages. None: what the template or the service has as its default.
 
+    strict                  names of the tools whose calls must follow their schema in all
     tool_choice             "none", "auto", "required", or {"function": {"name": ...}}
     continue_final_message  the last message, an assistant's, is continued: its "content", its "reasoning_content", or
                             (True) what it has
@@ -37,6 +38,7 @@ class ChatOptions:
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
+    strict: frozenset[str] = frozenset()
     tool_choice: Literal["none", "auto", "required"] | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True

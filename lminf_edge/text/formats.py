@@ -70,6 +70,8 @@ class LibraryFormat:
         choice = options.tool_choice
         name = None if isinstance(choice, str) else str(choice["function"]["name"])
         must_call = bool(options.tools) and (name is not None or choice == "required")
+        if choice != "none":
+            self._check_strict(options, is_cancelled)
         request = self._request(messages, options)
         if must_call:
             # the prompt has all tools whichever must be called: so it stays the same from turn to turn
@@ -109,6 +111,17 @@ class LibraryFormat:
             preserved=made["preserved_tokens"],
             new_reader=reader,
         )
+
+    def _check_strict(self, options: ChatOptions, is_cancelled: Callable[[], bool]) -> None:
+        for tool in options.tools:
+            function = tool["function"]
+            if function["name"] in options.strict:
+                unheld = self._templates.unheld(function, is_cancelled)
+                if unheld is not None:
+                    raise UserError(
+                        f"tools: in the calls of this model's template, the parameter {unheld[:100]!r} of "
+                        f"{function['name'][:100]!r} cannot be held to its schema: leave strict out."
+                    )
 
     def _request(self, messages: Messages, options: ChatOptions) -> dict[str, Any]:
         defaults = self._defaults

@@ -10,11 +10,25 @@ from typing import Any
 
 import pytest
 from repository import ROOT
-from test_chat_library import ANSWERED, ARGUMENTS, ASKED, TOOLS, apply, message, read, read_pieces, templates
+from test_chat_library import (
+    ANSWERED,
+    ARGUMENTS,
+    ASKED,
+    TOOLS,
+    apply,
+    message,
+    opened,
+    read,
+    read_pieces,
+    templates,
+)
 
 from lminf_edge import Llama
+from lminf_edge.errors import UserError
 from lminf_edge.models.named import NAMED_MODELS
+from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.detokenizer import Detokenizer, StopScanner
+from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 from lminf_edge.text.library import ChatError, Parser
 
 
@@ -169,3 +183,46 @@ def test_which_grammars_hold_calls_to_their_schemas() -> None:
             loose.add(name)
     assert free == NAMES_ONLY.keys()
     assert loose == TEXTS_AS_THEY_ARE
+
+
+def unheld(name: str, schema: Any) -> str | None:
+    parameters = {"type": "object", "properties": {"y": {"type": "string"}, "x": schema}, "required": ["x", "y"]}
+    return opened(name).unheld({"name": "f", "description": "F.", "parameters": parameters})
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_text"),
+    [
+        ({"type": "string", "description": "Any."}, False),
+        ({"type": "string", "enum": ["a", "b"]}, True),
+        ({"type": "string", "pattern": "^a+$"}, True),
+        ({"type": "string", "maxLength": 3}, True),
+        ({"type": "integer", "minimum": 1}, False),
+        ({"type": "array", "items": {"type": "string", "enum": ["a"]}}, False),
+        ({"type": "object", "properties": {"a": {"type": "string", "enum": ["a"]}}, "required": ["a"]}, False),
+    ],
+)
+def test_what_a_grammar_does_not_hold_is_known(schema: Any, is_text: bool) -> None:
+    for name in templates():
+        if name in NAMES_ONLY and grammar_of(name, {"type": "integer"}):
+            assert unheld(name, schema) == "y", name
+        else:
+            assert unheld(name, schema) == ("x" if is_text and name in TEXTS_AS_THEY_ARE else None), name
+
+
+def test_a_strict_function_that_cannot_be_held_is_refused(vocabularies: list[Llama]) -> None:
+    enum = {"type": "object", "properties": {"mode": {"type": "string", "enum": ["a", "b"]}}, "required": ["mode"]}
+    tool = {"type": "function", "function": {"name": "f", "description": "F.", "parameters": enum}}
+    chat_format = LibraryFormat(vocabularies[0], ChatDefaults(template=templates()["Qwen3-Coder"]))
+
+    def render(**options: Any) -> None:
+        chat_format.render([{"role": "user", "content": "Hi."}], ChatOptions(tools=[tool], **options), lambda: False)
+
+    for choice in ("auto", "required", {"function": {"name": "f"}}):
+        with pytest.raises(
+            UserError, match="the parameter 'mode' of 'f' cannot be held to its schema: leave strict out"
+        ):
+            render(strict=frozenset({"f"}), tool_choice=choice)
+    render(strict=frozenset({"f"}), tool_choice="none")
+    render(strict=frozenset({"g"}))
+    render()
