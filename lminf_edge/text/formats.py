@@ -23,6 +23,7 @@ from lminf_edge.text import library
 from lminf_edge.text.answer import ArgumentsReader, MessageReader, NamedCallReader, NewReader, PlainReader
 from lminf_edge.text.chat import ChatFormat, ChatOptions, Messages, Rendered, text_of
 from lminf_edge.text.library import ChatError, ChatGrammar, Templates
+from lminf_edge.text.strict import Strictness
 
 # of the library's grammars: small models are fond of white space
 MAX_KEYS = 1024  # of an object in a request
@@ -63,6 +64,7 @@ class LibraryFormat:
             ) from error
         except ImportError as error:
             raise UserError(str(error)) from error
+        self._strictness = Strictness(self._templates)
         self.info = self._templates.info
         self.source = str(self.info["source"]) + str(self.info["tool_source"])
 
@@ -71,7 +73,7 @@ class LibraryFormat:
         name = None if isinstance(choice, str) else str(choice["function"]["name"])
         must_call = bool(options.tools) and (name is not None or choice == "required")
         if choice != "none":
-            self._check_strict(options, is_cancelled)
+            self._check_strict(options, must_call)
         request = self._request(messages, options)
         if must_call:
             # the prompt has all tools whichever must be called: so it stays the same from turn to turn
@@ -112,15 +114,13 @@ class LibraryFormat:
             new_reader=reader,
         )
 
-    def _check_strict(self, options: ChatOptions, is_cancelled: Callable[[], bool]) -> None:
+    def _check_strict(self, options: ChatOptions, must_call: bool) -> None:
         for tool in options.tools:
-            function = tool["function"]
-            if function["name"] in options.strict:
-                unheld = self._templates.unheld(function, is_cancelled)
+            if tool["function"]["name"] in options.strict:
+                unheld = self._strictness.unheld(tool["function"], must_call)
                 if unheld is not None:
                     raise UserError(
-                        f"tools: in the calls of this model's template, the parameter {unheld[:100]!r} of "
-                        f"{function['name'][:100]!r} cannot be held to its schema: leave strict out."
+                        f"tools: with this model's template, {unheld} cannot be held to its schema: leave strict out."
                     )
 
     def _request(self, messages: Messages, options: ChatOptions) -> dict[str, Any]:

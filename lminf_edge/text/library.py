@@ -148,9 +148,6 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 
-_SAYS_NOTHING = {"type", "title", "description", "default", "examples"}  # of which text it may be
-
-
 # --- objects of the library -------------------------------------------------------------------------------------------
 
 
@@ -172,50 +169,6 @@ class Templates:
             functions = {"functions": json.dumps(request["tools"], indent=2, ensure_ascii=False)}
             request = {**request, "template_kwargs": functions | dict(request.get("template_kwargs") or {})}
         return self._library.apply(self._chat, request, is_cancelled)
-
-    def unheld(self, function: Mapping[str, Any], is_cancelled: Callable[[], bool] = lambda: False) -> str | None:
-        """A parameter of a function that the grammar of its calls does not hold to its schema, or None.
-
-        Templates with a notation of their own have such parameters. Raises RequestCancelled.
-        """
-        holds_texts, holds_others = self._held
-        parameters = function["parameters"]
-        properties: Mapping[str, Any] = parameters.get("properties") or {}
-        if holds_texts and holds_others:
-            return None
-        for name, schema in properties.items():
-            if not holds_others:
-                return name
-            if isinstance(schema, Mapping) and schema.get("type") == "string" and schema.keys() <= _SAYS_NOTHING:
-                continue
-            one = {**parameters, "required": [name]}
-            made = [
-                self._call_grammar({**function, "parameters": {**one, "properties": {name: each}}}, is_cancelled)
-                for each in (schema, {"type": "string"})
-            ]
-            if made[0] == made[1]:
-                return name
-        return None
-
-    @functools.cached_property
-    def _held(self) -> tuple[bool, bool]:
-        """Whether the grammar of a call holds parameters that are texts to their schemas, and others."""
-        schemas = {"text": {"type": "string", "enum": ["lminf-text"]}, "number": {"type": "integer", "enum": [71943]}}
-        parameters = {"type": "object", "properties": schemas, "required": [*schemas]}
-        grammar = self._call_grammar({"name": "probe", "description": "", "parameters": parameters})
-        # where a template has no calls, one is written as JSON, by its schema
-        return not grammar or "lminf-text" in grammar, not grammar or "71943" in grammar
-
-    def _call_grammar(self, function: Mapping[str, Any], is_cancelled: Callable[[], bool] = lambda: False) -> str:
-        request = {
-            "messages": [{"role": "user", "content": "?"}],
-            "tools": [{"type": "function", "function": function}],
-            "tool_choice": "required",
-        }
-        try:
-            return str(self.apply(request, is_cancelled)["grammar"])
-        except ChatError:  # it refuses such a conversation, or the schema has no grammar
-            return ""
 
 
 class Parser:

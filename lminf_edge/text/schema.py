@@ -67,6 +67,11 @@ def schema_gbnf(schema: Any, is_cancelled: Callable[[], bool] = lambda: False) -
     return library.load().schema_grammar(enforceable(schema), is_cancelled)
 
 
+def resolved(root: dict[str, Any], node: Any) -> Any:
+    """What a chain of references leads to in a schema that is enforceable; None if it has no end."""
+    return _Rewriter(root)._resolved(node)
+
+
 class _Rewriter:
     """Rewrites a schema in place."""
 
@@ -175,7 +180,7 @@ class _Rewriter:
             values = [node["const"]] if "const" in node else node["enum"]
             made: dict[str, Any] = {}
             for value in values:
-                made.setdefault("number" if is_number(value) else _type_of(value), set()).add(json.dumps(value))
+                made.setdefault("number" if is_number(value) else type_of(value), set()).add(json.dumps(value))
             return made
         type_ = node.get("type")
         if not isinstance(type_, str):
@@ -289,10 +294,12 @@ class _Rewriter:
             if not isinstance(first, list) or not least <= len(first) <= most:
                 refuse(place, "an array of as many items as prefixItems has is not allowed")
             for i, child in enumerate(first):
+                if child is True:
+                    first[i] = child = {}
                 self.visit(child, f"{place}/prefixItems/{i}")
-        elif items is True:
-            del node["items"]
-        elif items is not None:
+        elif items is True or items is None:
+            node["items"] = {}  # see `loosened`
+        else:
             self.visit(items, f"{place}/items")
 
 
@@ -347,7 +354,7 @@ def _integer(node: dict[str, Any], said: set[str], place: str, alone: bool) -> N
         node["maximum"] = most
 
 
-def _type_of(value: Any) -> str:
+def type_of(value: Any) -> str:
     return next(name for name in (*_TYPES[:3], "boolean", "null", "number") if _fits(value, name))
 
 

@@ -24,6 +24,8 @@ REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
 NUMBER_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _TOO_LARGE = "the JSON schema is too large"
 VALUES = ("const", "enum", "default", "examples")  # of these, keys say nothing
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keys are names
+_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 
 
 def is_number(value: Any) -> bool:
@@ -104,15 +106,20 @@ def _parts(schema: Any, most: int = MAX_PARTS) -> Iterator[Any]:
 def loosened(schema: Any) -> Any:
     """A schema without bounds that are too large for a grammar, and patterns that have none; the others made to fit.
 
-    For tools that are not strict: agents' real ones have such limits, and go on without them.
+    For tools that are not strict: agents' real ones have such limits, and go on without them. What llama.cpp or
+    templates fail at, though it is right, is said in another way.
     """
     if isinstance(schema, list):
         return [loosened(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {}
+    made: dict[str, Any] = {}
     for name, value in schema.items():
-        if name in VALUES:
+        if name in _NAMED and isinstance(value, dict):
+            made[name] = {each: _loosened_child(child) for each, child in value.items()}
+        elif name in _LISTS and isinstance(value, list):
+            made[name] = [_loosened_child(child) for child in value]
+        elif name in VALUES:
             made[name] = value
         elif name == "pattern" and isinstance(value, str):
             with contextlib.suppress(UserError, re.error, OverflowError, RecursionError):
@@ -120,8 +127,17 @@ def loosened(schema: Any) -> Any:
                     made[name] = text
         elif not is_number(value) or abs(value) <= (MAX_REPEATS if name in REPEATS else MAX_INTEGER):
             made[name] = loosened(value)
+    if isinstance(made.get("items"), bool):
+        del made["items"]
+    if made.get("type") == "array" and not made.keys() & {"items", "prefixItems"}:
+        made["items"] = {}  # templates ask for it, and take a function of this name for it
     _drop_bounds(made)
     return made
+
+
+def _loosened_child(schema: Any) -> Any:
+    """llama.cpp knows no schemas that are true or false."""
+    return {} if isinstance(schema, bool) else loosened(schema)
 
 
 def _drop_bounds(node: dict[str, Any]) -> None:
