@@ -7,6 +7,7 @@ out once, with schemas whose parts are found again in the grammar; what that mea
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ class Strictness:
             names=free != self._grammar({"type": "object", "properties": y}),
             required=free != self._grammar(_object(x)),
             whole=str(_NUMBER) in self._grammar({"anyOf": [_object(schemas)]}),
-            choice=bool(self._grammar(_object(x), "auto")),
+            choice=self._is_triggered(_object(x)),
         )
 
     def unheld(self, function: Mapping[str, Any], must_call: bool) -> str | None:
@@ -104,7 +105,20 @@ class Strictness:
         # it is any text, but where one reads like another value it may be that
         return types <= {"string", "number", "boolean", "null"} and all(map(_is_free, leaves))
 
-    def _grammar(self, parameters: Mapping[str, Any], choice: str = "required") -> str:
+    def _grammar(self, parameters: Mapping[str, Any]) -> str:
+        return str(self._made(parameters, "required").get("grammar", ""))
+
+    def _is_triggered(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether there is a grammar from the first characters of a call on, where the model may make one or not."""
+        made = self._made(parameters, "auto")
+        patterns = [
+            re.escape(trigger["value"]) if trigger["type"] == "word" else trigger["value"]
+            for trigger in made.get("triggers", ())
+        ]
+        # one that is in the prompt is none in the answer (Functionary 3.2)
+        return bool(patterns) and not any(re.search(pattern, made["generation_prompt"]) for pattern in patterns)
+
+    def _made(self, parameters: Mapping[str, Any], choice: str) -> dict[str, Any]:
         function = {"name": "probe", "description": "", "parameters": parameters}
         request = {
             "messages": [{"role": "user", "content": "?"}],
@@ -112,9 +126,9 @@ class Strictness:
             "tool_choice": choice,
         }
         try:
-            return str(self._templates.apply(request)["grammar"])
+            return self._templates.apply(request)
         except ChatError:  # it refuses such a conversation
-            return ""
+            return {}
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
