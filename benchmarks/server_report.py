@@ -21,6 +21,10 @@ def milliseconds(value: Record) -> str:
     return spread(value, unit=" ms", factor=1000)
 
 
+def seconds_of(value: Record) -> str:
+    return spread(value, "{:.2f}", " s")
+
+
 def times(value: Record) -> str:
     return spread(value, "{:.2f}", " ×")
 
@@ -52,6 +56,20 @@ def first_token(record: Record) -> str:
             ])  # fmt: skip
     header = ["", "the new message", "tokens of the history: first text", "", "ratio", "of the medians", "target"]
     return table(header, rows) + loaded(record)
+
+
+def agent(record: Record) -> str:
+    rows = []
+    for model in record["models"]:
+        ratio = model["ratio_of_medians"]
+        turns = zip(model["turns"], model["sessions"], strict=True)
+        rows.append([
+            f"`{model['model']}`, window {model['window']}, {model['n_threads']} threads",
+            f"{model['sessions'][0]['tokens_read']['median']:,.0f} tokens",
+            *(f"turn {n}, {each['tokens']:,} tokens: {seconds_of(each['seconds'])}" for n, each in turns),
+            times(model["ratio"]), f"{ratio:.2f} ×", met(ratio <= 1.2),
+        ])  # fmt: skip
+    return table(["", "read per turn", "first text", "", "ratio", "of the medians", "target"], rows) + loaded(record)
 
 
 def unseen(record: Record) -> str:
@@ -127,7 +145,7 @@ def mixed(record: Record) -> str:
     return table(["", ""], rows) + "\n" + table(["minute", *map(str, minutes)], [sizes]) + loaded(record)
 
 
-SECTIONS = (first_token, unseen, cold, memory, parallel, mixed)
+SECTIONS = (first_token, agent, unseen, cold, memory, parallel, mixed)
 BLOCKS: dict[str, pages.Block] = {
     **{make.__name__: block(make.__name__, make) for make in SECTIONS},
     "machines": machines,

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -39,7 +39,7 @@ from lminf_edge.engine.request import Request
 FIRST_WINDOW = 512  # the training length of nano
 FIGURES = ROOT / "docs" / "server-performance"
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Figures = dict[str, Any]
 
 
@@ -70,7 +70,7 @@ class Server:
         return float(value)
 
     def ask(
-        self, messages: Messages, n_tokens: int, most: float = float("inf"), **sampling: float
+        self, messages: Messages, n_tokens: int, most: float = float("inf"), **more: Any
     ) -> tuple[str, float, Figures]:
         """An answer, the seconds until its first text came, and what the last chunk says.
 
@@ -81,7 +81,7 @@ class Server:
             "max_tokens": n_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **sampling,
+            **more,
         }
         data = json.dumps(body).encode()  # the client's own work is not part of what is measured
         started, first, text, last = time.perf_counter(), None, "", {}
@@ -212,6 +212,82 @@ def _first_token(args: argparse.Namespace, model: str) -> Figures:
         "conversations": [{"tokens": lengths[n], "messages": n_messages[n]} for n in talks],
         "turns": turns,
     }
+
+
+def agent(args: argparse.Namespace) -> Figures:
+    """Time to the first token of an agent's turns, early and late in a session, in turn: each has a tool's output."""
+    return {"models": [_agent(args, model) for model in ("nano", *args.model)], "load": os.getloadavg()[0]}
+
+
+def _agent(args: argparse.Namespace, model: str) -> Figures:
+    options = ("--parallel", "2", "--disk", "0", "--threads", str(args.threads))
+    with Server(model, *_window(FIRST_WINDOW), *options) as server:
+        agents = [AgentTalk(server, n, args.output_words) for n in args.agent_turns]
+        for talk, n_turns in zip(agents, args.agent_turns, strict=True):
+            talk.begin(n_turns - 2)
+        turns: list[list[tuple[float, Figures]]] = [[] for _ in agents]
+        for i in range(args.rounds_agent + 1):
+            for talk, measured in zip(agents, turns, strict=True):
+                turn = talk.turn()
+                if i:  # the first of a session reads what was answered elsewhere
+                    measured.append(turn)
+    early, late = ([first for first, _ in measured] for measured in turns)
+    return {
+        "model": Path(model).stem,
+        "window": FIRST_WINDOW,
+        "n_threads": args.threads,
+        "turns": args.agent_turns,
+        "sessions": [
+            {
+                "tokens": measured[-1][1]["usage"]["prompt_tokens"],
+                "tokens_read": spread([n_processed(last) for _, last in measured]),
+                "seconds": spread([first for first, _ in measured]),
+            }
+            for measured in turns
+        ],
+        **quotients(late, early),
+    }
+
+
+class AgentTalk(Talk):
+    """A session of an agent that calls a tool in each turn."""
+
+    TOOL: ClassVar[Figures] = {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Looks a page up.",
+            "parameters": {"type": "object", "properties": {"page": {"type": "integer"}}, "required": ["page"]},
+        },
+    }
+
+    def __init__(self, server: Server, seed: int, n_words: int) -> None:
+        super().__init__(server, seed)
+        self._n_words = n_words
+        self._n_calls = 0
+        self._answer = ""
+
+    def begin(self, n_turns: int) -> None:
+        """Turns that were answered elsewhere."""
+        self.messages.append({"role": "user", "content": "Look the pages up."})
+        for _ in range(n_turns):
+            self._add_turn("")
+
+    def _add_turn(self, answer: str) -> None:
+        self._n_calls += 1
+        name = f"call_{self._n_calls}"
+        call = {"name": "look_up", "arguments": json.dumps({"page": self._n_calls})}
+        calls = [{"id": name, "type": "function", "function": call}]
+        self.messages.append({"role": "assistant", "content": answer, "tool_calls": calls})
+        self.messages.append({"role": "tool", "tool_call_id": name, "content": self.text(self._n_words)})
+
+    def turn(self) -> tuple[float, Figures]:
+        """Seconds to the first text of the answer to a tool's output, and the figures of the last chunk."""
+        self._add_turn(self._answer)
+        self._answer, first, last = self.server.ask(
+            self.messages, 8, temperature=0, tools=[self.TOOL], tool_choice="none"
+        )
+        return first, last
 
 
 def _window(size: int) -> tuple[str, ...]:
@@ -461,6 +537,7 @@ def mixed(args: argparse.Namespace) -> Figures:
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "first_token": first_token,
+    "agent": agent,
     "unseen": unseen,
     "cold": cold,
     "memory": memory,
@@ -474,7 +551,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=EXPERIMENTS, help="repeatable; default: all")
     parser.add_argument("--minutes", type=float, default=30, help="of mixed load; default 30")
     parser.add_argument(
-        "--model", metavar="GGUF", action="append", default=[], help="one more, for first_token and unseen"
+        "--model", metavar="GGUF", action="append", default=[], help="one more, for first_token, agent and unseen"
     )
     parser.add_argument("--out", type=Path, default=FIGURES, help="default docs/server-performance")
     parser.add_argument("--tiny", action="store_true", help="little of everything, to try it out")
@@ -483,6 +560,8 @@ def main() -> int:
     if tiny and args.out == FIGURES:
         parser.error("--tiny needs --out: its figures say nothing")
     args.lengths = (500, 3000) if tiny else (1000, 200_000)
+    args.agent_turns, args.output_words = ((3, 6), 200) if tiny else ((10, 200), 3400)
+    args.rounds_agent = 2 if tiny else 9
     args.cold_lengths = (500, 3000) if tiny else (10_000, 1_000_000)
     args.unseen_tokens, args.rounds_unseen = (3000, 2) if tiny else (200_000, 9)
     args.unseen = [("nano", 256), *((model, 512) for model in args.model)]

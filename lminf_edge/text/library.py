@@ -20,6 +20,8 @@ from lminf_edge.errors import UserError
 
 LIBRARY_NAMES = ("liblminf-chat.so", "liblminf-chat.dylib", "lminf-chat.dll", "liblminf-chat.dll")
 
+LONG = 256  # characters of a content from which it is no part of the request's JSON
+
 _Cancelled = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
 
 
@@ -47,7 +49,9 @@ class Library:
         self._init = declare("init", pointer, pointer, text, text, text, error)
         self.free = declare("free", None, pointer)
         self._info = declare("info", pointer, pointer)
-        self._apply = declare("apply", pointer, pointer, text, _Cancelled, pointer)
+        size, texts = ctypes.c_size_t, ctypes.POINTER(text)
+        to_size = ctypes.POINTER(size)
+        self._apply = declare("apply", pointer, pointer, text, texts, size, error, to_size, _Cancelled, pointer)
         self._parser_init = declare("parser_init", pointer, text, error)
         self.parser_free = declare("parser_free", None, pointer)
         self._parse = declare("parse", pointer, pointer, text, ctypes.c_bool)
@@ -63,8 +67,20 @@ class Library:
 
     def apply(self, chat: int, request: Mapping[str, Any], is_cancelled: Callable[[], bool]) -> dict[str, Any]:
         """Raises RequestCancelled, too."""
+        messages, contents = _without_contents(request.get("messages"))
+        texts = (ctypes.c_char_p * len(contents))(*contents)
+        prompt, n_prompt = ctypes.c_void_p(), ctypes.c_size_t()
+        asked = _json({**request, "messages": messages} if contents else request)
+        made = (ctypes.byref(prompt), ctypes.byref(n_prompt))
         with _cancellable(is_cancelled) as callback:
-            return self._result(self._apply(chat, _json(request), callback, None))
+            result = self._result(self._apply(chat, asked, texts, len(texts), *made, callback, None))
+        if not prompt.value:
+            raise MemoryError
+        try:
+            result["prompt"] = ctypes.string_at(prompt.value, n_prompt.value).decode("utf-8", "replace")
+        finally:
+            self._free_text(prompt)
+        return result
 
     def open_parser(self, parser: str) -> int:
         return int(self._made(self._parser_init, _bytes(parser)))
@@ -142,6 +158,19 @@ def _bytes(text: str) -> bytes:
     if "\0" in text:
         raise ChatError("a text has a zero character")
     return text.encode("utf-8", "replace")
+
+
+def _without_contents(messages: Any) -> tuple[Any, list[bytes | None]]:
+    """The messages without their long contents, and those; None for a content that stays where it is."""
+    if not isinstance(messages, list):
+        return messages, []
+    short: list[Any] = list(messages)
+    contents: list[bytes | None] = [None] * len(messages)
+    for i, message in enumerate(messages):
+        text = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(text, str) and len(text) > LONG and b"\0" not in (encoded := text.encode("utf-8", "replace")):
+            short[i], contents[i] = {**message, "content": ""}, encoded
+    return short, contents
 
 
 def _json(value: Any) -> bytes:

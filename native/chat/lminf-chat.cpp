@@ -11,6 +11,7 @@
 #include "jinja/lexer.h"
 #include "jinja/parser.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -165,11 +166,22 @@ static const char * trigger_name(common_grammar_trigger_type type) {
     throw std::logic_error("a trigger of an unknown kind");
 }
 
-char * lminf_chat_apply(const lminf_chat * chat, const char * request, lminf_chat_cancelled is_cancelled, void * data) {
-    lminf_chat_budget budget(std::strlen(request), is_cancelled, data);
+char * lminf_chat_apply(
+        const lminf_chat * chat, const char * request, const char * const * contents, size_t n_contents, char ** prompt,
+        size_t * n_prompt, lminf_chat_cancelled is_cancelled, void * data) {
+    *prompt = nullptr;
+    size_t n_bytes = std::strlen(request);
+    for (size_t i = 0; i < n_contents; ++i) {
+        n_bytes += contents[i] ? std::strlen(contents[i]) : 0;
+    }
+    lminf_chat_budget budget(n_bytes, is_cancelled, data);
     return lminf_chat_guarded([&]() {
-        const json asked  = json::parse(request);
-        const auto inputs = inputs_of(*chat, asked);
+        auto inputs = inputs_of(*chat, json::parse(request));
+        for (size_t i = 0; i < std::min(n_contents, inputs.messages.size()); ++i) {
+            if (contents[i]) {
+                inputs.messages[i].content = contents[i];
+            }
+        }
         lminf_chat_warned_of_schema();
         const auto params = common_chat_templates_apply(chat->templates.get(), inputs);
         if (!inputs.json_schema.empty()) {
@@ -189,7 +201,6 @@ char * lminf_chat_apply(const lminf_chat * chat, const char * request, lminf_cha
         }
 
         json result = json::object();
-        result["prompt"]            = params.prompt;
         result["generation_prompt"] = params.generation_prompt;
         result["grammar"]           = params.grammar;
         result["grammar_lazy"]      = params.grammar_lazy;
@@ -199,7 +210,10 @@ char * lminf_chat_apply(const lminf_chat * chat, const char * request, lminf_cha
         result["thinking_start"]    = params.thinking_start_tag;
         result["thinking_ends"]     = params.thinking_end_tags;
         result["parser"]            = parser.dump_safe();
-        return result.dump_safe();
+        auto made = result.dump_safe();
+        *prompt   = lminf_chat_copied(params.prompt);
+        *n_prompt = params.prompt.size();
+        return made;
     });
 }
 

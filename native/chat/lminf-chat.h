@@ -9,6 +9,7 @@
 #include "llama.h"
 
 #include <stdbool.h>
+#include <stddef.h>
 
 #ifdef _WIN32
 #    define LMINF_CHAT_API __declspec(dllexport)
@@ -41,11 +42,14 @@ LMINF_CHAT_API char * lminf_chat_info(const struct lminf_chat * chat);
 //   continue_final_message (true, "content", "reasoning_content"), reasoning_format, enable_thinking, json_schema,
 //   template_kwargs (an object)
 // The result:
-//   prompt, generation_prompt (its end, which the answer's grammar and parser begin with), grammar, grammar_lazy,
+//   generation_prompt (the prompt's end, which the answer's grammar and parser begin with), grammar, grammar_lazy,
 //   triggers ([{"type", "value"}]), preserved_tokens, stops, thinking_start, thinking_ends,
 //   parser (for lminf_chat_parser_init)
+// Long texts stay out of the JSON, which reads and writes them letter by letter: contents[i], if it is not null, is the
+// content of messages[i]; the prompt is a text of its own, of n_prompt bytes (null where the result is an error).
 LMINF_CHAT_API char * lminf_chat_apply(
-        const struct lminf_chat * chat, const char * request, lminf_chat_cancelled is_cancelled, void * data);
+        const struct lminf_chat * chat, const char * request, const char * const * contents, size_t n_contents,
+        char ** prompt, size_t * n_prompt, lminf_chat_cancelled is_cancelled, void * data);
 
 // `parser` is what lminf_chat_apply returned. Returns nullptr and an error.
 LMINF_CHAT_API struct lminf_chat_parser * lminf_chat_parser_init(const char * parser, char ** error);

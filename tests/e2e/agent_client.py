@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +24,10 @@ PINNED = {"pin_system": True}
 @dataclass
 class Turn:
     """
-    first     seconds to the first part of the call
     n_new     tokens of the prompt that were not in the cache
     n_prompt  tokens of the prompt
     """
 
-    first: float
     n_new: int
     n_prompt: int
     arguments: dict[str, Any]
@@ -51,17 +47,6 @@ class Agent:
         raise NotImplementedError
 
 
-def first_of(stream: Any, is_content: Callable[[Any], bool]) -> tuple[float, list[Any]]:
-    """Seconds to the first event that is content, and all events."""
-    started, first, events = time.perf_counter(), None, []
-    for event in stream:
-        if first is None and is_content(event):
-            first = time.perf_counter() - started
-        events.append(event)
-    assert first is not None
-    return first, events
-
-
 class ChatAgent(Agent):
     def ask(self, said: str | None, output: str | None) -> Turn:
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
@@ -73,7 +58,6 @@ class ChatAgent(Agent):
         if said is not None:
             self.history.append({"role": "user", "content": said})
         function = {"name": NAME, "description": ABOUT, "parameters": SCHEMA}
-        started = time.perf_counter()
         stream = client.chat.completions.create(
             **ALWAYS,
             max_tokens=MAX_TOKENS,
@@ -84,15 +68,14 @@ class ChatAgent(Agent):
             stream_options={"include_usage": True},
             extra_body={"lminf": PINNED, "temperature": 0},
         )
-        head = time.perf_counter() - started
-        first, chunks = first_of(stream, lambda chunk: bool(chunk.choices and chunk.choices[0].delta.tool_calls))
+        chunks = list(stream)
         calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
         arguments = "".join(call.function.arguments for call in calls)
         call = {"id": calls[0].id, "type": "function", "function": {"name": NAME, "arguments": arguments}}
         self.history.append({"role": "assistant", "content": None, "tool_calls": [call]})
         usage = chunks[-1].usage
         n_new = usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens
-        return Turn(head + first, n_new, usage.prompt_tokens, json.loads(arguments), chunks[-1].lminf["sink"])
+        return Turn(n_new, usage.prompt_tokens, json.loads(arguments), chunks[-1].lminf["sink"])
 
 
 class ResponsesAgent(Agent):
@@ -106,7 +89,6 @@ class ResponsesAgent(Agent):
         if said is not None:
             self.history.append({"role": "user", "content": said})
         tool = {"type": "function", "name": NAME, "description": ABOUT, "parameters": SCHEMA, "strict": False}
-        started = time.perf_counter()
         stream = client.responses.create(
             **ALWAYS,
             max_output_tokens=MAX_TOKENS,
@@ -119,8 +101,7 @@ class ResponsesAgent(Agent):
             context_management=[{"type": "compaction", "compact_threshold": self.compact_at}],
             extra_body={"lminf": PINNED, "temperature": 0},
         )
-        head = time.perf_counter() - started
-        first, events = first_of(stream, lambda event: event.type == "response.function_call_arguments.delta")
+        events = list(stream)
         answer = events[-1].response
         assert answer.status == "completed", answer.error
         is_compacted = answer.output[0].type == "compaction"
@@ -130,7 +111,7 @@ class ResponsesAgent(Agent):
         usage = answer.usage
         n_new = usage.input_tokens - usage.input_tokens_details.cached_tokens
         arguments = json.loads(answer.output[-1].arguments)
-        return Turn(head + first, n_new, usage.input_tokens, arguments, answer.lminf["sink"], is_compacted)
+        return Turn(n_new, usage.input_tokens, arguments, answer.lminf["sink"], is_compacted)
 
 
 class MessagesAgent(Agent):
@@ -146,7 +127,6 @@ class MessagesAgent(Agent):
             blocks.append({"type": "text", "text": said})
         self.history.append({"role": "user", "content": blocks})
         edit = {"type": "compact_20260112", "trigger": {"type": "input_tokens", "value": self.compact_at}}
-        started = time.perf_counter()
         stream = client.beta.messages.create(
             **ALWAYS,
             max_tokens=MAX_TOKENS,
@@ -159,12 +139,11 @@ class MessagesAgent(Agent):
             betas=["compact-2026-01-12"],
             extra_body={"lminf": PINNED, "temperature": 0},
         )
-        head = time.perf_counter() - started
 
         def is_content(event: Any) -> bool:
             return event.type == "content_block_delta" and event.delta.type == "input_json_delta"
 
-        first, events = first_of(stream, is_content)
+        events = list(stream)
         begun = [
             event.content_block.model_dump(exclude_none=True) for event in events if event.type == "content_block_start"
         ]
@@ -183,7 +162,7 @@ class MessagesAgent(Agent):
         assert last.delta.stop_reason == "tool_use"
         usage = last.usage
         n_prompt = usage.input_tokens + usage.cache_read_input_tokens
-        return Turn(head + first, usage.input_tokens, n_prompt, begun[-1]["input"], last.lminf["sink"], is_compacted)
+        return Turn(usage.input_tokens, n_prompt, begun[-1]["input"], last.lminf["sink"], is_compacted)
 
 
 AGENTS = {"chat": ChatAgent, "responses": ResponsesAgent, "messages": MessagesAgent}

@@ -140,6 +140,22 @@ def test_all_templates_take_all_conversations() -> None:
     assert len(deaf) <= 8, deaf  # to results of tools
 
 
+def test_long_contents_stay_out_of_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompt and parser as if they were in it, whatever they are made of."""
+    odd = ["", " spaces \n", 'quotes " and \\', "東京 🌧", "a zero \0 inside", "half a pair \ud83d", "<|im_end|>"]
+    sides = ("user", "assistant")
+    long = [{"role": sides[i % 2], "content": text * 300} for i, text in enumerate(odd)]
+    for name in templates():
+        for messages in ([ASKED[0], *long], [*ANSWERED[:-1], {**ANSWERED[-1], "content": "grey " * 99}]):
+            made = []
+            for least in (10**9, -1, 256):
+                monkeypatch.setattr(library, "LONG", least)
+                with contextlib.suppress(ChatError):
+                    made.append(apply(name, messages, tools=TOOLS))
+            assert len(made) in (0, 3)
+            assert all(each == made[0] for each in made), (name, messages)
+
+
 def test_thoughts_are_apart() -> None:
     made = apply("Qwen-Qwen3-0.6B", ASKED)
     text = "<think>\nThey greet.\n</think>\n\nHello."
