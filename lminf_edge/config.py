@@ -124,7 +124,7 @@ class LMInfConfig(Recall):
     archive        "ram": they are kept in memory; else a folder: all but the last 1024 tokens are kept in files there,
                    read as they are needed, so that an archive can be larger than memory (not on Windows)
     archive_memory  bytes of memory that all archives of the process take at most; None: half of the machine's. What
-                   checkpoints can recall gives way first, then the oldest tokens of a stream
+                   checkpoints and saved states can recall gives way first, then the oldest tokens of a stream
     archive_disk   bytes of the files that archives are kept in, with checkpoint_folder or a folder for `archive`
     attention      "fused": one operation for sinks and window, on CPU, CUDA and Metal; "stock": operations that every
                    ggml backend has, slower; "auto": fused if possible. The results differ only in rounding.

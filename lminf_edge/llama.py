@@ -9,6 +9,7 @@ import inspect
 import os
 import random
 import sys
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,6 +25,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from lminf_edge import native
 from lminf_edge.cache.checkpoint import Checkpoint, CheckpointError
 from lminf_edge.cache.conversation import Conversation
+from lminf_edge.cache.saved_state import SavedState, why_nothing_is_recalled
 from lminf_edge.cache.sequence import Logits
 from lminf_edge.cache.store import CheckpointStore
 from lminf_edge.cache.token_log import N_RECENT, TokenLog, Tokens, as_tokens
@@ -658,27 +660,48 @@ class Llama(RemoteLlama):
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     def save_state(self) -> llama_cpp.LlamaState:
-        """The stream, for `load_state` and llama_cpp's caches: a checkpoint in the form they expect, without logits."""
+        """The stream, for `load_state` and llama_cpp's caches: a checkpoint in the form they expect, without logits.
+
+        With recall it also holds what the stream can recall, in this process alone: shared, so that it takes no memory
+        while the stream has it, too. Pickled, as in a LlamaDiskCache, or copied it is without that, and where
+        archive_memory is used up it gives that up before a stream forgets anything. `load_state` then warns.
+        """
         if self._scheduler is None:
             return super().save_state()
         checkpoint = self.checkpoint()
         data = checkpoint.to_bytes()
-        return llama_cpp.LlamaState(
-            input_ids=checkpoint.log.recent(),
-            scores=np.empty((0, self._n_vocab), dtype=np.float32),
-            n_tokens=len(checkpoint.log),
-            llama_state=data,
-            llama_state_size=len(data),
-            seed=self._seed,
-        )
+        fields: dict[str, Any] = {
+            "input_ids": checkpoint.log.recent(),
+            "scores": np.empty((0, self._n_vocab), dtype=np.float32),
+            "n_tokens": len(checkpoint.log),
+            "llama_state": data,
+            "llama_state_size": len(data),
+            "seed": self._seed,
+        }
+        if checkpoint.archive is None:
+            return llama_cpp.LlamaState(**fields)
+        state = SavedState(checkpoint.archive, **fields)
+        self._scheduler.store.archives.watch(state)
+        return state
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """Continues from a saved state. Raises CheckpointError, a ValueError, if it does not fit."""
+        """Continues from a saved state. Raises CheckpointError, a ValueError, if it does not fit.
+
+        Warns, with recall, if nothing of what the stream had read before can be recalled.
+        """
         if self._scheduler is None:
             super().load_state(state)
-        else:
-            self.restore(Checkpoint.from_bytes(state.llama_state))
-            self._seed = state.seed
+            return
+        archive = state.archive if isinstance(state, SavedState) else None
+        self.restore(replace(Checkpoint.from_bytes(state.llama_state), archive=archive))
+        self._seed = state.seed
+        sequence = self.slot.sequence
+        info = sequence.info()
+        if sequence.window.n_recall and info.stream_pos and not info.n_archived:
+            reason = why_nothing_is_recalled(state, sequence.archive_types)
+            if reason is not None:
+                message = f"Nothing from before this state can be recalled: {reason}."
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from lminf_edge.cache.archive import N_SEGMENT, Archive
 from lminf_edge.cache.checkpoint import Checkpoint
 from lminf_edge.cache.files import Worker
+from lminf_edge.cache.saved_state import SavedState
 from lminf_edge.cache.segments import DATA_AT, Kept, SegmentFolder
 from lminf_edge.errors import UserError
 from lminf_edge.files import locked
@@ -45,7 +47,8 @@ class ArchiveStore:
         new_archive    makes an empty one
         folder         of the segments; None: archives are kept in memory only
         disk_budget    bytes of all segments
-        memory_budget  bytes of all archives of the process, beyond which checkpoints lose theirs, the oldest first
+        memory_budget  bytes of all archives of the process, beyond which checkpoints lose theirs, the oldest first, and
+                       then saved states
         maps           full segments stay in their files
 
         Raises UserError if the folder is to hold the running archives and another process uses it.
@@ -59,6 +62,7 @@ class ArchiveStore:
         self._spilled: set[int] = set()  # ids of segments that are in files, or on their way
         self._spilling: deque[tuple[Archive, Segment, Future[Path | None]]] = deque()
         self._n_segments: dict[int, int] = {}  # of each sequence, when it was last looked at
+        self._states: deque[weakref.ref[SavedState]] = deque()  # that may have an archive, the oldest first
         if maps and self._folder is not None:
             self._lock = _lock(self._folder.folder)
 
@@ -128,11 +132,19 @@ class ArchiveStore:
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
+    def watch(self, state: SavedState) -> None:
+        """A state that a user keeps for as long as they like gives its archive up where memory is short.
+
+        Else its stream would forget nearly all: what both share takes memory until neither has it.
+        """
+        self._states = deque(each for each in self._states if each() is not None)
+        self._states.append(weakref.ref(state))
+
     def trim(self, stored: Collection[Stored], save: Callable[[Stored], object], room: int = 0) -> None:
         """Drops archives of checkpoints, the first first, until all of the process leave `room` within the budget.
 
         What streams that are running can recall stays. Those go first that are in files, the others once `save` has
-        begun to write them.
+        begun to write them, and then those of saved states.
         """
         for is_kept in (True, False):
             for each in stored:
@@ -143,6 +155,13 @@ class ArchiveStore:
                     return
                 save(each)
                 each.checkpoint = replace(each.checkpoint, archive=None)
+        while self._states:
+            state = self._states[0]()
+            if state is not None and state.archive is not None:
+                if state.archive.n_bytes_all() + room <= self.memory_budget:
+                    return
+                state.archive = None
+            self._states.popleft()
 
     def has_room(self, sequence: CacheSequence, room: int) -> bool:
         """Whether all archives of the process, which the sequence has one of, leave so many bytes within the budget."""

@@ -156,8 +156,12 @@ class CacheSequence:
         return self._archive(self._native.archive_new(self.ctx)) if self.window.n_recall else None
 
     def _archive(self, handle: Any) -> Archive:
-        types = ARCHIVE_TYPES[self.window.archive_type_k], ARCHIVE_TYPES[self.window.archive_type_v]
-        return Archive(self._native, handle, types)
+        return Archive(self._native, handle, self.archive_types)
+
+    @property
+    def archive_types(self) -> tuple[int, int]:
+        """GGML type numbers of its keys and values."""
+        return ARCHIVE_TYPES[self.window.archive_type_k], ARCHIVE_TYPES[self.window.archive_type_v]
 
     def save_recurrent(self) -> State:
         """A copy of the recurrent layers' states alone, for `rewind`. Raises RuntimeError if the library fails."""
