@@ -87,6 +87,18 @@ class Reading:
     n_tokens: int
 
 
+@dataclass(frozen=True)
+class Told:
+    """Where a conversation in a slot is; numbers of tokens."""
+
+    slot: int
+    position: int
+    skipped: int
+    archived: int  # that can be recalled
+    unread: int  # of those skipped, to be read in the background
+    n_read: int  # in the background, of all of the conversation's
+
+
 @dataclass(eq=False)
 class _Work:
     """The scheduler's state of a request that has a slot."""
@@ -222,7 +234,7 @@ class Scheduler:
             return
         request.stats.position = len(slot) + slot.n_dropped
         request.stats.n_archived = slot.sequence.info().n_archived
-        request.stats.n_unread = slot.n_skipped if self._reader is not None and slot.is_unread else 0
+        request.stats.n_unread = self._n_unread(slot)
         slot.marks = [mark for mark in slot.marks if mark <= len(slot)]
         if (self._keeps_displaced or slot.sequence.has_states) and work.reads_for is None:
             slot.mark(len(slot))
@@ -720,6 +732,25 @@ class Scheduler:
             return None
         of, n_read = self._progress or (None, 0)
         return Reading(self.slots.index(slot), n_read if of is slot else 0, len(slot))
+
+    def told_of(self, owner: str, label: str) -> Told | None:
+        """Where the conversation of this name is, if it is in a slot."""
+
+        def is_named(slot: Slot) -> bool:
+            held = slot.conversation
+            return held is not None and (held.owner, held.label) == (owner, label)
+
+        slot = max(filter(is_named, self.slots), key=lambda each: each.used, default=None)
+        if slot is None:
+            return None
+        n_archived, n_unread, reading = slot.sequence.info().n_archived, self._n_unread(slot), self.reading
+        number, position = self.slots.index(slot), len(slot) + slot.n_dropped
+        n_read = reading.n_read if reading is not None and reading.slot == number else 0
+        return Told(number, position, slot.n_skipped, n_archived, n_unread, n_read)
+
+    def _n_unread(self, slot: Slot) -> int:
+        """Tokens that a stream skipped and that are to be read in the background."""
+        return slot.n_skipped if self._reader is not None and slot.is_unread else 0
 
     def _unread(self) -> Slot | None:
         """The most recently used stream that has skipped tokens which it could recall."""

@@ -24,7 +24,7 @@ from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse, engine_stopped
 from lminf_edge.server.infill import infill_tokens
 from lminf_edge.server.llama_cpp_answers import llama_cpp_answer, llama_cpp_chunks, llama_cpp_progress
-from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, respond
+from lminf_edge.server.openai_routes import ANSWERS, PROBLEMS, conversation_name, respond
 from lminf_edge.server.requests import (
     ChatRequest,
     DetokenizeRequest,
@@ -53,12 +53,15 @@ async def health(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/props")
-async def props(request: Request) -> dict[str, Any]:
-    """The server's properties. The context size is huge so that front ends do not trim."""
+@router.get("/props", response_model=None)
+async def props(request: Request) -> dict[str, Any] | Response:
+    """The server's properties. The context size is huge so that front ends do not trim.
+
+    With a header that names a conversation they also tell where that is: `lminf.conversation`.
+    """
     state = ServerState.of(request)
     engine, llm, defaults = state.engine, state.llm, state.service.defaults
-    return {
+    properties: dict[str, Any] = {
         "default_generation_settings": {
             "n_ctx": ENDLESS,
             "params": {**generation_settings(defaults.sampling), "n_predict": defaults.max_tokens or -1},
@@ -76,6 +79,16 @@ async def props(request: Request) -> dict[str, Any]:
         "modalities": {"vision": False, "audio": False},
         "lminf": stream_settings(state),
     }
+    name, owner = conversation_name(request), request.state.owner
+    if not name:
+        return properties
+
+    def work() -> Response:
+        told = engine.call(lambda: engine.scheduler.told_of(owner, name))
+        properties["lminf"]["conversation"] = None if told is None else asdict(told)
+        return encoded(properties)
+
+    return await in_thread(request, work)
 
 
 def token_text(state: ServerState, token: int) -> str:

@@ -93,7 +93,7 @@ def open_exchange(
     return Exchange(
         ServerState.of(request).service,
         owner=request.state.owner,
-        label=conversation_name(request, body),
+        label=conversation_name(request, body.prompt_cache_key),
         pin_system=ours.pin_system if ours else None,
         prefill=ours.prefill if ours else None,
         recall=ours.recall if ours else None,
@@ -103,9 +103,9 @@ def open_exchange(
     )
 
 
-def conversation_name(request: Request, body: Sampling) -> str:
+def conversation_name(request: Request, prompt_cache_key: str | None = None) -> str:
     """The client's name for the conversation, "" if it gives none."""
-    names = (body.prompt_cache_key, *(request.headers.get(header) for header in CONVERSATION_HEADERS))
+    names = (prompt_cache_key, *(request.headers.get(header) for header in CONVERSATION_HEADERS))
     return next((name[:1024] for name in names if name), "")
 
 

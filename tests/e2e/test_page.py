@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,19 +249,99 @@ def test_what_can_be_recalled_is_shown(browser: Browser, nano_path: str) -> None
         context.close()
 
 
-def test_what_is_read_in_the_background_is_shown(browser: Browser, nano_path: str) -> None:
+@pytest.fixture
+def slow(browser: Browser, nano_path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    """A page of a server that takes its time, above all to read in the background."""
     window = LMInfConfig(n_global=4, n_local=64, n_recall=8, prefill="tail")
     with serve(nano_path, Settings(model_name="nano"), lminf=window) as served:
-        context = browser.new_context()
+        scheduler = served.engine.scheduler
+        process = scheduler._process
+
+        def process_slowly(parts: Any) -> None:
+            time.sleep(0.05 if scheduler._reading is None else 0.2)
+            process(parts)
+
+        monkeypatch.setattr(scheduler, "_process", process_slowly)
+        context = browser.new_context(viewport={"width": 1200, "height": 800})
         page = context.new_page()
         page.goto(served.url)
-        choose(page, max_tokens=4)
-        say(page, "The sea was calm and the lamp was lit. " * 200)
-        expect(page.get_by_test_id("reading")).to_have_text(re.compile(r"^\d+ %$"))
-        expect(page.get_by_test_id("reading")).to_be_hidden()
-        say(page, "And then?")
-        assert int(page.get_by_test_id("archived").inner_text().replace(",", "")) > 1500
+        choose(page, max_tokens=2)
+        yield page
         context.close()
+
+
+LONG = "The sea was calm and the lamp was lit. " * 200
+
+
+def is_reading(page: Page) -> None:
+    """How much has been read grows."""
+    before = percent(page)
+    expect(page.get_by_test_id("reading")).not_to_have_text(f"{before} %")
+    assert percent(page) > before
+
+
+def percent(page: Page) -> int:
+    expect(page.get_by_test_id("reading")).to_have_text(re.compile(r"^\d+ %$"))
+    return int(page.get_by_test_id("reading").inner_text().removesuffix(" %"))
+
+
+def n_asked(page: Page, seconds: float = 1.5) -> int:
+    """How often the page asks how far the server is."""
+    asked: list[str] = []
+    listen = lambda each: asked.append(each.url) if each.url.endswith("/props") else None  # noqa: E731
+    page.on("request", listen)
+    page.wait_for_timeout(1000 * seconds)
+    page.remove_listener("request", listen)
+    return len(asked)
+
+
+def test_what_is_read_in_the_background_is_shown(slow: Page) -> None:
+    """After an answer, when the page or the conversation is opened again, until all has been read."""
+    say(slow, LONG)
+    is_reading(slow)
+    recallable = int(slow.get_by_test_id("archived").inner_text().replace(",", ""))
+    assert recallable < 200
+    slow.reload()
+    is_reading(slow)
+    begin(slow)
+    expect(slow.get_by_test_id("reading")).to_be_hidden()
+    assert n_asked(slow) == 0
+    slow.go_back()
+    is_reading(slow)
+    assert 1 <= n_asked(slow) <= 2
+    expect(slow.get_by_test_id("reading")).to_be_hidden(timeout=30_000)
+    assert int(slow.get_by_test_id("archived").inner_text().replace(",", "")) == position(slow) > 1500
+    assert n_asked(slow) == 0
+    say(slow, "And then?")
+    expect(slow.get_by_test_id("skipped")).to_be_hidden()
+    assert int(slow.get_by_test_id("archived").inner_text().replace(",", "")) > 1500
+
+
+def test_reading_is_shown_before_the_first_answer(slow: Page) -> None:
+    say(slow, LONG, wait=False)
+    expect(slow.get_by_test_id("position")).to_have_text(re.compile(r"^≈ \d,\d{3}$"))  # most of it was skipped
+    slow.get_by_test_id("stop").click()
+    expect(slow.get_by_test_id("notice")).to_contain_text("This message has no answer yet.")
+    is_reading(slow)
+    slow.reload()
+    is_reading(slow)
+    assert position(slow) > 1000
+    slow.get_by_test_id("retry").click()
+    expect(slow.get_by_test_id("reading")).to_be_hidden()
+
+
+def test_a_hidden_page_does_not_ask(slow: Page) -> None:
+    say(slow, LONG)
+    is_reading(slow)
+    hide = """hidden => {
+        Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    slow.evaluate(hide, True)
+    slow.wait_for_timeout(1000)
+    assert n_asked(slow) == 0
+    slow.evaluate(hide, False)
+    is_reading(slow)
 
 
 @pytest.mark.skipif(not SMOL.exists(), reason="make real-models downloads it")

@@ -24,6 +24,7 @@ from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.engine.request import Request
 from lminf_edge.evaluate.prompts import Prompt, Prompts
+from lminf_edge.server import Settings
 
 N_RECALL = 32
 WINDOW = LMInfConfig(n_global=10, n_local=246, n_recall=N_RECALL, n_archive=5000)
@@ -153,6 +154,41 @@ def test_what_is_read_in_the_background_is_told(nano_path: str, prompt: Prompt) 
         metrics = httpx.get(f"{served.url}/metrics").text
         assert f"lminf_background_tokens_total {answered['lminf']['position']}.0" in metrics
         assert f"lminf_archived_tokens {answered['lminf']['position']}.0" in metrics
+
+
+def test_a_named_conversation_is_told_where_it_is(nano_path: str, prompt: Prompt) -> None:
+    """By its name, to its owner: that is how the page knows how much of it has been read."""
+    settings = Settings(model_name="nano", api_keys=("one", "two"))
+    with serve(nano_path, settings, lminf=replace(WINDOW, prefill="tail")) as served:
+
+        def headers(key: str, name: str) -> dict[str, str]:
+            return {"X-Api-Key": key, **({"X-Conversation-Id": name} if name else {})}
+
+        def told(key: str = "one", name: str = "mine") -> Any:
+            return httpx.get(f"{served.url}/props", headers=headers(key, name)).json()["lminf"]["conversation"]
+
+        assert told() is None
+        body = {"prompt": prompt.tokens.tolist(), "n_predict": 8, "temperature": 0}
+        answered = httpx.post(f"{served.url}/completion", json=body, headers=headers("one", "mine"), timeout=60).json()
+        position = answered["lminf"]["position"]
+        found = told()
+        assert found == {
+            "slot": answered["lminf"]["slot"],
+            "position": position,
+            "skipped": answered["lminf"]["skipped"],
+            "archived": answered["lminf"]["archived"],
+            "unread": answered["lminf"]["unread"],
+            "n_read": 0,
+        }
+        assert told(name="another") is told(key="two") is None
+        props = httpx.get(f"{served.url}/props", headers=headers("one", "")).json()["lminf"]
+        assert "conversation" not in props
+        end, n_read = time.monotonic() + 60, set()
+        while (found := told())["unread"]:
+            n_read.add(found["n_read"])
+            assert time.monotonic() < end
+        assert max(n_read) > 256
+        assert found == {**found, "position": position, "skipped": 0, "archived": position, "unread": 0, "n_read": 0}
 
 
 # --- on the command line ----------------------------------------------------------------------------------------------

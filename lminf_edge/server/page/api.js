@@ -28,8 +28,9 @@ export class Api {
     this.#askKey = askKey;
   }
 
-  async props() {
-    return (await this.#fetch("props")).json();
+  /** The server's properties; with the id of a conversation also where that is, `lminf.conversation`. */
+  async props(id) {
+    return (await this.#fetch("props", id ? { headers: { "X-Conversation-Id": id } } : {})).json();
   }
 
   async models() {

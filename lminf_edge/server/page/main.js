@@ -20,11 +20,12 @@ const api = new Api(askKey);
 const sidebar = new Sidebar();
 const composer = new Composer({ send, stop: () => shown.turn?.stop() });
 const thread = new Thread({ edit, regenerate, retry, results });
-const server = { model: "", cache: {} };
+const server = { model: "", cache: {}, recalls: false };
 const chats = new Map(); // id -> those shown or being answered: a record of the store, with messages, turn and problem
 let shown = newChat();
 let store;
 let statusFrame = 0;
+let isWatching = false;
 
 start();
 
@@ -40,6 +41,7 @@ async function start() {
   store.listen(changedElsewhere);
   addEventListener("hashchange", route);
   document.addEventListener("visibilitychange", saveTurns);
+  document.addEventListener("visibilitychange", watchReading);
   addEventListener("pagehide", saveTurns);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !event.defaultPrevented && !document.querySelector("dialog[open]")) shown.turn?.stop();
@@ -70,9 +72,11 @@ async function connect() {
     const props = await api.props();
     const { window, sink, kv_bytes } = props.lminf ?? {}; // the rest is not about a conversation
     server.cache = { window, sink, kv_bytes };
+    server.recalls = Boolean(props.lminf?.recall);
     server.model = props.model_alias || (await api.models())[0];
     $("model").textContent = server.model;
     refreshStatus();
+    watchReading();
   } catch (error) {
     showBanner(error.message, connect);
   }
@@ -115,6 +119,7 @@ async function route() {
   $("system-prompt").open = $("tools-prompt").open = false;
   thread.show(chat);
   refresh();
+  watchReading();
   composer.focus();
 }
 
@@ -147,18 +152,27 @@ function refreshStatus() {
   showStatus({ ...server.cache, ...shown.turn?.cache, ...(shown.turn ?? shown).stats, reading: shown.reading });
 }
 
-/** After an answer, shows how far the server is with reading what it skipped, until it has, or the next question. */
-async function watchReading(chat) {
-  const { unread, slot } = chat.stats;
-  for (let next = unread; next && chat === shown && !chat.turn; ) {
-    const { reading } = (await api.props().catch(() => null))?.lminf?.recall ?? {};
-    if (chat !== shown || chat.turn) break;
-    chat.reading = reading?.slot === slot ? reading : null;
-    next = chat.reading;
+/**
+ * Shows how far the server is with reading what it skipped of the conversation, until it has: after an answer, and when the
+ * conversation or the page is opened again. Asks once if there is nothing to be read, and never while nobody can see it.
+ */
+async function watchReading() {
+  if (isWatching) return;
+  isWatching = true;
+  for (let chat = null; server.recalls && shown.id && !shown.turn && !document.hidden; ) {
+    chat = shown;
+    const told = (await api.props(chat.id).catch(() => null))?.lminf?.conversation;
+    if (chat !== shown || chat.turn) continue; // the user went on
+    if (told) {
+      const { position, skipped, archived } = told;
+      chat.stats = { skipped, ...chat.stats, position, archived, estimated: false }; // skipped: for the last answer
+    }
+    chat.reading = told?.unread ? { n_read: told.n_read, n_tokens: told.position } : null;
     refreshStatus();
-    if (next) await new Promise((resolve) => setTimeout(resolve, READING_MS));
+    if (!chat.reading) break;
+    await new Promise((resolve) => setTimeout(resolve, READING_MS));
   }
-  chat.reading = null;
+  isWatching = false;
 }
 
 async function refreshList() {
@@ -256,7 +270,7 @@ function titleOf({ content, files }) {
 async function answer(chat, previous = null) {
   const turn = new Turn(store, chat);
   chat.turn = turn;
-  chat.problem = null;
+  chat.problem = chat.reading = null;
   chats.set(chat.id, chat);
   if (chat === shown) {
     refresh();
@@ -281,7 +295,7 @@ async function answer(chat, previous = null) {
     return;
   }
   refresh();
-  if (turn.answer) watchReading(chat);
+  watchReading();
   if (turn.answer) announce(`${turn.stopped ? "Stopped. " : ""}${saidBy(turn.answer)}`);
 }
 

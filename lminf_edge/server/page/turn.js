@@ -17,7 +17,7 @@ export class Turn {
   #timer = 0;
   #saving = Promise.resolve();
   #stored = false;
-  #stats; // {position, skipped, archived, unread, slot, estimated, tokens_per_second}: what the server said last, and what came since
+  #stats; // {position, skipped, archived, estimated, tokens_per_second}: what the server said last, and what came since
   #first = null; // {time, n}: when the first piece of text came, and how many have come after it
 
   /** `chat` has the messages so far; the answer is added to them. */
@@ -73,9 +73,9 @@ export class Turn {
     if (choices?.[0]?.finish_reason && this.answer) this.answer.finish = choices[0].finish_reason;
     if (timings) this.#stats.tokens_per_second = timings.predicted_per_second;
     if (lminf) {
-      const { position, skipped, archived, unread, slot, ...cache } = lminf;
-      this.cache = cache;
-      Object.assign(this.#stats, { position, skipped, archived, unread, slot, estimated: false });
+      const { position, skipped, archived, window, sink, kv_bytes } = lminf;
+      this.cache = { window, sink, kv_bytes };
+      Object.assign(this.#stats, { position, skipped, archived, estimated: false });
     }
   }
 
