@@ -177,7 +177,7 @@ class SegmentFolder:
         for part in kept.parts:
             with contextlib.suppress(_BadSegmentError):
                 data = SegmentFolder(folder)._read(part)
-                if part.name not in self._sizes:
+                if self._sizes.get(part.name) != DATA_AT + part.n_bytes:
                     self._write_file(part.name, data)
                 parts.append(part)
         return replace(kept, parts=tuple(parts))
@@ -195,10 +195,11 @@ class SegmentFolder:
     def _write(self, archive: Archive, segment: Segment) -> Part:
         key = segment.id, segment.n_tokens
         name = _names.get(key) if segment.id else None
-        if name is None or name not in self._sizes:
+        n_bytes = DATA_AT + segment.n_bytes  # of a file that is whole
+        if name is None or self._sizes.get(name) != n_bytes:
             data = archive.read(segment)
             name = hashlib.sha256(data.data).hexdigest()
-            if name not in self._sizes:
+            if self._sizes.get(name) != n_bytes:
                 self._write_file(name, data)
             _remember(key, name)
         return Part(segment.first, segment.n_tokens, segment.n_bytes, name)
@@ -207,7 +208,8 @@ class SegmentFolder:
         """Writes a file, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if shutil.disk_usage(self.folder).free < DATA_AT + data.nbytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before half of it is written
+            # before half of it is written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
         path = self.path(name)
         part = path.with_name(f"{path.name}.part")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -274,7 +276,7 @@ class SegmentFolder:
         `maps`: full segments stay in their files. May be called from any thread.
         """
         if kept.types != archive.types:
-            reason: str | None = "it was made with other archive types"
+            reason: str | None = "they were archived in other types than this stream archives in"
         else:
             reason = self._load(kept, archive, maps)
         n_lost = kept.n_tokens - sum(last - first for first, last in archive.ranges)
@@ -362,18 +364,22 @@ def folder_beside(path: Path) -> Path:
 @contextlib.contextmanager
 def writing_beside(path: Path, archive: Archive | tuple[Kept, Path]) -> Iterator[Kept]:
     """Writes an archive, or what is in another folder; in the block the checkpoint takes its place, then older segments
-    go. Raises OSError."""
+    go. If it fails, what was written does. Raises OSError."""
     folder = SegmentFolder(folder_beside(path))
     for name, entry in _entries(folder.folder):
         folder._sizes[name] = entry.stat(follow_symlinks=False).st_size
-    if isinstance(archive, Archive):
-        kept, error = folder.write(archive)
-        if error is not None:
-            raise error
-    else:
-        kept = folder.copy(*archive)
-    yield kept
-    folder.hold(kept)
-    folder.sweep()
-    with contextlib.suppress(OSError):
-        folder.folder.rmdir()  # if it is empty
+    used = set(folder._sizes)
+    try:
+        if isinstance(archive, Archive):
+            kept, error = folder.write(archive)
+            if error is not None:
+                raise error
+        else:
+            kept = folder.copy(*archive)
+        yield kept
+        used = {part.name for part in kept.parts}
+    finally:
+        for name in folder._sizes.keys() - used:
+            folder._delete(name)
+        with contextlib.suppress(OSError):
+            folder.folder.rmdir()  # if it is empty

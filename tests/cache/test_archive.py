@@ -136,6 +136,18 @@ def test_a_branch_within_a_segment_has_its_own(make_llama: MakeLlama, tokens: To
     assert len(set(files(folder_beside(tmp_path / "0"))) & set(files(folder_beside(tmp_path / "1")))) == 2
 
 
+def test_a_file_that_was_cut_is_written_again(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> None:
+    llm = make_llama(lminf=window())
+    read(llm, tokens[:N_TOKENS])
+    checkpoint = llm.checkpoint()
+    checkpoint.save(tmp_path / "a")
+    for file in folder_beside(tmp_path / "a").iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+    checkpoint.save(tmp_path / "a")
+    llm.restore(Checkpoint.load(tmp_path / "a"))
+    assert llm.stream_info().archived == N_TOKENS
+
+
 def test_what_was_loaded_can_be_saved_elsewhere(make_llama: MakeLlama, saved: tuple[Path, Any]) -> None:
     path, _ = saved
     Checkpoint.load(path).save(path.with_name("b"))
@@ -225,7 +237,7 @@ def test_other_types_and_other_parameters(
     with caplog.at_level(logging.WARNING):
         llm.restore(Checkpoint.load(path))
     assert llm.stream_info().forgotten == N_TOKENS
-    assert "made with other archive types" in caplog.text
+    assert "archived in other types" in caplog.text
     with pytest.raises(UserError, match="n_recall=16"):
         make_llama(lminf=window(n_recall=8)).restore(Checkpoint.load(path))
     smaller = make_llama(lminf=window(n_archive=1200))
@@ -455,6 +467,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs to mount a file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_has_nothing_of_a_save_that_failed(make_llama: MakeLlama, tokens: Tokens, small_disk: Path) -> None:
+    llm = make_llama(lminf=window())
+    read(llm, tokens[:500])
+    llm.checkpoint().save(small_disk / "a")
+    before = sorted(small_disk.rglob("*"))
+    read(llm, tokens)
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match=f"No space left on device: .*/{name}.archive"):
+            llm.checkpoint().save(small_disk / name)
+        assert sorted(small_disk.rglob("*")) == before
+    llm.restore(Checkpoint.load(small_disk / "a"))
+    assert llm.stream_info().archived == 500
 
 
 @pytest.mark.parametrize("fails_late", [False, True])
