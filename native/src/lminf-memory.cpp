@@ -59,6 +59,14 @@ static void check_memory(const std::map<ggml_backend_dev_t, uint64_t> & need) {
 
 // how many tokens an archive has room for. It grows as a stream does: it is told in time that it never can be full
 static int32_t archive_tokens(const lminf_archive_layout & layout, int32_t n_tokens, bool in_files) {
+    constexpr double MiB = 1024.0*1024.0;
+
+    // the newest tokens are in memory even where the others are in files
+    if (layout.get_max_bytes() < layout.get_segment_size()) {
+        throw std::runtime_error(lminf_set_error(format(
+            "the smallest archive needs %.1f MiB of memory, and archives may take %.1f MiB: choose smaller archive types or a larger archive_memory",
+            layout.get_segment_size()/MiB, layout.get_max_bytes()/MiB)));
+    }
     if (n_tokens == 0) {
         const uint64_t n_default  = lminf_archive_layout::n_default/lminf_archive_layout::n_segment;
         const uint64_t n_bytes    = layout.get_segment_size(); // 0 where no layer recalls
@@ -71,8 +79,8 @@ static int32_t archive_tokens(const lminf_archive_layout & layout, int32_t n_tok
 
     if (size > total && !in_files) {
         throw std::runtime_error(lminf_set_error(format(
-            "an archive of %lld tokens needs %.2f GiB of memory, and archives may take %.2f GiB: choose a smaller n_archive, smaller archive types or a larger archive_memory",
-            (long long) n_tokens, size/1024.0/1024.0/1024.0, total/1024.0/1024.0/1024.0)));
+            "an archive of %lld tokens needs %.1f MiB of memory, and archives may take %.1f MiB: choose a smaller n_archive, smaller archive types or a larger archive_memory",
+            (long long) n_tokens, size/MiB, total/MiB)));
     }
     return n_tokens;
 }

@@ -555,12 +555,18 @@ def test_checkpoints_give_way_before_streams(make_engine: MakeEngine, tokens: To
     assert archived == position
 
 
-def test_a_stream_has_the_memory_it_is_told(make_llama: MakeLlama, tokens: Tokens) -> None:
+def test_a_stream_has_the_memory_it_is_told(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> None:
     llm = make_llama(lminf=window())
     segment = llm.scheduler.model.parts.archive_token_bytes * 1024
     llm.close()
     with pytest.raises(UserError, match=r"archives may take .* a larger archive_memory"):
         make_llama(lminf=window(archive_memory=2 * segment, n_archive=131072))
+    for archive in ("ram", tmp_path):  # the newest tokens are in memory, wherever the others are
+        with pytest.raises(
+            UserError, match=r"smallest archive needs 1.7 MiB .* may take 1.0 MiB.* a larger archive_memory"
+        ):
+            make_llama(lminf=window(archive_memory=1 << 20, archive=archive))
+    make_llama(lminf=window(archive_memory=1 << 20, n_recall=0))
     other = make_llama(lminf=window())
     other.eval(tokens[:100])
     llm = make_llama(lminf=window(archive_memory=in_use(other) + 2 * segment, n_archive=2048))
