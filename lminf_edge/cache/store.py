@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +55,7 @@ class CheckpointStore:
         Raises UserError if the folder cannot be used, perhaps because another process uses it.
         """
         self.memory_budget, self.disk_budget = memory_budget, disk_budget
+        self.bytes_beside: Callable[[], int] = lambda: 0  # of what else is within memory_budget
         self._conversation_budget, self.archives = conversation_budget, archives or ArchiveStore()
         self.conversations: dict[str, Conversation] = {}
         self.failures = Failures(folder)
@@ -103,6 +104,11 @@ class CheckpointStore:
         self.archives.close()
 
     # --- sizes --------------------------------------------------------------------------------------------------------
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that checkpoints may take now."""
+        return max(self.memory_budget - self.bytes_beside(), 0)
 
     @property
     def state_bytes(self) -> int:
@@ -253,8 +259,8 @@ class CheckpointStore:
         self._settle()
         while self._n_checkpoints is not None and len(self._in_memory) > self._n_checkpoints:
             self._move_out(next(iter(self._in_memory)))
-        if self.memory_bytes > self.memory_budget:
-            self._trim_memory()
+        if self.memory_bytes > self.memory_limit:
+            self._trim_memory(self.memory_limit)
         self._trim_disk()
         self.archives.trim(self._in_memory, self._save)
 
@@ -269,19 +275,19 @@ class CheckpointStore:
         if not conversation.checkpoints and not conversation.is_hot:
             self.conversations.pop(conversation.name, None)
 
-    def _trim_memory(self) -> None:
+    def _trim_memory(self, limit: int) -> None:
         """Moves the least recently used conversations out of memory until the others fit."""
         for conversation in self._by_use():
             in_memory = [each for each in conversation.checkpoints if each.checkpoint is not None]
             for stored in sorted(in_memory, key=lambda each: each.n_tokens):
-                if self.memory_bytes <= self.memory_budget:
+                if self.memory_bytes <= limit:
                     return
                 self._move_out(stored)
             if not conversation.is_hot and conversation.log is not None:
                 conversation.log = None  # its newest file has it
                 self._count(conversation)
         for conversation in self._by_use():
-            if self.memory_bytes <= max(self.memory_budget, _LEAST_MEMORY):
+            if self.memory_bytes <= max(limit, _LEAST_MEMORY):
                 return
             if not conversation.is_hot:
                 self._forget_conversation(conversation)

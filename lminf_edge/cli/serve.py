@@ -216,7 +216,7 @@ def open_service(args: argparse.Namespace) -> TextService:
     chat = chat_defaults(args)
     path, _ = model_header(args.model)
     max_sinks = args.max_sinks if args.max_sinks is not None else 256 * args.pin_system
-    # remembered texts are part of the memory asked for; without them every turn tokenizes its whole history
+    # without remembered texts every turn tokenizes its whole history
     text_bytes = min(max(args.memory // 16, LEAST_TEXT_BYTES), TEXT_BYTES)
     folder = None if args.disk == 0 else args.folder or default_folder()
     n_stored = response_bytes(args)
@@ -227,7 +227,7 @@ def open_service(args: argparse.Namespace) -> TextService:
             lminf=replace(window_config(args), prefill=args.prefill, n_tail=args.n_tail),
             max_sinks=max_sinks,
             folder=folder,
-            memory_budget=max(args.memory - text_bytes - (n_stored if folder is None else 0), 0),
+            memory_budget=max(args.memory - (n_stored if folder is None else 0), 0),
             disk_budget=args.disk - (0 if folder is None else n_stored),
             background=args.background,
             chat_format=args.chat_format,

@@ -42,7 +42,7 @@ class TextService:
         defaults    for parameters that requests omit
         chat        the same for conversations
         pin_system  keep each conversation's system block as sinks, up to engine.max_sinks
-        text_bytes  memory for remembered tokenizations
+        text_bytes  memory for remembered tokenizations, of the engine's memory budget
 
         Raises UserError if the model's chat format cannot be used.
         """
@@ -54,6 +54,7 @@ class TextService:
         chat_format = find_format(self.llm, chat)
         self.tokenizer = CachedTokenizer(self.llm, chat_format.source, text_bytes)
         self.template = ChatTemplate(self.llm, chat_format, self.tokenizer)
+        engine.store.bytes_beside = lambda: self.tokenizer.n_bytes  # one budget: memory is full, and stays as it is
 
 
 @dataclass

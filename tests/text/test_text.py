@@ -57,6 +57,35 @@ def test_what_one_owner_sent_changes_nothing_for_another(engine: Engine) -> None
         del service.llm.tokenize
 
 
+def test_texts_and_checkpoints_share_a_budget(nano_path: str) -> None:
+    budget = 6 << 20
+    engine = load_engine(nano_path, parallel=1, memory_budget=budget, verbose=False, n_threads=1, n_threads_batch=1)
+    try:
+        service = TextService(engine)
+        store, taken = engine.store, []
+
+        def talk(i: int) -> None:
+            exchange = Exchange(service, label=f"{i}")
+            prompt = exchange.chat_prompt([{"role": "user", "content": f"{i} " + "once upon a time " * 100}])
+            for _ in exchange.answer(prompt, SamplingParams(temperature=0), max_tokens=1):
+                pass
+            engine.call(store.trim)
+            taken.append(store.memory_bytes)
+            assert store.memory_bytes + service.tokenizer.n_bytes <= 1.02 * budget
+
+        for i in range(12):
+            talk(i)
+        assert taken[-1] > 0.6 * budget  # what texts may take one day is not kept free for them
+        service.tokenizer.tokens_of("It was a dark night. " * 100_000)
+        n_texts = service.tokenizer.n_bytes
+        assert n_texts > 2 << 20
+        talk(12)
+        assert taken[-1] < budget - n_texts
+    finally:
+        engine.close()
+        engine.model.close()
+
+
 def test_the_same_messages_are_rendered_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     service = TextService(engine)
     rendered: list[Any] = []
