@@ -8,7 +8,7 @@ from typing import Any
 
 from lminf_edge.errors import UserError
 from lminf_edge.text.answer import Delta, Reader
-from lminf_edge.text.chat import ChatOptions, ChatTemplate, Messages
+from lminf_edge.text.chat import ChatOptions, ChatTemplate, Messages, strict_names
 from lminf_edge.text.schema import enforceable
 from lminf_edge.text.schema_bounds import check_size, loosened
 
@@ -51,7 +51,7 @@ def chat_options(
         schema = enforceable(inner.get("schema") or {"type": "object"})
     return ChatOptions(
         tools=[_tool(tool) for tool in tools or ()],
-        strict=frozenset(tool["function"]["name"] for tool in tools or () if tool["function"].get("strict")),
+        strict=strict_names(tools or ()),
         tool_choice=tool_choice or "auto",
         json_schema=schema,
         grammar=grammar,

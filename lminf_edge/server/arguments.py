@@ -25,7 +25,7 @@ from lminf_edge.server.requests import (
     PromptText,
 )
 from lminf_edge.server.requests import Sampling as SamplingRequest
-from lminf_edge.text.chat import ChatOptions
+from lminf_edge.text.chat import ChatOptions, strict_names
 from lminf_edge.text.formats import check_sizes
 from lminf_edge.text.schema import enforceable
 from lminf_edge.text.schema_bounds import check_size, count_parts, loosened
@@ -155,7 +155,7 @@ def chat_options(service: TextService, request: ChatRequest, is_cancelled: Calla
     budget = request.reasoning_budget_tokens
     return ChatOptions(
         tools=checked,
-        strict=frozenset(tool["function"]["name"] for tool in tools or () if tool["function"].get("strict")),
+        strict=strict_names(tools or ()),
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls,
         add_generation_prompt=request.add_generation_prompt is not False and not continues,
