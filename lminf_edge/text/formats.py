@@ -78,7 +78,11 @@ class LibraryFormat:
         if must_call:
             # the prompt has all tools whichever must be called: so it stays the same from turn to turn
             request |= {"tools": list(options.tools), "tool_choice": "required"}
-        made = self._apply(request, is_cancelled)
+        if name is not None and options.json_schema is None:
+            # only its prompt is used: a grammar of all tools would be made for nothing
+            made = self._apply(request | {"tool_choice": "none"}, is_cancelled)
+        else:
+            made = self._apply(request, is_cancelled)
         if options.json_schema is not None and options.grammar is None:
             if _is_plain(made):
                 options = replace(options, grammar=library.load().schema_grammar(options.json_schema, is_cancelled))
