@@ -3,6 +3,8 @@
 #include "lminf-chat-budget.h"
 #include "lminf-chat-json.h"
 
+#include "lminf.h"
+
 #include "common.h"
 #include "json.h"
 #include "reasoning-budget.h"
@@ -78,7 +80,9 @@ struct chat_sampler {
                 vocab, grammar_text.c_str(), "root", patterns.data(), patterns.size(), nullptr, 0));
         }
         if (!grammar) {
-            throw std::runtime_error("llama.cpp cannot use the grammar of this template and these tools");
+            throw std::runtime_error(lminf_grammar_overran()
+                ? "the grammar takes too much work: give tools and schemas fewer optional parts, repetitions and alternatives"
+                : "llama.cpp cannot use the grammar of this template and these tools");
         }
     }
 

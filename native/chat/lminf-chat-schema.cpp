@@ -1,5 +1,39 @@
 #include "lminf-chat-schema.h"
 
+#include "lminf-chat-work.h"
+
+// llama.cpp does this and the next by regular expressions, which takes most of the time of a large schema.
+std::string lminf_chat_rule_name(const std::string & name) {
+    lminf_chat_charge(64 + name.size());
+    std::string made;
+    bool is_valid = true;
+    for (const char c : name) {
+        const bool was_valid = is_valid;
+        is_valid = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-';
+        if (is_valid) {
+            made += c;
+        } else if (was_valid) {
+            made += '-'; // for all of them
+        }
+    }
+    return made;
+}
+
+std::string lminf_chat_escaped(const std::string & literal) {
+    lminf_chat_charge(16 + literal.size());
+    std::string made;
+    made.reserve(literal.size());
+    for (const char c : literal) {
+        if (c == '\r' || c == '\n') {
+            made += c == '\r' ? "\\r" : "\\n";
+        } else {
+            made += c == '"' || c == '\\' ? "\\" : "";
+            made += c;
+        }
+    }
+    return made;
+}
+
 std::string lminf_chat_in_class(const std::string & character) {
     if (character == "^") {
         return "\\x5E";

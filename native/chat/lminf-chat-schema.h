@@ -8,6 +8,12 @@
 class common_json;
 struct common_chat_schema;
 
+// The name of a rule, for a name of any characters.
+std::string lminf_chat_rule_name(const std::string & name);
+
+// What stands between the quotation marks of a literal of a grammar.
+std::string lminf_chat_escaped(const std::string & literal);
+
 // A character of a class of a grammar.
 std::string lminf_chat_in_class(const std::string & character);
 

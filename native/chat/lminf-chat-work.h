@@ -9,11 +9,13 @@
 #pragma once
 
 #include "lminf-chat-calls.h"  // the other hooks in common/
+#include "lminf-chat-parsers.h"
 #include "lminf-chat-schema.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -32,6 +34,23 @@ void lminf_chat_check_json(const std::string & text);
 
 // For all replacements in a text, done one after the other in place.
 void lminf_chat_charge_replacement(const std::string & text, const std::string & from, const std::string & to);
+
+// --- repeated work ----------------------------------------------------------------------------------------------------
+
+// Texts that the present call has made, by what they are made of. They are dropped at its end.
+std::map<std::string, std::string> & lminf_chat_texts();
+
+// What `make` returns for a key; the first time, it is called.
+template <typename Made, typename Key, typename F>
+auto lminf_chat_once(Made & made, const Key & key, F && make) {
+    lminf_chat_charge(128);
+    auto found = made.find(key);
+    if (found == made.end()) {
+        auto value = make(); // which may add others
+        found = made.emplace(key, std::move(value)).first;
+    }
+    return found->second;
+}
 
 // --- values of templates ----------------------------------------------------------------------------------------------
 
