@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <map>
-#include <string>
 #include <vector>
 
 // The templates of llama.cpp take a hundredth of them.
@@ -30,8 +28,6 @@ struct chat_work {
 
 static thread_local chat_work work;
 
-static thread_local std::map<std::string, std::string> texts; // apart: it has a constructor, and `work` is asked for often
-
 lminf_chat_budget::lminf_chat_budget(size_t n_bytes, lminf_chat_cancelled is_cancelled, void * data) {
     work.n_left       = UNITS_PER_CALL + UNITS_PER_BYTE * std::min<size_t>(n_bytes, SIZE_MAX / UNITS_PER_BYTE / 2);
     work.n_to_ask     = work.n_left;
@@ -42,7 +38,6 @@ lminf_chat_budget::lminf_chat_budget(size_t n_bytes, lminf_chat_cancelled is_can
 
 lminf_chat_budget::~lminf_chat_budget() {
     work = {};
-    texts.clear();
 }
 
 [[noreturn]] static void fail(const char * reason) {
@@ -64,10 +59,6 @@ void lminf_chat_charge(size_t n_units) {
             fail("cancelled");
         }
     }
-}
-
-std::map<std::string, std::string> & lminf_chat_texts() {
-    return texts;
 }
 
 void lminf_chat_check_json(const std::string & text) {

@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -36,9 +35,6 @@ void lminf_chat_check_json(const std::string & text);
 void lminf_chat_charge_replacement(const std::string & text, const std::string & from, const std::string & to);
 
 // --- repeated work ----------------------------------------------------------------------------------------------------
-
-// Texts that the present call has made, by what they are made of. They are dropped at its end.
-std::map<std::string, std::string> & lminf_chat_texts();
 
 // What `make` returns for a key; the first time, it is called.
 template <typename Made, typename Key, typename F>
