@@ -155,10 +155,11 @@ class _Rewriter:
             said = {name for name in _ASSERTIONS & part.keys() if not _says_nothing(name, part[name])}
             if said - {"type", "properties", "required"} or part.get("type", "object") != "object":
                 refuse(place, "allOf can be enforced only for objects of properties that may have others")
-            for name, schema in (part.get("properties") or {}).items():
+            more, names = _members(part, place)
+            for name, schema in more.items():
                 if properties.setdefault(name, schema) != schema:
                     refuse(place, f"two parts of allOf have a property {name!r}")
-            required += part.get("required") or []
+            required += names
         node.update(type="object", properties=properties, required=list(dict.fromkeys(required)))
 
     def _are_disjoint(self, children: list[Any]) -> bool:
@@ -205,6 +206,8 @@ class _Rewriter:
         types = node.pop("type", None)
         types = [types] if isinstance(types, str) else types
         if types is not None:
+            if not isinstance(types, list) or not all(type_ in _TYPES for type_ in types):
+                refuse(place, f"{str(types)[:50]} is no type")
             values = [value for value in values if any(_fits(value, type_) for type_ in types)]
         if "const" in given and "enum" in given:
             values = [value for value in values if any(value == other for other in node["enum"])]
@@ -241,14 +244,9 @@ class _Rewriter:
                     refuse(place, str(error))
 
     def _object(self, node: dict[str, Any], said: set[str], place: str) -> None:
-        properties = node.get("properties", {})
-        required = node.get("required") or []
+        properties, required = _members(node, place)
         additional = node.get("additionalProperties", True)
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            refuse(place, "properties is an object and required a list")
         for name in required:
-            if not isinstance(name, str):
-                refuse(place, "required is a list of names")
             if name not in properties:
                 if additional is False:
                     refuse(place, f"{name!r} is required and not allowed")
@@ -256,6 +254,8 @@ class _Rewriter:
         if properties:
             node["properties"] = properties
         for name in sorted(said - {"properties", "required", "additionalProperties"}):
+            if name in ("minProperties", "maxProperties") and not is_number(node[name]):
+                refuse(place, f"{name} is a number")
             # without additionalProperties, an object that has properties gets no others
             is_met = (name == "minProperties" and node[name] <= len(set(required))) or (
                 name == "maxProperties"
@@ -352,6 +352,16 @@ def _integer(node: dict[str, Any], said: set[str], place: str, alone: bool) -> N
         node["minimum"] = least
     if most < math.inf:
         node["maximum"] = most
+
+
+def _members(node: dict[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
+    """The properties of an object, and the names of those that it must have."""
+    properties, required = node.get("properties", {}), node.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        refuse(place, "properties is an object and required a list")
+    if not all(isinstance(name, str) for name in required):
+        refuse(place, "required is a list of names")
+    return properties, required
 
 
 def type_of(value: Any) -> str:

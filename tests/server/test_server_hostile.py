@@ -99,6 +99,26 @@ def one(**property_: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"a": property_}, "required": ["a"], "additionalProperties": False}
 
 
+BROKEN = [
+    ({"enum": ["x"], "type": -1}, "-1 is no type"),
+    ({"enum": ["x"], "type": [[]]}, "is no type"),
+    ({"type": "object", "minProperties": ""}, "minProperties is a number"),
+    ({"type": "object", "maxProperties": None}, "maxProperties is a number"),
+    ({"allOf": [{"properties": ["a"]}, {"type": "object"}]}, "properties is an object"),
+    ({"allOf": [{"required": 1}, {"type": "object"}]}, "required a list"),
+    ({"allOf": [{"required": [[]]}, {"type": "object"}]}, "a list of names"),
+]
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+@pytest.mark.parametrize(("schema", "reason"), BROKEN)
+def test_schemas_that_are_none(served: Served, path: str, schema: Any, reason: str) -> None:
+    for body in (of_tool(path, {"type": "object", "properties": {"a": schema}}, strict=True), of_answer(path, schema)):
+        refused = httpx.post(served.url + path, json=body, timeout=60)
+        assert refused.status_code == 400, refused.text[:500]
+        assert reason in refused.json()["error"]["message"]
+
+
 TOO_LARGE = {
     "least items": (one(type="array", minItems=10**9), "minItems may be 1,000 at most"),
     "most items": (one(type="array", items={"type": "null"}, maxItems=5000), "maxItems may be 1,000 at most"),
