@@ -306,7 +306,8 @@ class LlamaCompletionRequest(Sampling):
             return body
         changed = {}
         for name, value in body.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            is_finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+            if isinstance(value, bool) or not is_finite:
                 continue
             if name in _CLAMPED:
                 value = min(max(value, _CLAMPED[name][0]), _CLAMPED[name][1])

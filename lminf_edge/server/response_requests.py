@@ -206,7 +206,7 @@ def _tools(tools: list[dict[str, Any]] | None, choice: Any) -> tuple[list[dict[s
             continue
         function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
         assert isinstance(function, dict)
-        if not isinstance(function.get("name"), str):
+        if not isinstance(function.get("name"), str) or not function["name"]:
             raise ApiError(400, f"tools.{i}: a function has a name.", param="tools")
         named = {name: function[name] for name in ("name", "description") if function.get(name)}
         held = {"parameters": function.get("parameters"), "strict": function.get("strict") is True}

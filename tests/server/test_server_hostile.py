@@ -45,6 +45,13 @@ def choose(**choice: Any) -> dict[str, Any]:
         (CHAT, {"messages": SAID, "tools": [{"function": {"name": f"f{i}"}} for i in range(20_000)]}, "1,024 at most"),
         (RESPONSES, {"input": [{"type": "function_call_output", "call_id": [], "output": "x"}]}, "no such call"),
         (RESPONSES, choose(type="allowed_tools", tools=1), "a list of tools"),
+        (
+            RESPONSES,
+            {**choose(type="allowed_tools", tools=[]), "tools": [TOOL | {"name": ""}]},
+            "a function has a name",
+        ),
+        ("/completion", {"prompt": "x", "min_keep": 10**400}, "less than or equal"),
+        ("/completion", {"prompt": "x", "nobody_knows_this": 10**400, "n_probs": 10**9}, "less than or equal"),
         (RESPONSES, choose(type="allowed_tools", tools=[{"name": []}, 1]), "a list of tools"),
         (MESSAGES, {"messages": SAID, "tool_choice": {"type": []}}, "its type must be"),
         (
