@@ -13,9 +13,10 @@ from lminf_edge.engine.request import Request as EngineRequest
 from lminf_edge.server.arguments import Asked, AskedChat, asked_chat, asked_completion, prompts_of
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
-from lminf_edge.server.events import chat_events, text_events
+from lminf_edge.server.events import Event, chat_events, text_events
 from lminf_edge.server.requests import MAX_INPUTS, ChatRequest, CompletionRequest, Sampling
 from lminf_edge.server.responses import (
+    Echo,
     chat_answer,
     chat_chunks,
     completion_answer,
@@ -25,7 +26,7 @@ from lminf_edge.server.responses import (
 from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import EventStream, ProgressChunk, ProgressReporter, encoded, in_thread
 from lminf_edge.text.chat import ChatPrompt
-from lminf_edge.text.logprobs import LogprobReporter, TokenLogprobs
+from lminf_edge.text.logprobs import LogprobReporter
 from lminf_edge.text.service import Exchange
 
 T = TypeVar("T")
@@ -156,29 +157,27 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
             check_echo(sum(len(prompt.tokens) for prompt in prompts), asked.n_top)
         return asked, given, prompts
 
-    def whole(exchange: Exchange, prepared: tuple[Asked, list[str | list[int]], list[ChatPrompt]]) -> dict[str, Any]:
+    def answered(
+        exchange: Exchange, prepared: tuple[Asked, list[str | list[int]], list[ChatPrompt]]
+    ) -> tuple[Iterator[Event], list[Echo]]:
         asked, given, prompts = prepared
-        echoed: list[tuple[str, list[TokenLogprobs]]] = []
+        echoed: list[Echo] = []
         for each, prompt in zip(given, prompts, strict=True):
             echoed += [echo(exchange, each, prompt, asked.n_top) if body.echo else ("", [])] * asked.n
         offset = 0 if body.echo else len(given[0])
-        return completion_answer(exchange, text_events(exchange, asked, prompts, offset), name, echoed)
+        return text_events(exchange, asked, prompts, offset), echoed
 
     return await respond(
         request,
         body,
         prepare,
-        whole,
-        lambda exchange, prepared: completion_chunks(
-            exchange, text_events(exchange, prepared[0], prepared[2], len(prepared[1][0])), name, usage
-        ),
+        lambda exchange, prepared: completion_answer(exchange, *answered(exchange, prepared), name),
+        lambda exchange, prepared: completion_chunks(exchange, *answered(exchange, prepared), name, usage),
         "[DONE]",
     )
 
 
-def echo(
-    exchange: Exchange, given: str | list[int], prompt: ChatPrompt, n_top: int | None
-) -> tuple[str, list[TokenLogprobs]]:
+def echo(exchange: Exchange, given: str | list[int], prompt: ChatPrompt, n_top: int | None) -> Echo:
     """A prompt as text, and the log probabilities of its tokens if requested."""
     llm = exchange.service.llm
     text = as_text(llm, given)

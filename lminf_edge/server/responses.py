@@ -122,10 +122,11 @@ def chat_logprobs(entries: list[TokenLogprobs]) -> dict[str, Any]:
 # --- completions ------------------------------------------------------------------------------------------------------
 
 
-def completion_answer(
-    exchange: Exchange, events: Iterable[Event], model: str, echoed: list[tuple[str, list[TokenLogprobs]]]
-) -> dict[str, Any]:
-    """A whole completion; `echoed` is what precedes the text of each choice, with its log probabilities."""
+Echo = tuple[str, list[TokenLogprobs]]  # what precedes the text of a choice, and its log probabilities
+
+
+def completion_answer(exchange: Exchange, events: Iterable[Event], echoed: list[Echo], model: str) -> dict[str, Any]:
+    """A whole completion; `echoed` is that of each choice."""
     choices: list[dict[str, Any]] = []
     for event in events:
         if event.choice == len(choices):
@@ -142,16 +143,25 @@ def completion_answer(
 
 
 def completion_chunks(
-    exchange: Exchange, events: Iterable[Event], model: str, include_usage: bool
+    exchange: Exchange, events: Iterable[Event], echoed: list[Echo], model: str, include_usage: bool
 ) -> Iterator[dict[str, Any]]:
-    """The chunks of a streamed completion."""
+    """The chunks of a streamed completion; `echoed` is that of each choice."""
     head = _head("text_completion", "cmpl", model)
     usage = {"usage": None} if include_usage else {}
-    for event in events:
-        logprobs = as_lists(event.part.logprobs) if event.part is not None and event.part.logprobs else None
-        text = event.part.text if event.part is not None else ""
+
+    def chunk(event: Event, text: str, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        logprobs = as_lists(entries) if entries else None
         choice = {"index": event.choice, "text": text, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        yield {**head, "choices": [choice], **usage}
+        return {**head, "choices": [choice], **usage}
+
+    n_begun = 0
+    for event in events:
+        if event.choice == n_begun:
+            n_begun += 1
+            text, entries = echoed[event.choice]
+            if text or entries:
+                yield chunk(Event(event.choice), text, entries)
+        yield chunk(event, event.part.text if event.part else "", event.part.logprobs if event.part else [])
     if include_usage:
         yield {**head, "choices": [], **_costs(exchange)}
 

@@ -152,6 +152,19 @@ def test_completions(ai: openai.OpenAI) -> None:
     assert streamed[-1].choices[0].finish_reason == "length"
 
 
+def test_a_stream_echoes(ai: openai.OpenAI) -> None:
+    asked: Any = {"model": "nano", "prompt": ["The ferry left", "At six"], "n": 2, "max_tokens": 4, "temperature": 0}
+    whole = ai.completions.create(**asked, echo=True, logprobs=1)
+    chunks = [chunk.choices[0] for chunk in ai.completions.create(**asked, echo=True, logprobs=1, stream=True)]
+    for choice in whole.choices:
+        parts = [chunk for chunk in chunks if chunk.index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        told = [part.logprobs for part in parts if part.logprobs]
+        assert [token for each in told for token in each.tokens] == choice.logprobs.tokens
+        assert [offset for each in told for offset in each.text_offset] == choice.logprobs.text_offset
+    assert chunks[0].text == "The ferry left"
+
+
 def test_logprobs_seed_stop_and_n(ai: openai.OpenAI) -> None:
     answer = ask(ai, QUESTION, logprobs=True, top_logprobs=3)
     content = answer.choices[0].logprobs.content
