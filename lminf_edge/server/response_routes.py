@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from lminf_edge.server.bodies import BodyRoute
 from lminf_edge.server.errors import ApiError, ErrorResponse
@@ -95,23 +95,48 @@ def _unknown(response_id: str) -> ApiError:
 
 
 @router.get("/{response_id}", response_model=None, responses=NOT_FOUND)
-async def retrieve(request: Request, response_id: str) -> Response:
+async def retrieve(request: Request, response_id: str, stream: bool = False) -> Response:
     """A stored response."""
+    if stream:
+        raise ApiError(400, "stream: a response is streamed only while it is made.", param="stream")
     return await in_thread(request, lambda: encoded(_known(request, response_id).body))
 
 
 @router.get("/{response_id}/input_items", response_model=None, responses=NOT_FOUND)
-async def input_items(request: Request, response_id: str) -> Response:
-    """What the request of a stored response added to the conversation."""
+async def input_items(
+    request: Request,
+    response_id: str,
+    after: str | None = None,
+    limit: Annotated[int | None, Query(ge=1, description="all if not given")] = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
+    """What the request of a stored response added to the conversation, the newest first unless `order` is asc."""
 
     def work() -> Response:
         stored = _known(request, response_id)
-        items = [{"id": f"in_{stored.name}{i:02x}", "type": "message", **item} for i, item in enumerate(stored.input)]
-        items.reverse()  # the newest first
-        ids = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {"first_id": "", "last_id": ""}
-        return encoded({"object": "list", "data": items, "has_more": False, **ids})
+        items = [_listed(item, f"in_{stored.name}{i:02x}") for i, item in enumerate(stored.input)]
+        if order == "desc":
+            items.reverse()
+        if after is not None:
+            before = next((i for i, item in enumerate(items) if item["id"] == after), None)
+            if before is None:
+                raise ApiError(400, f"after: the response has no input item {after[:100]!r}.", param="after")
+            items = items[before + 1 :]
+        page = items[:limit]
+        ids = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": "", "last_id": ""}
+        return encoded({"object": "list", "data": page, "has_more": len(items) > len(page), **ids})
 
     return await in_thread(request, work)
+
+
+def _listed(item: dict[str, Any], item_id: str) -> dict[str, Any]:
+    """An input item as lists have it: with an id and a type, and the text of a message as a part."""
+    listed = {"id": item_id, "type": "message", **item}
+    content = listed.get("content")
+    if listed["type"] == "message" and isinstance(content, str):
+        kind = "output_text" if listed.get("role") == "assistant" else "input_text"
+        listed["content"] = [{"type": kind, "text": content}]
+    return listed
 
 
 @router.delete("/{response_id}", response_model=None, responses=NOT_FOUND)

@@ -168,7 +168,7 @@ def test_a_conversation_of_stored_responses(ai: openai.OpenAI, served: Served) -
     assert whole.input_tokens == answer.usage.input_tokens
     assert ai.responses.retrieve(answer.id).output_text == answer.output_text
     (item,) = ai.responses.input_items.list(answer.id).data
-    assert item.content == "And then, 4?"  # type: ignore[union-attr]
+    assert item.content[0].text == "And then, 4?"  # type: ignore[union-attr]
     reference: Any = [{"type": "item_reference", "id": answer.output[0].id}, {"role": "user", "content": "Why?"}]
     assert ai.responses.create(**ALWAYS, input=reference).output_text
     # another branch, after what it goes on from was deleted
@@ -221,6 +221,27 @@ def test_compaction_is_answered_and_costs_nothing(ai: openai.OpenAI) -> None:
     assert [item.type for item in triggered.output] == ["compaction"]
     with pytest.raises(openai.BadRequestError, match="does not keep"):
         ai.responses.create(**ALWAYS, input=[{"type": "compaction", "encrypted_content": "x"}])
+
+
+def test_input_items_come_in_pages(ai: openai.OpenAI, served: Served) -> None:
+    said = [{"role": ("user", "assistant")[i % 2], "content": str(i)} for i in range(5)]
+    answer = ai.responses.create(**ALWAYS, input=said)  # type: ignore[arg-type]
+
+    def texts(**how: Any) -> list[str]:
+        return [item.content[0].text for item in ai.responses.input_items.list(answer.id, **how)]  # type: ignore[union-attr]
+
+    assert texts() == texts(limit=2) == texts(limit=1) == list("43210")  # the package asks for all pages
+    assert texts(order="asc", limit=3) == list("01234")
+    page = ai.responses.input_items.list(answer.id, limit=2)
+    assert page.has_more
+    assert len(page.data) == 2
+    after: Any = page.data[-1].id
+    assert texts(after=after) == list("210")
+    for how in ({"after": "in_1"}, {"limit": 0}, {"order": "up"}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(how))):
+            texts(**how)
+    with pytest.raises(openai.BadRequestError, match="only while it is made"):
+        ai.responses.retrieve(answer.id, stream=True)
 
 
 def test_thoughts_are_passed_on_sealed() -> None:
