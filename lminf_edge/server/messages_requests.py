@@ -93,9 +93,8 @@ def chat_of(request: CountRequest, messages: list[dict[str, Any]]) -> ChatReques
         bool(turns.messages) and turns.messages[-1]["role"] == "assistant" and "tool_calls" not in turns.messages[-1]
     )
     config = request.output_config or {}
-    thinking = (request.thinking or {}).get("type")
     choice = request.tool_choice or {}
-    effort = "none" if thinking == "disabled" else config.get("effort")
+    effort = "none" if (request.thinking or {}).get("type") == "disabled" else config.get("effort")
     return chat_request(
         request,
         turns,
@@ -106,6 +105,7 @@ def chat_of(request: CountRequest, messages: list[dict[str, Any]]) -> ChatReques
             "tool_choice": _tool_choice(choice),
             "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
             "reasoning_effort": effort if isinstance(effort, str) else None,
+            "reasoning_budget_tokens": _budget(request.thinking or {}),
             "response_format": _response_format(config.get("format") or request.output_format),
             "continue_final_message": True if is_prefill else None,
             "chat_template_kwargs": request.chat_template_kwargs,
@@ -207,6 +207,14 @@ def _tool_choice(choice: dict[str, Any]) -> Any:
         what = f'tool_choice: its type must be "auto", "any", "tool" or "none", not {str(kind)[:50]!r}.'
         raise ApiError(400, what, param="tool_choice")
     return known.get(kind)
+
+
+def _budget(thinking: dict[str, Any]) -> int | None:
+    """Tokens of thoughts, None if that is left to the server."""
+    budget = thinking.get("budget_tokens")
+    if budget is not None and (type(budget) is not int or budget < 0):
+        raise ApiError(400, "thinking.budget_tokens: it must be a number of tokens.", param="thinking.budget_tokens")
+    return budget if thinking.get("type") == "enabled" else None
 
 
 def _response_format(wanted: Any) -> dict[str, Any] | None:

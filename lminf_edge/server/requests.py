@@ -192,6 +192,14 @@ class ChatRequest(_OpenAISampling):
     reasoning_budget_message: str | None = Field(None, max_length=4096, description="said where the budget ends them")
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
+    modalities: Many[str] | None = Field(None, description="text, which is all that can be written")
+
+    @field_validator("modalities")
+    @classmethod
+    def _only_text(cls, modalities: list[str] | None) -> list[str] | None:
+        if modalities and modalities != ["text"]:
+            raise ValueError("only text can be written")
+        return modalities
 
 
 class CompletionRequest(_OpenAISampling):
@@ -207,6 +215,13 @@ class CompletionRequest(_OpenAISampling):
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     grammar: str | None = None
+    best_of: int | None = Field(None, description="as many as n: all that are made are answered")
+
+    @model_validator(mode="after")
+    def _all_are_answered(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of: all answers that are made are sent: ask for n of them, and choose")
+        return self
 
 
 class PromptText(_Lenient):

@@ -13,6 +13,8 @@ from served import Served, serve
 
 from lminf_edge import LMInfConfig
 from lminf_edge.server import Settings
+from lminf_edge.text.chat import ChatTemplate
+from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 
 SYSTEM = "Go on with the story, in the words of a sailor who has seen a lot, and never hurry."
 QUESTION: Any = [{"role": "user", "content": "The ferry left at six, an hour before the sun came over the hills."}]
@@ -151,6 +153,32 @@ def test_blocks_of_all_kinds(claude: anthropic.Anthropic) -> None:
     assert answer.content[0].text.startswith("{")  # type: ignore[union-attr]
 
 
+THINKS = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif %}{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif %}"""
+
+
+def test_thoughts_have_a_budget(served: Served, claude: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = served.service
+    thinks = LibraryFormat(service.llm, ChatDefaults(template=THINKS))
+    monkeypatch.setattr(service, "template", ChatTemplate(service.llm, thinks, service.tokenizer))
+    asked = {**ALWAYS, "max_tokens": 60, "messages": QUESTION}
+    kinds = []
+    for budget in (8, 50_000):
+        answer = claude.messages.create(**asked, thinking={"type": "enabled", "budget_tokens": budget})
+        kinds.append([block.type for block in answer.content])
+        if budget == 8:
+            thoughts: Any = answer.content[0]
+            assert len(service.llm.tokenize(thoughts.thinking.encode(), False)) <= 8 + 4
+    assert kinds == [["thinking", "text"], ["thinking"]]  # nano never ends thoughts by itself
+
+
 def test_stop_sequences(claude: anthropic.Anthropic) -> None:
     text = claude.messages.create(**{**ALWAYS, "max_tokens": 40}, messages=QUESTION).content[0].text  # type: ignore[union-attr]
     word = text.split()[3]
@@ -236,6 +264,7 @@ def test_a_chat_that_has_not_begun(claude: anthropic.Anthropic) -> None:
             {"messages": QUESTION, "context_management": {"edits": [{"type": "compact_20260112", "trigger": {}}]}},
             "edits",
         ),
+        ({"messages": QUESTION, "thinking": {"type": "enabled", "budget_tokens": "x"}}, "budget_tokens"),
         ({"messages": QUESTION, "lminf": {"recall": 5}}, "recall"),
     ],
 )
