@@ -50,6 +50,7 @@ class ResponseReply(Reply):
         self._state, self._body, self._owner, self._share = state, body, owner, share
         self._name = uuid.uuid4().hex
         self._before: Stored | None = None  # what the request goes on from
+        self._said: list[dict[str, Any]] = []  # all items until then
         self._new: list[dict[str, Any]] = []  # items that it adds
         self._threshold: int | None = None
         self._referred_to: dict[str, dict[Any, dict[str, Any]]] = {}  # items by id, of responses by name
@@ -104,15 +105,16 @@ class ResponseReply(Reply):
         self._threshold = compaction_threshold(body, given)
         compacted, new = split_compacted(given)
         self._new = [self._referred(item, f"input.{i}") for i, item in enumerate(new) if item.get("type") != TRIGGER]
-        history: list[dict[str, Any]] = []
         if compacted is not None:
-            history = self._history(compacted, "input", "conversation that a compaction item stands for")
+            self._said = self._history(compacted, "input", "conversation that a compaction item stands for")
         elif body.previous_response_id is not None:
             param = "previous_response_id"
-            history = self._history(body.previous_response_id, param, f"response {body.previous_response_id[:100]!r}")
+            self._said = self._history(
+                body.previous_response_id, param, f"response {body.previous_response_id[:100]!r}"
+            )
         if self._before is not None:
             self._n_compacted = self._before.n_compacted
-        asked = asked_chat(self._state.service, chat_of(body, [*history, *self._new]), exchange.is_cancelled)
+        asked = asked_chat(self._state.service, chat_of(body, [*self._said, *self._new]), exchange.is_cancelled)
         self._state.log_messages(asked.messages)
         return asked
 
@@ -279,7 +281,7 @@ class ResponseReply(Reply):
             body=body,
             path=PATH,
         )
-        self._state.stored.add(stored)
+        self._state.stored.add(stored, self._said)
 
     def compact(self, exchange: Exchange, asked: AskedChat) -> dict[str, Any] | None:
         """An item that stands for all that was said until now; None if the client does not want one yet.

@@ -16,7 +16,7 @@ import re
 import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -103,7 +103,12 @@ class StoredResponses:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, response: Response) -> None:
+    def add(self, response: Response, before: Sequence[dict[str, Any]] = ()) -> None:
+        """`before`: what was said until then; a part of the response if its parent was dropped while it was made."""
+        with self._lock:
+            is_orphan = bool(before) and response.parent not in self._entries
+        if is_orphan:
+            response = replace(response, parent="", input=[*before, *response.input])
         data = _packed(response, is_deleted=False)
         in_file = self._write(response.name, data)
         with self._lock:

@@ -223,6 +223,20 @@ def test_compaction_is_answered_and_costs_nothing(ai: openai.OpenAI) -> None:
         ai.responses.create(**ALWAYS, input=[{"type": "compaction", "encrypted_content": "x"}])
 
 
+def test_what_is_gone_on_from_may_be_deleted_meanwhile(ai: openai.OpenAI) -> None:
+    first = ai.responses.create(**ALWAYS, instructions=SYSTEM, input=QUESTION)
+    asked: Any = {**ALWAYS, "instructions": SYSTEM, "input": "And then?", "previous_response_id": first.id}
+    with ai.responses.create(**asked, stream=True) as stream:
+        next(iter(stream))
+        ai.responses.delete(first.id)
+        *_, last = stream
+    answer = last.response  # type: ignore[union-attr]
+    after = ai.responses.create(**ALWAYS, instructions=SYSTEM, input="Why?", previous_response_id=answer.id)
+    assert after.usage is not None
+    assert after.usage.input_tokens > answer.usage.total_tokens
+    assert n_read(after) < 30
+
+
 def test_input_items_come_in_pages(ai: openai.OpenAI, served: Served) -> None:
     said = [{"role": ("user", "assistant")[i % 2], "content": str(i)} for i in range(5)]
     answer = ai.responses.create(**ALWAYS, input=said)  # type: ignore[arg-type]
