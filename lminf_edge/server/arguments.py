@@ -307,15 +307,24 @@ def checked_tool_choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
 def asked_completion(service: TextService, request: CompletionRequest) -> Asked:
     llm = service.llm
     more: dict[str, Any] = {"logit_bias": token_bias(llm, (request.logit_bias or {}).items())}
-    if request.grammar is not None:
-        more["grammar"] = text_grammar(llm, request.grammar, "grammar")
     return Asked(
-        sampling=sampling_of(service, request, **more),
+        sampling=sampling_of(service, request, **more, **_held(llm, request)),
         max_tokens=request.max_tokens,
         stops=stops_of(request),
         n=request.n or 1,
         n_top=request.logprobs,
     )
+
+
+def _held(llm: llama_cpp.Llama, request: CompletionRequest | LlamaCompletionRequest) -> dict[str, Any]:
+    """The grammar that a text is held to, if there is one. Raises ApiError."""
+    if request.grammar and request.json_schema is not None:
+        raise ApiError(400, "Give a grammar or a json_schema, not both.", param="grammar")
+    if request.grammar:
+        return {"grammar": text_grammar(llm, request.grammar, "grammar")}
+    if request.json_schema is not None:
+        return {"grammar": schema_grammar(llm, request.json_schema, "json_schema")}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -338,18 +347,10 @@ class AskedLlamaCpp(Asked):
 def asked_llama_cpp(service: TextService, end_tokens: Iterable[int], request: LlamaCompletionRequest) -> AskedLlamaCpp:
     """In llama.cpp's dialect."""
     llm = service.llm
-    more: dict[str, Any] = {}
     pairs = text_bias(service, request.logit_bias or [])
     if request.ignore_eos:
         pairs += [(token, False) for token in end_tokens]
-    more["logit_bias"] = token_bias(llm, pairs)
-    if request.grammar is not None and request.json_schema is not None:
-        raise ApiError(400, "Give a grammar or a json_schema, not both.", param="grammar")
-    if request.grammar:
-        more["grammar"] = text_grammar(llm, request.grammar, "grammar")
-    elif request.json_schema is not None:
-        more["grammar"] = schema_grammar(llm, request.json_schema, "json_schema")
-    sampling = sampling_of(service, request, **more)
+    sampling = sampling_of(service, request, logit_bias=token_bias(llm, pairs), **_held(llm, request))
     limit = service.defaults.max_tokens if request.n_predict in (None, -1) else request.n_predict
     asked = {
         "max_tokens": -1 if limit is None else limit,

@@ -168,6 +168,11 @@ class ChatRequest(_OpenAISampling):
     """POST /v1/chat/completions"""
 
     messages: Many[Message] = Field(description="may be none: the template then says how an answer begins")
+    max_tokens: TokenLimit = Field(
+        None,
+        validation_alias=AliasChoices("max_tokens", "n_predict"),
+        description="not given or -1: until the model stops",
+    )
     max_completion_tokens: TokenLimit = None
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -215,6 +220,7 @@ class CompletionRequest(_OpenAISampling):
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
     best_of: int | None = Field(None, description="as many as n: all that are made are answered")
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -149,6 +150,16 @@ def test_the_limit_has_two_names(client: httpx.Client) -> None:
                 path, json={"prompt": TEXT, name: 3, "ignore_eos": True, "logit_bias": {"2": -100}}
             ).json()
             assert (answer["timings"]["predicted_n"]) == 3
+
+
+def test_what_openai_does_not_have_is_heeded_in_its_apis(client: httpx.Client) -> None:
+    chat = {"messages": [{"role": "user", "content": TEXT}], "n_predict": 3}
+    assert client.post("/v1/chat/completions", json=chat).json()["usage"]["completion_tokens"] == 3
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    held = client.post("/v1/completions", json={"prompt": TEXT, "max_tokens": 60, "json_schema": schema}).json()
+    assert json.loads(held["choices"][0]["text"])["a"] in ("x", "y")
+    both = {"prompt": TEXT, "json_schema": schema, "grammar": 'root ::= "a"'}
+    assert "not both" in client.post("/v1/completions", json=both).json()["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
