@@ -269,19 +269,20 @@ llama_sampler * lminf_chat_sampler_init(const llama_vocab * vocab, const char * 
         if (!start.empty() && !ends.empty() && (made->is_lazy || n_budget >= 0)) {
             auto forced = common_tokenize(vocab, params.at("budget_message").get<std::string>(), false, true);
             forced.insert(forced.end(), ends[0].begin(), ends[0].end());
-            const auto make = [&](common_reasoning_budget_state state) {
+            const auto make = [&](int n_tokens, common_reasoning_budget_state state) {
                 return owned(common_reasoning_budget_init(vocab, { common_tokenize(vocab, start, false, true) }, ends, forced,
-                    n_budget < 0 ? INT_MAX : n_budget, state));
+                    n_tokens < 0 ? INT_MAX : n_tokens, state));
             };
-            made->thoughts = make(REASONING_BUDGET_IDLE);
+            // the prompt takes nothing of the budget, and is not what ends the thoughts
+            const auto prompt = make(-1, REASONING_BUDGET_IDLE);
             for (const llama_token token : before) {
-                llama_sampler_accept(made->thoughts.get(), token);
+                llama_sampler_accept(prompt.get(), token);
             }
+            const auto state = common_reasoning_budget_get_state(prompt.get());
             // a tag that is no token of its own may be other tokens behind other text
-            const bool has_begun = ends_with_tag(params.at("generation_prompt").get<std::string>(), start);
-            if (has_begun && common_reasoning_budget_get_state(made->thoughts.get()) == REASONING_BUDGET_IDLE) {
-                made->thoughts = make(REASONING_BUDGET_COUNTING);
-            }
+            const bool has_tag  = ends_with_tag(params.at("generation_prompt").get<std::string>(), start);
+            const bool is_begun = state == REASONING_BUDGET_COUNTING || (has_tag && state == REASONING_BUDGET_IDLE);
+            made->thoughts = make(n_budget, is_begun ? REASONING_BUDGET_COUNTING : REASONING_BUDGET_IDLE);
         }
         sampler = llama_sampler_init(&chat_sampler_interface, made.get());
         made.release();

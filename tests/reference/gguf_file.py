@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
 from gguf.quants import dequantize
 
 Array = npt.NDArray[np.float64]
@@ -70,6 +70,21 @@ def copy_with(source: str | PathLike[str], target: str | PathLike[str], keys: Ma
     writer = with_metadata(reader, target, keys)
     for name, value in keys.items():
         writer.add_uint32(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    finish(writer)
+
+
+def copy_with_tokens(source: str | PathLike[str], target: str | PathLike[str], texts: Mapping[int, str]) -> None:
+    """Write `source` to `target` with other texts of some tokens, which are found in any text as a whole."""
+    reader = GGUFReader(source)
+    names = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")
+    writer = with_metadata(reader, target, names)
+    tokens, types = (list(reader.fields[name].contents()) for name in names)
+    for token, text in texts.items():
+        tokens[token], types[token] = text, int(TokenType.USER_DEFINED)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     finish(writer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 from conftest import MakeLlama
+from reference.gguf_file import copy_with_tokens
 from schemas import SCHEMAS
 from served import Served, serve
 from test_chat_library import ASKED, TOOLS, templates
@@ -155,6 +157,32 @@ def test_no_tools_no_trigger(llm: Llama) -> None:
     for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         done: Any = llm.create_chat_completion(ASKED, logits_processor=saying(llm, text), **settings, **more)
         assert done["choices"][0]["message"]["content"].strip().startswith(text)
+
+
+def test_the_prompt_takes_nothing_of_a_budget(make_llama: MakeLlama, nano_path: str, tmp_path: Path) -> None:
+    """Neither where it begins the thoughts, nor where it ends them."""
+    model = tmp_path / "thinks.gguf"
+    copy_with_tokens(nano_path, model, {1000: "<think>", 1001: "</think>"})  # one token each, as models that think have
+    llm = make_llama(str(model), lminf=LMInfConfig(n_global=4, n_local=252))
+    llm.__dict__["_chat_template"] = with_template(llm, "Qwen3.5-4B")
+    settings: Any = {
+        "temperature": 0.7,
+        "seed": 3,
+        "max_tokens": 40,
+        "reasoning_budget_message": "That is quite enough.",
+    }
+    for budget in (0, 1, 2):
+        done: Any = llm.create_chat_completion(ASKED, reasoning_budget_tokens=budget, **settings)
+        said = done["choices"][0]["message"]
+        thoughts = said["reasoning_content"].strip()
+        assert thoughts.endswith("That is quite enough.")
+        assert len(llm.tokenize(thoughts.removesuffix("That is quite enough.").encode(), False)) <= budget + 1
+        assert said["content"]
+    kwargs = {"enable_thinking": False}
+    done = llm.create_chat_completion(ASKED, reasoning_budget_tokens=0, chat_template_kwargs=kwargs, **settings)
+    said = done["choices"][0]["message"]
+    assert "enough" not in said["content"]
+    assert "think>" not in said["content"]
 
 
 @pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "Qwen3.5-4B"])
