@@ -31,7 +31,9 @@ from lminf_edge.server.streaming import Wire
 from lminf_edge.server.turns import Block, Step, check_path, count_prompt, found_stop, steps
 from lminf_edge.text.service import Exchange
 
-WIRE = Wire(error=ApiError.anthropic_body, is_typed=True, keep_alive='event: ping\ndata: {"type":"ping"}\n\n')
+WIRE = Wire(
+    error=lambda error, _: error.anthropic_body(), is_typed=True, keep_alive='event: ping\ndata: {"type":"ping"}\n\n'
+)
 
 _COMPACTED = "The server keeps the conversation so far, under this name: "
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}

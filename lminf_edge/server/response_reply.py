@@ -55,7 +55,7 @@ class ResponseReply(Reply):
         self._threshold: int | None = None
         self._referred_to: dict[str, dict[Any, dict[str, Any]]] = {}  # items by id, of responses by name
         self._n_events = 0
-        self._n_thoughts = 0  # tokens
+        self._n_thoughts = 0  # tokens of their text, which may be more than those that were generated
         self._n_compacted = 0  # tokens of the prompt of the last compaction
         self._stores = getattr(body, "store", None) is not False
         self._seals = "reasoning.encrypted_content" in (getattr(body, "include", None) or [])
@@ -257,7 +257,7 @@ class ResponseReply(Reply):
                 "skipped_tokens": usage.n_skipped,
             },
             "output_tokens": usage.n_completion,
-            "output_tokens_details": {"reasoning_tokens": self._n_thoughts},
+            "output_tokens_details": {"reasoning_tokens": min(self._n_thoughts, usage.n_completion)},
             "total_tokens": usage.n_prompt + usage.n_completion,
         }
         response["timings"], response["lminf"] = usage.timings(), exchange.stream_info()

@@ -111,12 +111,12 @@ class ProgressReporter:
 class Wire:
     """How an API writes its events.
 
-    error       an error that comes after the first event, as an event
+    error       an error, as the event that comes after the last one, None if it is the first
     is_typed    each event has a type, which is also its name
     keep_alive  what is sent while there is nothing else
     """
 
-    error: Callable[[ApiError], dict[str, Any]] = ApiError.body
+    error: Callable[[ApiError, dict[str, Any] | None], dict[str, Any]] = lambda error, _: error.body()
     is_typed: bool = False
     keep_alive: str = ": keep-alive\n\n"
 
@@ -192,6 +192,7 @@ class EventStream:
             return _gone()
 
         async def body() -> AsyncIterator[str]:
+            last: dict[str, Any] | None = None
             while not waiting.is_gone:
                 try:
                     event = first.pop() if first else await self._event(waiting, ping_seconds)
@@ -200,10 +201,11 @@ class EventStream:
                 if event is _END:
                     break
                 if isinstance(event, BaseException):
-                    yield self._wire.sent(self._wire.error(as_api_error(event)))
+                    yield self._wire.sent(self._wire.error(as_api_error(event), last))
                     break
                 if event is not _READY:
                     yield self._wire.keep_alive if event is None else self._wire.sent(event)
+                    last = event or last
             if done is not None:
                 yield f"data: {done}\n\n"
 

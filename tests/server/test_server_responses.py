@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +13,18 @@ import httpx
 import openai
 import pytest
 from served import Served, serve
+from test_server_messages import THINKS
 
 from lminf_edge import LMInfConfig
 from lminf_edge.engine.request import RequestCancelled
+from lminf_edge.models import find_model
 from lminf_edge.server import Settings
 from lminf_edge.server.budget import SMALL, Budget, Share
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.response_requests import opened, sealed
 from lminf_edge.server.stored import SUFFIX, Response, StoredResponses
+from lminf_edge.text.chat import ChatTemplate
+from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 
 SYSTEM = "Go on with the story, in the words of a sailor who has seen a lot, and never hurry."
 QUESTION = "The ferry left at six, an hour before the sun came over the hills."
@@ -221,6 +226,32 @@ def test_compaction_is_answered_and_costs_nothing(ai: openai.OpenAI) -> None:
     assert [item.type for item in triggered.output] == ["compaction"]
     with pytest.raises(openai.BadRequestError, match="does not keep"):
         ai.responses.create(**ALWAYS, input=[{"type": "compaction", "encrypted_content": "x"}])
+
+
+def test_the_event_of_an_error_is_the_next_one(nano_path: str) -> None:
+    body = {"input": QUESTION, "stream": True, "max_output_tokens": 100_000}
+    with (
+        serve(nano_path, lminf=WINDOW) as served,
+        httpx.stream("POST", f"{served.url}/v1/responses", json=body, timeout=60) as stream,
+    ):
+        events = (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
+        told = [next(events) for _ in range(6)]
+        served.server.should_exit = True
+        told += events
+    assert told[-1]["type"] == "error"
+    assert [event["sequence_number"] for event in told] == list(range(len(told)))
+
+
+def test_thoughts_are_some_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number is that of their text, which need not be made of the same tokens."""
+    with serve(find_model("nano-alibi"), lminf=WINDOW) as served:
+        service = served.service
+        thinks = LibraryFormat(service.llm, ChatDefaults(template=THINKS))
+        monkeypatch.setattr(service, "template", ChatTemplate(service.llm, thinks, service.tokenizer))
+        for seed in range(12):
+            body = {"input": "Tell", "max_output_tokens": 60, "temperature": 3, "seed": seed}
+            usage = httpx.post(f"{served.url}/v1/responses", json=body, timeout=60).json()["usage"]
+            assert 0 < usage["output_tokens_details"]["reasoning_tokens"] <= usage["output_tokens"] <= 60
 
 
 def test_what_is_gone_on_from_may_be_deleted_meanwhile(ai: openai.OpenAI) -> None:
