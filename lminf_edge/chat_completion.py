@@ -39,18 +39,30 @@ def chat_options(
         tools = [{"type": "function", "function": function} for function in functions]
     if function_call is not None:
         tool_choice = function_call if isinstance(function_call, str) else {"function": function_call}
+    made = [_tool(tool) for tool in tools or ()]
+    names = {tool["function"]["name"] for tool in made}
+    if len(names) < len(made):
+        raise UserError("tools: two functions have the same name: give each its own.")
     if isinstance(tool_choice, Mapping):
         name = tool_choice.get("function", {}).get("name")
-        if not any(tool["function"]["name"] == name for tool in tools or ()):
+        if name not in names:
             raise UserError(f"tool_choice: there is no tool {name!r}.")
     elif tool_choice not in (None, "none", "auto", "required"):
         raise UserError(f'tool_choice must be "none", "auto", "required" or a function, not {tool_choice!r}.')
+    elif tool_choice == "required" and not made:
+        raise UserError('tool_choice: "required" needs tools.')
     schema = None
-    if response_format is not None and response_format.get("type", "text") != "text":
+    kind = (response_format or {}).get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise UserError(f'The type of response_format is "text", "json_object" or "json_schema", not {kind!r}.')
+    if response_format is not None and kind != "text":
         inner = response_format.get("json_schema") or response_format
         schema = enforceable(inner.get("schema") or {"type": "object"})
+    if made and tool_choice != "none" and (grammar is not None or schema is not None):
+        what = "grammar" if grammar is not None else "response_format"
+        raise UserError(f"{what}: an answer that may call tools cannot have one: give no tools.")
     return ChatOptions(
-        tools=[_tool(tool) for tool in tools or ()],
+        tools=made,
         strict=strict_names(tools or ()),
         tool_choice=tool_choice or "auto",
         json_schema=schema,
@@ -60,7 +72,9 @@ def chat_options(
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    function = tool["function"]
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise UserError("tools: a tool has a function with a name.")
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
     parameters = enforceable(parameters) if function.get("strict") else loosened(parameters)
     check_size(parameters)

@@ -150,6 +150,22 @@ def test_bounds_without_a_grammar_are_left_out(llm: Llama) -> None:
         llm.create_chat_completion(ASKED, tools=tools, tool_choice="required", max_tokens=1)
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"tools": [{}]}, "a tool has a function with a name"),
+        ({"tools": [{"function": {"name": ""}}]}, "a tool has a function with a name"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "two functions"),
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "give no tools"),
+        ({"response_format": {"type": "xml"}}, "'xml'"),
+    ],
+)
+def test_what_llama_refuses(llm: Llama, asked: Any, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        llm.create_chat_completion(ASKED, max_tokens=1, **asked)
+
+
 def test_no_tools_no_trigger(llm: Llama) -> None:
     llm.__dict__["_chat_template"] = with_template(llm, "Qwen-Qwen2.5-7B-Instruct")
     text = '<tool_call>\n{"name": 1'
