@@ -106,11 +106,6 @@ class CheckpointStore:
     # --- sizes --------------------------------------------------------------------------------------------------------
 
     @property
-    def memory_limit(self) -> int:
-        """Bytes that checkpoints may take now."""
-        return max(self.memory_budget - self.bytes_beside(), 0)
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of the states of checkpoints in memory."""
         return sum(each.n_bytes for each in self._in_memory)
@@ -259,8 +254,8 @@ class CheckpointStore:
         self._settle()
         while self._n_checkpoints is not None and len(self._in_memory) > self._n_checkpoints:
             self._move_out(next(iter(self._in_memory)))
-        if self.memory_bytes > self.memory_limit:
-            self._trim_memory(self.memory_limit)
+        if self.memory_bytes > (limit := self.memory_budget - self.bytes_beside()):
+            self._trim_memory(limit)
         self._trim_disk()
         self.archives.trim(self._in_memory, self._save)
 
@@ -306,9 +301,8 @@ class CheckpointStore:
     def _trim_disk(self) -> None:
         """Forgets the least recently used until the rest fits; of each conversation the newest checkpoint goes last."""
         for conversation in self._by_use() if self.disk_bytes > self.disk_budget else []:
-            in_file = [
-                each for each in sorted(conversation.checkpoints, key=lambda each: each.n_tokens) if each.in_file
-            ]
+            in_file = [each for each in conversation.checkpoints if each.in_file]
+            in_file.sort(key=lambda each: each.n_tokens)
             for stored in in_file[:-1] if conversation.is_hot else in_file:
                 if self.disk_bytes <= self.disk_budget:
                     return

@@ -261,7 +261,9 @@ def default_folder() -> Path:
 def run(args: argparse.Namespace) -> int:
     from lminf_edge.server import Settings, create_app
     from lminf_edge.server.connections import Server
+    from lminf_edge.server.state import use_one_heap
 
+    use_one_heap()
     keys = api_keys(args)
     for host in args.host:
         if host not in LOOPBACK and not keys:

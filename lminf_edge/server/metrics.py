@@ -65,8 +65,8 @@ class EngineCollector(Collector):
             ("archived_tokens", "Tokens that can be recalled, of conversations in the context.", archived),
             ("archive_bytes", "What these take of memory.", archive_bytes),
             ("memory_bytes", "Conversations in memory.", store.memory_bytes),
-            ("memory_budget_bytes", "What these may take.", store.memory_limit),
             ("text_bytes", "Texts of messages with their tokens.", self._service.tokenizer.n_bytes),
+            ("memory_budget_bytes", "What these and the conversations may take.", store.memory_budget),
             ("disk_bytes", "Conversations in files.", store.disk_bytes),
             ("disk_budget_bytes", "What these may take.", store.disk_budget),
         ):
