@@ -65,6 +65,10 @@ class Server:
         anonymous, shared = (int(re.findall(rf"Rss{kind}:\s+(\d+) kB", status)[0]) for kind in ("Anon", "Shmem"))
         return 1024 * (anonymous + shared)
 
+    def accounted(self) -> float:
+        """Bytes that are within the budget of memory: conversations, and the texts of messages."""
+        return self.metric("memory_bytes") + self.metric("text_bytes")
+
     def metric(self, name: str) -> float:
         [value] = re.findall(rf"^lminf_{name} ([\d.e+-]+)$", self.client.get("/metrics").text, re.M)
         return float(value)
@@ -381,13 +385,13 @@ def memory(args: argparse.Namespace) -> Figures:
         warm = Talk(server, 0)
         for _ in range(20):
             warm.say(300)
-        before, known = server.resident(), server.metric("memory_bytes")
+        before, known = server.resident(), server.accounted()
         talks = [Talk(server, 1 + i) for i in range(args.conversations)]
         samples = []
         for _ in range(args.turns):
             for talk in talks:
                 talk.say(200)
-            samples.append({"resident": server.resident(), "accounted": server.metric("memory_bytes")})
+            samples.append({"resident": server.resident(), "accounted": server.accounted()})
         n_known = server.metric("conversations")
     return {
         "budget_bytes": budget,

@@ -219,7 +219,6 @@ def open_service(args: argparse.Namespace) -> TextService:
     # without remembered texts every turn tokenizes its whole history
     text_bytes = min(max(args.memory // 16, LEAST_TEXT_BYTES), TEXT_BYTES)
     folder = None if args.disk == 0 else args.folder or default_folder()
-    n_stored = response_bytes(args)
     with options_named(), captured_errors():
         engine = load_engine(
             path,
@@ -227,8 +226,8 @@ def open_service(args: argparse.Namespace) -> TextService:
             lminf=replace(window_config(args), prefill=args.prefill, n_tail=args.n_tail),
             max_sinks=max_sinks,
             folder=folder,
-            memory_budget=max(args.memory - (n_stored if folder is None else 0), 0),
-            disk_budget=args.disk - (0 if folder is None else n_stored),
+            memory_budget=args.memory,
+            disk_budget=args.disk - (0 if folder is None else response_bytes(args)),
             background=args.background,
             chat_format=args.chat_format,
             verbose=False,

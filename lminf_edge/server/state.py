@@ -60,6 +60,9 @@ class ServerState:
         folder, note = (None, lambda _: None) if store is None else (store.folder, store.failures.note)
         self.budget = Budget(N_BODIES * settings.max_body)
         self.stored = StoredResponses(folder, settings.response_bytes, note)
+        if store is not None and folder is None:  # in memory, of the same budget
+            beside = store.bytes_beside
+            store.bytes_beside = lambda: beside() + self.stored.n_bytes
         self.started = time.time()
         self.stopping = asyncio.Event()  # set at shutdown
         self.parsing = asyncio.Lock()  # of a long body: it takes many times its bytes for a while
