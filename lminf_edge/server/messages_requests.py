@@ -16,6 +16,7 @@ from lminf_edge.server.turns import Turns, as_arguments, chat_request, text_of, 
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:(?:[^\S\n]*[\w-]+=[^;\n]*;)*[^\S\n]*\n?")
 
 COMPACTION = "compact_20260112"
+_CLEARING = ("clear_tool_uses_", "clear_thinking_")  # kinds of edits, with the date of a version behind
 COMPACT_AT = 150_000  # tokens, unless the request says otherwise
 
 
@@ -50,12 +51,16 @@ class Compaction:
 
 
 def compaction_of(request: CountRequest) -> Compaction | None:
-    """The compaction that a request asks for. Other edits of the context are not needed here."""
+    """The compaction that a request asks for. What clears results or thoughts is not needed here. Raises ApiError."""
     if request.compaction is not None:
         return Compaction(0, pauses=True)
     edits = (request.context_management or {}).get("edits")
     for edit in edits if isinstance(edits, list) else []:
-        if isinstance(edit, dict) and edit.get("type") == COMPACTION:
+        kind = edit.get("type") if isinstance(edit, dict) else None
+        if not isinstance(kind, str) or not (kind == COMPACTION or kind.startswith(_CLEARING)):
+            where = "context_management.edits"
+            raise ApiError(400, f"{where}: there is no edit {str(kind)[:50]!r}; there is {COMPACTION}.", param=where)
+        if kind == COMPACTION:
             trigger = edit.get("trigger")
             value = trigger.get("value") if isinstance(trigger, dict) else COMPACT_AT
             if type(value) is not int or value < 1:

@@ -264,6 +264,7 @@ def test_a_chat_that_has_not_begun(claude: anthropic.Anthropic) -> None:
             {"messages": QUESTION, "context_management": {"edits": [{"type": "compact_20260112", "trigger": {}}]}},
             "edits",
         ),
+        ({"messages": QUESTION, "context_management": {"edits": [{"type": "forget"}]}}, "forget"),
         ({"messages": QUESTION, "thinking": {"type": "enabled", "budget_tokens": "x"}}, "budget_tokens"),
         ({"messages": QUESTION, "lminf": {"recall": 5}}, "recall"),
     ],
@@ -276,6 +277,12 @@ def test_bad_input(served: Served, body: Any, about: str) -> None:
         assert error["type"] == "error"
         assert error["error"]["type"] == "invalid_request_error"
         assert about in error["error"]["message"]
+
+
+def test_clearing_needs_no_work(served: Served, claude: anthropic.Anthropic) -> None:
+    edits: Any = [{"type": "clear_tool_uses_20250919"}, {"type": "clear_thinking_20251015", "keep": "all"}]
+    made = claude.beta.messages.create(**ALWAYS, messages=QUESTION, context_management={"edits": edits})
+    assert made.stop_reason
 
 
 def test_errors_have_the_shape_of_the_api(served: Served, claude: anthropic.Anthropic) -> None:
