@@ -121,12 +121,12 @@ class CachedTokenizer:
         """
         start: list[int] = self._llm.tokenize(b"", add_bos=True, special=True) if add_bos else []
         pieces = self.split(text)
-        found: dict[str, Tokens] = {}
+        found = self._tokens_of_all(list(dict.fromkeys(pieces)), owner, is_cancelled)
         room = self._n_bytes_max
-        for piece in pieces:
-            if piece not in found:
-                found[piece] = self.tokens_of(piece, owner, is_cancelled, room)
-                room -= _n_bytes(piece, found[piece])
+        for piece, tokens in found.items():
+            if (size := _n_bytes(piece, tokens)) <= room:
+                self._remember(owner, piece, tokens)
+            room -= size
         # of what is too much for the memory the beginning is kept, not forgotten piece by piece as it is needed
         with self._lock:
             for key in ((owner, piece) for piece in reversed(found)):
@@ -141,34 +141,48 @@ class CachedTokenizer:
         last = prompt[max([0, *map(prompt.rfind, self._cuts)]) :]
         if not answer or not last:
             return
-        pieces = self.split(last + answer)
-        tokens = as_tokens(answer_tokens)
-        parts = np.split(tokens, np.flatnonzero(np.isin(tokens, self._cut_tokens)))
+        pieces, parts = self.split(last + answer), self._cut(as_tokens(answer_tokens))
         if len(pieces) == len(parts):  # else the model wrote the text of a control token in other ones
             parts[0] = np.concatenate([self.tokens_of(last, owner), parts[0]])
             for piece, part in zip(pieces, parts, strict=True):
                 self._remember(owner, piece, part)
 
-    def tokens_of(
-        self,
-        text: str,
-        owner: str = "",
-        is_cancelled: Callable[[], bool] = lambda: False,
-        room: int | None = None,
-    ) -> Tokens:
-        """The tokens of one piece of a text: int32 (n_tokens,); remembered if they take no more than `room` bytes.
-
-        Raises RequestCancelled.
-        """
-        with self._lock:
-            tokens = self._known.get((owner, text))
-            if tokens is not None:
-                self._known.move_to_end((owner, text))
-                return tokens
-        tokens = self.tokenize(text, is_cancelled=is_cancelled)
-        if room is None or _n_bytes(text, tokens) <= room:
-            self._remember(owner, text, tokens)
+    def tokens_of(self, text: str, owner: str = "") -> Tokens:
+        """The tokens of one piece of a text: int32 (n_tokens,); remembered."""
+        tokens = self._tokens_of_all([text], owner, lambda: False)[text]
+        self._remember(owner, text, tokens)
         return tokens
+
+    def _tokens_of_all(self, pieces: Sequence[str], owner: str, is_cancelled: Callable[[], bool]) -> dict[str, Tokens]:
+        """The tokens of each piece, those known and those not. Raises RequestCancelled."""
+        with self._lock:
+            found = {piece: self._known.get((owner, piece)) for piece in pieces}
+        new: dict[str, Tokens] = {}
+        batch: list[str] = []
+        n_chars = 0
+        for piece in [piece for piece, tokens in found.items() if tokens is None]:
+            if n_chars + len(piece) > LONG_TEXT:
+                new |= self._tokenize_batch(batch, is_cancelled)
+                batch, n_chars = [], 0
+            batch.append(piece)
+            n_chars += len(piece)
+        new |= self._tokenize_batch(batch, is_cancelled)
+        return {piece: new[piece] if tokens is None else tokens for piece, tokens in found.items()}
+
+    def _tokenize_batch(self, pieces: Sequence[str], is_cancelled: Callable[[], bool]) -> dict[str, Tokens]:
+        """The same as one by one, as a control token stands between two; words they share are cut into tokens once."""
+        if not pieces:
+            return {}
+        parts = self._cut(self.tokenize("".join(pieces), is_cancelled=is_cancelled))
+        parts = parts if len(parts[0]) else parts[1:]
+        if len(parts) != len(pieces):  # a control token that the tokenizer reads as something else
+            parts = [self.tokenize(piece, is_cancelled=is_cancelled) for piece in pieces]
+        return dict(zip(pieces, parts, strict=True))
+
+    def _cut(self, tokens: Tokens) -> list[Tokens]:
+        """Tokens up to the first control token that texts are cut at, then from each to the next."""
+        parts = np.split(tokens, np.flatnonzero(np.isin(tokens, self._cut_tokens)))
+        return [part.copy() for part in parts]  # else one of them would keep all of them
 
     def tokenize(
         self,

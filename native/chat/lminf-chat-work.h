@@ -10,6 +10,7 @@
 
 #include "lminf-chat-calls.h"  // the other hooks in common/
 #include "lminf-chat-parsers.h"
+#include "lminf-chat-render.h"
 #include "lminf-chat-schema.h"
 
 #include <algorithm>

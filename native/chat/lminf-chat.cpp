@@ -183,6 +183,7 @@ char * lminf_chat_apply(
             }
         }
         lminf_chat_warned_of_schema();
+        lminf_chat_memory memory;
         const auto params = common_chat_templates_apply(chat->templates.get(), inputs);
         if (!inputs.json_schema.empty()) {
             check_schema_enforced();

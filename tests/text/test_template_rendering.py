@@ -13,9 +13,9 @@ from typing import Any
 import jinja2.ext
 import jinja2.sandbox
 import pytest
-from test_chat_library import ANSWERED, ASKED, TOOLS, apply, templates
+from test_chat_library import ANSWERED, ASKED, TOOLS, apply, opened, templates
 
-from lminf_edge.text.library import ChatError
+from lminf_edge.text.library import ChatError, Templates
 
 DEVELOPER = [{"role": "developer", "content": "Be brief."}, ASKED[1]]
 CONVERSATIONS: dict[str, tuple[Any, Any, Any]] = {  # what we are given, what Jinja2 is, and tools
@@ -119,3 +119,69 @@ def test_prompts_are_those_of_jinja(conversation: str) -> None:
         else:
             different.add(name)
     assert different == {name for name, where in DIFFERENT if where == conversation}
+
+
+# what is written for an answer, by templates of other shapes; the library executes what comes before it once
+LOOP = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+SHAPES = {
+    "at the end": LOOP + "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "at the end, with a text behind": LOOP + "{% if add_generation_prompt %}<assistant>{% endif %} ",
+    "an expression": LOOP + "{{ '<assistant>' if add_generation_prompt else '' }}",
+    "by a name": "{% set begins = add_generation_prompt %}" + LOOP + "{% if begins %}<assistant>{% endif %}",
+    "in the loop": "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if loop.last and add_generation_prompt %}<assistant>{% endif %}{% endfor %}",
+    "by a macro": "{% macro begin() %}{% if add_generation_prompt %}<assistant>{% endif %}{% endmacro %}"
+    + LOOP + "{{ begin() }}",
+    "named before, in a comment": "{# add_generation_prompt #}" + LOOP + "{% if add_generation_prompt %}<a>{% endif %}",
+    "named before, in a text": "{{ 'add_generation_prompt' }}" + LOOP + "{% if add_generation_prompt %}<a>{% endif %}",
+    "with a list that grows": "{% set said = [1] %}" + LOOP
+    + "{% if add_generation_prompt %}{% set more = said.append(2) %}{% endif %}{{ said | length }}",
+    "with a namespace that changes": "{% set ns = namespace(n=1) %}" + LOOP
+    + "{% if add_generation_prompt %}{% set ns.n = ns.n + 1 %}<assistant>{% endif %}{{ ns.n }}",
+    "with a variable that changes": "{% set n = 1 %}" + LOOP
+    + "{% if add_generation_prompt %}{% set n = n + 1 %}<assistant>{% endif %}{{ n }}",
+    "not at all": LOOP,
+    "not named alone": LOOP + "{% if no_add_generation_prompt is not defined %}<b>{% endif %}",
+    "before all": "{% if add_generation_prompt %}<a>{% endif %}" + LOOP,
+    "if it is there": LOOP + "{% if add_generation_prompt is defined %}<assistant>{% endif %}",
+}  # fmt: skip
+
+
+def begin_of_answer(with_it: str, without: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(with_it, without, strict=False))
+    return with_it[sum(1 for _ in same) :]
+
+
+def check_beginnings(chat: Templates, messages: Any, **more: Any) -> tuple[str, str]:
+    """Prompts with and without the beginning of an answer: each call makes both, and begins with another one."""
+    made = [chat.apply({"messages": messages, "add_generation_prompt": each, **more}) for each in (True, False, True)]
+    assert made[0]["prompt"] == made[2]["prompt"]
+    assert len({each["generation_prompt"] for each in made}) == 1
+    return made[0]["prompt"], made[1]["prompt"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_beginning_of_an_answer_is_found_in_templates_of_any_shape(shape: str) -> None:
+    chat = Templates(None, SHAPES[shape], "<s>", "</s>")
+    expected = environment().from_string(SHAPES[shape])
+    for messages in (ASKED, [*ASKED, *ASKED[1:]]):
+        with_it, without = check_beginnings(chat, messages)
+        assert with_it == expected.render(messages=messages, add_generation_prompt=True)
+        assert without == expected.render(messages=messages)
+        made = chat.apply({"messages": messages})
+        assert made["generation_prompt"] == begin_of_answer(with_it, without)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_the_beginning_of_an_answer_is_what_a_template_writes_for_it(conversation: str) -> None:
+    messages, _, tools = CONVERSATIONS[conversation]
+    more = {"tools": tools} if tools else {}
+    different = set()
+    for name in templates():
+        try:
+            with_it, without = check_beginnings(opened(name), messages, **more)
+        except ChatError:
+            continue
+        if apply(name, messages, **more)["generation_prompt"] != begin_of_answer(with_it, without):
+            different.add(name)
+    assert not different

@@ -1,0 +1,128 @@
+"""Words that repeat are cut into tokens once: the tokens are those of stock llama.cpp, in its own vocabularies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TEXT
+from repository import ROOT
+
+from lminf_edge import Llama
+from lminf_edge.text.tokenizer import CachedTokenizer, control_texts, use_tokenizer
+
+STOCK = ROOT / "build" / "stock" / "bin"
+VOCABULARIES = [
+    "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "mpt", "qwen2", "qwen35",
+    "refact", "starcoder",
+]  # fmt: skip
+
+TOKENIZE = """
+import json, sys
+import llama_cpp
+for path, texts in json.load(sys.stdin).items():
+    llm = llama_cpp.Llama(path, vocab_only=True, verbose=False)
+    print(json.dumps([llm._model.tokenize(text.encode(), False, True) for text in texts]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama.cpp's vocabularies, with texts and the tokens that each model's own tokenizer makes of them."""
+    sdist = next((ROOT / "build" / "upstream").glob("llama_cpp_python-*.tar.gz"), None)
+    if sdist is None:
+        pytest.skip("build/upstream has no sdist: make setup")
+    folder = tmp_path_factory.mktemp("vocabularies")
+    names = {f"ggml-vocab-{name}.gguf{end}" for name in VOCABULARIES for end in ("", ".inp", ".out")}
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            name = Path(member.name).name
+            if name in names and (file := archive.extractfile(member)):
+                (folder / name).write_bytes(file.read())
+    return folder
+
+
+def path_of(folder: Path, name: str) -> str:
+    return str(folder / f"ggml-vocab-{name}.gguf")
+
+
+def texts_of(seed: int) -> list[str]:
+    """Texts in which most words come more than once: prose, code, numbers, other scripts, any code point."""
+    rng = random.Random(seed)
+    words = [*TEXT.split(" "), "don't", "DON'T", "  ", "\n", "\n\n", "\t\t", "1234", "12", "x=y;", "->", "日本語",
+             "été", "🙂🙂", "e\u0301", "\u00a0", "İstanbul", "привет", "مرحبا", "a" * 100, "<|endoftext|>"]  # fmt: skip
+    words += ["".join(chr(rng.randrange(1, 0xD800)) for _ in range(rng.randrange(1, 6))) for _ in range(40)]
+    return ["".join(rng.choice(words) + rng.choice([" ", " ", "", "\n"]) for _ in range(600)) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> dict[str, list[list[int]]]:
+    if not any(STOCK.glob("libllama.*")):
+        pytest.skip("build/stock has no library: make stock")
+    asked = {path_of(folder, name): texts_of(i) for i, name in enumerate(VOCABULARIES)}
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(STOCK)}
+    made = subprocess.run(
+        [sys.executable, "-c", TOKENIZE], input=json.dumps(asked), env=env, capture_output=True, text=True, check=True
+    )
+    return dict(zip(VOCABULARIES, map(json.loads, made.stdout.splitlines()), strict=True))
+
+
+@pytest.fixture(params=VOCABULARIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def llm(folder: Path, name: str) -> Iterator[Any]:
+    made = Llama(path_of(folder, name), vocab_only=True, verbose=False)
+    use_tokenizer(made)
+    yield made
+    made.close()
+
+
+def test_tokens_are_those_of_stock_llama_cpp(llm: Any, name: str, stock: dict[str, list[list[int]]]) -> None:
+    texts = texts_of(VOCABULARIES.index(name))
+    assert [llm.tokenize(text.encode(), False, True) for text in texts] == stock[name]
+    assert len(stock[name][0]) > 1000
+
+
+def test_tokens_are_those_of_the_model(llm: Any, name: str, folder: Path) -> None:
+    path = Path(path_of(folder, name))
+    if not path.with_suffix(".gguf.out").exists():
+        pytest.skip("llama.cpp has no expected tokens for it")
+    texts = path.with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    expected = path.with_suffix(".gguf.out").read_text(encoding="utf-8").splitlines()
+    for text, line in zip(texts, expected, strict=False):
+        assert llm.tokenize(text.encode(), False, False) == [int(token) for token in line.split()]
+
+
+def test_pieces_together_are_as_one_by_one(llm: Any) -> None:
+    controls = list(control_texts(llm, " ".join(_control_texts(llm))))[:3]
+    cached, rng = CachedTokenizer(llm, " ".join(controls), 0), random.Random(1)
+    assert len(cached._cuts) == len(controls)
+    for text in texts_of(7):
+        parts = [text[i : i + 37] for i in range(0, len(text), 37)]
+        mixed = "".join(part + (rng.choice(controls) if controls else "") for part in parts)
+        pieces = cached.split(mixed)
+        assert len(pieces) > 50 or not controls
+        one_by_one = [llm.tokenize(piece.encode(), False, True) for piece in pieces]
+        tokens, found, starts = cached.encode(mixed, False)
+        assert found == pieces
+        assert [part.tolist() for part in np.split(tokens, starts[1:-1])] == one_by_one
+        assert tokens.tolist() == llm.tokenize(mixed.encode(), False, True)
+
+
+def _control_texts(llm: Any) -> list[str]:
+    import llama_cpp
+
+    vocab = llm._model.vocab
+    return [llama_cpp.llama_vocab_get_text(vocab, token).decode("utf-8", "replace") for token in range(llm.n_vocab())]
