@@ -8,9 +8,9 @@ from typing import Any
 
 from lminf_edge.errors import UserError
 from lminf_edge.text.answer import Delta, Reader
-from lminf_edge.text.chat import ChatOptions, ChatTemplate, Messages, strict_names
+from lminf_edge.text.chat import ChatOptions, ChatTemplate, Messages
 from lminf_edge.text.schema import enforceable
-from lminf_edge.text.schema_bounds import check_size, loosened
+from lminf_edge.text.tools import check_tools
 
 # of create_chat_completion besides llama_cpp's, and what they are in ChatOptions
 CHAT_ARGUMENTS = {
@@ -39,18 +39,7 @@ def chat_options(
         tools = [{"type": "function", "function": function} for function in functions]
     if function_call is not None:
         tool_choice = function_call if isinstance(function_call, str) else {"function": function_call}
-    made = [_tool(tool) for tool in tools or ()]
-    names = {tool["function"]["name"] for tool in made}
-    if len(names) < len(made):
-        raise UserError("tools: two functions have the same name: give each its own.")
-    if isinstance(tool_choice, Mapping):
-        name = tool_choice.get("function", {}).get("name")
-        if name not in names:
-            raise UserError(f"tool_choice: there is no tool {name!r}.")
-    elif tool_choice not in (None, "none", "auto", "required"):
-        raise UserError(f'tool_choice must be "none", "auto", "required" or a function, not {tool_choice!r}.')
-    elif tool_choice == "required" and not made:
-        raise UserError('tool_choice: "required" needs tools.')
+    checked = check_tools(list(tools or ()), tool_choice)
     schema = None
     kind = (response_format or {}).get("type", "text")
     if kind not in ("text", "json_object", "json_schema"):
@@ -58,27 +47,17 @@ def chat_options(
     if response_format is not None and kind != "text":
         inner = response_format.get("json_schema") or response_format
         schema = enforceable(inner.get("schema") or {"type": "object"})
-    if made and tool_choice != "none" and (grammar is not None or schema is not None):
+    if checked.functions and checked.choice != "none" and (grammar is not None or schema is not None):
         what = "grammar" if grammar is not None else "response_format"
         raise UserError(f"{what}: an answer that may call tools cannot have one: give no tools.")
     return ChatOptions(
-        tools=made,
-        strict=strict_names(tools or ()),
-        tool_choice=tool_choice or "auto",
+        tools=checked.functions,
+        strict=checked.strict,
+        tool_choice=checked.choice,
         json_schema=schema,
         grammar=grammar,
         **more,
     )
-
-
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    function = tool.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise UserError("tools: a tool has a function with a name.")
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    parameters = enforceable(parameters) if function.get("strict") else loosened(parameters)
-    check_size(parameters)
-    return {**tool, "type": "function", "function": {**function, "parameters": parameters}}
 
 
 def complete_chat(

@@ -11,8 +11,6 @@ from typing import Any
 import llama_cpp
 
 from lminf_edge.engine.params import Grammar, SamplingParams
-from lminf_edge.engine.request import RequestCancelled
-from lminf_edge.errors import UserError
 from lminf_edge.server.errors import ApiError
 from lminf_edge.server.grammars import answer_schema, response_schema, schema_grammar, text_grammar
 from lminf_edge.server.requests import (
@@ -25,14 +23,11 @@ from lminf_edge.server.requests import (
     PromptText,
 )
 from lminf_edge.server.requests import Sampling as SamplingRequest
-from lminf_edge.text.chat import ChatOptions, strict_names
+from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import check_sizes
-from lminf_edge.text.schema import enforceable
-from lminf_edge.text.schema_bounds import check_size, count_parts, loosened
 from lminf_edge.text.service import Exchange, TextService
+from lminf_edge.text.tools import ToolError, check_tools
 
-MAX_TOOLS = 1024
-MAX_TOOL_PARTS = 30_000  # of all their schemas
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
 
 # names that chat formats and their templates use themselves
@@ -127,10 +122,12 @@ def chat_options(service: TextService, request: ChatRequest, is_cancelled: Calla
         tools = [{"type": "function", "function": function} for function in request.functions]
         named = isinstance(request.function_call, dict)
         choice = {"type": "function", "function": request.function_call} if named else request.function_call
-    checked = checked_tools(tools or [], is_cancelled)
-    choice = checked_tool_choice(choice, checked)
+    try:
+        checked = check_tools(tools or [], choice, is_cancelled)
+    except ToolError as error:
+        raise ApiError(400, str(error), param=error.param) from None
     grammar, schema = _answer_grammar(service, request)
-    if checked and choice != "none" and (grammar is not None or schema is not None):
+    if checked.functions and checked.choice != "none" and (grammar is not None or schema is not None):
         what = "grammar" if grammar is not None else "response_format"
         raise ApiError(400, f"{what}: an answer that may call tools cannot have one: give no tools.", param=what)
     continues = request.continue_final_message
@@ -154,9 +151,9 @@ def chat_options(service: TextService, request: ChatRequest, is_cancelled: Calla
         template["reasoning_effort"] = request.reasoning_effort
     budget = request.reasoning_budget_tokens
     return ChatOptions(
-        tools=checked,
-        strict=strict_names(tools or ()),
-        tool_choice=choice,
+        tools=checked.functions,
+        strict=checked.strict,
+        tool_choice=checked.choice,
         parallel_tool_calls=request.parallel_tool_calls,
         add_generation_prompt=request.add_generation_prompt is not False and not continues,
         continue_final_message=continues,
@@ -246,59 +243,6 @@ def check_continued(messages: list[dict[str, Any]]) -> None:
         )
     if before and before[0]["role"] == "assistant":
         raise ApiError(400, "messages: two messages of the assistant at the end cannot be continued.", param="messages")
-
-
-def checked_tools(tools: list[Any], is_cancelled: Callable[[], bool]) -> list[dict[str, Any]]:
-    """Tools, completed with what templates expect. Raises ApiError for what is not a tool, and RequestCancelled."""
-    if len(tools) > MAX_TOOLS:
-        raise ApiError(400, f"tools: there may be {MAX_TOOLS:,} at most.", param="tools")
-    checked: list[dict[str, Any]] = []
-    names: set[str] = set()
-    n_parts = 0
-    for i, tool in enumerate(tools):
-        if is_cancelled():
-            raise RequestCancelled
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise ApiError(400, f"tools.{i}: a tool has a function with a name.", param="tools")
-        if function["name"] in names:
-            raise ApiError(400, f"tools.{i}: there are two functions {function['name'][:100]!r}.", param="tools")
-        names.add(function["name"])
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        param = f"tools.{i}.function.parameters"
-        try:
-            n_parts += count_parts(parameters)
-            if n_parts > MAX_TOOL_PARTS:
-                raise ApiError(400, f"tools: their schemas have more than {MAX_TOOL_PARTS:,} parts.", param="tools")
-            if function.get("strict"):
-                parameters = enforceable(parameters)
-            else:
-                parameters = loosened(parameters)
-                check_size(parameters)
-        except UserError as error:
-            raise ApiError(400, f"{param}: {error}.", param=param) from None
-        if not isinstance(function.get("description", ""), str):
-            raise ApiError(400, f"tools.{i}: a description is text.", param="tools")
-        kept = {name: value for name, value in function.items() if name != "strict"}  # not for the prompt
-        checked.append({**tool, "type": "function", "function": {**kept, "parameters": parameters}})
-    return checked
-
-
-def checked_tool_choice(choice: Any, tools: list[dict[str, Any]]) -> Any:
-    """A choice that can be enforced: "auto", "none", "required", or one function. Raises ApiError."""
-    param = "tool_choice"
-    if choice in ("auto", "none") or choice is None:
-        return choice or "auto"
-    if choice == "required":
-        if not tools:
-            raise ApiError(400, f'{param}: "required" needs tools.', param=param)
-        return choice
-    if not isinstance(choice, dict) or not isinstance(choice.get("function"), dict):
-        raise ApiError(400, f'{param}: it must be "auto", "none", "required" or a function.', param=param)
-    name = choice["function"].get("name")
-    if not any(tool["function"]["name"] == name for tool in tools):
-        raise ApiError(400, f"{param}: there is no tool {str(name)[:100]!r}.", param=param)
-    return {"type": "function", "function": {"name": name}}
 
 
 # --- completions ------------------------------------------------------------------------------------------------------

@@ -52,11 +52,6 @@ class ChatOptions:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def strict_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """ChatOptions.strict of tools as clients give them."""
-    return frozenset(tool["function"]["name"] for tool in tools if tool["function"].get("strict"))
-
-
 @dataclass(frozen=True)
 class ChatPrompt:
     """

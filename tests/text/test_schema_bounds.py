@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from lminf_edge.errors import UserError
-from lminf_edge.server.arguments import MAX_TOOL_PARTS, checked_tools
-from lminf_edge.server.errors import ApiError
 from lminf_edge.text.schema import enforceable, schema_gbnf
 from lminf_edge.text.schema_bounds import MAX_PARTS, loosened
+from lminf_edge.text.tools import MAX_TOOL_PARTS, ToolError, check_tools
 
 MOST = 2.0  # seconds of work
 TOO_LARGE = "the JSON schema is too large"
@@ -69,18 +68,18 @@ def test_tools_have_a_bound_together(strict: bool) -> None:
     n = 1000
     tools = [tool(f"f{t}", objects({f"p{i}": number(t * n + i) for i in range(n)}), strict=strict) for t in range(60)]
     began = time.process_time()
-    with pytest.raises(ApiError, match=f"tools: their schemas have more than {MAX_TOOL_PARTS:,} parts"):
-        checked_tools(tools, lambda: False)
+    with pytest.raises(ToolError, match=f"tools: their schemas have more than {MAX_TOOL_PARTS:,} parts"):
+        check_tools(tools)
     assert time.process_time() - began < MOST
     # far more than real agents have
     parameters = objects({f"p{i}": {"type": "string", "description": "x" * 200} for i in range(10)})
-    assert len(checked_tools([tool(f"f{t}", parameters, strict=strict) for t in range(300)], lambda: False)) == 300
+    assert len(check_tools([tool(f"f{t}", parameters, strict=strict) for t in range(300)]).functions) == 300
 
 
 def test_a_pattern_that_grows_is_left_out_of_tools() -> None:
     schema = {"type": "string", "pattern": "^[" + "abc" * 200 + "]$"}
     assert loosened(schema) == {"type": "string"}
-    [checked] = checked_tools([tool("f", objects({"x": schema}))], lambda: False)
+    [checked] = check_tools([tool("f", objects({"x": schema}))]).functions
     assert checked["function"]["parameters"]["properties"]["x"] == {"type": "string"}
 
 

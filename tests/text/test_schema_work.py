@@ -14,10 +14,10 @@ from repository import ROOT
 
 from lminf_edge import Llama
 from lminf_edge.errors import UserError
-from lminf_edge.server.arguments import checked_tools
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import ChatDefaults, LibraryFormat
 from lminf_edge.text.library import ChatGrammar, Templates
+from lminf_edge.text.tools import check_tools
 
 TEMPLATES = ROOT / "build" / "upstream" / "llama.cpp" / "models" / "templates"
 MOST = 4.0  # seconds of work: twice what was seen
@@ -30,7 +30,7 @@ def objects(properties: dict[str, Any], required: bool = True) -> dict[str, Any]
 
 def tools(schemas: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made = [{"type": "function", "function": {"name": f"f{i}", "parameters": each}} for i, each in enumerate(schemas)]
-    return checked_tools(made, lambda: False)
+    return check_tools(made).functions
 
 
 LONG = "n" * 990
