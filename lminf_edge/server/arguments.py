@@ -30,6 +30,8 @@ from lminf_edge.text.tools import ToolError, check_tools
 
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
 
+_TEXTS = ("text", "input_text", "output_text", "refusal")  # kinds of parts of a content
+
 # names that chat formats and their templates use themselves
 _NOT_FOR_TEMPLATES = {
     *("messages", "functions", "function_call", "tools", "tool_choice", "eos_token", "bos_token", "llama"),
@@ -203,13 +205,23 @@ def _check_content(message: dict[str, Any], i: int) -> None:
     if isinstance(content, list):
         parts = []
         for part in content:
-            kind, text = part.get("type"), part.get("text")
-            if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            text = part_text(part, _TEXTS)
+            if text is None:
+                kind = part.get("type")
                 raise ApiError(400, f"messages.{i}.content: only text can be read, not {kind!r}.", param="messages")
             parts.append({"type": "text", "text": text})
         message["content"] = parts
     elif content is None:  # beside tool calls; few templates expect that
         message["content"] = ""
+
+
+def part_text(part: Any, kinds: tuple[str, ...]) -> str | None:
+    """The text of one part of a content; None if it is of another kind."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in kinds:
+        return None
+    text = part.get("refusal" if kind == "refusal" else "text")
+    return text if isinstance(text, str) else None
 
 
 def _checked_call(call: dict[str, Any], i: int) -> str:

@@ -12,7 +12,7 @@ from lminf_edge.server.errors import ApiError
 from lminf_edge.server.requests import MAX_LOGPROBS, ChatRequest, Many, Sampling, TokenLimit
 from lminf_edge.server.turns import Turns, as_arguments, chat_request, text_of
 
-_TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_TEXTS = ("input_text", "output_text", "refusal", "text", "summary_text", "reasoning_text")
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 TRIGGER = "compaction_trigger"
 COMPACT_AT = 200_000  # tokens, unless the request says otherwise
@@ -149,11 +149,6 @@ def _add(turns: Turns, item: dict[str, Any], where: str) -> None:
 
 def _add_message(turns: Turns, item: dict[str, Any], where: str) -> None:
     role, content = item.get("role"), item.get("content")
-    if isinstance(content, list):
-        refused = [
-            {**part, "type": "text", "text": part.get("refusal")} if _is_refusal(part) else part for part in content
-        ]
-        content = refused
     text = text_of(content, f"{where}.content", _TEXTS)
     if role in ("system", "developer"):
         if text:
@@ -165,10 +160,6 @@ def _add_message(turns: Turns, item: dict[str, Any], where: str) -> None:
     else:
         what = f'{where}.role: it must be "user", "assistant", "system" or "developer", not {str(role)[:50]!r}.'
         raise ApiError(400, what, param=f"{where}.role")
-
-
-def _is_refusal(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "refusal"
 
 
 def _thoughts(item: dict[str, Any], where: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from lminf_edge.server.arguments import AskedChat
+from lminf_edge.server.arguments import AskedChat, part_text
 from lminf_edge.server.errors import ApiError, invalid
 from lminf_edge.server.events import Event
 from lminf_edge.server.requests import ChatRequest, Sampling
@@ -98,9 +98,9 @@ def texts(value: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> list[st
         raise ApiError(400, f"{where}: it must be text or a list of parts.", param=where)
     found = []
     for i, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind not in kinds or not isinstance(text, str):
+        text = part_text(part, kinds)
+        if text is None:
+            kind = part.get("type") if isinstance(part, dict) else None
             raise ApiError(400, f"{where}.{i}: only text can be read, not {str(kind)[:50]!r}.", param=where)
         if text:
             found.append(text)

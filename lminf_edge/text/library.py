@@ -148,6 +148,8 @@ def _cancellable(is_cancelled: Callable[[], bool]) -> Iterator[Any]:
 
 def _reason(error: str) -> str:
     """The reason in an error of the library, without the source of the template around it."""
+    if "out_of_range.406" in error:  # of the library's JSON
+        return "a number is too large: give it as a text"
     reason = " ".join(error.rpartition("\nError: ")[2].split())
     for prefix in ("Jinja Exception: ", "Failed to parse messages: ", "Failed to parse tools: "):
         reason = reason.removeprefix(prefix)

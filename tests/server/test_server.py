@@ -258,6 +258,20 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}
 SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_a_refusal_in_a_history_is_text(client: httpx.Client, path: str) -> None:
+    prompts = []
+    for part in ({"type": "refusal", "refusal": "I cannot."}, {"type": "output_text", "text": "I cannot."}):
+        said = [*QUESTION, {"role": "assistant", "content": [part]}, *QUESTION]
+        name = "messages" if "chat" in path else "input"
+        limit = "max_tokens" if "chat" in path else "max_output_tokens"
+        response = client.post(path, json={name: said, limit: 1, "temperature": 0})
+        assert response.status_code == 200, response.text
+        usage = response.json()["usage"]
+        prompts.append(usage.get("prompt_tokens", usage.get("input_tokens")))
+    assert prompts[0] == prompts[1]
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -260,6 +260,13 @@ def test_numbers_that_json_does_not_have(served: Served, number: str) -> None:
     assert fine.status_code == 200, fine.text
 
 
+def test_numbers_that_llama_cpp_does_not_have(served: Served) -> None:
+    data = json.dumps({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"x": [10**400]}})
+    response = httpx.post(f"{served.url}/v1/chat/completions", content=data)
+    assert response.status_code == 400
+    assert "a number is too large: give it as a text." in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("content", [r"\ud800", r"a\udc00\ud83d", r"\\ud800 \ud83d\ude00 \udfff"])
 def test_half_a_surrogate_is_replaced(served: Served, content: str) -> None:
     data = b'\xef\xbb\xbf{"content": "%s"}' % content.encode()
