@@ -226,11 +226,17 @@ class Model:
     @functools.cached_property
     def eog_tokens(self) -> frozenset[int]:
         """All tokens that end a generation."""
-        return frozenset(filter(self.is_eog, range(self.n_vocab)))
+        return eog_tokens(self.llama)
 
     def is_eog(self, token: int) -> bool:
         """Whether this token ends a generation."""
         return bool(bindings.llama_vocab_is_eog(self.llama._model.vocab, token))
+
+
+def eog_tokens(llm: Any) -> frozenset[int]:
+    """All tokens that end a generation, of a llama_cpp.Llama."""
+    vocabulary = llm._model.vocab
+    return frozenset(i for i in range(llm.n_vocab()) if bindings.llama_vocab_is_eog(vocabulary, i))
 
 
 def constant_note(architecture: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,8 @@ ROUNDS_PER_CONTEXT = 2
 class Worker:
     """A worker process (worker.py) with a library from this folder.
 
-    Raises ValueError if there is no library in it, and RuntimeError with the worker's sentence when something fails.
+    Raises UserError if there is no library in it, with the worker's sentence when something fails, and if the process
+    is killed, as when llama.cpp aborts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +52,13 @@ class Worker:
             print(json.dumps({"op": op, **fields}), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"The process that measures ended with status {self._process.wait()}.")
+            status = self._process.wait()
+            if status < 0:
+                raise UserError(
+                    f"The process that measures was ended by {signal.Signals(-status).name} in {op!r}: what it printed "
+                    "says where llama.cpp cannot run the model; if it printed nothing, memory ran out."
+                )
+            raise RuntimeError(f"The process that measures ended with status {status}.")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise UserError(reply["error"])

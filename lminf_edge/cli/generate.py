@@ -52,13 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=128,
         help="tokens to generate, -1 for no limit; default 128",
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-text token")
+    parser.add_argument("--ignore-eos", action="store_true", help="never end the text: no token that ends one is drawn")
     add_sampling(parser)
     add_window(parser)
     add_compute(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from lminf_edge.model import eog_tokens
     from lminf_edge.text.tokenizer import prompt_to_tokens
 
     prompt = args.prompt if args.file is None else read_text(args.file)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                     tokens,
                     max_tokens=args.tokens,
                     **llm.sampling.completion_arguments(),
-                    logit_bias={llm.token_eos(): float("-inf")} if args.ignore_eos else None,
+                    logit_bias=dict.fromkeys(eog_tokens(llm), float("-inf")) if args.ignore_eos else None,
                     stream=True,
                 )
                 assert not isinstance(chunks, dict)  # a stream

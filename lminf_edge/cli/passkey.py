@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P,...",
         type=policies,
         default=[POLICIES["full"], POLICIES["lminf"]],
-        help="all, or some of the policies below; default full,lminf",
+        help="all that there are for the model, or some of the policies below; default full,lminf",
     )
     parser.add_argument(
         "--lengths",
@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.plot)
         check_plot(args.plot)
     setup = set_up(args)
+    args.policies = setup.able(args.policies)
     lengths = args.lengths or [setup.window.size * factor // 2 for factor in (1, 2, 4, 8)]
     most = args.full_tokens or max(lengths)
     asked = {policy.name: [n for n in lengths if policy.name != "full" or n <= most] for policy in args.policies}

@@ -60,20 +60,37 @@ class Setup:
         with contextlib.closing(llm):
             yield policy.reader(llm, self.window)
 
+    def able(self, policies: Sequence[Policy]) -> list[Policy]:
+        """Of all policies those that there are for this kind of model, with a note for each other; of some, all."""
+        if len(policies) < len(POLICIES):
+            return list(policies)
+        with weightless(self.path) as model:
+            reasons = {policy: self._kind_refusal(model, policy) for policy in policies}
+        for policy, reason in reasons.items():
+            if reason:
+                show_note(f"Left out of all policies is {policy.name}: {reason}")
+        return [policy for policy, reason in reasons.items() if not reason]
+
     def check(self, policies: Sequence[Policy], n_full: int) -> None:
         """Raises CommandError if one of them cannot run, full attention over n_full tokens."""
         with weightless(self.path) as model:
             for policy in policies:
                 if policy.name == "full":
                     refusal = self._memory_refusal(model, n_full) or model.stock_refusal(self.kv_type, n_full)
-                elif policy.name == "shift":
-                    refusal = model.stock_refusal(self.kv_type, self.window.size, shift=True)
-                elif model.is_constant and policy.name != "lminf":
-                    refusal = "the model is purely recurrent and has no attention to limit."
                 else:
-                    refusal = model.refusal(self.kv_type, self.window.attention)
+                    refusal = self._kind_refusal(model, policy)
+                    if not refusal and policy.name != "shift":
+                        refusal = model.refusal(self.kv_type, self.window.attention)
                 if refusal:
                     raise CommandError(f"The policy {policy.name} cannot run: {refusal}")
+
+    def _kind_refusal(self, model: Weightless, policy: Policy) -> str | None:
+        """Why there is no such policy for models that the Λ cache runs, in one sentence."""
+        if policy.name == "shift":
+            return model.stock_refusal(self.kv_type, self.window.size, shift=True)
+        if model.is_constant and policy.name not in ("full", "lminf"):
+            return "the model is purely recurrent and has no attention to limit."
+        return None
 
     def _memory_refusal(self, model: Weightless, n_tokens: int) -> str | None:
         need, memory = model.stock_bytes(n_tokens, self.kv_type), physical_memory()

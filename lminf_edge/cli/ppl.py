@@ -100,7 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("comparing")
     group.add_argument(
-        "--policies", metavar="P,...", type=policies, help="all, or some of the policies below, on the same tokens"
+        "--policies",
+        metavar="P,...",
+        type=policies,
+        help="all that there are for the model, or some of the policies below, on the same tokens",
     )
     group.add_argument(
         "--full-tokens", metavar="N", type=whole_number(2), help="full attention stops after N tokens; default: all"
@@ -133,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     # a model that cannot be used is refused before anything is asked of the text
     setup = set_up(args) if args.policies else None
     if setup is not None:
+        args.policies = setup.able(args.policies)
         setup.check(args.policies, n_full=1)
     else:
         _check_alone(args, path, n_tokens=1)
@@ -352,6 +356,14 @@ def report(curve: Curve, n_stretches: int | None) -> dict[str, Any]:
     return result
 
 
+def _perplexity(mean_nll: float) -> float:
+    """Infinite where it is beyond floating-point numbers: some models mask tokens with the most negative logit."""
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf
+
+
 def _bucket_report(bucket: Bucket, name: str) -> dict[str, Any]:
     return {"start": bucket.start, "end": bucket.end, name: bucket.mean}
 
@@ -360,7 +372,9 @@ def _print_one(one: dict[str, Any]) -> None:
     print("    positions         nats per token")
     for bucket in one["buckets"]:
         print(f"{bucket['start']:>8} .. {bucket['end']:<8}  {bucket['mean_nll']:.4f}")
-    print(f"{one['tokens']} tokens, {one['mean_nll']:.4f} nats per token, perplexity {math.exp(one['mean_nll']):.2f}")
+    print(
+        f"{one['tokens']} tokens, {one['mean_nll']:.4f} nats per token, perplexity {_perplexity(one['mean_nll']):.2f}"
+    )
 
 
 def _print_table(curves: dict[str, Curve], n_stretches: int | None) -> None:
@@ -384,7 +398,7 @@ def _print_table(curves: dict[str, Curve], n_stretches: int | None) -> None:
         if any(mean is not None for mean in means.values()):
             line(stage[1], means)
     line("all", {name: curve.nll.mean for name, curve in curves.items()})
-    line("perplexity", {name: math.exp(curve.nll.mean) for name, curve in curves.items()})
+    line("perplexity", {name: _perplexity(curve.nll.mean) for name, curve in curves.items()})
     if any(curve.kl for curve in curves.values()):
         print(f"\nKL divergence to full attention, nats, {n_stretches} stretches")
         rows({name: curve.kl for name, curve in curves.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pty
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 from conftest import TEXT
 from reference import models, tiny_models
+from reference.gguf_file import copy_with
 
 from lminf_edge import Llama, LMInfConfig, backends, native
 from lminf_edge.cli import doctor as cli_doctor
 from lminf_edge.cli import info as cli_info
 from lminf_edge.cli import main
+from lminf_edge.cli import ppl as cli_ppl
 from lminf_edge.cli.common import KV_TYPE_NUMBERS, human_bytes, options_named, sampling_params
 from lminf_edge.cli.demo import Row, Tally, bucket_edges, python_documentation, sparkline, summarize
 from lminf_edge.cli.main import build_parser
@@ -372,6 +375,13 @@ def test_passkey_in_the_dark(capfd: pytest.CaptureFixture[str]) -> None:
     assert (blind["blind"], blind["policies"]["full"]["correct"]) == (True, 0)
 
 
+def test_a_perplexity_beyond_numbers_is_infinite() -> None:
+    one = {"buckets": [], "tokens": 3, "mean_nll": 1e37}  # of a token that Chameleon masks
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        cli_ppl._print_one(one)
+    assert printed.getvalue().endswith("perplexity inf\n")
+
+
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +398,23 @@ def test_generate_prints_what_it_reports(capfd: pytest.CaptureFixture[str]) -> N
     output = capfd.readouterr()
     assert output.out == report["text"] + "\n"
     assert "generated 40 tokens" in output.err
+
+
+@pytest.mark.parametrize("attention", [[], ["--stock"]])
+def test_generate_ignores_every_token_that_ends_a_text(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, nano_path: str, attention: list[str]
+) -> None:
+    """Files name several: the end of a turn, of a text, of a message."""
+    with contextlib.closing(Llama(nano_path, lminf=True, verbose=False)) as llm:
+        stream = llm.generate(llm.tokenize(b"The sea was"), temp=0.0)
+        drawn = [next(stream) for _ in range(10)][-1]
+        stream.close()
+    path = str(tmp_path / "ends.gguf")
+    copy_with(nano_path, path, {"tokenizer.ggml.eot_token_id": drawn})
+    arguments = ["-m", path, "-p", "The sea was", "-n", "40", "--temp", "0", *attention]
+    assert run_json(capfd, "generate", *arguments)["tokens"] < 10
+    report = run_json(capfd, "generate", *arguments, "--ignore-eos")
+    assert (report["finish_reason"], report["tokens"]) == ("length", 40)
 
 
 def test_generate_with_full_attention_is_llama_cpp(capfd: pytest.CaptureFixture[str]) -> None:

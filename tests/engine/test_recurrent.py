@@ -320,6 +320,17 @@ def test_policies_that_limit_attention_are_refused(
     assert f"The policy {policy} cannot run: " in capfd.readouterr().err
 
 
+def test_all_policies_are_those_that_there_are(path: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    for command in (["ppl", "-f", str(text), "--n-local", "90"], ["passkey", "--lengths", "400", "--trials", "1"]):
+        assert main([*command, "-m", path, "--policies", "all", "--json"]) == 0
+        output = capfd.readouterr()
+        assert list(json.loads(output.out)["policies"]) == ["full", "lminf"]
+        notes = [line for line in output.err.splitlines() if line.startswith("note: Left out of all policies is ")]
+        assert len(notes) == 5
+
+
 def test_info_and_demo_in_words(path: str, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "-m", path]) == 0
     output = capfd.readouterr()

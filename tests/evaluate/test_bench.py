@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from native_context import NativeContext
 from reference import models
 
 from lminf_edge.bench import random_model
-from lminf_edge.bench.alternate import Bench, Result, fastest, ratio
+from lminf_edge.bench.alternate import Bench, Result, Worker, fastest, ratio
 from lminf_edge.bench.contender import Contender
 from lminf_edge.bench.random_model import SHAPES, Shape
 from lminf_edge.bench.state import stretch, stretch_lambda
@@ -367,3 +369,14 @@ def test_speed_and_report(tmp_path: Path) -> None:
     run_benchmark("report.py", "--figures", figures, "--page", page)
     assert page.read_text() == text
     assert (figures / "decode-speed.png").read_bytes() == plot
+
+
+def test_a_library_that_aborts_is_told_in_a_sentence(model: Path) -> None:
+    folder = library_folder()
+    assert folder is not None
+    worker = Worker(folder)
+    worker.ask("load", model=str(model), n_threads=N_THREADS, n_gpu_layers=0)
+    os.kill(worker._process.pid, signal.SIGABRT)
+    with pytest.raises(UserError, match="was ended by SIGABRT in 'run'"):
+        worker.ask("run", id=0)
+    worker.close()
