@@ -305,6 +305,8 @@ def context_failure(errors: list[str]) -> str | None:
         if found:
             kv_type, block, size = found.groups()
             return f"a {kv_type} cache needs heads whose size is a multiple of {block}, and these have {size}."
+        if "quantized V cache" in error:
+            return "quantized values need flash attention, which is off or not in llama.cpp for it: choose f16."
         _, failed, reason = error.partition("failed to initialize the context: ")
         if failed:
             return f"llama.cpp cannot make a context for it: {reason}."

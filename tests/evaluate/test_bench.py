@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from benchmark_script import run_benchmark
 from native_context import NativeContext
-from reference import models
+from reference import models, tiny_models
 
 from lminf_edge.bench import random_model
 from lminf_edge.bench.alternate import Bench, Result, Worker, fastest, ratio
@@ -27,6 +27,7 @@ from lminf_edge.errors import UserError
 from lminf_edge.native import library_folder
 
 N_THREADS = 1
+GROK = tiny_models.MODELS["grok"]
 
 
 def small(name: str, **sizes: Any) -> Shape:
@@ -327,6 +328,20 @@ def test_heads_too_small_for_a_quantized_cache(tmp_path: Path, capfd: pytest.Cap
     assert main(["info", "-m", path, "--json"]) == 0
     per_token = json.loads(capfd.readouterr().out)["kv_bytes_per_token"]
     assert [name for name, n_bytes in per_token.items() if n_bytes is not None] == ["f32", "f16", "bf16"]
+
+
+def test_a_model_without_flash_attention_has_no_quantized_cache(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny_models.MODELS, "grok", dataclasses.replace(GROK, n_embd=128, head_size=32))
+    path = str(models.write("grok", tmp_path))
+    for command in (["generate", "-p", "a"], ["chat", "-p", "a"], ["bench"]):
+        assert main([*command, "-m", path, "--kv-type", "q8_0"]) == 1
+        error = capfd.readouterr().err
+        assert error.startswith("error: ")
+        assert error.endswith("not in llama.cpp for it: choose f16.\n")
+        assert error.count("\n") == 1
+    assert main(["generate", "-m", path, "-p", "a", "-n", "2"]) == 0
 
 
 @pytest.mark.parametrize("name", ["gemma4", "qwen35", "jamba", "minicpm3", "deepseek2", "qwen2vl"])

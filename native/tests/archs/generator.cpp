@@ -171,6 +171,7 @@ static std::vector<arch_model> variants() {
     });
     add("gemma4", "shared", [](gguf_context * file) { set_key(file, "attention.shared_kv_layers", uint32_t(2)); });
     add("granite_swa", "nope", [](gguf_context * file) { set_key(file, "attention.rope_pattern", { 0, 1 }); });
+    add("hy_v4", "dense", [](gguf_context * file) { remove_key(file, "attention.indexer.top_k"); });
     add("mpt", "alibi", nullptr, [](llama_model & model) { model.pos_embd = nullptr; }); // most files have none
 
     return res;
