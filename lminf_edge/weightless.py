@@ -68,6 +68,12 @@ class Weightless:
             bindings.llama_model_free(self._model)
             self._model = None
 
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it reads its whole input at once and predicts no token. Files need not say so; llama.cpp knows."""
+        has_both = bindings.llama_model_has_encoder(self._model) and bindings.llama_model_has_decoder(self._model)
+        return "whole input at once" in (self._library.refusal(self._model) or "") and not has_both
+
     def layout(self, window: Window, kv_type: int, n_ubatch: int = 64) -> Layout:
         """A context with a Λ cache of this window, or with the model's own memory if that is constant.
 

@@ -47,6 +47,7 @@ from lminf_edge.cli.common import (
     sampling_params,
     show_note,
     size,
+    weightless,
     whole_number,
     window_config,
 )
@@ -271,7 +272,7 @@ def run(args: argparse.Namespace) -> int:
         sockets = [stack.enter_context(listen(args.host[0], args.port))]
         port = sockets[0].getsockname()[1]
         sockets += [stack.enter_context(listen(host, port)) for host in args.host[1:]]
-        embeds_alone = args.reranking or (args.embeddings and not model_header(args.model)[1].is_causal)
+        embeds_alone = args.reranking or (args.embeddings and not generates(args.model))
         service = None if embeds_alone else open_service(args)
         name = args.alias[0] if args.alias else Path(args.model).stem
         settings = Settings(
@@ -370,6 +371,15 @@ def listen(host: str, port: int) -> socket.socket:
         sock.close()
         raise CommandError(f"Port {port} of {host} cannot be used: {error.strerror}.") from error
     return sock
+
+
+def generates(name_or_path: str) -> bool:
+    """Whether the model predicts the next token. Raises CommandError or UserError if it cannot be used."""
+    path, header = model_header(name_or_path)
+    if not header.is_causal:
+        return False
+    with weightless(path) as model:
+        return not model.is_encoder
 
 
 def open_embedder(args: argparse.Namespace, stack: ExitStack) -> Embedder | None:

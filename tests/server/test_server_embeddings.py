@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from reference.random_model import N_EMBD, write
 from reference.unsupported_models import MODELS
 
 from lminf_edge import Llama
+from lminf_edge.cli.serve import generates
 from lminf_edge.gguf_header import read_header
 from lminf_edge.server import Settings, create_app
 from lminf_edge.server.embedder import POOLINGS, Embedder
@@ -119,6 +121,19 @@ def test_such_a_model_does_nothing_else(client_of: Any, bert: Path, nano_path: s
     text = client.get("/metrics").text
     assert "llamacpp:n_decode_total 1" in text
     assert "llamacpp:tokens_predicted_total 0" in text
+
+
+def test_llama_cpp_knows_which_models_generate(bert: Path, nano_path: str, tmp_path: Path) -> None:
+    """Files of some architectures, as EmbeddingGemma's, do not say that attention is not causal."""
+    model = MODELS["bert"].model
+    keys = {name: value for name, value in model.keys.items() if name != "attention.causal"}
+    silent = write("silent", replace(model, keys=keys), tmp_path)
+    assert read_header(silent).is_causal
+    assert not generates(str(silent))
+    assert not generates(str(bert))
+    assert generates(nano_path)
+    # it embeds nothing without its decoder
+    assert generates(str(write("t5", MODELS["t5"].model, tmp_path)))
 
 
 RERANK = {"query": "a", "documents": ["b"]}
