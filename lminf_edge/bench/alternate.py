@@ -31,7 +31,7 @@ class Worker:
     """A worker process (worker.py) with a library from this folder.
 
     Raises UserError if there is no library in it, with the worker's sentence when something fails, and if the process
-    is killed, as when llama.cpp aborts.
+    ends, as when llama.cpp aborts or an rpc-server is gone.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,12 +53,11 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            if status < 0:
-                raise UserError(
-                    f"The process that measures was ended by {signal.Signals(-status).name} in {op!r}: what it printed "
-                    "says where llama.cpp cannot run the model; if it printed nothing, memory ran out."
-                )
-            raise RuntimeError(f"The process that measures ended with status {status}.")
+            how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+            raise UserError(
+                f"The process that measures ended {how} in {op!r}: what it printed says why, such as what llama.cpp "
+                "cannot run; if it printed nothing, memory ran out."
+            )
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise UserError(reply["error"])
@@ -130,18 +129,26 @@ class Bench:
     """Workers that have one model loaded, one for each library.
 
     libraries: a folder for each name that contenders use; names with the same folder share a process.
+    rpc_servers: machines that hold the layers, host:port each; each takes one process, so there may be one library.
     facts: for each name what worker.py answers to "load".
 
-    Raises ValueError or RuntimeError, in one sentence, if a library or the model cannot be used.
+    Raises UserError, in one sentence, if a library, a server or the model cannot be used.
     """
 
     def __init__(
-        self, libraries: Mapping[str, Path], model: str | os.PathLike[str], n_threads: int, n_gpu_layers: int = 0
+        self,
+        libraries: Mapping[str, Path],
+        model: str | os.PathLike[str],
+        n_threads: int,
+        n_gpu_layers: int = 0,
+        rpc_servers: Sequence[str] = (),
     ) -> None:
         self._model = os.fspath(model)
+        self._is_here = not rpc_servers
         self._workers: dict[Path, Worker] = {}
         self._folders = {name: folder.resolve() for name, folder in libraries.items()}
-        request = {"model": os.fspath(model), "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+        request: dict[str, Any] = {"model": os.fspath(model), "n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+        request["rpc_servers"] = list(rpc_servers)
         try:
             for folder in self._folders.values():
                 if folder not in self._workers:
@@ -165,7 +172,8 @@ class Bench:
     @contextlib.contextmanager
     def _opened(self, contenders: Sequence[Contender]) -> Iterator[list[tuple[Worker, dict[str, Any]]]]:
         """Contexts, numbered like the contenders, that are closed again."""
-        check_memory(sum(self._kv_bytes(contenders)))
+        if self._is_here:
+            check_memory(sum(self._kv_bytes(contenders)))
         opened: list[tuple[Worker, dict[str, Any]]] = []
         try:
             for i, contender in enumerate(contenders):

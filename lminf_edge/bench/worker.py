@@ -4,7 +4,8 @@
 
 One JSON object per line on stdin, and one on stdout for each:
 
-    {"op": "load", "model": PATH, "n_threads": N, "n_gpu_layers": N}   -> {"system", "model", "n_params", "n_bytes"}
+    {"op": "load", "model": PATH, "n_threads": N, "n_gpu_layers": N, "rpc_servers": [HOST:PORT, ...]}
+                                                                       -> {"system", "model", "n_params", "n_bytes"}
     {"op": "open", "id": I, "contender": {...}}                        -> see Context.facts
     {"op": "run", "id": I, "n_tokens": N}                              -> {"seconds"}; N: fewer than the contender says
     {"op": "latency", "id": I, "n_tokens": N}                          -> see Context.latency
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from llama_cpp import llama_cpp as bindings
 from llama_cpp._logger import set_verbose
 
-from lminf_edge import native
+from lminf_edge import native, rpc
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
 from lminf_edge.bench.state import stretch, stretch_lambda
 from lminf_edge.errors import UserError
@@ -46,8 +47,12 @@ Tokens = npt.NDArray[np.int32]
 class Model:
     """A loaded model. Raises UserError if the library cannot load it."""
 
-    def __init__(self, path: str, n_threads: int, n_gpu_layers: int) -> None:
-        self.model = native_model(path, n_gpu_layers=n_gpu_layers)
+    def __init__(self, path: str, n_threads: int, n_gpu_layers: int, rpc_servers: Sequence[str]) -> None:
+        settings: dict[str, Any] = {"n_gpu_layers": n_gpu_layers}
+        if rpc_servers:
+            self._connection = rpc.connect(rpc_servers)  # as long as the process runs
+            settings["devices"] = ctypes.addressof(self._connection.devices)
+        self.model = native_model(path, **settings)
         self.n_threads = n_threads
         self.n_vocab = bindings.llama_vocab_n_tokens(bindings.llama_model_get_vocab(self.model))
 
@@ -285,7 +290,7 @@ def main() -> None:
     def answer(op: str, request: dict[str, Any]) -> dict[str, Any]:
         nonlocal model
         if op == "load":
-            model = Model(request["model"], request["n_threads"], request["n_gpu_layers"])
+            model = Model(request["model"], request["n_threads"], request["n_gpu_layers"], request["rpc_servers"])
             return model.facts()
         assert model is not None
         number = request["id"]

@@ -13,7 +13,8 @@ same library with the feature off, which is bit for bit what stock llama.cpp com
 weights (needs gguf: pip install 'lminf-edge[bench]').
 
 --json prints
-  model, n_params, n_bytes, n_threads, n_gpu_layers, system: {"ours", "stock"}: what the libraries say about themselves
+  model, n_params, n_bytes, n_threads, n_gpu_layers, rpc_servers (a list, or null)
+  system: {"ours", "stock"}: what the libraries say about themselves
   results   [{"library", "cache", "test", "n_tokens", "depth", "window", "n_global", "flash_attn", "kv_type", "label",
             "kv_bytes", "tokens_per_second": [one per round], "median", "min", "max"}, ...]
   ratios    [{"label", "to": "full", "window" or "recall", "median", "min", "max"}, ...]: the Λ cache's speed,
@@ -35,6 +36,7 @@ from lminf_edge.cli.common import (
     CommandError,
     add_hub,
     add_recall,
+    add_rpc,
     expand_home,
     file_path,
     human_bytes,
@@ -85,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", metavar="N", type=whole_number(1), default=3, help="default 3")
     parser.add_argument("--kv-type", choices=KV_TYPE_NUMBERS, default="f16", help="default f16; quantized ones need fa")
     parser.add_argument("--threads", metavar="N", type=whole_number(1), help="default: half of the logical cores")
-    parser.add_argument("--gpu-layers", metavar="N", type=whole_number(-1), default=0, help="-1 all; default 0")
+    parser.add_argument(
+        "--gpu-layers", metavar="N", type=whole_number(-1), help="-1 all; default 0, with --rpc -1, on other machines"
+    )
+    add_rpc(parser)
     add_recall(parser, in_files=False)
 
 
@@ -100,6 +105,9 @@ def run(args: argparse.Namespace) -> int:
     from lminf_edge.bench.random_model import find_shape, random_model
     from lminf_edge.model import constant_note
 
+    if args.rpc and args.stock_lib:
+        raise CommandError("--rpc needs servers of the library's own build, so leave --stock-lib out.")
+    n_gpu_layers = (-1 if args.rpc else 0) if args.gpu_layers is None else args.gpu_layers
     native.load()
     ours = native.library_folder()
     assert ours is not None
@@ -117,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     window = args.window or min(DEFAULT_WINDOW, header.n_ctx_train or DEFAULT_WINDOW)
     n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
     depths = [0, window, 2 * window] if args.depth is None else args.depth
-    n_ubatch = default_ubatch(window, on_gpu=args.gpu_layers != 0)
+    n_ubatch = default_ubatch(window, on_gpu=n_gpu_layers != 0)
     if is_constant:
         show_note(constant_note(header.architecture))
         groups = list(plan_constant(args.kv_type, args.n_prompt, args.n_gen))
@@ -131,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
 
     show_progress = sys.stderr.isatty()
     results, ratios = [], []
-    with Bench({"ours": ours, "stock": args.stock_lib or ours}, model, n_threads, args.gpu_layers) as bench:
+    libraries = {"ours": ours, "stock": args.stock_lib or ours}
+    with Bench(libraries, model, n_threads, n_gpu_layers, args.rpc or ()) as bench:
         for group in groups:
             measured = bench.measure(group, args.rounds, _progress if show_progress else lambda line: None)
             results += measured
@@ -153,7 +162,8 @@ def run(args: argparse.Namespace) -> int:
                 "n_params": facts["ours"]["n_params"],
                 "n_bytes": facts["ours"]["n_bytes"],
                 "n_threads": n_threads,
-                "n_gpu_layers": args.gpu_layers,
+                "n_gpu_layers": n_gpu_layers,
+                "rpc_servers": args.rpc,
                 "system": {library: fact["system"] for library, fact in facts.items()},
                 "results": [result.as_json() for result in results],
                 "ratios": [{"label": label, "to": to, **asdict(ratio_)} for label, to, ratio_ in ratios],

@@ -361,7 +361,11 @@ def add_compute(parser: argparse.ArgumentParser, stock: bool = True) -> None:
         type=whole_number(-1),
         help="layers on GPUs and other machines, -1 all; default 0, with --rpc -1",
     )
-    group.add_argument(
+    add_rpc(group)
+
+
+def add_rpc(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--rpc",
         metavar="HOST:PORT,...",
         type=rpc_servers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from benchmark_script import run_benchmark
 from native_context import NativeContext
 from reference import models, tiny_models
+from remote import Relay, rpc_servers
 
 from lminf_edge.bench import random_model
 from lminf_edge.bench.alternate import Bench, Result, Worker, fastest, ratio
@@ -228,7 +230,7 @@ def test_bench_json(capfd: pytest.CaptureFixture[str]) -> None:
     assert output.err == ""
     report = json.loads(output.out)
     assert set(report) == {
-        "model", "n_params", "n_bytes", "n_threads", "n_gpu_layers", "system", "results", "ratios"
+        "model", "n_params", "n_bytes", "n_threads", "n_gpu_layers", "rpc_servers", "system", "results", "ratios"
     }  # fmt: skip
     assert set(report["system"]) == {"ours", "stock"}
     labels = {(result["cache"], result["flash_attn"], result["label"]) for result in report["results"]}
@@ -390,8 +392,28 @@ def test_a_library_that_aborts_is_told_in_a_sentence(model: Path) -> None:
     folder = library_folder()
     assert folder is not None
     worker = Worker(folder)
-    worker.ask("load", model=str(model), n_threads=N_THREADS, n_gpu_layers=0)
+    worker.ask("load", model=str(model), n_threads=N_THREADS, n_gpu_layers=0, rpc_servers=[])
     os.kill(worker._process.pid, signal.SIGABRT)
-    with pytest.raises(UserError, match="was ended by SIGABRT in 'run'"):
+    with pytest.raises(UserError, match="ended by SIGABRT in 'run'"):
         worker.ask("run", id=0)
     worker.close()
+
+
+def test_other_machines_are_measured(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["bench", "-m", str(model), "--window", "32", "--depth", "40", "--n-prompt", "0", "--n-gen", "4"]
+    options += ["--rounds", "1", "--threads", "1", "--json"]
+    with rpc_servers(2) as servers, contextlib.ExitStack() as stack:
+        relays = [Relay(server.port) for server in servers]
+        for relay in relays:
+            stack.callback(relay.close)
+        names = [relay.name for relay in relays]
+        assert main([*options, "--rpc", ",".join(names)]) == 0
+        report = json.loads(capfd.readouterr().out)
+        assert report["rpc_servers"] == names
+        assert {result["cache"] for result in report["results"]} == {"lambda", "full", "window"}
+        assert all(relay.to_server > 10_000 for relay in relays)  # weights
+        servers[1].kill()
+        assert main([*options, "--rpc", ",".join(server.name for server in servers)]) == 1
+        assert f"{servers[1].name} cannot be reached" in capfd.readouterr().err
+    assert main([*options, "--rpc", "127.0.0.1", "--stock-lib", str(library_folder())]) == 1
+    assert "leave --stock-lib out" in capfd.readouterr().err
