@@ -20,6 +20,7 @@ import sys
 import time
 
 from lminf_edge.cli.common import (
+    CommandError,
     add_compute,
     add_model,
     add_sampling,
@@ -68,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
         llm.sampling, llm.detect_loops = sampling, args.detect_loops
         require_vocabulary(llm)
         tokens = prompt_to_tokens(llm, prompt, None).tolist()
+        if args.stock and len(tokens) >= llm.n_ctx():
+            raise CommandError(
+                f"The prompt has {len(tokens)} tokens, and full attention has room for {llm.n_ctx()} and the answer, "
+                "the training length: give a shorter one, or leave --stock out."
+            )
         pieces: list[str] = []
         finish_reason = "length"
         started = time.perf_counter()

@@ -417,6 +417,15 @@ def test_generate_ignores_every_token_that_ends_a_text(
     assert (report["finish_reason"], report["tokens"]) == ("length", 40)
 
 
+def test_a_prompt_too_long_for_full_attention(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("The sea was calm. " * 400)
+    arguments = ["generate", "-m", "nano", "-f", str(prompt), "-n", "2"]
+    assert main([*arguments, "--stock"]) == 1
+    _assert_one_sentence(capfd, "leave --stock out.")
+    assert main(arguments) == 0
+
+
 def test_generate_with_full_attention_is_llama_cpp(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["-m", "nano", "-p", "The sea was", "-n", "30", "--temp", "0"]
     report = run_json(capfd, "generate", *arguments, "--stock")
