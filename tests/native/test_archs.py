@@ -47,6 +47,7 @@ RANDOM = (
     "granitehybrid",
     "lfm2",
     "lfm2moe",
+    "plamo2",
     "qwen35/sections",
     "qwen2vl",
     "deepseek2",
