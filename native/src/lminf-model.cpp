@@ -115,7 +115,7 @@ static reason find_reason(const llama_model & model) {
         return { "it adds learned absolute positions, which end where its training ended" };
     }
     if (!find_parts(memory.get()).full) {
-        return { "it chooses what to attend to among all tokens by a second cache (sparse attention), which a bound would change" };
+        return { "its memory is of another kind, as a second cache that chooses among all tokens is (sparse attention), which a bound would change" };
     }
 
     return { nullptr };
