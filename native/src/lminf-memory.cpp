@@ -330,10 +330,7 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
         if (recurrent) {
             const uint32_t n_rs_seq = recurrent->get_memory().n_rs_seq;
 
-            // the graph of PLaMo 2 takes tokens of several sequences for one another's, or aborts
-            const bool is_apart = embd_all || model.arch == LLM_ARCH_PLAMO2;
-
-            return is_apart ? balloc.split_seq(n_ubatch) : balloc.split_equal(n_ubatch, true, n_rs_seq > 0 ? n_rs_seq + 1 : 0);
+            return embd_all || lminf_mixes_sequences(model) ? balloc.split_seq(n_ubatch) : balloc.split_equal(n_ubatch, true, n_rs_seq > 0 ? n_rs_seq + 1 : 0);
         }
         return n_seq_max == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0);
     };

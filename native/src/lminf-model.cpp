@@ -121,6 +121,24 @@ static reason find_reason(const llama_model & model) {
     return { nullptr };
 }
 
+bool lminf_mixes_sequences(const llama_model & model) {
+    return model.arch == LLM_ARCH_PLAMO2 || model.arch == LLM_ARCH_ARWKV7 || model.arch == LLM_ARCH_RWKV6QWEN2;
+}
+
+namespace {
+
+// of a purely recurrent model that mixes sequences
+class one_by_one : public llama_memory_recurrent {
+public:
+    using llama_memory_recurrent::llama_memory_recurrent;
+
+    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool) override {
+        return llama_memory_recurrent::init_batch(balloc, n_ubatch, /*embd_all =*/ true);
+    }
+};
+
+}
+
 // recurrent throughout
 static bool is_constant(const llama_model & model) {
     return llama_model_is_recurrent(&model) && !model.hparams.vocab_only;
@@ -197,6 +215,10 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
         throw std::runtime_error(lminf_set_error(refusal));
     }
     if (is_constant(model)) {
+        if (lminf_mixes_sequences(model)) { // otherwise as llama.cpp makes it
+            return new one_by_one(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv, std::max(1u, cparams.n_seq_max), cparams.n_seq_max,
+                cparams.n_rs_seq, nullptr);
+        }
         llama_cparams own = cparams;
         own.lminf.enabled = false;
         return model.create_memory(params, own);

@@ -17,5 +17,8 @@ struct lminf_layers {
     std::map<int32_t, int32_t> reuse;
 };
 
+// llama.cpp's graph of it takes tokens of several sequences for one another's: a micro-batch must have those of one
+bool lminf_mixes_sequences(const llama_model & model);
+
 // of a model that lminf_refusal has nothing against
 lminf_layers lminf_find_layers(const llama_model & model);

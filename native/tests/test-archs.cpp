@@ -561,6 +561,7 @@ static int test_model(const arch_model & what) {
 
     if (lminf_support(model.get()) == LMINF_SUPPORT_CONSTANT) {
         res.add("verdict", quoted("constant"));
+        res.add("sequences", number(equals_alone(model.get())));
     } else if (const std::string why = refusal(model.get()); !why.empty()) {
         res.add("verdict", quoted("refused"));
         res.add("why",     quoted(why));

@@ -22,6 +22,7 @@ models = script("models")
 EXPECTED: dict[str, dict[str, Any]] = models.expected()
 
 RUNNING = [name for name, expected in EXPECTED.items() if expected["verdict"] == "runs"]
+CONSTANT = [name for name, expected in EXPECTED.items() if expected["verdict"] == "constant"]
 REFUSED = [name for name, expected in EXPECTED.items() if expected["verdict"] == "refused"]
 
 # Another order of additions changes results by this much at most (normalized mean squared error). More where something
@@ -128,6 +129,13 @@ def test_it_does_what_it_should(pending: Mapping[str, Future[dict[str, Any]]], n
         "batches",
     } <= checks.keys()
     assert result["rebases"] > 0
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_sequences_of_a_constant_one_do_not_see_each_other(
+    pending: Mapping[str, Future[dict[str, Any]]], name: str
+) -> None:
+    assert pending[name].result()["sequences"] <= ROUNDING
 
 
 @pytest.mark.parametrize("name", RUNNING)

@@ -272,6 +272,11 @@ llama_model_ptr make_model(const arch_model & what, bool has_weights, ggml_backe
         throw std::runtime_error("llama.cpp cannot make the model");
     }
     shorten(model->hparams);
+    if (what.arch == "rwkv6qwen2") {
+        for (auto & layer : model->layers) {
+            layer.time_mix_first = nullptr; // files have none
+        }
+    }
     if (what.tune) {
         what.tune(*model);
     }
