@@ -174,7 +174,8 @@ class Model:
         self.sequences = [sequence(library, llama._ctx, window, seq_id) for seq_id in range(n_seq_max)]
         self.n_undo = self.sequences[0].n_undo
         self.n_seen = self.sequences[0].n_seen
-        self.batch = Batch(llama._batch)
+        # llama.cpp's graph of Chameleon cannot be built for a micro-batch without logits: it would abort
+        self.batch = Batch(llama._batch, keeps_all=header.architecture == "chameleon")
         stock = self.sequences[0].attention == "stock"
         self.identity = Identity(
             model=model_digest(path, settings, *([llama.lora_path] if llama.lora_path else [])),

@@ -322,9 +322,9 @@ class DecodeError(RuntimeError):
 class Batch:
     """A llama_batch, filled through array views of its memory."""
 
-    def __init__(self, batch: Any) -> None:
-        """`batch` is llama_cpp's wrapper of the llama_batch."""
-        self._owner = batch
+    def __init__(self, batch: Any, keeps_all: bool = False) -> None:
+        """`batch` is llama_cpp's wrapper of the llama_batch. keeps_all: every token has logits."""
+        self._owner, self._keeps_all = batch, keeps_all
         self.n_batch = n_batch = int(batch._n_tokens)
         view = np.ctypeslib.as_array
         self._token = view(batch.batch.token, shape=(n_batch,))
@@ -351,7 +351,7 @@ class Batch:
             position = run.sequence.next_pos(n_tokens)
             self._token[start:end] = run.tokens
             self._pos[start:end] = np.arange(position, position + n_tokens, dtype=np.int32)
-            self._logits[start:end] = False
+            self._logits[start:end] = self._keeps_all
             self._logits[end - run.n_logits : end] = True
             seq_id = run.sequence.seq_id
             for i in np.flatnonzero(self._filled_for[start:end] != seq_id) + start:

@@ -13,7 +13,7 @@ from llama_cpp import llama_cpp as bindings
 from native_context import NativeContext, last_error
 
 from lminf_edge import LMInfConfig
-from lminf_edge.cache.sequence import Run
+from lminf_edge.cache.sequence import Batch, Run
 from lminf_edge.cache.token_log import Tokens
 from lminf_edge.model import Model
 
@@ -133,5 +133,20 @@ def test_runs_of_several_sequences(make_llama: MakeLlama, nano_f32_path: str, to
         alone.eval(tokens[7:21])
         got = np.ctypeslib.as_array(bindings.llama_get_logits_ith(zero.ctx, 0), shape=(model.n_vocab,))
         np.testing.assert_allclose(got, alone.scores[-1], atol=1e-4, rtol=0)
+    finally:
+        model.close()
+
+
+def test_a_model_that_needs_logits_of_every_token(nano_f32_path: str, tokens: Tokens) -> None:
+    """llama.cpp aborts where a micro-batch of Chameleon has none, and the beginning of a long prompt has none."""
+    settings: dict[str, Any] = {"verbose": False, "n_threads": 1, "n_threads_batch": 1, "n_ubatch": 8}
+    model = Model.load(nano_f32_path, LMInfConfig(n_global=4, n_local=64), **settings)
+    try:
+        [sequence] = model.sequences
+        for keeps_all in (False, True):
+            batch = Batch(model.llama._batch, keeps_all)
+            batch.decode([Run(sequence, tokens[:30], 0)])
+            found = [bool(bindings.llama_get_logits_ith(sequence.ctx, i)) for i in range(30)]
+            assert found == [keeps_all] * 30
     finally:
         model.close()
