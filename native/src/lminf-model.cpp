@@ -8,6 +8,7 @@
 #include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <stdexcept>
@@ -217,7 +218,7 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
     if (is_constant(model)) {
         if (lminf_mixes_sequences(model)) { // otherwise as llama.cpp makes it
             return new one_by_one(model, GGML_TYPE_F32, GGML_TYPE_F32, cparams.offload_kqv, std::max(1u, cparams.n_seq_max), cparams.n_seq_max,
-                cparams.n_rs_seq, nullptr);
+                    cparams.n_rs_seq, nullptr);
         }
         llama_cparams own = cparams;
         own.lminf.enabled = false;
