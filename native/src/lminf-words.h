@@ -1,18 +1,24 @@
 // Words that repeat are cut into tokens once.
 //
-// llama.cpp's BPE tokenizer cuts a text into words by regular expressions, and joins symbols within a word only. So the
-// tokens of a word are the same wherever it stands, and most words of a long text have been there before.
+// llama.cpp's tokenizers join symbols within a word only, so the tokens of a word are the same wherever it stands, and most
+// words of a long text have been there before. What a word is:
+//
+//   - BPE: what the vocabulary's regular expressions cut a text into.
+//   - SentencePiece: what is between two places where nothing can be joined. All that such a tokenizer joins is in its
+//     vocabulary; so nothing is joined across a character and a space that no token has side by side.
 
 #pragma once
 
-#include "llama.h"
+#include "llama-vocab.h"
 
+#include <array>
 #include <cstddef>
+#include <mutex>
 #include <string>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
+// The words of one text.
 class lminf_words {
 public:
     // Appends the tokens of the words to the output. `tokenize` does so for a vector of one word.
@@ -39,4 +45,45 @@ private:
     static constexpr size_t MAX_WORDS = 1 << 16;
 
     std::unordered_map<std::string, std::vector<llama_token>> known;
+};
+
+// Where the texts of a SentencePiece vocabulary can be cut. For several threads.
+class lminf_seams {
+public:
+    // `text` has its spaces as the vocabulary has them
+    std::vector<std::string> split(const llama_vocab & vocab, const std::string & text) {
+        std::call_once(is_found, [&]() { find(vocab); });
+        std::vector<std::string> words;
+        size_t start = 0;
+        for (size_t at = 0; (at = text.find(SPACE, at)) != std::string::npos; at += SPACE.size()) {
+            if (at > start && can_end[static_cast<unsigned char>(text[at - 1])]) {
+                words.push_back(text.substr(start, at - start));
+                start = at;
+            }
+        }
+        if (start < text.size()) {
+            words.push_back(text.substr(start));
+        }
+        return words;
+    }
+
+private:
+    const std::string SPACE = "\xe2\x96\x81";
+
+    std::once_flag is_found;
+    std::array<bool, 256> can_end {}; // by the last byte of a word
+
+    void find(const llama_vocab & vocab) {
+        for (int c = '!'; c <= '~'; ++c) {
+            can_end[c] = true;
+        }
+        for (llama_token token = 0; token < (llama_token) vocab.n_tokens(); ++token) {
+            const auto & text = vocab.get_token_data(token).text;
+            for (size_t at = 0; (at = text.find(SPACE, at)) != std::string::npos; at += SPACE.size()) {
+                if (at > 0) {
+                    can_end[static_cast<unsigned char>(text[at - 1])] = false;
+                }
+            }
+        }
+    }
 };
