@@ -45,7 +45,7 @@ from lminf_edge.errors import UserError
 from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
 from lminf_edge.evaluate.nll import nll_from_logits
-from lminf_edge.evaluate.passkey import MAX_ANSWER, measure
+from lminf_edge.evaluate.passkey import MAX_ANSWER, Cell, measure
 from lminf_edge.evaluate.policies import POLICIES, WITHOUT_RECALL
 from lminf_edge.evaluate.prompts import Prompts
 from lminf_edge.evaluate.reader import LambdaReader
@@ -62,7 +62,7 @@ WEIGHTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 WINDOW = ("n_global", "n_local", "max_distance")
 N_BATCH = 512
 TAIL_WINDOW = 512  # tokens; also half of it
-LONG_PROMPT = 1 << 16  # tokens; of longer ones half as many are asked
+LONG_PROMPT = 1 << 18  # tokens; of longer ones half as many are asked
 REAL_WINDOWS = (1024, 4096)
 LARGE = 1 << 26  # bytes of a model file: from there on depth has its price
 INTERRUPTED = 130
@@ -98,10 +98,12 @@ class Size:
     tail_block: int = 256
     places_per_octave: int = 9
     n_octaves: int = 4  # of a large model half as many
-    recall_lengths: tuple[int, ...] = (8192, 32768, 131072)
+    recall_lengths: tuple[int, ...] = (8192, 32768)
+    recall_lengths_long: tuple[int, ...] = (131072, 1 << 20)
     recall_lengths_large: tuple[int, ...] = (4096, 8192)
     recall_depths: tuple[float, ...] = tuple(i / 4 for i in range(5))
-    n_recall_trials: int = 2  # for each place
+    n_recall_trials: int = 4  # for each place
+    n_recalling: int = 128  # last tokens of a long text
     n_ceiling_trials: int = 4
     n_recall_loss: int = 8192  # of each text; of a large model half
     recall_loss_start: int = 1024
@@ -136,6 +138,7 @@ TINY = Size(
     places_per_octave=3,
     n_octaves=1,
     recall_lengths=(1024, 2048),
+    recall_lengths_long=(4096,),
     recall_depths=(0.0, 0.5),
     n_recall_trials=1,
     n_ceiling_trials=1,
@@ -625,7 +628,7 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
         ways = {
             "ceiling": ("lminf", [settings["ceiling"]], settings["n_ceiling"]),
             "recall": ("recall", lengths, n_trials),
-            "lminf": ("lminf", lengths, settings["n_without"]),
+            "lminf": ("lminf", lengths, settings.get("n_without", 0)),
             "full": ("full", [n for n in lengths if n <= subject.n_train], n_trials),
         }
         asked = {name: way for name, way in ways.items() if name in asked and way[1]}
@@ -643,6 +646,9 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
     if recall:
         command += f" --recall {window.n_recall} --archive-tokens {recall['n_archive']}"
         facts["recall_distance"] = window.recall_distance
+    if n_recalling := settings.get("n_recalling"):
+        command += f" --recall-last {n_recalling}"
+    reached = answered(save.kept)
     figures: Results = {}
     done = 0
     with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
@@ -652,13 +658,33 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
             with setup.reader(POLICIES[policy], max(its_lengths) + MAX_ANSWER) as reader:
                 for length, depth in itertools.product(its_lengths, depths):
                     n = max(1, most // 2) if length > LONG_PROMPT else most
-                    prompts = [task.prompt(length, depth, trial) for trial in range(n)]
-                    cells.append(measure(reader, prompts, vocabulary.detokenize, length, depth))
                     done += length * n
+                    cell = reached.get((name, length, depth))
+                    if is_new := cell is None:
+                        prompts = [task.prompt(length, depth, trial) for trial in range(n)]
+                        cell = measure(reader, prompts, vocabulary.detokenize, length, depth, n_recalling)
+                    cells.append(cell)
                     figures[name] = policy_report(cells)
-                    save({"command": command, "tokens": done, "window": facts, "policies": figures})
+                    if is_new:
+                        save({"command": command, "tokens": done, "window": facts, "policies": figures})
             say(f"{name}: {figures[name]['correct']} of {figures[name]['trials']} right")
     return {"command": command, "tokens": done, "window": facts, "policies": figures}
+
+
+def answered(kept: Results) -> dict[tuple[str, int, float], Cell]:
+    """What an earlier run of the same has asked: by policy, length and depth."""
+    found = [(name, cell) for name, policy in kept.get("policies", {}).items() for cell in policy["cells"]]
+    return {
+        (name, cell["length"], cell["depth"]): Cell(
+            cell["length"],
+            cell["depth"],
+            cell["trials"],
+            cell["correct"],
+            round(cell["in_reach"] * cell["trials"]),
+            cell["correct_in_reach"],
+        )
+        for name, cell in found
+    }
 
 
 def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) -> Results:
@@ -872,11 +898,19 @@ def experiments(
                     n_recall=8, ceiling=window - MAX_ANSWER,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
                     depths=list(size.recall_depths[: -1 if is_large else None]),
-                    trials=size.n_recall_trials << is_large,
+                    trials=size.n_recall_trials,
                     n_ceiling=size.n_ceiling_trials, n_without=1,
                     # full attention does not depend on the window
                     policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],
                 )  # fmt: skip
+        if not is_large:
+            # long texts are only read: what each micro-batch of them would recall takes several times as long
+            add(
+                f"recall-{name}-prose-{half}-long", model, measure_answers, kv_type="f16", task="prose", window=half,
+                n_recall=8, n_recalling=size.n_recalling, ceiling=half - MAX_ANSWER,
+                lengths=list(size.recall_lengths_long), depths=list(size.recall_depths),
+                trials=size.n_recall_trials, n_ceiling=size.n_ceiling_trials, policies=["ceiling", "recall"],
+            )  # fmt: skip
         window = TAIL_WINDOW if is_large else half
         add(
             f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,

@@ -470,7 +470,8 @@ def recall(records: Records) -> str:
         settings = record["settings"]
         what = [
             f"{model_of(record)}, {settings['task']}",
-            f"{window_of(record)}; {settings['n_recall']} at {record['window']['recall_distance']}",
+            f"{window_of(record)}; {settings['n_recall']} at {record['window']['recall_distance']}"
+            + (f", in the last {settings['n_recalling']} tokens" if "n_recalling" in settings else ""),
             str(len(settings["depths"])),
         ]
         cells = [cell for name, p in record["policies"].items() if name != "ceiling" for cell in p["cells"]]

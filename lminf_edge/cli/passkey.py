@@ -11,6 +11,7 @@ Ctrl-C ends the measurement and prints the results so far.
   task, blind, lengths, depths, trials (prompts per cell)
   window     {"n_global", "n_local", "max_distance"}
   recall     what the policy of that name recalls, in the names of LMInfConfig; null if it is not among them
+  recall_last  of a prompt, the tokens at its end that recall; null: all
   policies   {"lminf": {"trials", "correct", "accuracy", "cells"}, ...}, where cells are
              [{"length", "depth" (0..1), "trials" (answers: a prompt may ask for several), "correct", "accuracy",
              "in_reach" (share of the trials), "correct_in_reach" (how many of those were right)}, ...]
@@ -104,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         help="full attention is given no prompts longer than N tokens; default: all",
     )
+    parser.add_argument(
+        "--recall-last",
+        metavar="N",
+        type=whole_number(1),
+        help="of a prompt only the last N tokens recall, and the answer: long texts are read much faster; default: all",
+    )
     parser.add_argument("--seed", metavar="N", type=whole_number(0), default=0, help="of facts and places; default 0")
     parser.add_argument("--plot", metavar="FILE", type=file_path, help="draw heat maps: .png, .svg or .pdf")
     add_window(parser)
@@ -157,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
                             for depth in args.depths:
                                 prompts = [made.prompt(length, depth, trial) for trial in range(args.trials)]
                                 cells[policy.name].append(
-                                    measure(reader, prompts, vocabulary.detokenize, length, depth)
+                                    measure(reader, prompts, vocabulary.detokenize, length, depth, args.recall_last)
                                 )
                                 progress.at(len(cells[policy.name]))
         except KeyboardInterrupt:
@@ -176,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
                 "trials": args.trials,
                 "window": _window_report(setup.window),
                 "recall": recall_of(setup.window) if any(policy.recalls for policy in compared) else None,
+                "recall_last": args.recall_last,
                 "policies": {name: policy_report(measured) for name, measured in cells.items()},
             }
         )

@@ -44,13 +44,15 @@ class Cell:
         return self.reachable / self.trials
 
 
-def answer(reader: Reader, prompt: Prompt, detokenize: Callable[[list[int]], bytes]) -> tuple[str, list[bool]]:
+def answer(
+    reader: Reader, prompt: Prompt, detokenize: Callable[[list[int]], bytes], n_recalling: int | None = None
+) -> tuple[str, list[bool]]:
     """The model's greedy answer, a line, and for each thing asked for, whether it could attend to it to the end.
 
-    Starts a new stream.
+    Starts a new stream. With recall the last n_recalling tokens of the prompt recall, and the answer; None: all.
     """
     reader.clear()
-    for piece in reader.pieces(prompt.tokens):
+    for piece in reader.pieces(prompt.tokens, n_recalling):
         logits = reader.read(piece, logits_all=False)
     said: list[int] = []
     while True:
@@ -94,11 +96,12 @@ def measure(
     detokenize: Callable[[list[int]], bytes],
     length: int,
     depth: float,
+    n_recalling: int | None = None,
 ) -> Cell:
-    """Asks each of these prompts, which have this length and depth."""
+    """Asks each of these prompts, which have this length and depth; of each the last n_recalling tokens recall."""
     trials = correct = reachable = found = 0
     for prompt in prompts:
-        text, in_reach = answer(reader, prompt, detokenize)
+        text, in_reach = answer(reader, prompt, detokenize, n_recalling)
         right = right_answers(text, prompt.wanted)
         trials += len(right)
         correct += sum(right)

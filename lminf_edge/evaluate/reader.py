@@ -43,8 +43,11 @@ class Reader(abc.ABC):
     def sees(self, position: int) -> bool:
         """Whether the next token to be read can attend to the one at this position."""
 
-    def pieces(self, tokens: Tokens) -> Iterator[Tokens]:
-        """A prompt's tokens (n_tokens,) as they are to be read, piece after piece."""
+    def pieces(self, tokens: Tokens, n_recalling: int | None = None) -> Iterator[Tokens]:
+        """A prompt's tokens (n_tokens,) as they are to be read, each piece before the next one is asked for.
+
+        With recall, what comes before the last n_recalling tokens recalls nothing; None: all tokens recall.
+        """
         for start in range(0, len(tokens), self.n_batch):
             yield tokens[start : start + self.n_batch]
 
@@ -81,8 +84,13 @@ class LambdaReader(Reader):
         self.llm.reset()
         self._skipped = range(0)
 
-    def pieces(self, tokens: Tokens) -> Iterator[Tokens]:
-        return self.llm.slot.sequence.pieces(tokens, self.n_batch)
+    def pieces(self, tokens: Tokens, n_recalling: int | None = None) -> Iterator[Tokens]:
+        sequence, n_recall = self.llm.slot.sequence, self.llm.scheduler.window.n_recall
+        n_plain = 0 if n_recalling is None or not n_recall else max(0, len(tokens) - n_recalling)
+        for part, n in ((tokens[:n_plain], 0), (tokens[n_plain:], n_recall)):
+            if n_recall:
+                sequence.set_recall(n)
+            yield from sequence.pieces(part, self.n_batch)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on with a saved stream. Raises CheckpointError if it is of another model or has other parameters."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from conftest import MakeEngine, MakeLlama
 from served import Served, serve
@@ -24,6 +25,7 @@ from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.engine.request import Request
 from lminf_edge.evaluate.prompts import Prompt, Prompts
+from lminf_edge.evaluate.reader import LambdaReader
 from lminf_edge.server import Settings
 
 N_RECALL = 32
@@ -279,6 +281,38 @@ def test_passkey_finds_with_recall_what_has_left_the_window(capfd: pytest.Captur
     assert policies["lminf"]["correct"] == 0
     assert policies["recall"]["correct"] >= 2  # 3 were measured
     assert policies["recall"]["cells"][0]["in_reach"] == 0
+    assert report["recall_last"] is None
+    assert main(["passkey", "-m", "nano", "--n-local", "246", *options, "--recall-last", "64", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["recall_last"] == 64
+    assert report["policies"]["lminf"]["correct"] == 0
+    assert report["policies"]["recall"]["correct"] >= 2  # 3 were measured
+
+
+def test_a_text_can_be_read_without_recall_up_to_its_end(make_llama: MakeLlama, nano_path: str, prompt: Prompt) -> None:
+    """Then it is the same as without any up to there, archived as always, and what is asked at the end recalls it."""
+    n_last = 200
+    n_first = len(prompt.tokens) - n_last
+
+    def read(n_recall: int, n_recalling: int | None, *parts: Tokens) -> tuple[Any, int]:
+        reader = LambdaReader(make_llama(nano_path, lminf=replace(WINDOW, n_recall=n_recall), n_batch=100))
+        reader.clear()
+        for part in parts:
+            for piece in reader.pieces(part, n_recalling):
+                logits = reader.read(piece, logits_all=False).copy()
+        return logits, reader.llm.stream_info().archived
+
+    first, last = prompt.tokens[:n_first], prompt.tokens[n_first:]
+    without, _ = read(0, None, first)
+    plain, n_archived = read(N_RECALL, 0, first)
+    np.testing.assert_allclose(plain, without, atol=1e-3)
+    assert n_archived == n_first
+    end, n_archived = read(N_RECALL, n_last, prompt.tokens)
+    assert n_archived == len(prompt.tokens)
+    assert np.abs(end - read(0, None, first, last)[0]).max() > 0.1
+    everywhere, _ = read(N_RECALL, None, prompt.tokens)
+    np.testing.assert_array_equal(read(N_RECALL, len(prompt.tokens), prompt.tokens)[0], everywhere)
+    assert np.abs(end - everywhere).max() > 0.01
 
 
 # --- the end of a prompt ----------------------------------------------------------------------------------------------

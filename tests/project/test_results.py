@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -596,3 +597,39 @@ def test_too_little_for_an_interval() -> None:
         slope(np.arange(3.0), np.arange(3.0), np.zeros(3))
     with pytest.raises(ValueError, match="different positions"):
         slope(np.zeros(3), np.arange(3.0), np.arange(3.0))
+
+
+def test_answers_that_were_given_are_not_asked_for_again(tmp_path: Path) -> None:
+    texts = {"text": python_documentation()}
+    size = evidence.dataclasses.replace(evidence.TINY, recall_lengths=(300, 1024), recall_depths=(0.0, 1.0))
+    subject = evidence.subject_of("nano", texts, 4096, 1)
+    made = evidence.experiments(["nano"], size, None, None, tmp_path)
+    (answers,) = [e for e in made if e.name == "recall-nano-prose-256"]
+    path = tmp_path / "recall-nano-prose-256.json"
+
+    def ask(stop: int) -> tuple[Record, int]:
+        """Stops once so many tokens were read; what was saved, and how often."""
+        saves = []
+
+        def run(subject: Any, experiment: Any, save: Any) -> Record:
+            def save_and_stop(reached: Record) -> None:
+                save.write(reached)
+                saves.append(reached["tokens"])
+                if reached["tokens"] >= stop:
+                    raise KeyboardInterrupt
+
+            kept = evidence.dataclasses.replace(save, write=save_and_stop)
+            return dict(evidence.measure_answers(subject, experiment, kept))
+
+        with contextlib.suppress(KeyboardInterrupt):
+            evidence.perform(evidence.dataclasses.replace(answers, run=run), subject, texts, tmp_path, False)
+        return dict(json.loads(path.read_text(encoding="utf-8"))), len(saves)
+
+    first, n_first = ask(1500)
+    assert not first["complete"]
+    second, n_second = ask(1 << 30)
+    assert second["complete"]
+    for name, policy in first["policies"].items():
+        cells = policy["cells"]
+        assert second["policies"][name]["cells"][: len(cells)] == cells
+    assert n_first + n_second == 2 * (1 + 2 * 2)  # places; the ceiling, and lengths with and without recall
