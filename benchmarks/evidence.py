@@ -648,7 +648,7 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
         facts["recall_distance"] = window.recall_distance
     if n_recalling := settings.get("n_recalling"):
         command += f" --recall-last {n_recalling}"
-    reached = answered(save.kept)
+    reached = answered(save.kept, facts)
     figures: Results = {}
     done = 0
     with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
@@ -671,9 +671,10 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
     return {"command": command, "tokens": done, "window": facts, "policies": figures}
 
 
-def answered(kept: Results) -> dict[tuple[str, int, float], Cell]:
-    """What an earlier run of the same has asked: by policy, length and depth."""
-    found = [(name, cell) for name, policy in kept.get("policies", {}).items() for cell in policy["cells"]]
+def answered(kept: Results, window: Results) -> dict[tuple[str, int, float], Cell]:
+    """What an earlier run of the same has asked: by policy, length and depth. In another window nothing counts."""
+    policies = kept.get("policies", {}) if kept.get("window") == window else {}
+    found = [(name, cell) for name, policy in policies.items() for cell in policy["cells"]]
     return {
         (name, cell["length"], cell["depth"]): Cell(
             cell["length"],

@@ -72,6 +72,7 @@ WITHIN = {True: 0.01, False: 0.03}  # of the loss of streams started fresh, of a
 FULL_WORSE = 1.0  # nats
 KEYS = 0.95  # of the passkeys in reach
 RECALLED = 0.85  # of the ceiling
+RECALLED_KEYS = 0.95  # at each length
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -226,19 +227,27 @@ def passkey_claim(record: Record) -> list[str]:
 
 
 def recall_claims(record: Record) -> list[list[str]]:
-    """All lengths together, beside the fact in the window; and those that full attention read, beside it."""
+    """All lengths together, keys at each, beside the fact in the window; and what full attention read, beside it."""
     rows = []
-    cells = record["policies"].get("full", {"cells": []})["cells"]
-    for length in (None, *sorted({cell["length"] for cell in cells})):
-        name = "the fact in the window" if length is None else f"full attention at {length:,}"
+    is_key = record["settings"]["task"] == "prose"
+    target = RECALLED_KEYS if is_key else RECALLED
+    lengths = {name: lengths_of(record, name) for name in ("recall", "full")}
+    beside: list[tuple[str, int | None]] = [("ceiling", length) for length in (lengths["recall"] if is_key else [None])]
+    for policy, length in (*beside, *(("full", length) for length in lengths["full"])):
+        at = f" at {length:,}" if length else ""
         right, asked = found_of(record, "recall", length)
-        best, tried = found_of(record, "ceiling" if length is None else "full", length)
+        best, tried = found_of(record, policy, length if policy == "full" else None)
         if asked and best:
             share, ceiling = right / asked, best / tried
-            what = f"{record['settings']['task']}: right answers with recall, against {name}"
+            name = f"full attention{at}" if policy == "full" else "the fact in the window"
+            what = f"{record['settings']['task']}{at * is_key}: right answers with recall, against {name}"
             measured = f"{right} of {asked} against {best} of {tried}: {share / ceiling:.0%}"
-            rows.append(claim(record, what, measured, f"{RECALLED:.0%}", share >= RECALLED * ceiling))
+            rows.append(claim(record, what, measured, f"{target:.0%}", share >= target * ceiling))
     return rows
+
+
+def lengths_of(record: Record, policy: str) -> list[int]:
+    return sorted({cell["length"] for cell in record["policies"].get(policy, {"cells": []})["cells"]})
 
 
 def stale_note(records: Records) -> str:
@@ -461,6 +470,13 @@ def answers(record: Record, policy: str, length: int | None = None) -> str:
     return f"{right} of {asked} ({low:.0%} to {high:.0%})"
 
 
+def in_window(record: Record, length: int) -> str:
+    """Right answers with recall about facts that had not left the window."""
+    cells = [cell for cell in record["policies"].get("recall", {"cells": []})["cells"] if cell["length"] == length]
+    reachable = sum(round(cell["in_reach"] * cell["trials"]) for cell in cells)
+    return f"{sum(cell['correct_in_reach'] for cell in cells)} of {reachable}" if reachable else "–"
+
+
 def recall(records: Records) -> str:
     found = recall_records(records)
     if not found:
@@ -477,9 +493,11 @@ def recall(records: Records) -> str:
         cells = [cell for name, p in record["policies"].items() if name != "ceiling" for cell in p["cells"]]
         for i, length in enumerate(sorted({cell["length"] for cell in cells})):
             shares = [answers(record, policy, length) for policy in ("lminf", "recall", "full")]
+            shares.insert(2, in_window(record, length))
             first = ["", "", ""] if i else what
             rows.append([*first, f"{length:,}", *shares, "" if i else answers(record, "ceiling")])
-    header = ["", "window; recalled at distance", "places", "tokens", "Λ", "Λ with recall", "full attention", "ceiling"]
+    header = ["", "window; recalled at distance", "places", "tokens", "Λ", "Λ with recall", "of these in the window"]
+    header += ["full attention", "ceiling"]
     picture = f"![right answers by length and place](results/{of_kind('recall', found[0])})\n\n"
     return f"{picture if recall_picture(records) else ''}{table(header, rows, 4)}\n{sources(found)}"
 

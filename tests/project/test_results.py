@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "passkey-sinks",
     "recall-loss-nano-256",
     "recall-nano-prose-256",
+    "recall-nano-prose-256-long",
     "stream",
     "sweep-distance",
     "sweep-global",
@@ -202,18 +203,47 @@ def test_sweeps(records: dict[str, Record]) -> None:
 
 
 def test_what_recall_finds(records: dict[str, Record]) -> None:
-    [record] = measured.recall_records(records)
+    record, long = measured.recall_records(records)
     assert set(record["policies"]) == {"ceiling", "lminf", "recall"}
     assert measured.found_of(record, "ceiling") == (2, 2)
     right, asked = measured.found_of(record, "recall", 1024)
     assert asked == measured.found_of(record, "lminf", 1024)[1] == 2
     assert right > measured.found_of(record, "lminf", 1024)[0]
+    assert long["settings"]["n_recalling"] == 128
+    assert long["command"].endswith(" --recall-last 128")
+    assert measured.found_of(long, "recall", 4096)[1] == 2
     [losses] = measured.recall_losses(records)
     assert list(losses["ways"]) == ["0", "8", "32", "64", "256"]
     plain = measured.recall_blocks(losses, "0")
     assert len(plain) == (2048 - 1024) // losses["settings"]["block"]
     for way in losses["ways"]:
         assert np.corrcoef(measured.recall_blocks(losses, way), plain)[0, 1] > 0.9
+
+
+def test_keys_are_compared_at_each_length_and_facts_at_all() -> None:
+    def cell(length: int, depth: float, correct: int) -> Record:
+        n_found = min(correct, 4) if depth == 1 else 0
+        return {
+            "length": length, "depth": depth, "trials": 4, "correct": correct, "in_reach": float(depth == 1),
+            "correct_in_reach": n_found,
+        }  # fmt: skip
+
+    cells = [cell(n, depth, 4) for n in (100, 200) for depth in (0.0, 1.0)]
+    cells[-1] = cell(200, 1.0, 1)
+    policies = {"recall": {"cells": cells}, "ceiling": {"cells": [cell(50, 0.0, 4)]}, "full": {"cells": cells[:1]}}
+    record: Record = {
+        "complete": True, "settings": {"task": "prose"}, "policies": policies, "model": {"name": "nano"},
+        "window": {"n_global": 10, "n_local": 246},
+    }  # fmt: skip
+    measured_there = [row[2] for row in results.recall_claims(record)]
+    assert measured_there == [
+        "8 of 8 against 4 of 4: 100%",
+        "5 of 8 against 4 of 4: 62%",
+        "8 of 8 against 4 of 4: 100%",
+    ]
+    record["settings"]["task"] = "facts"
+    assert next(row[2] for row in results.recall_claims(record)) == "13 of 16 against 4 of 4: 81%"
+    assert results.in_window(record, 200) == "1 of 4"
 
 
 def test_the_tail(records: dict[str, Record]) -> None:
