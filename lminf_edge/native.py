@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from lminf_edge.structures import NativeParts, Segment
 from lminf_edge.structures import Params as Params
 
 MARK = "lminf_set_next"  # a function only the patched library has
+
+_Cancelled = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # lminf_is_cancelled
 
 
 class Support(enum.IntEnum):
@@ -79,6 +81,10 @@ class Native:
         self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
         self._seq_set_recall = declare("lminf_seq_set_recall", boolean, pointer, int32, int32)
         self._grammar_overran = declare("lminf_grammar_overran", boolean)
+        text = ctypes.c_char_p
+        self._tokenize = declare(
+            "lminf_tokenize", int32, pointer, text, int32, pointer, int32, boolean, boolean, _Cancelled, pointer
+        )
         self._seq_start = declare("lminf_seq_start", boolean, pointer, int32, int64)
         # what cache/archive.py calls
         segment = ctypes.POINTER(Segment)
@@ -179,6 +185,13 @@ class Native:
     def grammar_overran(self) -> bool:
         """Whether this thread's last call into a grammar was aborted because it took too much work."""
         return bool(self._grammar_overran())
+
+    def tokenize(
+        self, vocab: Any, text: bytes, tokens: Any, add_bos: bool, special: bool, is_cancelled: Callable[[], bool]
+    ) -> int:
+        """llama_tokenize into an array of llama_token; negative also if it was cancelled."""
+        ask = _Cancelled(lambda _: is_cancelled())
+        return int(self._tokenize(vocab, text, len(text), tokens, len(tokens), add_bos, special, ask, None))
 
     def seq_start(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence begin at this position."""

@@ -234,7 +234,8 @@ def _checked_call(call: dict[str, Any], i: int) -> str:
         try:
             check_sizes([json.loads(arguments or "{}")])
         except ValueError as error:
-            raise ApiError(400, f"messages.{i}.tool_calls: arguments are JSON: {error}.", param="messages") from None
+            reason = str(error).rstrip(".")
+            raise ApiError(400, f"messages.{i}.tool_calls: arguments are JSON: {reason}.", param="messages") from None
         except RecursionError:
             raise ApiError(400, f"messages.{i}.tool_calls: arguments nest too deep.", param="messages") from None
     elif not isinstance(arguments, dict):

@@ -18,7 +18,7 @@ from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.llama import Llama
 from lminf_edge.scores import check_numbers
 from lminf_edge.server.errors import ApiError
-from lminf_edge.text.tokenizer import LONG_TEXT
+from lminf_edge.text.tokenizer import LONG_TEXT, Tokenizer, in_turn
 
 Vectors = npt.NDArray[np.float32]  # (n_vectors, n_embd): one, or one for each token if nothing pools them
 
@@ -64,20 +64,22 @@ class Embedder:
         if is_cancelled():
             raise RequestCancelled
         if isinstance(text, str):
-            return self._tokens(text, add_special=True)
+            return self._tokens(text, is_cancelled, add_special=True)
         tokens: list[int] = []
         for part in text:
             if is_cancelled():
                 raise RequestCancelled
-            tokens += self._tokens(part, add_special=False) if isinstance(part, str) else [part]
+            tokens += self._tokens(part, is_cancelled, add_special=False) if isinstance(part, str) else [part]
         if any(not 0 <= token < self.llm.n_vocab() for token in tokens):
             raise ApiError(400, f"input: this model's tokens are 0 to {self.llm.n_vocab() - 1}.", param="input")
         return tokens
 
-    def _tokens(self, text: str, add_special: bool, special: bool = False) -> list[int]:
+    def _tokens(
+        self, text: str, is_cancelled: Callable[[], bool], add_special: bool, special: bool = False
+    ) -> list[int]:
         data = text.encode("utf-8", errors="replace")
-        with self._long if len(data) > LONG_TEXT else contextlib.nullcontext():
-            return list(self.llm.tokenize(data, add_bos=add_special, special=special))
+        with in_turn(self._long, is_cancelled) if len(data) > LONG_TEXT else contextlib.nullcontext():
+            return Tokenizer(self.llm).tokenize(data, add_special, special, is_cancelled)
 
     def embed(
         self, inputs: Sequence[Sequence[int]], is_cancelled: Callable[[], bool] = lambda: False
@@ -102,23 +104,26 @@ class Embedder:
     def rank(
         self, query: str, documents: Sequence[str], is_cancelled: Callable[[], bool] = lambda: False
     ) -> tuple[list[float], int]:
-        """How well each document answers the query, and the number of tokens in all. Raises as `embed` does."""
+        """How well each document answers the query, and the number of tokens in all.
+
+        Raises as `embed` does, and RequestCancelled.
+        """
         scores, n_tokens = [], 0
         for document in documents:
             if is_cancelled():
                 break
-            tokens = self._pair(query, document)
+            tokens = self._pair(query, document, is_cancelled)
             scores.append(float(self._run(tokens)[0, 0]))
             n_tokens += len(tokens)
         return scores, n_tokens
 
-    def _pair(self, query: str, document: str) -> list[int]:
+    def _pair(self, query: str, document: str, is_cancelled: Callable[[], bool]) -> list[int]:
         """A query and a document as the model knows them: by its template, or with a separator between them."""
         template = self.llm.metadata.get("tokenizer.chat_template.rerank")
         if template:
             given = {"{query}": query, "{document}": document}
             text = "".join(given.get(part, part) for part in re.split(r"({query}|{document})", template))
-            return self._tokens(text, add_special=False, special=True)
+            return self._tokens(text, is_cancelled, add_special=False, special=True)
         vocab = self.llm._model.vocab
         end = bindings.llama_vocab_eos(vocab)
         separator = bindings.llama_vocab_sep(vocab)
@@ -126,10 +131,10 @@ class Embedder:
         ends = [end] if bindings.llama_vocab_get_add_eos(vocab) else []
         return [
             *([bindings.llama_vocab_bos(vocab)] if bindings.llama_vocab_get_add_bos(vocab) else []),
-            *self._tokens(query, add_special=False),
+            *self._tokens(query, is_cancelled, add_special=False),
             *ends,
             *([separator] if bindings.llama_vocab_get_add_sep(vocab) else []),
-            *self._tokens(document, add_special=False),
+            *self._tokens(document, is_cancelled, add_special=False),
             *ends,
         ]
 

@@ -23,6 +23,7 @@ import numpy as np
 from llama_cpp import llama_cpp as bindings
 from llama_cpp.llama_tokenizer import LlamaTokenizer
 
+from lminf_edge import native
 from lminf_edge.cache.token_log import Tokens, as_tokens
 from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.errors import UserError
@@ -43,11 +44,22 @@ def check_ids(tokens: Tokens, n_vocab: int) -> Tokens:
 class Tokenizer(LlamaTokenizer):
     """llama_cpp's, for pieces of any length, with token ids checked."""
 
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
-        """The tokens of a text, in one pass: llama_cpp takes a second for what is longer than the training length."""
+    def tokenize(
+        self,
+        text: bytes,
+        add_bos: bool = True,
+        special: bool = True,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[int]:
+        """The tokens of a text, in one pass: llama_cpp takes a second for what is longer than the training length.
+
+        Raises RequestCancelled once it is cancelled.
+        """
         room = len(text) + 16  # no token has less than a byte, those aside that are added
         tokens = (bindings.llama_token * room)()
-        n_tokens = bindings.llama_tokenize(self._model.vocab, text, len(text), tokens, room, add_bos, special)
+        n_tokens = native.load().tokenize(self._model.vocab, text, tokens, add_bos, special, is_cancelled)
+        if n_tokens < 0 and is_cancelled():
+            raise RequestCancelled
         return tokens[:n_tokens] if n_tokens >= 0 else super().tokenize(text, add_bos, special)
 
     def detokenize(
@@ -78,6 +90,18 @@ def _piece(vocab: Any, token: int, special: bool) -> bytes:
         n_bytes = -n_written
 
 
+@contextlib.contextmanager
+def in_turn(lock: threading.Lock, is_cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Holds the lock, once it is free. Raises RequestCancelled."""
+    while not lock.acquire(timeout=0.1):
+        if is_cancelled():
+            raise RequestCancelled
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class CachedTokenizer:
     """Tokens of pieces of text, control tokens included, without a beginning-of-text token. For several threads.
 
@@ -87,6 +111,7 @@ class CachedTokenizer:
     def __init__(self, llm: llama_cpp.Llama, template: str | None, n_bytes_max: int) -> None:
         """Cuts at the control tokens that `template` uses; remembers pieces up to n_bytes_max bytes in all."""
         self._llm = llm
+        self._tokenizer = Tokenizer(llm)
         self._n_bytes_max = n_bytes_max
         self.n_bytes = 0
         self._known: OrderedDict[tuple[str, str], Tokens] = OrderedDict()  # of an owner and a text
@@ -193,16 +218,16 @@ class CachedTokenizer:
     ) -> Tokens:
         """What llama_cpp's tokenizer makes of a text: int32 (n_tokens,), a long one in parts where that is the same.
 
-        Raises RequestCancelled, between two of them.
+        Raises RequestCancelled, with some tokenizers between two of them only.
         """
         made = []
         for i, part in enumerate(self._parts(text)):
             # long ones take turns: llama.cpp takes 30 times their bytes while it tokenizes
-            with self._long if len(part) > LONG_TEXT else contextlib.nullcontext():
+            with in_turn(self._long, is_cancelled) if len(part) > LONG_TEXT else contextlib.nullcontext():
                 if is_cancelled():
                     raise RequestCancelled
                 data = part.encode("utf-8")
-                made.append(as_tokens(self._llm.tokenize(data, add_bos=add_bos and i == 0, special=special)))
+                made.append(as_tokens(self._tokenizer.tokenize(data, add_bos and i == 0, special, is_cancelled)))
         return np.concatenate(made)
 
     def _parts(self, text: str) -> Iterator[str]:

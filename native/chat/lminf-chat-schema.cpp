@@ -3,8 +3,8 @@
 #include "lminf-chat-work.h"
 
 // llama.cpp does this and the next by regular expressions, which takes most of the time of a large schema.
-std::string lminf_chat_rule_name(const std::string & name) {
-    lminf_chat_charge(64 + name.size());
+std::string lminf_chat_rule_name(const std::string & name, size_t n_units) {
+    lminf_chat_charge(64 + name.size() + n_units);
     std::string made;
     bool is_valid = true;
     for (const char c : name) {

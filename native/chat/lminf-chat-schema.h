@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <string>
 
@@ -9,7 +10,7 @@ class common_json;
 struct common_chat_schema;
 
 // The name of a rule, for a name of any characters.
-std::string lminf_chat_rule_name(const std::string & name);
+std::string lminf_chat_rule_name(const std::string & name, size_t n_units = 0); // that more it costs
 
 // What stands between the quotation marks of a literal of a grammar.
 std::string lminf_chat_escaped(const std::string & literal);

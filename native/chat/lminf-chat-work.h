@@ -9,6 +9,7 @@
 #pragma once
 
 #include "lminf-chat-calls.h"  // the other hooks in common/
+#include "lminf-chat-hash.h"
 #include "lminf-chat-parsers.h"
 #include "lminf-chat-render.h"
 #include "lminf-chat-schema.h"

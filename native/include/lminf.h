@@ -246,6 +246,14 @@ LLAMA_API uint64_t lminf_memory_bytes(const struct llama_context * ctx);
 // or allows no token any more.
 LLAMA_API bool lminf_grammar_overran(void);
 
+// llama_tokenize that can be ended: INT32_MIN once `is_cancelled` is true, which the calling thread is asked every few
+// milliseconds (with vocabularies of BPE, and while any text is searched for special tokens).
+typedef bool (*lminf_is_cancelled)(void * data);
+
+LLAMA_API int32_t lminf_tokenize(
+        const struct llama_vocab * vocab, const char * text, int32_t text_len, llama_token * tokens, int32_t n_tokens_max,
+        bool add_special, bool parse_special, lminf_is_cancelled is_cancelled, void * data);
+
 #ifdef __cplusplus
 }
 #endif

@@ -6,17 +6,25 @@
 //   - BPE: what the vocabulary's regular expressions cut a text into.
 //   - SentencePiece: what is between two places where nothing can be joined. All that such a tokenizer joins is in its
 //     vocabulary; so nothing is joined across a character and a space that no token has side by side.
+//
+// Each word has one place, by its hash, and one that comes later takes it. So whatever the words are, looking for one costs
+// the same: there are texts whose words all have the same hash.
 
 #pragma once
 
 #include "llama-vocab.h"
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
+#include <functional>
 #include <mutex>
 #include <string>
-#include <unordered_map>
+#include <utility>
 #include <vector>
+
+// Each step of a tokenizer, some dozens of nanoseconds. Throws what lminf_tokenize catches, if that is to end.
+void lminf_tokenize_go_on();
 
 // The words of one text.
 class lminf_words {
@@ -24,27 +32,54 @@ public:
     // Appends the tokens of the words to the output. `tokenize` does so for a vector of one word.
     template <typename F>
     void tokenize(const std::vector<std::string> & words, std::vector<llama_token> & output, F && tokenize) {
+        make_room(words.size());
         std::vector<std::string> word(1);
         for (const auto & text : words) {
-            const auto found = known.find(text);
-            if (found != known.end()) {
-                output.insert(output.end(), found->second.begin(), found->second.end());
+            lminf_tokenize_go_on();
+            auto & place = place_of(text);
+            if (place.text == text) {
+                output.insert(output.end(), place.tokens.begin(), place.tokens.end());
                 continue;
             }
             const size_t n_before = output.size();
             word[0] = text;
             tokenize(word, output);
-            if (text.size() <= MAX_BYTES && known.size() < MAX_WORDS) {
-                known.emplace(text, std::vector<llama_token>(output.begin() + n_before, output.end()));
+            if (text.size() <= MAX_BYTES) {
+                place.text = text;
+                place.tokens.assign(output.begin() + n_before, output.end());
             }
         }
     }
 
 private:
-    static constexpr size_t MAX_BYTES = 64;
-    static constexpr size_t MAX_WORDS = 1 << 16;
+    static constexpr size_t MAX_BYTES  = 64;
+    static constexpr size_t MAX_PLACES = 1 << 16;
 
-    std::unordered_map<std::string, std::vector<llama_token>> known;
+    struct known_word { // none: the empty word, which has no tokens
+        std::string text;
+        std::vector<llama_token> tokens;
+    };
+
+    std::vector<known_word> places = std::vector<known_word>(1);
+    size_t n_words = 0; // that were looked for
+
+    known_word & place_of(const std::string & text) {
+        return places[std::hash<std::string>()(text) & (places.size() - 1)];
+    }
+
+    void make_room(size_t n_new) {
+        n_words += n_new;
+        size_t n_places = places.size();
+        while (n_places < std::min(n_words, MAX_PLACES)) {
+            n_places *= 2;
+        }
+        if (n_places > places.size()) {
+            auto before = std::exchange(places, std::vector<known_word>(n_places));
+            for (auto & word : before) {
+                place_of(word.text) = std::move(word);
+            }
+        }
+    }
 };
 
 // Where the texts of a SentencePiece vocabulary can be cut. For several threads.

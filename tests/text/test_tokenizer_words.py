@@ -19,7 +19,8 @@ from conftest import TEXT
 from repository import ROOT
 
 from lminf_edge import Llama
-from lminf_edge.text.tokenizer import CachedTokenizer, control_texts, use_tokenizer
+from lminf_edge.engine.request import RequestCancelled
+from lminf_edge.text.tokenizer import LONG_TEXT, CachedTokenizer, control_texts, use_tokenizer
 
 STOCK = ROOT / "build" / "stock" / "bin"
 VOCABULARIES = [
@@ -122,6 +123,43 @@ def test_pieces_together_are_as_one_by_one(llm: Any) -> None:
         assert found == pieces
         assert [part.tolist() for part in np.split(tokens, starts[1:-1])] == one_by_one
         assert tokens.tolist() == llm.tokenize(mixed.encode(), False, True)
+
+
+LONG = {
+    "a word": "ab" * 100_000,
+    "words": " ".join(f"{i:x}" for i in range(100_000)),
+    "special tokens": "a{special}" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_tokenizing_stops_when_it_is_cancelled(folder: Path, kind: str) -> None:
+    llm = Llama(path_of(folder, "qwen2"), vocab_only=True, verbose=False)
+    use_tokenizer(llm)
+    text = LONG[kind].format(special="<|im_end|>")
+    expected = llm.tokenize(text.encode(), False, True)
+    n_asked = 0
+
+    def is_cancelled() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked > 2  # it was asked before it began, and once meanwhile
+
+    tokenizer = CachedTokenizer(llm, "", 0)
+    with pytest.raises(RequestCancelled):
+        tokenizer.tokenize(text, is_cancelled=is_cancelled)
+    assert n_asked == 4  # and once why there are no tokens
+    assert tokenizer.tokenize(text).tolist() == expected
+    llm.close()
+
+
+def test_a_client_that_hangs_up_does_not_wait_for_the_text_of_another(folder: Path) -> None:
+    llm = Llama(path_of(folder, "qwen2"), vocab_only=True, verbose=False)
+    use_tokenizer(llm)
+    tokenizer = CachedTokenizer(llm, "", 0)
+    with tokenizer._long, pytest.raises(RequestCancelled):
+        tokenizer.tokenize("a" * (LONG_TEXT + 1), is_cancelled=lambda: True)
+    llm.close()
 
 
 def _control_texts(llm: Any) -> list[str]:
