@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import datetime
 import functools
 import itertools
 import json
+import time
 from typing import Any
 
 import jinja2.ext
 import jinja2.sandbox
+import numpy as np
 import pytest
 from test_chat_library import ANSWERED, ASKED, TOOLS, apply, opened, templates
 
@@ -185,3 +188,38 @@ def test_the_beginning_of_an_answer_is_what_a_template_writes_for_it(conversatio
         if apply(name, messages, **more)["generation_prompt"] != begin_of_answer(with_it, without):
             different.add(name)
     assert not different
+
+
+def keys_of_one_hash(n_keys: int) -> list[str]:
+    """Keys of two words each that llama.cpp's own hash of a string, and of any text before it, cannot tell apart."""
+    try:
+        hash_bytes = ctypes.CDLL("libstdc++.so.6")["_ZSt11_Hash_bytesPKvmm"]
+    except (OSError, AttributeError):
+        pytest.skip("how this library hashes the name of a type is not known")
+    hash_bytes.restype, hash_bytes.argtypes = ctypes.c_size_t, [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+    name = b"N5jinja14value_string_tE"
+    prime, rng = np.uint64(0x100000001B3), np.random.default_rng(1)
+
+    def mixed(state: Any, word: Any) -> Any:
+        return (state ^ word) * prime
+
+    with np.errstate(over="ignore"):
+        begin = mixed(np.uint64(0xCBF29CE484222325), np.uint64(hash_bytes(name, len(name), 0xC70F6907)))
+        target = mixed(begin, np.frombuffer(b"abcdefgh", np.uint64)) ^ np.frombuffer(b"ijklmnop", np.uint64)
+        found: list[str] = []
+        while len(found) < n_keys:
+            first = rng.integers(48, 91, (1 << 18, 8), dtype=np.uint8)
+            second = (mixed(begin, first.view(np.uint64)[:, 0]) ^ target).view(np.uint8).reshape(-1, 8)
+            fit = ((second > 34) & (second < 127) & (second != 92)).all(axis=1)
+            found += [bytes(each).decode() for each in np.hstack([first, second])[fit]]
+    return found[:n_keys]
+
+
+def test_keys_that_were_chosen_to_have_one_hash_cost_what_others_do() -> None:
+    chat = Templates(None, "{{ x[0] | length }}", "<s>", "</s>")
+    keys = keys_of_one_hash(1000)
+    assert len(set(keys)) == 1000
+    started = time.process_time()
+    made = chat.apply({"messages": ASKED, "template_kwargs": {"x": [dict.fromkeys(keys, 1)] * 40}})
+    assert made["prompt"] == "1000"
+    assert time.process_time() - started < 3  # ten, were they compared with each other

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,15 @@ def test_tokenizing_stops_when_it_is_cancelled(folder: Path, kind: str) -> None:
         tokenizer.tokenize(text, is_cancelled=is_cancelled)
     assert n_asked == 4  # and once why there are no tokens
     assert tokenizer.tokenize(text).tolist() == expected
+    llm.close()
+
+
+def test_special_tokens_take_the_time_of_their_number(folder: Path) -> None:
+    llm = Llama(path_of(folder, "qwen2"), vocab_only=True, verbose=False)
+    one, *_ = llm.tokenize(b"<|im_end|>", False, True)
+    started = time.process_time()
+    assert llm.tokenize(b"<|im_end|>" * 100_000, False, True) == [one] * 100_000
+    assert time.process_time() - started < 5  # half a minute, were it the square
     llm.close()
 
 
