@@ -26,35 +26,32 @@ def engine(nano_path: str) -> Iterator[Engine]:
     engine.model.close()
 
 
-def test_what_one_owner_sent_changes_nothing_for_another(engine: Engine) -> None:
+def test_what_one_owner_sent_changes_nothing_for_another(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     service = TextService(engine)
     tokenizer = service.tokenizer
     calls: list[bytes] = []
-    tokenize = service.llm.tokenize
+    tokenize = tokenizer._tokenizer.tokenize
 
-    def counting(text: bytes, **kwargs: bool) -> list[int]:
+    def counting(text: bytes, *args: Any) -> list[int]:
         calls.append(text)
-        return tokenize(text, **kwargs)
+        return tokenize(text, *args)
 
-    service.llm.tokenize = counting
-    try:
-        plain = tokenizer.tokens_of("Who is there? Nobody.", owner="b")
-        # a completion may come in other tokens than its text is cut into
-        strange = np.array([*tokenizer.tokens_of("No", owner="a"), *tokenizer.tokens_of("body.", owner="a")])
-        tokenizer.remember_answer("Who is there? ", "Nobody.", strange, "a")
-        assert not np.array_equal(tokenizer.tokens_of("Who is there? Nobody.", owner="a"), plain)
-        assert np.array_equal(tokenizer.tokens_of("Who is there? Nobody.", owner="b"), plain)
+    monkeypatch.setattr(tokenizer._tokenizer, "tokenize", counting)
+    plain = tokenizer.tokens_of("Who is there? Nobody.", owner="b")
+    # a completion may come in other tokens than its text is cut into
+    strange = np.array([*tokenizer.tokens_of("No", owner="a"), *tokenizer.tokens_of("body.", owner="a")])
+    tokenizer.remember_answer("Who is there? ", "Nobody.", strange, "a")
+    assert not np.array_equal(tokenizer.tokens_of("Who is there? Nobody.", owner="a"), plain)
+    assert np.array_equal(tokenizer.tokens_of("Who is there? Nobody.", owner="b"), plain)
 
-        # by every way in, a text is tokenized once for each owner
-        for owner in ("a", "b", "a", "b"):
-            exchange = Exchange(service, owner=owner)
-            exchange.chat_prompt([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I will."}])
-            exchange.text_prompt("Once upon a time")
-        counts = {text: calls.count(text) for text in calls if b"I will." in text or b"Once" in text}
-        assert len(counts) == 2
-        assert set(counts.values()) == {2}
-    finally:
-        del service.llm.tokenize
+    # by every way in, a text is tokenized once for each owner
+    for owner in ("a", "b", "a", "b"):
+        exchange = Exchange(service, owner=owner)
+        exchange.chat_prompt([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I will."}])
+        exchange.text_prompt("Once upon a time")
+    counts = {text: calls.count(text) for text in calls if b"I will." in text or b"Once" in text}
+    assert len(counts) == 2
+    assert set(counts.values()) == {2}
 
 
 def test_texts_and_checkpoints_share_a_budget(nano_path: str) -> None:
