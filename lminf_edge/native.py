@@ -189,9 +189,9 @@ class Native:
     def tokenize(
         self, vocab: Any, text: bytes, tokens: Any, add_bos: bool, special: bool, is_cancelled: Callable[[], bool]
     ) -> int:
-        """llama_tokenize into an array of llama_token; negative also if it was cancelled."""
+        """llama_tokenize into an int32 array; negative also if it was cancelled."""
         ask = _Cancelled(lambda _: is_cancelled())
-        return int(self._tokenize(vocab, text, len(text), tokens, len(tokens), add_bos, special, ask, None))
+        return int(self._tokenize(vocab, text, len(text), tokens.ctypes.data, len(tokens), add_bos, special, ask, None))
 
     def seq_start(self, ctx: Any, stream_pos: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence begin at this position."""

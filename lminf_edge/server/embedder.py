@@ -79,7 +79,8 @@ class Embedder:
     ) -> list[int]:
         data = text.encode("utf-8", errors="replace")
         with in_turn(self._long, is_cancelled) if len(data) > LONG_TEXT else contextlib.nullcontext():
-            return Tokenizer(self.llm).tokenize(data, add_special, special, is_cancelled)
+            tokens: list[int] = Tokenizer(self.llm).token_array(data, add_special, special, is_cancelled).tolist()
+            return tokens
 
     def embed(
         self, inputs: Sequence[Sequence[int]], is_cancelled: Callable[[], bool] = lambda: False

@@ -44,23 +44,29 @@ def check_ids(tokens: Tokens, n_vocab: int) -> Tokens:
 class Tokenizer(LlamaTokenizer):
     """llama_cpp's, for pieces of any length, with token ids checked."""
 
-    def tokenize(
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
+        tokens: list[int] = self.token_array(text, add_bos, special).tolist()
+        return tokens
+
+    def token_array(
         self,
         text: bytes,
         add_bos: bool = True,
         special: bool = True,
         is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> list[int]:
-        """The tokens of a text, in one pass: llama_cpp takes a second for what is longer than the training length.
+    ) -> Tokens:
+        """The tokens of a text: int32 (n_tokens,), in one pass.
 
-        Raises RequestCancelled once it is cancelled.
+        llama_cpp's way takes a second for what is longer than the training length. Raises RequestCancelled.
         """
-        room = len(text) + 16  # no token has less than a byte, those aside that are added
-        tokens = (bindings.llama_token * room)()
+        # no token has less than a byte, those aside that are added
+        tokens: Tokens = np.empty(len(text) + 16, dtype=np.int32)
         n_tokens = native.load().tokenize(self._model.vocab, text, tokens, add_bos, special, is_cancelled)
-        if n_tokens < 0 and is_cancelled():
+        if n_tokens >= 0:
+            return np.array(tokens[:n_tokens])
+        if is_cancelled():
             raise RequestCancelled
-        return tokens[:n_tokens] if n_tokens >= 0 else super().tokenize(text, add_bos, special)
+        return as_tokens(super().tokenize(text, add_bos, special))
 
     def detokenize(
         self, tokens: Sequence[int] | Tokens, prev_tokens: Sequence[int] | Tokens | None = None, special: bool = False
@@ -227,7 +233,7 @@ class CachedTokenizer:
                 if is_cancelled():
                     raise RequestCancelled
                 data = part.encode("utf-8")
-                made.append(as_tokens(self._tokenizer.tokenize(data, add_bos and i == 0, special, is_cancelled)))
+                made.append(self._tokenizer.token_array(data, add_bos and i == 0, special, is_cancelled))
         return np.concatenate(made)
 
     def _parts(self, text: str) -> Iterator[str]:

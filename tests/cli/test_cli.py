@@ -310,7 +310,8 @@ def test_ppl_that_is_interrupted_prints_what_it_has(
 def test_passkey_reports_every_cell(capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--n-global", "40", "--n-local", "80", "--lengths", "300,100", "--depths", "0,100", "--trials", "2"]
     report = run_json(capfd, "passkey", "-m", "nano", *options, "--policies", "all")
-    assert list(report) == ["task", "blind", "lengths", "depths", "trials", "window", "recall", "policies"]
+    names = ["task", "blind", "lengths", "depths", "trials", "window", "recall", "recall_last", "policies"]
+    assert list(report) == names
     assert (report["task"], report["lengths"], report["depths"]) == ("prose", [100, 300], [0.0, 1.0])
     assert report["window"] == {"n_global": 40, "n_local": 80, "max_distance": 80}
     assert (report["recall"]["n_recall"], report["recall"]["recall_distance"]) == (8, 80)

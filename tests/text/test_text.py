@@ -11,6 +11,7 @@ import pytest
 from reference import tiny_models
 
 from lminf_edge import LMInfConfig
+from lminf_edge.cache.token_log import Tokens
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.engine.params import SamplingParams
@@ -30,13 +31,13 @@ def test_what_one_owner_sent_changes_nothing_for_another(engine: Engine, monkeyp
     service = TextService(engine)
     tokenizer = service.tokenizer
     calls: list[bytes] = []
-    tokenize = tokenizer._tokenizer.tokenize
+    token_array = tokenizer._tokenizer.token_array
 
-    def counting(text: bytes, *args: Any) -> list[int]:
+    def counting(text: bytes, *args: Any) -> Tokens:
         calls.append(text)
-        return tokenize(text, *args)
+        return token_array(text, *args)
 
-    monkeypatch.setattr(tokenizer._tokenizer, "tokenize", counting)
+    monkeypatch.setattr(tokenizer._tokenizer, "token_array", counting)
     plain = tokenizer.tokens_of("Who is there? Nobody.", owner="b")
     # a completion may come in other tokens than its text is cut into
     strange = np.array([*tokenizer.tokens_of("No", owner="a"), *tokenizer.tokens_of("body.", owner="a")])
