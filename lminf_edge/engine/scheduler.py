@@ -697,7 +697,7 @@ class Scheduler:
             self.counters.background_tokens += n_new
             self._progress = work.reads_for, len(work.slot)
             if part.is_last:
-                self._take_over(work)
+                self._replace_slot(work)
             return 0
         stats = request.stats
         stats.position = len(work.slot) + work.slot.n_dropped
@@ -800,7 +800,7 @@ class Scheduler:
             self.displace(reader)
             reader.clear()
 
-    def _take_over(self, work: _Work) -> None:
+    def _replace_slot(self, work: _Work) -> None:
         """All has been read: the stream that skipped nothing takes the place of the other."""
         slot, reader = work.reads_for, work.slot
         assert slot is not None
