@@ -32,7 +32,7 @@ test: stock ## the whole test suite; ARGS="-k name" for a part of it
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: test browser ## make test, then the server with a real browser, node clients, kills and load
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/e2e
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e
 
 test-agents: browser real-models ## hundreds of turns of agents by each API, and Codex and Claude Code themselves: an hour
 	@cd tests/e2e && npm install --no-audit --no-fund --silent --no-save @openai/codex @anthropic-ai/claude-code
