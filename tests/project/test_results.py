@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
@@ -447,30 +446,42 @@ def test_bad_input(tmp_path: Path, arguments: list[str], sentence: str) -> None:
 # --- a long stream that is stopped ------------------------------------------------------------------------------------
 
 
+def perform_until(
+    stop: int, experiment: Any, subject: Any, texts: dict[str, str], folder: Path
+) -> tuple[Record, int, bool]:
+    """Stops once so many tokens were read: what was saved, how often, and whether it was stopped."""
+    saves = []
+
+    def run(subject: Any, asked: Any, save: Any) -> Record:
+        def save_and_stop(reached: Record) -> None:
+            save.write(reached)
+            saves.append(reached["tokens"])
+            if reached["tokens"] >= stop:
+                raise KeyboardInterrupt
+
+        kept = evidence.dataclasses.replace(save, write=save_and_stop)
+        return dict(experiment.run(subject, asked, kept))
+
+    was_stopped = False
+    try:
+        evidence.perform(evidence.dataclasses.replace(experiment, run=run), subject, texts, folder, False)
+    except KeyboardInterrupt:
+        was_stopped = True
+    record = json.loads((folder / f"{experiment.name}.json").read_text(encoding="utf-8"))
+    return dict(record), len(saves), was_stopped
+
+
 def test_a_stream_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "STREAMS_FOLDER", tmp_path / "streams")
     texts = {"text": python_documentation()}
     size = evidence.dataclasses.replace(evidence.TINY, n_stream=7000, save_every=0.0)
     subject = evidence.subject_of("nano", texts, 4096, 1)
     (stream,) = [e for e in evidence.experiments(["nano"], size, None, None, tmp_path) if e.name == "stream"]
-    path = tmp_path / "stream.json"
 
     def read(stop: int) -> tuple[Record, int]:
-        """Stops where the stream is said to have reached so many tokens; what was saved, and how often."""
-        saves = []
-
-        def run(subject: Any, experiment: Any, save: Any) -> Record:
-            def save_and_stop(reached: Record) -> None:
-                save.write(reached)
-                saves.append(reached["tokens"])
-                if reached["tokens"] >= stop:
-                    raise KeyboardInterrupt
-
-            return evidence.measure_stream(subject, experiment, evidence.dataclasses.replace(save, write=save_and_stop))
-
-        with pytest.raises(KeyboardInterrupt):
-            evidence.perform(evidence.dataclasses.replace(stream, run=run), subject, texts, tmp_path, False)
-        return dict(json.loads(path.read_text(encoding="utf-8"))), len(saves)
+        record, n_saves, was_stopped = perform_until(stop, stream, subject, texts, tmp_path)
+        assert was_stopped
+        return record, n_saves
 
     first, n_saves = read(4000)
     assert first["complete"] is False
@@ -480,7 +491,7 @@ def test_a_stream_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
     assert second["tokens"] >= 6000
     assert n_more < n_saves  # what had been read was not read again
     evidence.perform(stream, subject, texts, tmp_path, False)
-    third = json.loads(path.read_text(encoding="utf-8"))
+    third = json.loads((tmp_path / "stream.json").read_text(encoding="utf-8"))
     assert not (tmp_path / "streams" / "stream").exists()
     (tmp_path / "whole").mkdir()
     evidence.perform(stream, subject, texts, tmp_path / "whole", False)
@@ -635,29 +646,10 @@ def test_answers_that_were_given_are_not_asked_for_again(tmp_path: Path) -> None
     subject = evidence.subject_of("nano", texts, 4096, 1)
     made = evidence.experiments(["nano"], size, None, None, tmp_path)
     (answers,) = [e for e in made if e.name == "recall-nano-prose-256"]
-    path = tmp_path / "recall-nano-prose-256.json"
 
-    def ask(stop: int) -> tuple[Record, int]:
-        """Stops once so many tokens were read; what was saved, and how often."""
-        saves = []
-
-        def run(subject: Any, experiment: Any, save: Any) -> Record:
-            def save_and_stop(reached: Record) -> None:
-                save.write(reached)
-                saves.append(reached["tokens"])
-                if reached["tokens"] >= stop:
-                    raise KeyboardInterrupt
-
-            kept = evidence.dataclasses.replace(save, write=save_and_stop)
-            return dict(evidence.measure_answers(subject, experiment, kept))
-
-        with contextlib.suppress(KeyboardInterrupt):
-            evidence.perform(evidence.dataclasses.replace(answers, run=run), subject, texts, tmp_path, False)
-        return dict(json.loads(path.read_text(encoding="utf-8"))), len(saves)
-
-    first, n_first = ask(1500)
+    first, n_first, _ = perform_until(1500, answers, subject, texts, tmp_path)
     assert not first["complete"]
-    second, n_second = ask(1 << 30)
+    second, n_second, _ = perform_until(1 << 30, answers, subject, texts, tmp_path)
     assert second["complete"]
     for name, policy in first["policies"].items():
         cells = policy["cells"]
