@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from served import Served, serve
+from served import Served, kept_alive, serve
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli.serve import listen
@@ -56,9 +56,9 @@ def ask(ai: openai.OpenAI, messages: list[dict[str, str]], **kwargs: Any) -> Any
     )
 
 
-def events(response: httpx.Response) -> list[Any]:
+def events(text: str) -> list[Any]:
     """The data of server-sent events, JSON but for the last."""
-    blocks = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
+    blocks = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
     return [block if block == "[DONE]" else json.loads(block) for block in blocks]
 
 
@@ -117,7 +117,7 @@ def test_a_stream_without_usage_has_none(client: httpx.Client) -> None:
     body = {"messages": QUESTION, "max_tokens": 3, "stream": True}
     response = client.post("/v1/chat/completions", json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
-    *chunks, done = events(response)
+    *chunks, done = events(response.text)
     assert done == "[DONE]"
     assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
@@ -326,7 +326,7 @@ def test_llama_cpp_completion(client: httpx.Client) -> None:
     assert whole["content"]
     assert whole["stop"]
     assert (whole["stop_type"], whole["tokens_predicted"], whole["truncated"]) == ("limit", 8, False)
-    *chunks, last = events(client.post("/completion", json={**body, "stream": True}))
+    *chunks, last = events(client.post("/completion", json={**body, "stream": True}).text)
     assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
     assert last["stop"]
     assert last["tokens_cached"] >= last["tokens_evaluated"] - 1
@@ -513,24 +513,21 @@ def test_there_are_so_many_prompts(client: httpx.Client) -> None:
     assert_error(client.post("/v1/completions", json={"prompt": ["a"] * 2049}), 400, "2048 of them at most")
 
 
-def test_progress_and_keep_alives(nano_path: str) -> None:
-    settings = Settings(model_name="nano", ping_seconds=0.005)  # less than a batch takes
-    with (
-        serve(nano_path, settings, lminf=WINDOW, n_ubatch=64) as served,
-        httpx.Client(base_url=served.url, timeout=120) as client,
-    ):
+def test_progress_and_keep_alives(nano_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(model_name="nano", ping_seconds=0.005)
+    with serve(nano_path, settings, lminf=WINDOW, n_ubatch=64) as served:
         body = {
             "messages": [{"role": "user", "content": "the sea was calm. " * 5000}],
             "max_tokens": 2,
             "stream": True,
             "return_progress": True,
         }
-        response = client.post("/v1/chat/completions", json=body)
-        progress = [chunk["prompt_progress"] for chunk in events(response)[:-1] if "prompt_progress" in chunk]
+        text = kept_alive(served, monkeypatch, "/v1/chat/completions", body)
+        progress = [chunk["prompt_progress"] for chunk in events(text)[:-1] if "prompt_progress" in chunk]
         assert len(progress) > 2
         assert all(a["processed"] < b["processed"] for a, b in pairwise(progress))
         assert progress[-1]["processed"] == progress[-1]["total"] > 20_000
-        assert ": keep-alive" in response.text
+        assert ": keep-alive" in text
 
 
 # --- safety -----------------------------------------------------------------------------------------------------------

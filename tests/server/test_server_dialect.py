@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from reference.gguf_file import copy_with
-from served import Served, serve
+from served import Served, kept_alive, serve
 
 from lminf_edge import LMInfConfig
 from lminf_edge.cache.checkpoint import Checkpoint
@@ -126,14 +126,14 @@ def test_progress_comes_before_and_after_each_batch(client: httpx.Client) -> Non
     assert all("timings" in chunk for chunk in chunks)
 
 
-def test_keep_alives_may_be_seldom(nano_path: str) -> None:
+def test_keep_alives_may_be_seldom(nano_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(model_name="nano", ping_seconds=0.001)
     body = {**BODY, "n_predict": 60, "ignore_eos": True, "stream": True, "lminf": {"prefill": "full"}}
     with serve(nano_path, settings, lminf=WINDOW) as served:
-        for seconds, pings in ((3600, False), (-1, True)):
-            fields = {"sse_ping_interval": seconds, "prompt": f"{seconds} " + TEXT * 50}
-            response = httpx.post(f"{served.url}/completion", json={**body, **fields}, timeout=60)
-            assert (": keep-alive" in response.text) == pings
+        seldom = {**body, "sse_ping_interval": 3600, "prompt": TEXT * 50}
+        assert ": keep-alive" not in httpx.post(f"{served.url}/completion", json=seldom, timeout=60).text
+        often = {**body, "sse_ping_interval": -1, "prompt": "Often: " + TEXT * 50}
+        assert ": keep-alive" in kept_alive(served, monkeypatch, "/completion", often)
 
 
 def test_a_prompt_may_be_processed_anew(client: httpx.Client) -> None:

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+import pytest
+
 from lminf_edge.engine.engine import Engine
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.server import Settings, create_app
@@ -55,3 +58,23 @@ def serve(
         engine.close()
         assert app.state.server.close(10)
         engine.model.close()
+
+
+def kept_alive(served: Served, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]) -> str:
+    """The events of a stream of which no batch is processed before a keep-alive has come."""
+    scheduler, has_come = served.engine.scheduler, threading.Event()
+    process = scheduler._process
+
+    def held(parts: Any) -> None:
+        assert has_come.wait(60)
+        process(parts)
+
+    text = ""
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "_process", held)
+        with httpx.stream("POST", f"{served.url}{path}", json=body, timeout=120) as response:
+            for part in response.iter_text():
+                text += part
+                if ": keep-alive" in text:
+                    has_come.set()
+    return text
