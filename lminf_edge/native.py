@@ -77,7 +77,7 @@ class Native:
         self._memory_bytes = declare("lminf_memory_bytes", ctypes.c_uint64, pointer)
         self._next_pos = declare("lminf_next_pos", int32, pointer, int32, int32)
         self._rollback = declare("lminf_rollback", boolean, pointer, int32, int64)
-        self._skip = declare("lminf_skip", boolean, pointer, int32, int64)
+        self._skip_tokens = declare("lminf_skip_tokens", boolean, pointer, int32, pointer, int64)
         self._seq_set_sinks = declare("lminf_seq_set_sinks", boolean, pointer, int32, int32)
         self._seq_set_recall = declare("lminf_seq_set_recall", boolean, pointer, int32, int32)
         self._grammar_overran = declare("lminf_grammar_overran", boolean)
@@ -170,9 +170,12 @@ class Native:
         """Rolls back to this stream position; False, and nothing changed, if that is not possible."""
         return bool(self._rollback(ctx, seq_id, stream_pos))
 
-    def skip(self, ctx: Any, n_tokens: int, seq_id: int = 0) -> bool:
-        """Advances the stream by tokens that are not processed; False, and nothing changed, if that is not possible."""
-        return bool(self._skip(ctx, seq_id, n_tokens))
+    def skip(self, ctx: Any, tokens: Any, seq_id: int = 0) -> bool:
+        """Advances the stream by tokens[n_tokens] that are not processed, contiguous and int32.
+
+        False, and nothing changed, if that is not possible.
+        """
+        return bool(self._skip_tokens(ctx, seq_id, tokens.ctypes.data, len(tokens)))
 
     def set_sinks(self, ctx: Any, n_global: int, seq_id: int = 0) -> bool:
         """Lets an empty sequence keep this many sinks; False if that is more than the context has room for."""

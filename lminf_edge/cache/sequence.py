@@ -127,13 +127,13 @@ class CacheSequence:
         if not self._native.seq_start(self.ctx, position, self.seq_id):
             raise RuntimeError(f"The stream cannot begin at {position}: {self.error()}")
 
-    def skip(self, n_tokens: int) -> None:
-        """Advances the stream by n_tokens, at least a window; only its sinks remain.
+    def skip(self, tokens: Tokens) -> None:
+        """Advances the stream by `tokens` (n_tokens,), at least a window; only its sinks and what they turn on remain.
 
         Raises RuntimeError if it cannot.
         """
-        if not self._native.skip(self.ctx, n_tokens, self.seq_id):
-            raise RuntimeError(f"The stream cannot skip {n_tokens} tokens: {self.error()}.")
+        if not self._native.skip(self.ctx, np.ascontiguousarray(tokens, np.int32), self.seq_id):
+            raise RuntimeError(f"The stream cannot skip {len(tokens)} tokens: {self.error()}.")
 
     def save(self) -> tuple[int, State]:
         """(tokens that can be rolled back once it is restored, a copy of the state as llama.cpp writes it).
@@ -289,8 +289,8 @@ class ConstantSequence(CacheSequence):
     def begin_at(self, position: int) -> None:
         self._n_before = position
 
-    def skip(self, n_tokens: int) -> None:
-        raise RuntimeError(f"The stream cannot skip {n_tokens} tokens: a recurrent model keeps no first ones.")
+    def skip(self, tokens: Tokens) -> None:
+        raise RuntimeError(f"The stream cannot skip {len(tokens)} tokens: a recurrent model keeps no first ones.")
 
     def _has_loaded(self, checkpoint: Checkpoint) -> bool:
         self._n_before = checkpoint.position - self._next_graph_pos()

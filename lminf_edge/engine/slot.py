@@ -149,7 +149,7 @@ class Slot:
 
     def skip(self, tokens: Tokens) -> None:
         """Advances the stream by `tokens` (n_tokens,) without processing them. Raises RuntimeError if it cannot."""
-        self.sequence.skip(len(tokens))
+        self.sequence.skip(tokens)
         self.log.extend(tokens)
         self.n_skipped += len(tokens)
         self.n_least, self.start = len(self), len(self) + self.n_dropped

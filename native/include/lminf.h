@@ -173,6 +173,8 @@ LLAMA_API bool lminf_rollback(struct llama_context * ctx, llama_seq_id seq_id, i
 // A rollback leads back to the first token after the skip at most, or to an empty sequence. False, and nothing changed,
 // if the skip is too short or sinks are missing (a sequence that keeps none may be empty).
 LLAMA_API bool lminf_skip(struct llama_context * ctx, llama_seq_id seq_id, int64_t n_tokens);
+// The same of these tokens: an adapter that one of them turns on (Granite Switch) is on.
+LLAMA_API bool lminf_skip_tokens(struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int64_t n_tokens);
 
 // Keeps this many sinks of an empty sequence, 0 to the context's n_global, from its first token on; in force until it is
 // empty again. A system prompt can be kept whole that way, whatever its length. A state brings its own number with it.

@@ -319,7 +319,13 @@ bool lminf_rollback(llama_context * ctx, llama_seq_id seq_id, int64_t stream_pos
 bool lminf_skip(llama_context * ctx, llama_seq_id seq_id, int64_t n_tokens) {
     auto * mem = get_memory(ctx, seq_id);
 
-    return mem && mem->skip(seq_id, n_tokens);
+    return mem && mem->skip(seq_id, n_tokens, nullptr);
+}
+
+bool lminf_skip_tokens(llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int64_t n_tokens) {
+    auto * mem = get_memory(ctx, seq_id);
+
+    return mem && mem->skip(seq_id, n_tokens, tokens);
 }
 
 bool lminf_seq_set_sinks(llama_context * ctx, llama_seq_id seq_id, int32_t n_global) {

@@ -103,6 +103,9 @@ lminf_graph_input::lminf_graph_input(const llm_graph_context & graph) :
     if (mctx->get_memory().get_recall()) {
         k_plain_shift = as_input("lminf_k_plain_shift", ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens));
     }
+    if (mctx->get_memory().get_router()) {
+        router = as_input("lminf_router", ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_tokens));
+    }
     sink_rows = as_input("lminf_sink_rows", ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens));
 
     // f32 even with flash attention on: an f16 ALiBi distance is only exact to 2048
@@ -174,6 +177,7 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
     float   * data_mask      = (float   *) host_data(mask);
     float   * data_sliding   = mask_sliding ? (float *) host_data(mask_sliding) : nullptr;
     int32_t * data_k_plain   = k_plain_shift ? (int32_t *) host_data(k_plain_shift) : nullptr;
+    float   * data_router    = router ? (float *) host_data(router) : nullptr;
 
     const bool is_paper = recall && params.recall_rule == LMINF_RECALL_PAPER;
 
@@ -223,6 +227,9 @@ void lminf_graph_input::set_input(const llama_ubatch * ubatch) {
         }
         if (data_k_plain) {
             data_k_plain[i] = -pos;
+        }
+        if (data_router) {
+            data_router[i] = mem.get_router()->get(seq_id, index);
         }
         if (data_sink_rows) {
             data_sink_rows[i] = seq_id*mem.get_n_store_rows() + (is_sink ? index : mem.get_n_sink_rows());
@@ -318,6 +325,13 @@ lminf_attn::lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggm
     rope = lminf_read_rope(q_cur, k_cur, mem.get_text_factors(), graph.arch, il);
     rope.hadamard = k_rot != nullptr;
 
+    if (mem.is_router(il)) {
+        ggml_build_forward_expand(graph.gf, v_cur); // an input that the model fills, whoever reads it
+
+        is_router = true;
+        v_cur     = ggml_pad(graph.ctx0, ggml_reshape_3d(graph.ctx0, inp->router, 1, 1, n_tokens), v_cur->ne[0] - 1, 0, 0, 0);
+        return;
+    }
     if (n_rows() == 0 && !mem.get_recall()) {
         return;
     }
@@ -341,6 +355,10 @@ lminf_attn::lminf_attn(const llm_graph_context & graph, ggml_tensor * q_cur, ggm
 const lminf_attn * lminf_attn::finish(ggml_tensor * v_cur, ggml_tensor *& v, ggml_tensor *& kq_mask) const {
     if (!inp) {
         return nullptr;
+    }
+    if (is_router) {
+        routed = v_cur;
+        return this;
     }
 
     if (k) {
@@ -471,12 +489,16 @@ ggml_tensor * lminf_attn::view_q_sink(int64_t n_stream) const {
 }
 
 bool lminf_attn::is_fused() const {
-    return inp->mctx->get_memory().is_fused(il);
+    return is_router || inp->mctx->get_memory().is_fused(il);
 }
 
 ggml_tensor * lminf_attn::build_fused(
         ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const {
     ggml_context * ctx = graph.ctx0;
+
+    if (is_router) {
+        return as_rows(ctx, routed, routed->ne[2]);
+    }
 
     ggml_tensor * q_sink = nullptr;
     ggml_tensor * k_sink = nullptr;

@@ -34,6 +34,8 @@ public:
 
     ggml_tensor * k_plain_shift = nullptr; // I32 [n_tokens]  rotation of a key on its way into the archive; NULL without recall
 
+    ggml_tensor * router = nullptr; // F32 [n_tokens]  what a router gives; NULL without
+
     // with the paper's rule, which of a group's rows are a head's: F32 [n_recall_rows + n_sink_rows, n_tokens/n_stream, n_head, n_stream]
     ggml_tensor * get_head_mask(const llm_graph_context & graph, int64_t n_head, int64_t n_head_kv);
 
@@ -52,7 +54,7 @@ private:
 };
 
 // one layer's attention with a Λ cache; without one it does nothing. Layers that slide by training have a mask like the
-// window's, and no sinks.
+// window's, and no sinks. A router's answers are made elsewhere: they take the place of its values, and come out as they are.
 class lminf_attn {
 public:
     // before anything is done to the model's q and k: reads the rotation, makes the second query and the keys to store
@@ -116,6 +118,10 @@ private:
     ggml_tensor * k = nullptr; // keys as the store wants them, [n_embd_head_k, n_head_kv, n_tokens]
 
     ggml_tensor * k_plain = nullptr; // keys as the archive wants them, of the same shape
+
+    bool is_router = false;
+
+    mutable ggml_tensor * routed = nullptr; // of a router: its answers, in the basis of the V cache
 
     mutable ggml_tensor * stored = nullptr; // once k_plain is in the archive, NULL without
     mutable ggml_tensor * rows   = nullptr; // recalled tokens and sinks, as lminf_recall_batch::build_rows makes them; NULL: the sinks alone

@@ -163,7 +163,9 @@ lminf_memory::lminf_memory(
 
     const uint32_t n_cells_sliding = layers.sliding.empty() ? 0 : pad_cells((int64_t) hparams.n_swa + params.n_slack + cparams.n_ubatch);
 
-    for (const auto * kind : { &layers.full, &layers.sliding }) {
+    const auto layers_window = layers.in_window();
+
+    for (const auto * kind : { &layers_window, &layers.sliding }) {
         for (const int32_t il : *kind) {
             check_blocks(params_mem.type_k, "key",   hparams.n_embd_head_k(il));
             check_blocks(params_mem.type_v, "value", hparams.n_embd_head_v(il));
@@ -171,7 +173,7 @@ lminf_memory::lminf_memory(
     }
 
     std::map<ggml_backend_dev_t, uint64_t> need;
-    add_rows(need, model, params_mem, (uint64_t) (n_cells + n_sink_rows)*n_seq_max, cparams.offload_kqv, layers.full);
+    add_rows(need, model, params_mem, (uint64_t) (n_cells + n_sink_rows)*n_seq_max, cparams.offload_kqv, layers_window);
     add_rows(need, model, params_mem, (uint64_t) n_cells_sliding*n_seq_max, cparams.offload_kqv, layers.sliding);
     check_memory(need);
 
@@ -212,7 +214,7 @@ lminf_memory::lminf_memory(
         /*.n_slack   =*/ (uint32_t) params.n_slack,
         /*.n_seq_max =*/ n_seq_max,
     };
-    window = std::make_unique<lminf_kv>(model, kv, layers.full, reuse);
+    window = std::make_unique<lminf_kv>(model, kv, layers_window, reuse);
 
     if (!layers.sliding.empty()) {
         kv.n_cells = n_cells_sliding;
@@ -231,6 +233,10 @@ lminf_memory::lminf_memory(
 
     if (!layers.recurrent.empty()) {
         recurrent = std::make_unique<lminf_recurrent>(model, cparams.offload_kqv, n_seq_max, cparams.n_rs_seq, layers.recurrent);
+    }
+
+    if (layers.router >= 0) {
+        router = lminf_router::create(model, n_seq_max);
     }
 
     if (params.n_recall > 0) {
@@ -296,7 +302,9 @@ std::vector<lminf_kv *> lminf_memory::caches() const {
 }
 
 void lminf_memory::check_layers() const {
-    for (const auto * kind : { &layers.full, &layers.sliding }) {
+    const auto layers_window = layers.in_window();
+
+    for (const auto * kind : { &layers_window, &layers.sliding }) {
         for (const int32_t il : *kind) {
             const auto it = ropes.find(il);
             if (hparams.n_head_kv(il) > 0 && (it == ropes.end() || !it->second.known)) {
@@ -343,6 +351,9 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
         }
         if (!ubatch.token && hparams.n_pos_per_embd() > 1) {
             return failed("a model with several positions per token (M-RoPE) reads text only with a Λ cache: give it tokens, not embeddings");
+        }
+        if (!ubatch.token && router) {
+            return failed("a model whose tokens turn adapters on reads text only: give it tokens, not embeddings");
         }
 
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
@@ -430,6 +441,12 @@ int64_t lminf_memory::get_n_recall_rows() const {
 }
 
 void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
+    for (uint32_t i = 0; router && i < ubatch.n_seqs_unq; ++i) {
+        const llama_seq_id   seq_id = ubatch.seq_id_unq[i];
+        const lminf_stream & stream = streams[seq_id];
+
+        router->settle(seq_id, std::min(stream.index(truncate_min(seq_id)), rebuild_min(seq_id) - stream.start));
+    }
     if (recall) {
         const uint32_t n_tokens = ubatch.n_tokens/ubatch.n_seqs_unq; // of each sequence
         for (uint32_t i = 0; i < ubatch.n_tokens; i += n_tokens) {
@@ -439,7 +456,12 @@ void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
         }
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        streams[ubatch.seq_id[i][0]].append(ubatch.pos[i]);
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+
+        streams[seq_id].append(ubatch.pos[i]);
+        if (router) {
+            router->append(seq_id, streams[seq_id].index(ubatch.pos[i]), ubatch.token[i]);
+        }
 
         max_graph_pos = std::max(max_graph_pos, ubatch.pos[i]);
     }
@@ -577,7 +599,7 @@ bool lminf_memory::seq_start(llama_seq_id seq_id, int64_t stream_pos) {
     return true;
 }
 
-bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
+bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens, const llama_token * tokens) {
     auto & stream = streams[seq_id];
 
     if (n_tokens < params.n_local) {
@@ -602,6 +624,9 @@ bool lminf_memory::skip(llama_seq_id seq_id, int64_t n_tokens) {
     wait();
     for (lminf_kv * kv : caches()) {
         kv->free_cells(seq_id, -1);
+    }
+    for (int64_t i = 0; router && tokens && i < n_tokens; ++i) {
+        router->append(seq_id, stream_pos - stream.start + i, tokens[i]);
     }
     stream.skip_to(stream_pos + n_tokens, block);
     if (recurrent) {
@@ -671,8 +696,9 @@ int64_t lminf_memory::rebuild_min(llama_seq_id seq_id) const {
     // the next query sees n_local - 1 tokens, or all since the last skip; one is left at least, to count on from
     const int64_t first  = ranges.back().first + stream.start;
     const int64_t resume = stream.resume;
+    const int64_t router_min = router ? stream.start + router->truncate_min(seq_id) : 0;
 
-    return std::min(none, first <= resume ? resume + 1 : first + std::max(params.n_local - 1, 1));
+    return std::min(none, std::max(router_min, first <= resume ? resume + 1 : first + std::max(params.n_local - 1, 1)));
 }
 
 bool lminf_memory::rebuild(llama_seq_id seq_id, int64_t stream_pos) {
@@ -696,6 +722,9 @@ bool lminf_memory::rebuild(llama_seq_id seq_id, int64_t stream_pos) {
     const auto & kv = window->get_params();
 
     window->fill(seq_id, first - stream.origin, stream_pos - first, [&](size_t layer, int64_t i, char * k, char * v) {
+        if (layer == layout.get_layers().size()) {
+            return; // a router's, which nobody reads
+        }
         const auto    & l       = layout.get_layers()[layer];
         const int64_t   index   = first - stream.start + i;
         const int64_t   row     = index % lminf_archive_layout::n_segment;
@@ -846,6 +875,9 @@ void lminf_memory::truncate(llama_seq_id seq_id, llama_pos p0) {
     if (recall) {
         recall->get_archive(seq_id).truncate(streams[seq_id].index(p0));
     }
+    if (router) {
+        router->truncate(seq_id, streams[seq_id].index(p0));
+    }
     sinks->zero(seq_id, streams[seq_id].n_sink, n_sink);
 }
 
@@ -859,6 +891,9 @@ void lminf_memory::remove(llama_seq_id seq_id) {
     }
     if (recall) {
         recall->get_archive(seq_id).clear();
+    }
+    if (router) {
+        router->truncate(seq_id, 0);
     }
     sinks->zero(seq_id, 0, streams[seq_id].n_sink);
     streams[seq_id] = new_stream();
@@ -896,6 +931,9 @@ void lminf_memory::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llam
     }
     if (recall) {
         recall->copy(seq_id_src, seq_id_dst);
+    }
+    if (router) {
+        router->copy(seq_id_src, seq_id_dst);
     }
     sinks->copy(seq_id_src, seq_id_dst);
     streams[seq_id_dst] = streams[seq_id_src];

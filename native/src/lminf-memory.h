@@ -1,6 +1,7 @@
 // the Λ memory of a context, made of parts: the window of the layers with full attention (lminf-kv.h) and their sinks
 // (lminf-sinks.h), the cells of layers that slide by training (lminf-kv.h again), the states of recurrent layers
-// (lminf-recurrent.h). A model has some of them. Saving and restoring is in lminf-state.cpp.
+// (lminf-recurrent.h), what a router has read (lminf-router.h). A model has some of them. Saving and restoring is in
+// lminf-state.cpp.
 
 #pragma once
 
@@ -12,6 +13,7 @@
 #include "lminf-recall.h"
 #include "lminf-recurrent.h"
 #include "lminf-rope.h"
+#include "lminf-router.h"
 #include "lminf-sinks.h"
 #include "lminf-stream.h"
 
@@ -89,8 +91,9 @@ public:
     // goes back so; false, and nothing changed, if that is not possible
     bool rebuild(llama_seq_id seq_id, int64_t stream_pos);
 
-    // the sequence goes on n_tokens further, with its sinks and an empty window
-    bool skip(llama_seq_id seq_id, int64_t n_tokens);
+    // the sequence goes on n_tokens further, with its sinks and an empty window. Only a router asks which tokens they are: NULL
+    // if none turns anything on
+    bool skip(llama_seq_id seq_id, int64_t n_tokens, const llama_token * tokens);
 
     // graph position of a stream position; -1 if it lies before the graph's origin
     llama_pos graph_pos(llama_seq_id seq_id, int64_t stream_pos) const;
@@ -131,6 +134,11 @@ public:
 
     // NULL if nothing is recalled
     lminf_recall * get_recall() const { return recall.get(); }
+
+    // NULL if the model has none
+    const lminf_router * get_router() const { return router.get(); }
+
+    bool is_router(int32_t il) const { return il == layers.router; }
 
     // a layer with full attention that recalls; and the most rows that it needs for that
     bool    recalls(int32_t il) const;
@@ -203,6 +211,7 @@ private:
     std::unique_ptr<lminf_kv>        sliding;   // NULL if no layer slides
     std::unique_ptr<lminf_sinks>     sinks;
     std::unique_ptr<lminf_recurrent> recurrent; // NULL if no layer recurs
+    std::unique_ptr<lminf_router>    router;    // NULL if the model has none
     std::unique_ptr<lminf_recall>    recall;    // NULL if nothing is recalled
 
     std::vector<lminf_stream> streams; // [n_seq_max]

@@ -109,9 +109,6 @@ static reason find_reason(const llama_model & model) {
     if (!memory) {
         return { "it has no KV cache, as it reads its whole input at once", no_stream };
     }
-    if (hparams.router_layer >= 0) {
-        return { "it reads which adapter is on from a token that may be far back, and has left the cache by then" };
-    }
     if (model.pos_embd != nullptr) {
         return { "it adds learned absolute positions, which end where its training ended" };
     }
@@ -177,6 +174,14 @@ static const ggml_tensor * find_k_storage(const llama_kv_cache & cache, int32_t 
     }
 }
 
+std::vector<int32_t> lminf_layers::in_window() const {
+    auto res = full;
+    if (router >= 0) {
+        res.push_back(router);
+    }
+    return res;
+}
+
 lminf_layers lminf_find_layers(const llama_model & model) {
     const llama_memory_ptr memory = create_stock_memory(model);
     const stock_parts      parts  = find_parts(memory.get());
@@ -198,6 +203,10 @@ lminf_layers lminf_find_layers(const llama_model & model) {
     };
 
     add(*parts.full, res.full);
+    if (model.hparams.router_layer >= 0) {
+        res.router = model.hparams.router_layer;
+        res.full.erase(std::remove(res.full.begin(), res.full.end(), res.router), res.full.end());
+    }
     if (parts.sliding) {
         add(*parts.sliding, res.sliding);
     }

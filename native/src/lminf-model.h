@@ -13,8 +13,13 @@ struct lminf_layers {
     std::vector<int32_t> sliding;   // a sliding window of their own, as trained
     std::vector<int32_t> recurrent; // a state of constant size
 
+    int32_t router = -1; // picks adapters (lminf-router.h): llama.cpp's graph stores keys and values of it, and nobody reads them
+
     // of a layer without keys of its own: whose it attends to
     std::map<int32_t, int32_t> reuse;
+
+    // those with cells in the window
+    std::vector<int32_t> in_window() const;
 };
 
 // llama.cpp's graph of it takes tokens of several sequences for one another's: a micro-batch must have those of one

@@ -55,6 +55,7 @@ enum part_kind : uint32_t {
     PART_SLIDING   = 2,
     PART_SINKS     = 3,
     PART_RECURRENT = 4,
+    PART_ROUTER    = 5,
 };
 
 struct state_part {
@@ -321,6 +322,16 @@ void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama
                 }
             } });
         }
+        if (router && !header.is_partial) {
+            parts.push_back({ PART_ROUTER, [&](llama_io_write_i & io) {
+                const auto   & marks = router->get_marks(s);
+                const uint32_t n     = marks.size();
+                io.write(&n, sizeof(n));
+                if (n > 0) {
+                    io.write(marks.data(), n*sizeof(marks[0]));
+                }
+            } });
+        }
         if (recurrent) {
             parts.push_back({ PART_RECURRENT, [&](llama_io_write_i & io) { recurrent->get_memory().state_write(io, s, flags); } });
         }
@@ -404,6 +415,24 @@ static void read_part(llama_io_read_i & io, part_kind kind, const std::function<
     }
 }
 
+// p0: where the window can be truncated to, from which on a router must know its counts
+static void read_marks(llama_io_read_i & io, lminf_router & router, const state_seq & seq, llama_seq_id seq_id, llama_pos p0) {
+    uint32_t n;
+    io.read(&n, sizeof(n));
+
+    std::vector<lminf_router::mark> marks; // no more of them than there is to read
+    for (uint32_t i = 0; i < n; ++i) {
+        lminf_router::mark m;
+        io.read(&m, sizeof(m));
+        marks.push_back(m);
+    }
+
+    const int64_t index = seq.origin - seq.start; // of graph position 0
+    if (!router.set_marks(seq_id, std::move(marks), index + seq.next) || router.truncate_min(seq_id) > index + p0) {
+        refuse("what it says of its adapters makes no sense");
+    }
+}
+
 void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     check_seq(seq_id, n_seq_max);
 
@@ -457,7 +486,7 @@ void lminf_memory::state_read_seq(llama_io_read_i & io, llama_seq_id seq_id, lla
     if (seq.n_global > params.n_global) {
         refuse("it keeps more sinks than this context has room for");
     }
-    if (seq.n_parts != (is_partial ? 0 : 2 + (sliding != nullptr)) + (recurrent != nullptr)) {
+    if (seq.n_parts != (is_partial ? 0 : 2 + (sliding != nullptr) + (router != nullptr)) + (recurrent != nullptr)) {
         refuse("it has another number of parts");
     }
 
@@ -501,6 +530,9 @@ void lminf_memory::state_read_seq(llama_io_read_i & io, llama_seq_id seq_id, lla
                     }
                 }
             });
+        }
+        if (router && !is_partial) {
+            read_part(io, PART_ROUTER, [&] { read_marks(io, *router, seq, seq_id, window->rollback_min(seq_id, seq.resume - seq.origin)); });
         }
         if (recurrent) {
             read_part(io, PART_RECURRENT, [&] {

@@ -446,6 +446,9 @@ static std::string traits(const llama_hparams & hparams) {
     if (hparams.use_alibi) {
         names.push_back("ALiBi");
     }
+    if (hparams.router_layer >= 0) {
+        names.push_back("adapters");
+    }
 
     std::string res;
     for (const char * name : names) {

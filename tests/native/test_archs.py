@@ -46,6 +46,7 @@ RANDOM = (
     "gemma4/shared",
     "llama4",
     "granitehybrid",
+    "graniteswitch",
     "lfm2",
     "lfm2moe",
     "plamo2",

@@ -656,7 +656,7 @@ def test_a_whole_state_that_breaks_off_leaves_no_half_of_it(tmp_path: Path, name
         assert np.abs(context.feed(TOKENS[:50])[-1] - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2", "graniteswitch"])
 def test_a_state_may_stay_on_the_device(tmp_path: Path, name: str) -> None:
     on_device = 2  # LLAMA_STATE_SEQ_FLAGS_ON_DEVICE
     with NativeContext(models.write(name, tmp_path), L, G, n_ubatch=16) as context:
@@ -695,7 +695,7 @@ def test_a_foreign_state_is_refused_and_nothing_is_lost(llama: Path, other: dict
         assert np.abs(context.feed(TOKENS[200:201])[-1] - fresh(llama, TOKENS[:201], n_ubatch=16)).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "deepseek2", "graniteswitch"])
 def test_a_changed_state_is_refused_or_can_be_continued(tmp_path: Path, name: str) -> None:
     """In a process of its own: what is trusted and should not be ends in an abort."""
     path = models.write(name, tmp_path)

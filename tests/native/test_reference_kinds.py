@@ -18,6 +18,7 @@ from native_context import NativeContext
 from reference import kinds, random_model, tiny_models
 from reference.gguf_file import Array
 from reference.rule import Rule
+from reference.switched import Switched
 from reference.transformer import Block, Transformer, nll_from_logits
 
 L, G = 32, 4
@@ -175,6 +176,17 @@ def temperature_by_position(model: Transformer) -> Rule:
     return Rule(L, G)
 
 
+def adapters_of_the_window(model: Transformer) -> Rule:
+    assert isinstance(model, Switched)
+    route = model.route
+    model.route = (
+        lambda numbers: np.array(  # type: ignore[method-assign]
+            [route(numbers[max(0, i + 1 - L) : i + 1])[-1] for i in range(len(numbers))]
+        )
+    )
+    return Rule(L, G)
+
+
 def sections_all_turning(model: Transformer) -> Rule:
     del model.metadata[f"{model.name}.rope.dimension_sections"]
     return Rule(L, G)
@@ -196,6 +208,7 @@ WRONG: list[tuple[str, Wrong]] = [
     ("gemma3", one_rope_for_all_layers),
     ("mistral3", temperature_by_position),
     ("qwen3vl", sections_all_turning),
+    ("graniteswitch", adapters_of_the_window),
 ]
 
 

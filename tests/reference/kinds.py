@@ -25,6 +25,7 @@ from reference.random_model import (
 )
 from reference.recurrent import LFM2, Qwen35
 from reference.shared_keys import Gemma4
+from reference.switched import Switched
 from reference.tiny_models import Keys
 from reference.transformer import Transformer
 
@@ -140,6 +141,21 @@ def gemma4_attention(size: int, own_keys: bool) -> Shapes:
 
 
 GEMMA4_FORWARD = GATED | POST_NORMS | {"layer_output_scale.weight": (1,)}
+
+# adapters, and none
+N_SLOT, N_RANK = 4, 4
+
+
+def with_adapters(shapes: Shapes) -> Shapes:
+    """Granite's switched adapters: a low-rank pair for every projection, stacked over the adapters."""
+    projections = without(shapes, "attn_norm", "ffn_norm")
+    n_qkv = sum(shapes[f"attn_{name}.weight"][0] for name in "qkv")
+    fused = without(shapes, "attn_q", "attn_k", "attn_v") | {"attn_qkv.weight": (n_qkv, N_EMBD)}
+    for name, (n_out, n_in) in projections.items():
+        base = name.removesuffix(".weight")
+        fused |= {f"{base}.lora_a": (N_SLOT, N_RANK, n_in), f"{base}.lora_b": (N_SLOT, n_out, N_RANK)}
+    return fused
+
 
 KINDS = {
     # sliding and full layers by turns, scores and logits capped
@@ -287,5 +303,21 @@ KINDS = {
             OUTPUT,
             (ATTENTION | GATED,) * 2,
         )
+    ),
+    # tokens turn adapters on, which are on while there is no other
+    "graniteswitch": Kind(
+        Model(
+            "graniteswitch",
+            {
+                "logit_scale": 1.0,
+                "adapters.count": N_SLOT - 1,
+                "adapters.lora_rank": N_RANK,
+                "adapters.token_ids_activate": [40, 90, 200],
+                "adapters.token_ids_substitute": [41, 91, 41],
+            },
+            OUTPUT,
+            (with_adapters(ATTENTION | GATED),) * 2,
+        ),
+        Switched,
     ),
 }

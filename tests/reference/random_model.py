@@ -82,6 +82,8 @@ def weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> npt.N
         values = rng.uniform(0.7, 1.3, shape)
     elif name.startswith("token_embd"):
         values = rng.normal(0, 1, shape)
+    elif ".lora_" in name:
+        values = rng.normal(0, 0.8 / np.sqrt(shape[-1]), shape)
     else:
         gain = 1.5 if "attn_q" in name or "attn_k" in name else 1.0
         values = rng.normal(0, gain / np.sqrt(shape[-1]), shape)

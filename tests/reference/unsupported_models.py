@@ -13,7 +13,6 @@ from reference.random_model import (
     N_EMBD,
     N_FF,
     N_HEAD,
-    N_KV,
     OUTPUT,
     QK_NORM,
     Model,
@@ -23,7 +22,6 @@ from reference.random_model import (
 )
 
 N_EXPERT = 4
-N_SLOT, N_RANK = 2, 4
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,6 @@ def t5_tensors(n_layer: int) -> Shapes:
     return shapes
 
 
-def with_adapters(shapes: Shapes) -> Shapes:
-    """Granite's switched adapters: a low-rank pair for every projection, stacked over the adapters."""
-    projections = without(shapes, "attn_norm", "ffn_norm")
-    fused = without(shapes, "attn_q", "attn_k", "attn_v") | {"attn_qkv.weight": (N_EMBD + 2 * N_KV, N_EMBD)}
-    for name, (n_out, n_in) in projections.items():
-        base = name.removesuffix(".weight")
-        fused |= {f"{base}.lora_a": (N_SLOT, N_RANK, n_in), f"{base}.lora_b": (N_SLOT, n_out, N_RANK)}
-    return fused
-
-
 MODELS = {
     "gpt2": Refused(
         Model("gpt2", {"attention.head_count_kv": N_HEAD}, norms_biased(OUTPUT) | POSITIONS, (BLOOM,) * 2),
@@ -118,21 +106,5 @@ MODELS = {
         ),
         "between RoPE and attention",
         at_graph=True,
-    ),
-    # which adapter is on is read from a token that may be far back
-    "graniteswitch": Refused(
-        Model(
-            "graniteswitch",
-            {
-                "logit_scale": 1.0,
-                "adapters.count": N_SLOT - 1,
-                "adapters.lora_rank": N_RANK,
-                "adapters.token_ids_activate": [100],
-                "adapters.token_ids_substitute": [101],
-            },
-            OUTPUT,
-            (with_adapters(ATTENTION | GATED),) * 2,
-        ),
-        "adapter",
     ),
 }

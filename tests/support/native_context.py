@@ -25,6 +25,7 @@ PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 _native = native.load()  # the functions that it uses itself are declared
 _lib = llama_cpp.llama_cpp._lib
+_lib.lminf_skip.argtypes, _lib.lminf_skip.restype = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64], ctypes.c_bool
 
 
 def last_error() -> str:
@@ -153,6 +154,9 @@ class NativeContext:
 
     def skip(self, n_tokens: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_skip(self.context, seq_id, n_tokens))
+
+    def skip_tokens(self, tokens: npt.NDArray[np.int32], seq_id: int = 0) -> bool:
+        return _native.skip(self.context, tokens, seq_id)
 
     def seq_start(self, stream_pos: int, seq_id: int = 0) -> bool:
         return bool(_lib.lminf_seq_start(self.context, seq_id, stream_pos))

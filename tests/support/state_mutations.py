@@ -17,7 +17,7 @@ from reference import tiny_models
 L, G = 32, 4
 TOKENS = tiny_models.tokens(300)
 HEADER, SEQUENCE, PART = 8 + 15 * 4, 3 * 8 + 6 * 4, 16  # bytes: llama.cpp's own and ours; of a sequence; of a part
-WINDOW, SLIDING, RECURRENT = 1, 2, 4  # kinds of parts; the first two hold cells
+WINDOW, SLIDING, RECURRENT, ROUTER = 1, 2, 4, 5  # kinds of parts; the first two hold cells
 VALUES = (0, 1, -1, 576, (1 << 31) - 2, (1 << 31) - 1, -(1 << 31))
 LARGE_VALUES = (*VALUES, 1 << 31, 1 << 33, 1 << 62, (1 << 63) - 257, (1 << 63) - 1, -(1 << 63))
 
@@ -60,7 +60,8 @@ def fields(state: bytes, n_streams: int) -> tuple[list[int], int]:
             found += [i for i in words if i < begin + 8 or i >= words.stop - 40 or (i - at) % 460 == 0]
         else:
             # sinks are contents alone
-            words = range(at, min(end, begin + (32 if kind == RECURRENT else 0)) - 3, 4)
+            n_bytes = {RECURRENT: 32, ROUTER: 64}.get(kind, 0)
+            words = range(at, min(end, begin + n_bytes) - 3, 4)
             found += words
         first = first or words.stop
         at = end

@@ -82,10 +82,11 @@ static void complete(const std::string & arch, gguf_context * file) {
     if (arch == "gemma4") {
         complete_gemma4(file);
     } else if (arch == "graniteswitch") {
-        set_key(file, "adapters.count",                uint32_t(1));
+        set_key(file, "attention.scale",               1.0f/128); // as Granite's files have it
+        set_key(file, "adapters.count",                uint32_t(3));
         set_key(file, "adapters.lora_rank",            uint32_t(8));
-        set_array(file, "adapters.token_ids_activate",   GGUF_TYPE_INT32, std::vector<int32_t>{ 1 });
-        set_array(file, "adapters.token_ids_substitute", GGUF_TYPE_INT32, std::vector<int32_t>{ 2 });
+        set_array(file, "adapters.token_ids_activate",   GGUF_TYPE_INT32, std::vector<int32_t>{ 1, 50, 100 });
+        set_array(file, "adapters.token_ids_substitute", GGUF_TYPE_INT32, std::vector<int32_t>{ 2, 2, 3 });
     } else if (arch == "nomic-bert-moe") {
         set_key(file, "moe_every_n_layers", uint32_t(2));
     } else if (arch == "bailingmoe3") {
