@@ -111,8 +111,8 @@ stock operations. Layers are counted by what bounds them:
 
 A word behind an architecture is a kind of file: `full` is one without the sliding window that others have, `dense` one
 without sparse attention, `text` one without M-RoPE, `moe` one with experts. M-RoPE, MLA, a temperature by position,
-chunks in place of a sliding window, ALiBi and adapters that tokens turn on are noted, and where attention is computed
-by stock operations only.
+chunks in place of a sliding window, ALiBi, adapters that tokens turn on and a selection of tokens are noted, and where
+attention is computed by stock operations only. Where tokens are selected, no more of them may be in view.
 
 Bytes are those of the tiny model's memory in f16: with a Λ cache, and what llama.cpp's own needs for 10,000 tokens.
 The first number stays where it is, whatever the length of the text.

@@ -17,10 +17,16 @@ std::string lminf_set_error(std::string msg) {
     return last_error;
 }
 
-lminf_cparams lminf_take_next() {
-    const lminf_cparams res = next_params;
-    next_params = lminf_cparams();
-    return res;
+void lminf_take_next(llama_cparams & cparams) {
+    cparams.lminf = next_params;
+    next_params   = lminf_cparams();
+
+    if (cparams.lminf.enabled) {
+        cparams.kv_unified = false; // a stream for each sequence
+        cparams.n_seq_max  = cparams.lminf.n_seq_max > 0 ? cparams.lminf.n_seq_max : cparams.n_seq_max;
+        cparams.fused_lid  = false; // what a selector computes is not asked for
+        cparams.auto_flid  = false;
+    }
 }
 
 uint32_t lminf_n_ctx_rope(const llama_cparams & cparams) {

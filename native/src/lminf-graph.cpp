@@ -1,6 +1,7 @@
 #include "lminf-graph.h"
 
 #include "llama-context.h"
+#include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
@@ -10,7 +11,7 @@
 
 #include <limits>
 
-ggml_tensor * lminf_build_shift(
+static ggml_tensor * build_shift(
         ggml_context * ctx, const llama_context & lctx, ggml_tensor * k, ggml_tensor * shift, ggml_tensor * rot, int il) {
     const auto & hparams = lctx.get_model().hparams;
     const auto & rope    = lminf_get_memory(&lctx)->get_rope(il);
@@ -42,6 +43,17 @@ ggml_tensor * lminf_build_shift(
     return ggml_cpy(ctx, tmp, cur);
 }
 
+bool lminf_build_shift(ggml_context * ctx, const llama_context & lctx, ggml_cgraph * gf, ggml_tensor * k, ggml_tensor * shift,
+        ggml_tensor * rot, int il) {
+    if (!lctx.get_cparams().lminf.enabled) {
+        return false;
+    }
+    if (ggml_tensor * cur = build_shift(ctx, lctx, k, shift, rot, il)) {
+        ggml_build_forward_expand(gf, cur);
+    }
+    return true;
+}
+
 //
 // the memory's contexts, inside of whatever class the model's graph expects
 //
@@ -60,6 +72,10 @@ static contexts find_contexts(const llama_memory_context_i * mctx) {
         mctx = hybrid->get_attn();
     } else if (const auto * hybrid_iswa = dynamic_cast<const llama_memory_hybrid_iswa_context *>(mctx)) {
         mctx = hybrid_iswa->get_attn();
+    }
+    const auto * dsa_iswa = dynamic_cast<const llama_kv_cache_dsa_iswa_context *>(mctx);
+    if (const auto * dsa = dsa_iswa ? dsa_iswa->get_dsa() : dynamic_cast<const llama_kv_cache_dsa_context *>(mctx)) {
+        return { static_cast<const lminf_memory_context *>(dsa->get_mla()), dsa_iswa ? dsa_iswa->get_swa() : nullptr };
     }
     if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
         return { static_cast<const lminf_memory_context *>(iswa->get_base()), iswa->get_swa() };

@@ -3,6 +3,7 @@
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
@@ -180,6 +181,12 @@ lminf_memory::lminf_memory(
     if (params.n_recall > 0 && params.recall_rule == LMINF_RECALL_PAPER && (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK)) {
         throw std::runtime_error(lminf_set_error("the paper's recall has no soft cap, which this model has: choose the recall_rule LAYER"));
     }
+    const int64_t n_seen = (int64_t) params.n_global + params.n_local + params.n_recall;
+    if (!layers.selecting.empty() && n_seen > hparams.indexer_top_k) {
+        throw std::runtime_error(lminf_set_error(format(
+            "a query of this model attends to %u tokens that it selects, and would have %lld in view: choose n_global + n_local + n_recall = %u or less",
+            hparams.indexer_top_k, (long long) n_seen, hparams.indexer_top_k)));
+    }
     choose_attention(cparams, params_mem.type_k, params_mem.type_v);
 
     // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
@@ -233,6 +240,10 @@ lminf_memory::lminf_memory(
 
     if (!layers.recurrent.empty()) {
         recurrent = std::make_unique<lminf_recurrent>(model, cparams.offload_kqv, n_seq_max, cparams.n_rs_seq, layers.recurrent);
+    }
+
+    if (!layers.selecting.empty()) {
+        selector = std::make_unique<lminf_selector>(model, cparams, layers.selecting);
     }
 
     if (layers.router >= 0) {
@@ -399,19 +410,29 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
         ctx_sliding = std::make_unique<llama_kv_cache_context>(&sliding->get_cache(), std::move(sinfos_sliding), ubatches);
     }
 
-    return wrap(std::make_unique<lminf_memory_context>(this, std::move(sinfos), ubatches), std::move(ctx_sliding),
+    llama_memory_context_ptr ctx_selector;
+    if (selector && !(ctx_selector = selector->new_context(ubatches))) {
+        return failed("there are no cells left for the batch in layers that select");
+    }
+
+    return wrap(std::make_unique<lminf_memory_context>(this, std::move(sinfos), ubatches), std::move(ctx_sliding), std::move(ctx_selector),
             recurrent ? recurrent->new_context(ubatches) : nullptr, ubatches);
 }
 
 llama_memory_context_ptr lminf_memory::init_full() {
     return wrap(std::make_unique<lminf_memory_context>(this), sliding ? sliding->get_cache().init_full() : nullptr,
-            recurrent ? recurrent->get_memory().init_full() : nullptr, {});
+            selector ? selector->get_cache().init_full() : nullptr, recurrent ? recurrent->get_memory().init_full() : nullptr, {});
 }
 
 llama_memory_context_ptr lminf_memory::wrap(llama_memory_context_ptr ctx_window, llama_memory_context_ptr ctx_sliding,
-        llama_memory_context_ptr ctx_recurrent, const std::vector<llama_ubatch> & ubatches) const {
+        llama_memory_context_ptr ctx_selector, llama_memory_context_ptr ctx_recurrent, const std::vector<llama_ubatch> & ubatches) const {
     llama_memory_context_ptr attn = std::move(ctx_window);
-    if (ctx_sliding) {
+    if (ctx_selector) {
+        attn = std::make_unique<llama_kv_cache_dsa_context>(std::move(attn), std::move(ctx_selector), ubatches);
+    }
+    if (ctx_sliding && selector) {
+        attn = std::make_unique<llama_kv_cache_dsa_iswa_context>(std::move(attn), std::move(ctx_sliding), ubatches);
+    } else if (ctx_sliding) {
         attn = std::make_unique<llama_kv_cache_iswa_context>(std::move(attn), std::move(ctx_sliding), ubatches);
     }
     if (!ctx_recurrent) {
@@ -797,7 +818,7 @@ lminf_parts lminf_memory::get_parts() const {
     }
     res.n_layer_fused = fused.size();
 
-    res.window_bytes    = sum(window->get_cache().memory_breakdown());
+    res.window_bytes    = sum(window->get_cache().memory_breakdown()) + (selector ? sum(selector->get_cache().memory_breakdown()) : 0);
     res.sink_bytes      = sum(sinks->memory_breakdown());
     res.sliding_bytes   = sliding   ? sum(sliding->get_cache().memory_breakdown())    : 0;
     res.archive_token_bytes = recall ? recall->get_layout().get_segment_size()/lminf_archive_layout::n_segment : 0;
@@ -991,6 +1012,9 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() co
     };
     for (const lminf_kv * kv : caches()) {
         add(kv->get_cache().memory_breakdown());
+    }
+    if (selector) {
+        add(selector->get_cache().memory_breakdown());
     }
     if (recurrent) {
         add(recurrent->get_memory().memory_breakdown());

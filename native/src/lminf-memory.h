@@ -1,7 +1,7 @@
 // the Λ memory of a context, made of parts: the window of the layers with full attention (lminf-kv.h) and their sinks
 // (lminf-sinks.h), the cells of layers that slide by training (lminf-kv.h again), the states of recurrent layers
-// (lminf-recurrent.h), what a router has read (lminf-router.h). A model has some of them. Saving and restoring is in
-// lminf-state.cpp.
+// (lminf-recurrent.h), what a router has read (lminf-router.h), and where selectors write to (lminf-selector.h). A model has
+// some of them. Saving and restoring is in lminf-state.cpp.
 
 #pragma once
 
@@ -14,6 +14,7 @@
 #include "lminf-recurrent.h"
 #include "lminf-rope.h"
 #include "lminf-router.h"
+#include "lminf-selector.h"
 #include "lminf-sinks.h"
 #include "lminf-stream.h"
 
@@ -161,7 +162,7 @@ private:
 
     // the parts' contexts, in the class that the model's graph expects
     llama_memory_context_ptr wrap(llama_memory_context_ptr ctx_window, llama_memory_context_ptr ctx_sliding,
-            llama_memory_context_ptr ctx_recurrent, const std::vector<llama_ubatch> & ubatches) const;
+            llama_memory_context_ptr ctx_selector, llama_memory_context_ptr ctx_recurrent, const std::vector<llama_ubatch> & ubatches) const;
 
     // graph position of the next token
     llama_pos next_pos(llama_seq_id seq_id) const;
@@ -211,6 +212,7 @@ private:
     std::unique_ptr<lminf_kv>        sliding;   // NULL if no layer slides
     std::unique_ptr<lminf_sinks>     sinks;
     std::unique_ptr<lminf_recurrent> recurrent; // NULL if no layer recurs
+    std::unique_ptr<lminf_selector>  selector;  // NULL if no layer selects
     std::unique_ptr<lminf_router>    router;    // NULL if the model has none
     std::unique_ptr<lminf_recall>    recall;    // NULL if nothing is recalled
 

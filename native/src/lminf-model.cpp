@@ -2,6 +2,7 @@
 #include "lminf-memory.h"
 
 #include "llama-impl.h"
+#include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
@@ -47,6 +48,7 @@ namespace {
 struct stock_parts {
     const llama_kv_cache         * full      = nullptr;
     const llama_kv_cache         * sliding   = nullptr;
+    const llama_kv_cache         * selecting = nullptr; // keys of a selector
     const llama_memory_recurrent * recurrent = nullptr;
 };
 
@@ -63,7 +65,14 @@ static stock_parts find_parts(const llama_memory_i * memory) {
         memory        = hybrid_iswa->get_mem_attn();
     }
 
-    if (const auto * iswa = as<llama_kv_cache_iswa>(memory)) {
+    if (const auto * dsa_iswa = as<llama_kv_cache_dsa_iswa>(memory)) {
+        res.sliding = dsa_iswa->get_swa();
+        memory      = dsa_iswa->get_dsa();
+    }
+    if (const auto * dsa = as<llama_kv_cache_dsa>(memory)) {
+        res.full      = dsa->get_mla();
+        res.selecting = dsa->get_lid();
+    } else if (const auto * iswa = as<llama_kv_cache_iswa>(memory)) {
         res.full    = iswa->get_base();
         res.sliding = iswa->get_swa();
     } else {
@@ -113,7 +122,7 @@ static reason find_reason(const llama_model & model) {
         return { "it adds learned absolute positions, which end where its training ended" };
     }
     if (!find_parts(memory.get()).full) {
-        return { "its memory is of another kind, as a second cache that chooses among all tokens is (sparse attention), which a bound would change" };
+        return { "its memory is of another kind, as one of summaries or blocks of all tokens is (sparse attention), which a bound would change" };
     }
 
     return { nullptr };
@@ -209,6 +218,10 @@ lminf_layers lminf_find_layers(const llama_model & model) {
     }
     if (parts.sliding) {
         add(*parts.sliding, res.sliding);
+    }
+    if (parts.selecting) {
+        const auto ids = parts.selecting->get_layer_ids();
+        res.selecting.assign(ids.begin(), ids.end());
     }
 
     for (int32_t il = 0; parts.recurrent && il < (int32_t) parts.recurrent->r_l.size(); ++il) {

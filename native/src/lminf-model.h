@@ -13,6 +13,9 @@ struct lminf_layers {
     std::vector<int32_t> sliding;   // a sliding window of their own, as trained
     std::vector<int32_t> recurrent; // a state of constant size
 
+    // of those with full attention: they select the tokens to attend to, also for others, by keys of a second cache
+    std::vector<int32_t> selecting;
+
     int32_t router = -1; // picks adapters (lminf-router.h): llama.cpp's graph stores keys and values of it, and nobody reads them
 
     // of a layer without keys of its own: whose it attends to

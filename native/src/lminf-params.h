@@ -42,8 +42,8 @@ struct lminf_cparams {
     int32_t sink_pos() const { return recall_distance - max_distance; }
 };
 
-// what lminf_set_next left for this thread's next context, taken once
-lminf_cparams lminf_take_next();
+// what lminf_set_next left for this thread's next context, taken once, and what of the context follows from it
+void lminf_take_next(llama_cparams & cparams);
 
 // rebases every sequence of a batch that leaves its positions to llama.cpp, before they are filled in
 void lminf_before_decode(llama_context & lctx, const llama_batch & batch);

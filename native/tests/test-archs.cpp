@@ -449,6 +449,9 @@ static std::string traits(const llama_hparams & hparams) {
     if (hparams.router_layer >= 0) {
         names.push_back("adapters");
     }
+    if (hparams.indexer_top_k > 0) {
+        names.push_back("selection");
+    }
 
     std::string res;
     for (const char * name : names) {

@@ -53,6 +53,8 @@ RANDOM = (
     "qwen35/sections",
     "qwen2vl",
     "deepseek2",
+    "deepseek32",
+    "dots3note",
     "kimi-linear",
     "mistral3/temperature",
 )

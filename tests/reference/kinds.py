@@ -89,6 +89,25 @@ DEEPSEEK2: Keys = LATENT | {
     "expert_shared_count": 0,
 }
 
+ABSORBED_KEYS: Keys = YARN | {
+    "rope.scaling.yarn_log_multiplier": 0.1,
+    "attention.head_count_kv": 1,
+    "attention.key_length": N_LORA + N_ROT,
+    "attention.value_length": N_LORA,
+    "attention.key_length_mla": HEAD,
+    "attention.value_length_mla": HEAD,
+}
+
+# two heads that score tokens, by keys of their own
+N_INDEX = 64
+INDEXER: Shapes = {
+    "indexer.k_norm.weight": (N_INDEX,),
+    "indexer.k_norm.bias": (N_INDEX,),
+    "indexer.proj.weight": (2, N_EMBD),
+    "indexer.attn_k.weight": (N_INDEX, N_EMBD),
+    "indexer.attn_q_b.weight": (2 * N_INDEX, N_LORA),
+}
+
 # the gated delta rule: two heads of keys, four of values
 N_STATE, N_KEY, N_VALUE = 16, 2, 4
 DELTA: Shapes = {
@@ -270,21 +289,21 @@ KINDS = {
     "lfm2-sliding": Kind(
         Model("lfm2", LFM2_KEYS | {"attention.sliding_window": 24}, LFM2_TOP, LFM2_BLOCKS), LFM2, sliding=24
     ),
-    "deepseek2": Kind(
+    "deepseek2": Kind(Model("deepseek2", DEEPSEEK2 | ABSORBED_KEYS, OUTPUT, (ABSORBED | GATED,) * 2), Latent),
+    # each query selects as many tokens as the tests' texts have
+    "deepseek32": Kind(
         Model(
-            "deepseek2",
+            "deepseek32",
             DEEPSEEK2
-            | YARN
+            | ABSORBED_KEYS
             | {
-                "rope.scaling.yarn_log_multiplier": 0.1,
-                "attention.head_count_kv": 1,
-                "attention.key_length": N_LORA + N_ROT,
-                "attention.value_length": N_LORA,
-                "attention.key_length_mla": HEAD,
-                "attention.value_length_mla": HEAD,
+                "expert_gating_func": 2,
+                "attention.indexer.head_count": 2,
+                "attention.indexer.key_length": N_INDEX,
+                "attention.indexer.top_k": 1024,
             },
             OUTPUT,
-            (ABSORBED | GATED,) * 2,
+            (ABSORBED | GATED | INDEXER,) * 2,
         ),
         Latent,
     ),

@@ -17,9 +17,9 @@ from reference.transformer import Architecture, Block, Tokens, Transformer
 
 
 class Latent(Transformer):
-    """deepseek2, with expanded or absorbed matrices in its file."""
+    """deepseek2, with expanded or absorbed matrices in its file, and deepseek32 where it selects all tokens in view."""
 
-    known: ClassVar = {"deepseek2": Architecture(rope="adjacent")}
+    known: ClassVar = {"deepseek2": Architecture(rope="adjacent"), "deepseek32": Architecture(rope="adjacent")}
 
     @property
     def n_rot(self) -> int:

@@ -1,0 +1,68 @@
+"""Layers that select tokens (DeepSeek's sparse attention): while no more are in view than are selected, all are.
+
+test_reference_kinds.py compares such a model with float64, which knows no selection, and with llama.cpp's attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_context import F16, NativeContext
+from reference import kinds, random_model, stock, tiny_models
+from reference.rule import Rule
+
+L, G = 32, 4
+TOKENS = tiny_models.tokens(700, seed=2)
+MODEL = kinds.KINDS["deepseek32"].model
+
+
+def write(folder: Path, n_selected: int) -> Path:
+    """The same weights, whatever n_selected is."""
+    model = replace(MODEL, keys=MODEL.keys | {"attention.indexer.top_k": n_selected})
+    return random_model.write(f"select-{n_selected}", model, folder, seed=1)
+
+
+def test_what_is_selected_makes_a_difference_without_a_window(tmp_path: Path) -> None:
+    """So that what follows says something: with llama.cpp's own cache the tokens selected are few of many."""
+    few, all_of_them = (stock.logits(write(tmp_path, n), TOKENS[:200], n_ctx=256) for n in (L + G, 1024))
+    np.testing.assert_allclose(few[: L + G], all_of_them[: L + G], atol=1e-4)
+    assert np.abs(few - all_of_them)[L + G :].max() > 1
+
+
+@pytest.mark.parametrize("attention", ["auto", "stock"])
+def test_as_many_as_are_in_view_are_all_of_them(tmp_path: Path, attention: str) -> None:
+    path = write(tmp_path, L + G)
+    with NativeContext(path, L, G, n_ubatch=16, attention=attention) as context:
+        found = context.feed(TOKENS)
+        assert context.info().n_rebase >= 1
+    with NativeContext(write(tmp_path, 1024), L, G, n_ubatch=16, attention=attention) as context:
+        np.testing.assert_array_equal(found, context.feed(TOKENS))
+    expected = kinds.KINDS["deepseek32"].reader(path).logits(TOKENS, Rule(L, G))
+    assert np.abs(found - expected).max() < 4e-4
+
+
+@pytest.mark.parametrize(
+    ("n_local", "n_global", "n_recall"), [(L + 1, G, 0), (L, G + 1, 0), (L, G, 1), (4096, 10, 0), (L, 0, 5)]
+)
+def test_more_are_refused(tmp_path: Path, n_local: int, n_global: int, n_recall: int) -> None:
+    path = write(tmp_path, L + G)
+    with pytest.raises(ValueError, match=r"selects, and would have \d+ in view: choose .* = 36 or less$") as caught:
+        NativeContext(path, n_local, n_global, n_recall=n_recall)
+    assert f"have {n_local + n_global + n_recall} in view" in str(caught.value)
+
+
+def test_keys_that_nobody_reads_take_a_micro_batch_of_memory(tmp_path: Path) -> None:
+    """Beside as many layers of the window, whatever its length."""
+    path = write(tmp_path, 4096)
+    sizes = []
+    for n_local in (400, 3000):
+        with NativeContext(path, n_local, 0, n_ubatch=64, n_slack=8, type_k=F16, type_v=F16) as context:
+            info = context.info()
+            latent = kinds.N_LORA + kinds.N_ROT
+            # a row of sinks is there for what is none
+            sizes.append(info.kv_bytes - 2 * 2 * latent * (info.n_cells + 1))
+    assert sizes[0] == sizes[1]
+    assert 0 <= sizes[0] - 2 * 2 * kinds.N_INDEX * 256 < 64  # what ggml aligns tensors to
