@@ -6,6 +6,7 @@
 #include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 
@@ -17,7 +18,7 @@ std::string lminf_set_error(std::string msg) {
     return last_error;
 }
 
-void lminf_take_next(llama_cparams & cparams) {
+void lminf_take_next(const llama_model & model, llama_cparams & cparams) {
     cparams.lminf = next_params;
     next_params   = lminf_cparams();
 
@@ -26,6 +27,11 @@ void lminf_take_next(llama_cparams & cparams) {
         cparams.n_seq_max  = cparams.lminf.n_seq_max > 0 ? cparams.lminf.n_seq_max : cparams.n_seq_max;
         cparams.fused_lid  = false; // what a selector computes is not asked for
         cparams.auto_flid  = false;
+
+        if (model.arch == LLM_ARCH_MINIMAX_M3) {
+            cparams.flash_attn = false; // without it llama.cpp's graph leaves the selection out
+            cparams.auto_fa    = false;
+        }
     }
 }
 

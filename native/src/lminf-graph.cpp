@@ -3,6 +3,7 @@
 #include "llama-context.h"
 #include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-msa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
@@ -76,6 +77,9 @@ static contexts find_contexts(const llama_memory_context_i * mctx) {
     const auto * dsa_iswa = dynamic_cast<const llama_kv_cache_dsa_iswa_context *>(mctx);
     if (const auto * dsa = dsa_iswa ? dsa_iswa->get_dsa() : dynamic_cast<const llama_kv_cache_dsa_context *>(mctx)) {
         return { static_cast<const lminf_memory_context *>(dsa->get_mla()), dsa_iswa ? dsa_iswa->get_swa() : nullptr };
+    }
+    if (const auto * msa = dynamic_cast<const llama_kv_cache_msa_context *>(mctx)) {
+        return { static_cast<const lminf_memory_context *>(msa->get_base()) };
     }
     if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
         return { static_cast<const lminf_memory_context *>(iswa->get_base()), iswa->get_swa() };

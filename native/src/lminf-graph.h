@@ -135,8 +135,3 @@ const lminf_memory * lminf_find_memory(const llm_graph_context & graph);
 // how many tokens before it a query at this position can see, once more than sinks, window and recall have room for have gone
 // by: what stands for its position where a model scales queries by that
 int64_t lminf_n_in_view(const lminf_memory & mem, llama_seq_id seq_id, llama_pos pos);
-
-// rotates a layer's whole K cache by shift, one entry per cell, if it has RoPE; false without a Λ cache
-//   rot: the Hadamard matrix that quantized keys are stored under, or NULL
-bool lminf_build_shift(ggml_context * ctx, const llama_context & lctx, ggml_cgraph * gf, ggml_tensor * k, ggml_tensor * shift,
-        ggml_tensor * rot, int il);

@@ -5,6 +5,7 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-msa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-model.h"
@@ -181,12 +182,7 @@ lminf_memory::lminf_memory(
     if (params.n_recall > 0 && params.recall_rule == LMINF_RECALL_PAPER && (hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK)) {
         throw std::runtime_error(lminf_set_error("the paper's recall has no soft cap, which this model has: choose the recall_rule LAYER"));
     }
-    const int64_t n_seen = (int64_t) params.n_global + params.n_local + params.n_recall;
-    if (!layers.selecting.empty() && n_seen > hparams.indexer_top_k) {
-        throw std::runtime_error(lminf_set_error(format(
-            "a query of this model attends to %u tokens that it selects, and would have %lld in view: choose n_global + n_local + n_recall = %u or less",
-            hparams.indexer_top_k, (long long) n_seen, hparams.indexer_top_k)));
-    }
+    check_selection(params_mem.type_v);
     choose_attention(cparams, params_mem.type_k, params_mem.type_v);
 
     // RoPE angles are f32: the smaller the positions, the more exact they are. But each rebase rounds the stored keys
@@ -262,6 +258,35 @@ lminf_memory::lminf_memory(
             __func__, params.n_global, params.n_local, params.max_distance, params.n_slack, n_cells, params.pos_bound);
     LLAMA_LOG_INFO("%s: layers: %zu full, %zu sliding over %u tokens, %zu recurrent, %zu reuse keys, %zu fused\n", __func__,
             layers.full.size(), layers.sliding.size(), hparams.n_swa, layers.recurrent.size(), layers.reuse.size(), fused.size());
+}
+
+void lminf_memory::check_selection(ggml_type type_v) const {
+    if (layers.selecting.empty()) {
+        return;
+    }
+    const int64_t n_max  = hparams.indexer_top_k;
+    const int64_t n_seen = (int64_t) params.n_global + params.n_local + params.n_recall;
+
+    if (!layers.selects_blocks && n_seen > n_max) {
+        throw std::runtime_error(lminf_set_error(format(
+            "a query of this model attends to %lld tokens that it selects, and would have %lld in view: choose n_global + n_local + n_recall = %lld or less",
+            (long long) n_max, (long long) n_seen, (long long) n_max)));
+    }
+
+    if (layers.selects_blocks && ggml_is_quantized(type_v)) {
+        throw std::runtime_error(lminf_set_error(format(
+            "llama.cpp reads values of type %s with flash attention only, with which this model selects: choose f16 for them", ggml_type_name(type_v))));
+    }
+
+    // a window begins anywhere within a block, and what is recalled comes from any
+    const auto    n_blocks_of = [&](int64_t n) { return (n + hparams.indexer_block_size - 1)/hparams.indexer_block_size; };
+    const int64_t n_blocks    = layers.selects_blocks ? n_blocks_of(params.n_global) + n_blocks_of(params.n_local - 1) + 1 + params.n_recall : 0;
+
+    if (n_blocks > n_max) {
+        throw std::runtime_error(lminf_set_error(format(
+            "a query of this model attends to %lld blocks of %u tokens that it selects, and could have tokens of %lld in view: choose a smaller n_local",
+            (long long) n_max, hparams.indexer_block_size, (long long) n_blocks)));
+    }
 }
 
 void lminf_memory::choose_attention(const llama_cparams & cparams, ggml_type type_k, ggml_type type_v) {
@@ -427,7 +452,9 @@ llama_memory_context_ptr lminf_memory::init_full() {
 llama_memory_context_ptr lminf_memory::wrap(llama_memory_context_ptr ctx_window, llama_memory_context_ptr ctx_sliding,
         llama_memory_context_ptr ctx_selector, llama_memory_context_ptr ctx_recurrent, const std::vector<llama_ubatch> & ubatches) const {
     llama_memory_context_ptr attn = std::move(ctx_window);
-    if (ctx_selector) {
+    if (ctx_selector && layers.selects_blocks) {
+        attn = std::make_unique<llama_kv_cache_msa_context>(std::move(attn), std::move(ctx_selector), ubatches);
+    } else if (ctx_selector) {
         attn = std::make_unique<llama_kv_cache_dsa_context>(std::move(attn), std::move(ctx_selector), ubatches);
     }
     if (ctx_sliding && selector) {

@@ -154,6 +154,9 @@ private:
     friend class lminf_memory_context;
     friend class lminf_memory_update;
 
+    // throws if layers that select would leave out a token in view
+    void check_selection(ggml_type type_v) const;
+
     // which layers the fused operation computes; throws if it must compute all and cannot
     void choose_attention(const llama_cparams & cparams, ggml_type type_k, ggml_type type_v);
 
@@ -271,9 +274,6 @@ private:
 
     std::vector<span> spans;
 };
-
-// the Λ memory for a model, or an exception with one sentence that says why not
-llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
 // the Λ memory of a context, NULL if it has another one
 lminf_memory * lminf_get_memory(const llama_context * lctx);

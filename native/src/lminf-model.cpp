@@ -4,6 +4,7 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache-msa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
 #include "llama-memory-recurrent.h"
@@ -49,6 +50,7 @@ struct stock_parts {
     const llama_kv_cache         * full      = nullptr;
     const llama_kv_cache         * sliding   = nullptr;
     const llama_kv_cache         * selecting = nullptr; // keys of a selector
+    bool                           selects_blocks = false;
     const llama_memory_recurrent * recurrent = nullptr;
 };
 
@@ -72,6 +74,10 @@ static stock_parts find_parts(const llama_memory_i * memory) {
     if (const auto * dsa = as<llama_kv_cache_dsa>(memory)) {
         res.full      = dsa->get_mla();
         res.selecting = dsa->get_lid();
+    } else if (const auto * msa = as<llama_kv_cache_msa>(memory)) {
+        res.full           = msa->get_base();
+        res.selecting      = msa->get_idx();
+        res.selects_blocks = true;
     } else if (const auto * iswa = as<llama_kv_cache_iswa>(memory)) {
         res.full    = iswa->get_base();
         res.sliding = iswa->get_swa();
@@ -122,7 +128,7 @@ static reason find_reason(const llama_model & model) {
         return { "it adds learned absolute positions, which end where its training ended" };
     }
     if (!find_parts(memory.get()).full) {
-        return { "its memory is of another kind, as one of summaries or blocks of all tokens is (sparse attention), which a bound would change" };
+        return { "its memory is of another kind, as one of summaries of all tokens is (sparse attention), which a bound would change" };
     }
 
     return { nullptr };
@@ -222,6 +228,7 @@ lminf_layers lminf_find_layers(const llama_model & model) {
     if (parts.selecting) {
         const auto ids = parts.selecting->get_layer_ids();
         res.selecting.assign(ids.begin(), ids.end());
+        res.selects_blocks = parts.selects_blocks;
     }
 
     for (int32_t il = 0; parts.recurrent && il < (int32_t) parts.recurrent->r_l.size(); ++il) {

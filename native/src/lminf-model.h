@@ -15,6 +15,7 @@ struct lminf_layers {
 
     // of those with full attention: they select the tokens to attend to, also for others, by keys of a second cache
     std::vector<int32_t> selecting;
+    bool selects_blocks = false; // of hparams.indexer_block_size positions each
 
     int32_t router = -1; // picks adapters (lminf-router.h): llama.cpp's graph stores keys and values of it, and nobody reads them
 

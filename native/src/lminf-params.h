@@ -9,6 +9,9 @@
 
 struct llama_context;
 struct llama_cparams;
+struct llama_memory_i;
+struct llama_memory_params;
+struct llama_model;
 
 struct lminf_cparams {
     bool enabled = false;
@@ -43,7 +46,15 @@ struct lminf_cparams {
 };
 
 // what lminf_set_next left for this thread's next context, taken once, and what of the context follows from it
-void lminf_take_next(llama_cparams & cparams);
+void lminf_take_next(const llama_model & model, llama_cparams & cparams);
+
+// the Λ memory for a model, or an exception with one sentence that says why not
+llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// rotates a layer's whole K cache by shift, one entry per cell, if it has RoPE; false without a Λ cache
+//   rot: the Hadamard matrix that quantized keys are stored under, or NULL
+bool lminf_build_shift(ggml_context * ctx, const llama_context & lctx, ggml_cgraph * gf, ggml_tensor * k, ggml_tensor * shift,
+        ggml_tensor * rot, int il);
 
 // rebases every sequence of a batch that leaves its positions to llama.cpp, before they are filled in
 void lminf_before_decode(llama_context & lctx, const llama_batch & batch);

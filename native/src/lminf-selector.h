@@ -1,4 +1,4 @@
-// where layers with sparse attention (DeepSeek's DSA) write the keys that they select tokens by. While a query has no more tokens
+// where layers with sparse attention (DeepSeek's DSA, MiniMax's MSA) write the keys that they select tokens by. While a query has no more tokens
 // in view than the model selects, it selects them all, and attention is full: sinks and window are that few. Nobody reads these
 // keys then, but llama.cpp's graph stores them: in cells for one micro-batch.
 

@@ -352,6 +352,9 @@ static double quantization_error(llama_model * model) {
     if (model->arch == LLM_ARCH_PLM) {
         throw not_applicable(); // llama.cpp's own graph aborts with flash attention
     }
+    if (model->arch == LLM_ARCH_MINIMAX_M3) {
+        throw not_applicable(); // with flash attention it selects, and its values cannot be quantized here
+    }
 
     logits expected;
     try {

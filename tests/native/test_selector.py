@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_context import F16, NativeContext
+from native_context import F16, Q8_0, NativeContext
 from reference import kinds, random_model, stock, tiny_models
+from reference.random_model import ATTENTION, GATED, HEAD, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, Shapes
 from reference.rule import Rule
 
 L, G = 32, 4
@@ -66,3 +67,86 @@ def test_keys_that_nobody_reads_take_a_micro_batch_of_memory(tmp_path: Path) -> 
             sizes.append(info.kv_bytes - 2 * 2 * latent * (info.n_cells + 1))
     assert sizes[0] == sizes[1]
     assert 0 <= sizes[0] - 2 * 2 * kinds.N_INDEX * 256 < 64  # what ggml aligns tensors to
+
+
+BLOCK, N_EXPERT = 8, 2
+SPARSE: Shapes = {
+    "ffn_norm.weight": (N_EMBD,),
+    "ffn_gate_inp.weight": (N_EXPERT, N_EMBD),
+    "exp_probs_b.bias": (N_EXPERT,),
+    "ffn_gate_exps.weight": (N_EXPERT, N_FF, N_EMBD),
+    "ffn_up_exps.weight": (N_EXPERT, N_FF, N_EMBD),
+    "ffn_down_exps.weight": (N_EXPERT, N_EMBD, N_FF),
+    "ffn_gate_shexp.weight": (N_FF, N_EMBD),
+    "ffn_up_shexp.weight": (N_FF, N_EMBD),
+    "ffn_down_shexp.weight": (N_EMBD, N_FF),
+    "indexer.q_proj.weight": (N_HEAD_KV * kinds.N_INDEX, N_EMBD),
+    "indexer.k_proj.weight": (kinds.N_INDEX, N_EMBD),
+    "indexer.q_norm.weight": (kinds.N_INDEX,),
+    "indexer.k_norm.weight": (kinds.N_INDEX,),
+}
+
+
+def write_blocks(folder: Path, n_selected: int, head: int = HEAD) -> Path:
+    """MiniMax M3, whose queries select so many blocks of eight positions."""
+    attention = ATTENTION | {
+        "attn_q.weight": (N_HEAD * head, N_EMBD),
+        "attn_k.weight": (N_HEAD_KV * head, N_EMBD),
+        "attn_v.weight": (N_HEAD_KV * head, N_EMBD),
+        "attn_output.weight": (N_EMBD, N_HEAD * head),
+        "attn_q_norm.weight": (head,),
+        "attn_k_norm.weight": (head,),
+    }
+    model = random_model.Model(
+        "minimax-m3",
+        {
+            "attention.key_length": head,
+            "attention.value_length": head,
+            "leading_dense_block_count": 1,
+            "expert_count": N_EXPERT,
+            "expert_used_count": N_EXPERT,
+            "expert_feed_forward_length": N_FF,
+            "expert_shared_count": 1,
+            "expert_gating_func": 2,
+            "attention.indexer.head_count": N_HEAD_KV,
+            "attention.indexer.key_length": kinds.N_INDEX,
+            "attention.indexer.top_k": n_selected,
+            "attention.indexer.block_size": BLOCK,
+            "attention.indexer.local_blocks": 1,
+        },
+        random_model.OUTPUT,
+        (attention | GATED, attention | SPARSE),
+    )
+    return random_model.write(f"blocks-{n_selected}", model, folder, seed=1)
+
+
+def test_so_it_is_where_blocks_are_selected(tmp_path: Path) -> None:
+    """llama.cpp's own cache selects with flash attention only: the same of all blocks, another of few."""
+    tokens = TOKENS[:200]
+    with NativeContext(write_blocks(tmp_path, 200 // BLOCK), None, flash_attn=True) as context:
+        all_of_them = context.feed(tokens)
+    with NativeContext(write_blocks(tmp_path, 6), None, flash_attn=True) as context:
+        few = context.feed(tokens)
+    np.testing.assert_allclose(few[: 6 * BLOCK], all_of_them[: 6 * BLOCK], atol=1e-4)
+    assert np.abs(few - all_of_them)[6 * BLOCK :].max() > 0.5
+    with NativeContext(write_blocks(tmp_path, 200), 200, G, flash_attn=True) as context:
+        assert np.abs(context.feed(tokens) - all_of_them).max() < 4e-3  # flash attention rounds queries to f16
+    # a block of sinks, and a window in five
+    with NativeContext(write_blocks(tmp_path, 6), L, G, flash_attn=True) as context:
+        assert np.isfinite(context.feed(TOKENS)).all()
+
+
+@pytest.mark.parametrize(("n_local", "n_global", "n_recall"), [(L + 2, G, 0), (L, 2 * G + 1, 0), (L, G, 1)])
+def test_more_blocks_are_refused(tmp_path: Path, n_local: int, n_global: int, n_recall: int) -> None:
+    with pytest.raises(ValueError, match="6 blocks of 8 tokens that it selects, and could have tokens of 7 in view"):
+        NativeContext(write_blocks(tmp_path, 6), n_local, n_global, n_recall=n_recall)
+
+
+def test_where_blocks_are_selected_values_are_not_quantized(tmp_path: Path) -> None:
+    path = write_blocks(tmp_path, 6, head=32)
+    with pytest.raises(ValueError, match=r"q8_0 with flash attention only, .*: choose f16"):
+        NativeContext(path, L, G, type_k=Q8_0, type_v=Q8_0, flash_attn=True)
+    with NativeContext(path, L, G, type_k=Q8_0, type_v=F16, flash_attn=True) as context:
+        found = context.feed(TOKENS)
+    with NativeContext(path, L, G, flash_attn=True) as context:
+        assert np.abs(context.feed(TOKENS) - found).mean() < 0.05
