@@ -68,13 +68,12 @@ float lminf_router::get(llama_seq_id seq_id, int64_t index) const {
 bool lminf_router::set_marks(llama_seq_id seq_id, std::vector<mark> all, int64_t n_tokens) {
     mark last = { -1, 0, 0 };
     for (const mark & m : all) {
-        const int64_t n   = m.n   - last.n;
-        const double  sum = (double) m.sum - (double) last.sum;
-
         const bool is_first = last.n == 0; // it may stand for others before it
-        if (m.index <= last.index || m.index >= n_tokens || m.n > m.index + 1 || n < 1 || (!is_first && n > 1)) {
+        if (m.index <= last.index || m.index >= n_tokens || m.n <= last.n || m.n > m.index + 1 || (!is_first && m.n > last.n + 1)) {
             return false;
         }
+        const int64_t n   = m.n - last.n;
+        const double  sum = (double) m.sum - (double) last.sum;
         if (sum < n || sum > (double) n*model.n_adapters || m.sum > lminf_stream::max_pos) {
             return false;
         }
