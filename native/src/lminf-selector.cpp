@@ -7,10 +7,9 @@
 
 lminf_selector::lminf_selector(const llama_model & model, const llama_cparams & cparams, const std::vector<int32_t> & layers) :
     hparams(model.hparams) {
-    // one head of keys, as llama_kv_cache_dsa makes them
+    // one head of keys, as llama.cpp makes them; as they are never shifted, their rotation does not matter
     std::fill(hparams.n_head_kv_arr.begin(), hparams.n_head_kv_arr.end(), 1);
     hparams.n_embd_head_k_full = model.hparams.indexer_head_size;
-    hparams.rope_type          = LLAMA_ROPE_TYPE_NEOX;
 
     const auto filter = [&](int32_t il) { return std::count(layers.begin(), layers.end(), il) > 0; };
 

@@ -1,6 +1,6 @@
-// where layers with sparse attention (DeepSeek's DSA, MiniMax's MSA) write the keys that they select tokens by. While a query has no more tokens
-// in view than the model selects, it selects them all, and attention is full: sinks and window are that few. Nobody reads these
-// keys then, but llama.cpp's graph stores them: in cells for one micro-batch.
+// where layers with sparse attention (DeepSeek's DSA, MiniMax's MSA) write the keys that they select tokens by. While a query
+// has no more tokens in view than the model selects, it selects them all, and attention is full: sinks and window are that few.
+// Nobody reads these keys then, but llama.cpp's graph stores them: in cells for one micro-batch.
 
 #pragma once
 
