@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from reference import tiny_models
+from reference import models, tiny_models
 from repository import STOCK, SUPPORT
+from test_selector import write, write_blocks
 
 from lminf_edge.native import LIBRARY_NAMES, library_folder
 
@@ -26,6 +27,8 @@ def test_feature_off_is_bit_identical(tmp_path: Path, nano_path: str) -> None:
     ours = library_folder()
     assert ours is not None
     tiny = [str(tiny_models.write(name, tmp_path)) for name in ("llama", "mpt", "phi3", "gptneox", "qwen3moe")]
+    # adapters that tokens turn on, and queries that select a few tokens or blocks
+    tiny += [str(models.write("graniteswitch", tmp_path)), str(write(tmp_path, 36)), str(write_blocks(tmp_path, 6))]
     for arguments, n_cases in ((["--quantized", nano_path], 8), (tiny, 4 * len(tiny))):
         expected = probe(STOCK, *arguments)
         assert len({line.split()[-1] for line in expected}) == n_cases  # the digests tell the cases apart
