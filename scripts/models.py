@@ -189,23 +189,23 @@ def page(results: Mapping[str, Result]) -> str:
             name: result for name, result in results.items() if result["verdict"] == verdict and is_shown(name, data)
         }
 
-    def architectures(verdict: str) -> int:
-        return len({name.partition("/")[0] for name in having(verdict)})
+    def architectures(verdict: str) -> set[str]:
+        return {name.partition("/")[0] for name in having(verdict)}
 
     constant = [[title(name), data[name].get("models", "")] for name in having("constant")]
     unknown = [[title(name), data[name].get("models", ""), data[name]["why"]] for name in having("none")]
     return "\n".join(
         [
             HEAD,
-            f"## {architectures('runs')} architectures run\n",
+            f"## {len(architectures('runs'))} architectures run\n",
             running(having("runs"), data),
-            f"## {architectures('constant')} need no Λ cache\n",
+            f"## {len(architectures('constant'))} need no Λ cache\n",
             "Recurrent on every layer: constant already. `lminf=True`, the command line and the server run them as they"
             " are.\n",
             table(("architecture", "models"), constant),
-            f"## {architectures('refused')} are refused\n",
+            f"## {len(architectures('refused') - architectures('runs'))} are refused\n",
             refused(having("refused"), data),
-            f"## {architectures('none')} are no models of their own\n",
+            f"## {len(architectures('none'))} are no models of their own\n",
             table(("architecture", "models", "what it is"), unknown),
         ]
     )
