@@ -264,6 +264,11 @@ void lminf_memory::check_selection(ggml_type type_v) const {
     if (layers.selecting.empty()) {
         return;
     }
+    if (params.n_recall > 0 && params.recall_rule == LMINF_RECALL_PAPER) {
+        throw std::runtime_error(lminf_set_error(
+            "heads of this model attend to tokens that they select together, and the paper's recall gives each its own: choose the recall_rule LAYER"));
+    }
+
     const int64_t n_max  = hparams.indexer_top_k;
     const int64_t n_seen = (int64_t) params.n_global + params.n_local + params.n_recall;
 

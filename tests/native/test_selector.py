@@ -55,6 +55,12 @@ def test_more_are_refused(tmp_path: Path, n_local: int, n_global: int, n_recall:
     assert f"have {n_local + n_global + n_recall} in view" in str(caught.value)
 
 
+def test_the_paper_s_recall_is_refused(tmp_path: Path) -> None:
+    """Its heads have other tokens in view each, in all more than a query selects."""
+    with pytest.raises(ValueError, match="the paper's recall gives each its own: choose the recall_rule LAYER"):
+        NativeContext(write(tmp_path, 1024), L, G, n_recall=8, recall_rule=1)
+
+
 def test_keys_that_nobody_reads_take_a_micro_batch_of_memory(tmp_path: Path) -> None:
     """Beside as many layers of the window, whatever its length."""
     path = write(tmp_path, 4096)
