@@ -232,7 +232,7 @@ class Parts:
     n_layer_recurrent: int  # a state
     n_layer_fused: int  # of the first two, those whose attention is one fused operation
     window_bytes: int  # of the windows of layers with full attention, slack and micro-batch included
-    sink_bytes: int  # of their sinks
+    sink_bytes: int  # of their sinks, and of the cells that keys to select tokens by are written to
     sliding_bytes: int  # of sliding windows
     recurrent_bytes: int  # of states
     archive_token_bytes: int = 0  # of one token in the archive of a sequence; archives come on top of all this

@@ -106,7 +106,7 @@ struct lminf_parts {
     int32_t  n_layer_recurrent; // layers with a state of constant size
     int32_t  n_layer_fused;     // of the first two: computed by the fused operation
     uint64_t window_bytes;
-    uint64_t sink_bytes;
+    uint64_t sink_bytes; // with the cells that keys to select tokens by are written to
     uint64_t sliding_bytes;
     uint64_t recurrent_bytes;
 

@@ -850,8 +850,8 @@ lminf_parts lminf_memory::get_parts() const {
     }
     res.n_layer_fused = fused.size();
 
-    res.window_bytes    = sum(window->get_cache().memory_breakdown()) + (selector ? sum(selector->get_cache().memory_breakdown()) : 0);
-    res.sink_bytes      = sum(sinks->memory_breakdown());
+    res.window_bytes    = sum(window->get_cache().memory_breakdown());
+    res.sink_bytes      = sum(sinks->memory_breakdown()) + (selector ? sum(selector->get_cache().memory_breakdown()) : 0);
     res.sliding_bytes   = sliding   ? sum(sliding->get_cache().memory_breakdown())    : 0;
     res.archive_token_bytes = recall ? recall->get_layout().get_segment_size()/lminf_archive_layout::n_segment : 0;
 
