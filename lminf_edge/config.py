@@ -98,7 +98,8 @@ class LMInfConfig(Recall):
     stream, once these have left the window, at the one distance `max_distance`.
 
     n_global       tokens kept from the start of the stream, 0 or more
-    n_local        tokens in the window; None: the rest of n_ctx, or of min(4096, training length) without n_ctx
+    n_local        tokens in the window; None: the rest of n_ctx, or of min(4096, training length) without n_ctx,
+                   and no more than a model with sparse attention selects
     max_distance   distance ceiling; None: n_local
     n_slack        tokens that can always be rolled back, at one more cell of cache each; None: 64
     sink_mode      "ceiling": the rule above; "order": StreamingLLM's positions inside the cache; "true": true
@@ -273,11 +274,11 @@ class StreamInfo:
     archive_bytes: int = 0  # bytes of memory of the archive that these are recalled from; in files come on top
 
 
-def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
+def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int, n_most: int = MAX_WINDOW) -> Window:
     """Resolves what `config` omits.
 
     n_ctx is the attention window n_global + n_local (0: the training length), n_ctx_train the model's training length;
-    both in tokens. Raises ValueError if they contradict each other.
+    n_most the most n_local by default; all in tokens. Raises ValueError if they contradict each other.
     """
     if n_ctx is not None:
         _check("n_ctx", n_ctx, 0)
@@ -290,7 +291,12 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int) -> Window:
             )
     else:
         size = min(DEFAULT_WINDOW, n_ctx_train) if n_ctx is None else n_ctx or n_ctx_train
-        n_local = size - config.n_global
+        n_local = min(size - config.n_global, n_most if n_ctx is None else size)
+        if n_ctx is None and n_most < 1:
+            raise UserError(
+                f"n_global={config.n_global} and n_recall={config.n_recall} leave no room for a window among the "
+                "tokens that this model selects: choose smaller ones."
+            )
         if n_local < 1:
             raise UserError(
                 f"An attention window of {size} tokens leaves no room beside n_global={config.n_global}: "

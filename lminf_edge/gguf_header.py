@@ -8,9 +8,11 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lminf_edge.config import MAX_WINDOW
 from lminf_edge.errors import UserError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -26,6 +28,21 @@ class Header:
     n_tensors: int  # in this file
     n_ctx_train: int  # tokens, 0 if the file does not say
     is_causal: bool = True  # whether it predicts the next token
+    n_selected: int = 0  # blocks of tokens that a query selects to attend to; 0: all
+    n_block: int = 1  # tokens of such a block
+
+    def most_local(self, n_global: int, n_recall: int, overrides: Mapping[str, Any] | None = None) -> int:
+        """The most tokens that the window can have beside so many others, none of which a query may leave out.
+
+        As lminf_memory::check_selection counts them. overrides: llama.cpp's kv_overrides.
+        """
+        at, values = f"{self.architecture}.attention.indexer.", overrides or {}
+        n_selected = int(values.get(at + "top_k", self.n_selected))
+        n_block = int(values.get(at + "block_size", self.n_block))
+        if n_selected < 1 or n_block < 1:
+            return MAX_WINDOW
+        # each recalled token may be in a block of its own, and the window begins anywhere within one
+        return (n_selected - -(-n_global // n_block) - n_recall - 1) * n_block + 1
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -120,5 +137,9 @@ def _parse(reader: _Reader) -> tuple[Header, str | None]:
         fault = f"claims to have {n_layer} layers, and llama.cpp runs 1 to {_MAX_LAYERS}"
     elif number("full_attention_interval") == 0:
         fault = "claims that one layer in 0 has full attention"
+    elif number("attention.indexer.block_size") == 0:
+        fault = "claims to select blocks of 0 tokens"
     is_causal = values.get(f"{architecture}.attention.causal") is not False
-    return Header(architecture, n_tensors, number("context_length") or 0, is_causal), fault
+    n_selected, n_block = (number(f"attention.indexer.{key}") for key in ("top_k", "block_size"))
+    n_ctx_train = number("context_length") or 0
+    return Header(architecture, n_tensors, n_ctx_train, is_causal, n_selected or 0, n_block or 1), fault

@@ -121,9 +121,9 @@ class Llama(RemoteLlama):
     With `lminf=True` or an LMInfConfig the model attends to the first n_global and the last n_local tokens of its
     stream, and memory and time per token stay the same however long it gets:
 
-    - n_ctx, if given, is this attention window n_global + n_local; without it, 4096 tokens or the training length,
-      whichever is less. Prompts of any length are streamed through it, and with max_tokens None or <= 0 only a stop
-      string or the end-of-text token ends a generation.
+    - n_ctx, if given, is this attention window n_global + n_local; without it, 4096 tokens, the training length or what
+      sparse attention selects, whichever is least. Prompts of any length are streamed through it, and with max_tokens
+      None or <= 0 only a stop string or the end-of-text token ends a generation.
     - If a prompt begins with what was processed, only its new tokens are. If it diverges earlier, the cache rolls back
       as far as n_slack allows, or a checkpoint is restored, or the prompt is processed from its start; with
       LMInfConfig(prefill="tail") of that only the first tokens and the last windows.

@@ -126,8 +126,10 @@ class Model:
         header = read_header(path)
         if header.n_tensors == 0:
             raise UserError(f"{path} holds a vocabulary without weights: give the path of a whole model.")
-        n_ctx_train = training_length(header, kwargs.get("kv_overrides") or {})
-        window = resolve(config, n_ctx, n_ctx_train)
+        overrides = kwargs.get("kv_overrides") or {}
+        n_ctx_train = training_length(header, overrides)
+        n_most = header.most_local(config.n_global, config.n_recall, overrides)
+        window = resolve(config, n_ctx, n_ctx_train, n_most)
         type_k, type_v = check_kv_type("type_k", kwargs.get("type_k")), check_kv_type("type_v", kwargs.get("type_v"))
         if is_quantized(type_v) and not kwargs.setdefault("flash_attn", True):
             raise UserError(f"type_v={type_v}, a quantized type, needs flash_attn: leave flash_attn out or set it.")

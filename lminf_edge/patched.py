@@ -52,11 +52,13 @@ class PatchedLlama(Llama, metaclass=_InPlaceOfStock):
             warnings.warn(f"llama_cpp.Llama without a Λ cache: {error}", stacklevel=2)
 
     def _window_for(self, model_path: Any, n_ctx: int | None, kwargs: dict[str, Any]) -> int | None:
-        """The n_ctx for Llama: what the program asks for, at most the training length."""
+        """The n_ctx for Llama: what the program asks for, at most the training length and what the model selects."""
         if self.config.n_local is not None:
             return None
         asked = n_ctx if self.window is None else self.window
         if asked is None or self.window is not None:
             return asked
-        longest = training_length(read_header(find_model(model_path)), kwargs.get("kv_overrides") or {})
+        header, overrides = read_header(find_model(model_path)), kwargs.get("kv_overrides") or {}
+        n_most = header.most_local(self.config.n_global, self.config.n_recall, overrides)
+        longest = min(training_length(header, overrides), self.config.n_global + n_most)
         return min(asked, longest) or longest

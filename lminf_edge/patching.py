@@ -24,7 +24,7 @@ def patch(**parameters: Any) -> None:
 
     `parameters` are those of LMInfConfig and n_ctx, the attention window. Omitted ones come from the
     environment (LMINF_N_GLOBAL, LMINF_N_LOCAL, LMINF_MAX_DISTANCE, LMINF_N_SLACK, LMINF_N_CTX, ...), and the window
-    from the n_ctx that the program asks for, cut to the model's training length.
+    from the n_ctx that the program asks for, cut to the model's training length and what it selects.
 
     A model that cannot have a Λ cache is loaded as llama_cpp would load it, with a warning. Modules that imported
     the name before (`from llama_cpp import Llama`) keep the stock class.

@@ -91,7 +91,8 @@ class Weightless:
     def refusal(self, kv_type: int, attention: Attention = "auto") -> str | None:
         """Why the model cannot run with a Λ cache, in one sentence; None if it can or needs none."""
         try:
-            self.layout(Window(10, 64, 64, 64, "ceiling", 0, attention), kv_type)
+            # the smallest window, which models that select tokens have as well
+            self.layout(Window(1, 1, 1, 64, "ceiling", 0, attention), kv_type)
         except UserError as error:
             return str(error)
         return None

@@ -76,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stock-lib", metavar="DIR", type=file_path, help="folder of a stock llama.cpp library to compare with"
     )
     parser.add_argument(
-        "--window", metavar="N", type=whole_number(1), help="n_global + n_local; default min(4096, training length)"
+        "--window",
+        metavar="N",
+        type=whole_number(1),
+        help="n_global + n_local; default min(4096, training length), or what the model selects if that is less",
     )
     parser.add_argument(
         "--n-global", metavar="G", type=whole_number(0), default=LMInfConfig.n_global, help="default 10"
@@ -122,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
         is_constant = outline.is_constant
     if refusal:
         raise CommandError(refusal)
-    window = args.window or min(DEFAULT_WINDOW, header.n_ctx_train or DEFAULT_WINDOW)
+    n_most = args.n_global + header.most_local(args.n_global, args.n_recall)
+    window = args.window or min(DEFAULT_WINDOW, header.n_ctx_train or DEFAULT_WINDOW, n_most)
     n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
     depths = [0, window, 2 * window] if args.depth is None else args.depth
     n_ubatch = default_ubatch(window, on_gpu=n_gpu_layers != 0)

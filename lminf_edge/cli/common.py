@@ -152,7 +152,7 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         "--n-local",
         metavar="L",
         type=whole_number(1),
-        help="last tokens kept; default: min(4096, training length) less G",
+        help="last tokens kept; default: min(4096, training length) less G, or what the model selects if that is less",
     )
     group.add_argument(
         "--max-distance",
@@ -547,7 +547,9 @@ def _with_options(sentence: str) -> str:
 def resolved_window(args: argparse.Namespace, header: Header) -> Window:
     """The window of the options of add_window. Raises UserError."""
     with options_named():
-        return resolve(window_config(args), None, header.n_ctx_train or DEFAULT_WINDOW)
+        config = window_config(args)
+        n_most = header.most_local(config.n_global, config.n_recall)
+        return resolve(config, None, header.n_ctx_train or DEFAULT_WINDOW, n_most)
 
 
 def open_model(args: argparse.Namespace, n_ctx_stock: int | None = None) -> Llama:

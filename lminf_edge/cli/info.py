@@ -115,7 +115,8 @@ def costs(
     with options_named():
         warn_of_window(window, header.n_ctx_train or DEFAULT_WINDOW, model.n_swa if parts.n_layer_sliding else 0)
     kv_type = KV_TYPE_NUMBERS[args.kv_type]
-    small = replace(window, n_local=256, max_distance=256)
+    n_small = min(256, window.n_local)
+    small = replace(window, n_local=n_small, max_distance=n_small)
     layouts: dict[str, Layout | None] = {}
     for name, number in KV_TYPE_NUMBERS.items():
         try:
@@ -138,7 +139,7 @@ def costs(
         },
         "recall": recall_report(window, parts.archive_token_bytes, args.archive),
         "stock_kv_bytes": model.stock_bytes(header.n_ctx_train or model.n_ctx_train, kv_type),
-        "recommended": recommend(header, f16, model.n_swa if parts.n_layer_sliding else 0, args.n_global),
+        "recommended": recommend(header, f16, model.n_swa if parts.n_layer_sliding else 0, window),
     }
 
 
@@ -170,16 +171,16 @@ def archive_files(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "n_segments": len(sizes), "bytes": sum(sizes)}
 
 
-def recommend(header: Header, f16: Layout, n_swa: int, n_global: int) -> str:
-    """The largest window up to 4096 tokens, or up to the window of sliding layers, and up to the training length, that
-    takes at most a quarter of the memory."""
+def recommend(header: Header, f16: Layout, n_swa: int, window: Window) -> str:
+    """The largest window up to 4096 tokens, or up to the window of sliding layers, and up to the training length and
+    what the model selects, that takes at most a quarter of the memory."""
     longest = max(4096, n_swa)
     size = min(longest, header.n_ctx_train or longest)
     memory = physical_memory()
     while memory is not None and size > 256 and f16.bytes_per_token * size + f16.parts.constant_bytes > memory // 4:
         size //= 2
-    n_local = max(size - n_global, 1)
-    return f"--n-global {n_global} --n-local {n_local} --kv-type f16"
+    n_local = max(min(size - window.n_global, header.most_local(window.n_global, window.n_recall)), 1)
+    return f"--n-global {window.n_global} --n-local {n_local} --kv-type f16"
 
 
 def print_costs(args: argparse.Namespace, report: dict[str, Any], layout: Layout) -> None:

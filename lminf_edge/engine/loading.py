@@ -53,7 +53,7 @@ def load_engine(
     room = max(max_sinks, config.n_global)
     if room > config.n_global and config.n_local is None:
         # the window stays what it would be without the additional sinks
-        config, n_ctx = replace(config, n_local=window_of(model, config, n_ctx).n_local), None
+        config, n_ctx = replace(config, n_local=window_of(model, config, n_ctx, room).n_local), None
     reads_skipped = background and config.n_recall > 0 and config.prefill == "tail"
     loaded = Model.load(model, replace(config, n_global=room), n_ctx, parallel + reads_skipped, **kwargs)
     try:
@@ -78,6 +78,7 @@ def load_engine(
         raise
 
 
-def window_of(model: str | os.PathLike[str], config: LMInfConfig, n_ctx: int | None) -> Window:
-    """The window a model would have with these parameters."""
-    return resolve(config, n_ctx, training_length(read_header(find_model(model)), {}))
+def window_of(model: str | os.PathLike[str], config: LMInfConfig, n_ctx: int | None, room: int) -> Window:
+    """The window a model would have with these parameters and room for so many sinks."""
+    header = read_header(find_model(model))
+    return resolve(config, n_ctx, training_length(header, {}), header.most_local(room, config.n_recall))

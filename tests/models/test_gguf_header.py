@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lminf_edge.config import MAX_WINDOW
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import embedded_models, find_model
 
@@ -34,7 +35,10 @@ def test_arrays_are_stepped_over(tmp_path: Path) -> None:
     ]
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 5, len(values)) + b"".join(values))
-    assert read_header(path) == Header("x", 5, 77)
+    header = read_header(path)
+    assert header == Header("x", 5, 77)
+    assert header.most_local(10, 5) == MAX_WINDOW
+    assert header.most_local(10, 5, {"x.attention.indexer.top_k": 100}) == 85
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ def test_arrays_are_stepped_over(tmp_path: Path) -> None:
         ("block_count", 513, "claims to have 513 layers"),
         ("block_count", 2**32 - 1, "claims to have 4294967295 layers"),
         ("full_attention_interval", 0, "one layer in 0 has full attention"),
+        ("attention.indexer.block_size", 0, "claims to select blocks of 0 tokens"),
     ],
 )
 def test_layers_that_would_end_the_process(tmp_path: Path, key: str, number: int, words: str) -> None:

@@ -5,6 +5,8 @@ test_reference_kinds.py compares such a model with float64, which knows no selec
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from native_context import F16, Q8_0, NativeContext
 from reference import kinds, random_model, stock, tiny_models
 from reference.random_model import ATTENTION, GATED, HEAD, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, Shapes
 from reference.rule import Rule
+
+from lminf_edge import Llama, LMInfConfig
+from lminf_edge.cli import main
+from lminf_edge.engine.loading import load_engine
+from lminf_edge.patched import PatchedLlama
 
 L, G = 32, 4
 TOKENS = tiny_models.tokens(700, seed=2)
@@ -156,3 +163,64 @@ def test_where_blocks_are_selected_values_are_not_quantized(tmp_path: Path) -> N
         found = context.feed(TOKENS)
     with NativeContext(path, L, G, flash_attn=True) as context:
         assert np.abs(context.feed(TOKENS) - found).mean() < 0.05
+
+
+# --- the window that is chosen ----------------------------------------------------------------------------------------
+
+WRITERS = [(write, 36), (write_blocks, 6)]  # 36 tokens, and 6 blocks of 8
+
+
+@pytest.mark.parametrize(("make", "n_selected"), WRITERS)
+@pytest.mark.parametrize(("n_global", "n_recall"), [(10, 0), (0, 0), (17, 2), (1, 3)])
+def test_by_default_a_window_is_the_largest_that_runs(
+    tmp_path: Path, make: Callable[[Path, int], Path], n_selected: int, n_global: int, n_recall: int
+) -> None:
+    path = str(make(tmp_path, n_selected))
+    config = LMInfConfig(n_global=n_global, n_recall=n_recall)
+    n_blocks = n_selected - -(-n_global // BLOCK) - n_recall
+    expected = n_selected - n_global - n_recall if make is write else (n_blocks - 1) * BLOCK + 1
+    llm = Llama(path, lminf=config, verbose=False)
+    assert llm.scheduler.window.n_local == expected
+    llm.eval(TOKENS[:200].tolist())
+    llm.close()
+    for larger, n_ctx in ((replace(config, n_local=expected + 1), None), (config, n_global + expected + 1)):
+        with pytest.raises(ValueError, match=r"that it selects, and (w|c)ould have .*: choose [^:]+$"):
+            Llama(path, lminf=larger, n_ctx=n_ctx, verbose=False)
+
+
+def test_so_it_is_with_lminf_true_and_in_a_program_that_asks_for_more(tmp_path: Path) -> None:
+    path = str(write(tmp_path, 36))
+    for llm in (Llama(path, lminf=True, verbose=False), PatchedLlama(path, n_ctx=100, verbose=False)):
+        assert llm.n_ctx() == 36
+        llm.close()
+    overrides = {"deepseek32.attention.indexer.top_k": 50}
+    llm = Llama(path, lminf=True, kv_overrides=overrides, verbose=False)
+    assert llm.n_ctx() == 50
+    llm.close()
+    with pytest.raises(ValueError, match="n_global=30 and n_recall=6 leave no room for a window among the tokens that"):
+        Llama(path, lminf=LMInfConfig(n_global=30, n_recall=6), verbose=False)
+
+
+def test_room_for_more_sinks_is_left(tmp_path: Path) -> None:
+    engine = load_engine(str(write(tmp_path, 100)), max_sinks=40, verbose=False)
+    assert (engine.n_sinks, engine.max_sinks, engine.window.n_local) == (10, 40, 60)
+    engine.close()
+    engine.model.close()
+
+
+@pytest.mark.parametrize(("make", "n_selected"), WRITERS)
+def test_info_says_so_before(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], make: Callable[[Path, int], Path], n_selected: int
+) -> None:
+    path = str(make(tmp_path, n_selected))
+    assert main(["info", "-m", path, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    llm = Llama(path, lminf=True, verbose=False)
+    window = llm.scheduler.window
+    assert (report["window"]["n_local"], report["window"]["kv_bytes"]) == (window.n_local, llm.stream_info().kv_bytes)
+    assert report["recommended"] == f"--n-global 10 --n-local {window.n_local} --kv-type f16"
+    llm.close()
+    n_values = kinds.N_LORA + kinds.N_ROT if make is write else 2 * N_HEAD_KV * HEAD
+    assert report["kv_bytes_per_token"]["f16"] == 2 * 2 * n_values  # of both layers; what selects takes no more for it
+    assert main(["info", "-m", path, "--n-local", "100"]) == 1
+    assert "that it selects" in capfd.readouterr().err
