@@ -26,7 +26,6 @@ void lminf_take_next(const llama_model & model, llama_cparams & cparams) {
         cparams.kv_unified = false; // a stream for each sequence
         cparams.n_seq_max  = cparams.lminf.n_seq_max > 0 ? cparams.lminf.n_seq_max : cparams.n_seq_max;
         cparams.fused_lid  = false; // what a selector computes is not asked for
-        cparams.auto_flid  = false;
 
         if (model.arch == LLM_ARCH_MINIMAX_M3) {
             cparams.flash_attn = false; // without it llama.cpp's graph leaves the selection out
