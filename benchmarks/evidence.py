@@ -896,7 +896,7 @@ def experiments(
             for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (half,):
                 add(
                     f"recall-{name}-{task}-{window}", model, measure_answers, kv_type="f16", task=task, window=window,
-                    n_recall=8, ceiling=window - MAX_ANSWER,
+                    n_recall=32, ceiling=window - MAX_ANSWER,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
                     depths=list(size.recall_depths[: -1 if is_large else None]),
                     trials=size.n_recall_trials,
@@ -908,7 +908,7 @@ def experiments(
             # long texts are only read: what each micro-batch of them would recall takes several times as long
             add(
                 f"recall-{name}-prose-{half}-long", model, measure_answers, kv_type="f16", task="prose", window=half,
-                n_recall=8, n_recalling=size.n_recalling, ceiling=half - MAX_ANSWER,
+                n_recall=32, n_recalling=size.n_recalling, ceiling=half - MAX_ANSWER,
                 lengths=list(size.recall_lengths_long), depths=list(size.recall_depths),
                 trials=size.n_recall_trials, n_ceiling=size.n_ceiling_trials, policies=["ceiling", "recall"],
             )  # fmt: skip

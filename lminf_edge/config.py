@@ -111,8 +111,8 @@ class LMInfConfig(Recall):
                    a window or more, only its sinks and its last n_tail windows are
     n_tail         windows that prefill "tail" processes, 1 or more
     n_recall       tokens that have left the window and are attended to again, in each layer those its queries look for
-                   most; 0: none. See docs/design.md, "Recall"
-    recall_distance  where they stand for a query, in tokens; None: max_distance
+                   most, in spans of 16; 0: none. 32 is a good number. See docs/design.md, "Recall"
+    recall_distance  where they stand for a query, in tokens; None: half of max_distance, the middle of the window
     recall_from    the first layer that recalls
     recall_every   decoded tokens, or last ones of a prompt, that a choice serves, 1 or more
     recall_rule    "layer": one choice for all queries of a micro-batch and all heads; "paper": LM-Infinite's code,
@@ -313,7 +313,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int, n_most: in
         attention=config.attention,
         **{
             **config.recall_settings(),
-            "recall_distance": config.recall_distance or max_distance,
+            "recall_distance": config.recall_distance or max(1, max_distance // 2 if config.n_recall else max_distance),
             "n_archive": config.n_archive or 0,
         },
         archive_in_files=int(config.archive != IN_MEMORY),

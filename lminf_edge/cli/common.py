@@ -187,13 +187,14 @@ def add_recall(parser: argparse.ArgumentParser, in_files: bool = True) -> None:
         metavar="R",
         type=whole_number(0, MAX_RECALL),
         default=plain.n_recall,
-        help="of these, R in each layer: those that its queries look for most; default 0, none",
+        help="of these, R in each layer: those that its queries look for most, in spans of 16 tokens; 32 is a good "
+        "number; default 0, none",
     )
     group.add_argument(
         "--recall-distance",
         metavar="D",
         type=whole_number(1),
-        help="where they stand for a query; default: the largest distance of the window",
+        help="where they stand for a query; default: the middle of the window",
     )
     group.add_argument(
         "--recall-from",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lminf_edge.evaluate.reader import Reader
     from lminf_edge.llama import Llama
 
-N_RECALL = 8  # tokens that the policy "recall" recalls if nothing else is said
+N_RECALL = 32  # tokens that the policy "recall" recalls if nothing else is said
 
 
 @dataclass(frozen=True)

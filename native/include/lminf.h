@@ -9,8 +9,8 @@
 // Memory and time per token are bounded by n_global + n_local, the stream has no end.
 //
 // With n_recall > 0 each layer attends to n_recall further keys: those of the tokens that have left the window which its
-// queries look for most, all at distance recall_distance. They come from an archive of the last n_archive tokens of each
-// sequence, in the host's memory. docs/design.md, "Recall", has the rule.
+// queries look for most, in spans of text, all at distance recall_distance. They come from an archive of the last
+// n_archive tokens of each sequence, in the host's memory. docs/design.md, "Recall", has the rule.
 //
 // Two kinds of position appear below:
 //
@@ -68,7 +68,7 @@ struct lminf_params {
     int32_t n_seq_max;    // sequences, a stream each; 0: as llama_context_params says
 
     int32_t n_recall;        // tokens recalled in each layer, 0: none; with the paper's rule in each query head
-    int32_t recall_distance; // where they stand, 1 or more; 0: max_distance
+    int32_t recall_distance; // where they stand, 1 or more; 0: half of max_distance
     int32_t recall_from;     // the first layer that recalls, 0 or more
     int32_t recall_every;    // a choice serves decoded tokens up to the next multiple of this, 1 or more
     int32_t recall_rule;     // enum lminf_recall_rule

@@ -88,7 +88,7 @@ static const char * check_recall(const lminf_params & params) {
         return "n_recall needs the sink_mode CEILING: what is recalled stands at a distance of its own";
     }
     if (params.recall_distance < 0) {
-        return "recall_distance must be 1 or more, or 0 for max_distance";
+        return "recall_distance must be 1 or more, or 0 for half of max_distance";
     }
     if (params.recall_from < 0) {
         return "recall_from must be 0 or more";
@@ -205,7 +205,7 @@ bool lminf_set_next(const lminf_params * params) {
         return true;
     }
     next_params.n_recall        = params->n_recall;
-    next_params.recall_distance = params->recall_distance > 0 ? params->recall_distance : next_params.max_distance;
+    next_params.recall_distance = params->recall_distance > 0 ? params->recall_distance : std::max(1, next_params.max_distance/2);
     next_params.recall_from     = params->recall_from;
     next_params.recall_every    = params->recall_every;
     next_params.recall_rule     = (lminf_recall_rule)  params->recall_rule;

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <mutex>
+#include <set>
 
 constexpr int64_t n_segment = lminf_archive_layout::n_segment;
 
@@ -57,6 +58,8 @@ struct lminf_recall_work {
 
     std::vector<int64_t>      tokens; // the short list
     std::vector<const char *> rows;   // their keys
+    std::vector<float>        votes;  // for each of them
+    std::vector<float>        spread; // and for those around it
 
     // [n_head*n_votes][n] of each n_tile of them, one after the other; empty if they would be too many to keep
     std::vector<float> scores;
@@ -317,6 +320,7 @@ struct lminf_recall_layer {
 
         const size_t n = w.tokens.size()*n_scores(seq);
         w.scores.resize(n <= n_kept ? n : 0);
+        w.votes.resize(w.tokens.size());
         w.max.resize(n_tiles(w)*n_scores(seq));
         w.sum.resize(n_tiles(w)*n_scores(seq));
     }
@@ -370,7 +374,7 @@ struct lminf_recall_layer {
         }
     }
 
-    void vote(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_best & found, int ith, int nth) const {
+    void vote(const lminf_recall_seq & seq, lminf_recall_work & w, int ith, int nth) const {
         const int64_t n_s = n_scores(seq);
 
         std::vector<float>  max(n_s, -INFINITY);
@@ -387,7 +391,6 @@ struct lminf_recall_layer {
         }
 
         std::vector<float> buf(w.scores.empty() ? n_s*n_tile : 0);
-        std::vector<float> votes(n_tile);
 
         for (int64_t tile = ith; tile < n_tiles(w); tile += nth) {
             const int64_t n = tile_size(w, tile);
@@ -398,32 +401,67 @@ struct lminf_recall_layer {
                 exponentiate(seq, w, tile, scores);
             }
 
-            std::fill(votes.begin(), votes.end(), 0.0f);
+            float * votes = w.votes.data() + tile*n_tile;
+            std::fill(votes, votes + n, 0.0f);
             for (int64_t i = 0; i < n_s; ++i) {
-                lminf_add_scaled(votes.data(), (float) (expf(w.max[tile*n_s + i] - max[i])/sum[i]), scores + i*n, n);
+                lminf_add_scaled(votes, (float) (expf(w.max[tile*n_s + i] - max[i])/sum[i]), scores + i*n, n);
             }
-            found.add(votes.data(), n, tile*n_tile);
         }
+    }
+
+    // Votes count for the tokens around, too, less and less: of words that come often those are found whose surroundings are looked for
+    static void spread(lminf_recall_work & w) {
+        const int64_t n = w.tokens.size();
+
+        w.spread.assign(w.votes.begin(), w.votes.end());
+        for (int64_t i = 0; i < n; ++i) {
+            for (int64_t k = i + 1; k < n && w.tokens[k] - w.tokens[i] < lminf_recall::n_near; ++k) {
+                const float share = 1.0f - (float) (w.tokens[k] - w.tokens[i])/lminf_recall::n_near;
+
+                w.spread[i] += share*w.votes[k];
+                w.spread[k] += share*w.votes[i];
+            }
+        }
+    }
+
+    // Of what was found, the tokens with most votes, best first. Where scores are not numbers, what comes first
+    static std::vector<size_t> best_first(std::vector<lminf_best::entry> found, int64_t n) {
+        for (int64_t i = 0; (int64_t) found.size() < n; ++i) {
+            if (std::none_of(found.begin(), found.end(), [&](const auto & each) { return each.first == i; })) {
+                found.push_back({ i, 0.0f });
+            }
+        }
+        std::stable_sort(found.begin(), found.end(), [](const auto & a, const auto & b) { return a.second > b.second; });
+
+        std::vector<size_t> res;
+        for (const auto & [i, _] : found) {
+            res.push_back(i);
+        }
+        return res;
+    }
+
+    // A token is understood by those around it: each hit brings its span, from the middle outwards, until there are n_chosen
+    std::vector<int64_t> choose_spans(const lminf_recall_seq & seq, const lminf_recall_work & w, const std::vector<size_t> & hits) const {
+        const int64_t n_span = std::min(lminf_recall::n_span, seq.n_chosen);
+
+        std::set<int64_t> chosen;
+        for (const size_t hit : hits) {
+            const int64_t i = w.tokens[hit];
+            if (chosen.count(i)) {
+                continue;
+            }
+            for (int64_t k = 0; k < n_span && (int64_t) chosen.size() < seq.n_chosen; ++k) {
+                const int64_t j = k % 2 ? i - (k + 1)/2 : i + k/2;
+                if (std::any_of(seq.candidates.begin(), seq.candidates.end(), [&](const auto & range) { return range.first <= j && j < range.second; })) {
+                    chosen.insert(j);
+                }
+            }
+        }
+        return { chosen.begin(), chosen.end() };
     }
 
     void choose(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_recall_choice & c) const {
         const int64_t group = n_head/l.n_head_kv;
-
-        const auto pick = [&](std::vector<lminf_best::entry> found, int64_t n) {
-            // where scores are not numbers, what comes first
-            for (int64_t i = 0; (int64_t) found.size() < n; ++i) {
-                if (std::none_of(found.begin(), found.end(), [&](const auto & each) { return each.first == i; })) {
-                    found.push_back({ i, 0.0f });
-                }
-            }
-            std::sort(found.begin(), found.end());
-
-            std::vector<int64_t> res;
-            for (const auto & [i, _] : found) {
-                res.push_back(w.tokens[i]);
-            }
-            return res;
-        };
 
         c.tokens.resize(std::max(c.tokens.size(), il + 1));
 
@@ -431,15 +469,21 @@ struct lminf_recall_layer {
         heads.clear();
 
         if (!is_paper()) {
-            heads.push_back(pick(w.best[0].finish(), seq.n_chosen));
+            spread(w);
+            lminf_best best(seq.n_chosen);
+            best.add(w.spread.data(), w.spread.size(), 0);
+            heads.push_back(choose_spans(seq, w, best_first(best.finish(), seq.n_chosen)));
             return;
         }
         for (int64_t h = 0; h < n_head; ++h) {
             if (h % group == 0) {
                 heads.emplace_back();
             }
-            const auto mine = pick(w.best[h].finish(), batch.recall.params.n_recall);
-            heads.back().insert(heads.back().end(), mine.begin(), mine.end());
+            auto hits = best_first(w.best[h].finish(), batch.recall.params.n_recall);
+            std::sort(hits.begin(), hits.end());
+            for (const size_t hit : hits) {
+                heads.back().push_back(w.tokens[hit]);
+            }
         }
     }
 
@@ -518,9 +562,8 @@ struct lminf_recall_layer {
                     finish(w, std::move(found), nth, [&] { choose(seq, w, choice(s)); });
                 }
             } else if (!is_paper()) {
-                auto found = lists(1, seq.n_chosen);
-                vote(seq, w, found[0], ith, nth);
-                finish(w, std::move(found), nth, [&] { choose(seq, w, choice(s)); });
+                vote(seq, w, ith, nth);
+                finish(w, {}, nth, [&] { choose(seq, w, choice(s)); });
             }
         }
     }

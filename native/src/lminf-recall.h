@@ -4,7 +4,9 @@
 //                queries has them behind its window
 //   vote(j)      sum over heads h and queries i of softmax over the candidates of K[j] · q[h, i], K un-rotated as it is stored and q
 //                rotated to recall_distance. The queries are the micro-batch's last n_votes.
-//   chosen       the n_recall candidates with most votes, ties to the lower j
+//   hit          the candidate with the largest sum over its neighbors i, itself too, of vote(i)*(1 - |i - j|/n_near), ties to the lower j
+//   chosen       the hit and the tokens around it, n_span = 16 of the stream, from 8 before it to 7 after; then the same with the hit
+//                among those not chosen yet, until there are n_recall
 //
 // With the paper's rule each query head h of the newest query of a batch chooses for itself, by K[j] · q[h] alone.
 //
@@ -64,6 +66,10 @@ public:
 
     // queries of a micro-batch that vote, the last ones
     static constexpr int64_t n_votes = 32;
+
+    // tokens that are recalled together, and how far a vote reaches
+    static constexpr int64_t n_span = 16;
+    static constexpr int64_t n_near = 8;
 
     // where there are no more candidates than this, all are looked at
     static constexpr int64_t n_all = 2048;

@@ -131,7 +131,7 @@ def test_a_server_without_recall_takes_no_number(nano_path: str, prompt: Prompt)
 
 def test_props_and_metrics_tell_it(server: Served, prompt: Prompt) -> None:
     recall = httpx.get(f"{server.url}/props").json()["lminf"]["recall"]
-    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, WINDOW.n_local, 5000)
+    assert (recall["n_recall"], recall["distance"], recall["archive_tokens"]) == (N_RECALL, WINDOW.n_local // 2, 5000)
     assert (recall["rule"], recall["index"], recall["archive_type_k"]) == ("layer", "sketch", "q8_0")
     token_bytes = recall["archive_bytes_per_token"]
     assert recall["archive_bytes_at_most"] == (token_bytes and 5000 * token_bytes)
@@ -295,7 +295,9 @@ def test_a_text_can_be_read_without_recall_up_to_its_end(make_llama: MakeLlama, 
     n_first = len(prompt.tokens) - n_last
 
     def read(n_recall: int, n_recalling: int | None, *parts: Tokens) -> tuple[Any, int]:
-        reader = LambdaReader(make_llama(nano_path, lminf=replace(WINDOW, n_recall=n_recall), n_batch=100))
+        # at this distance the sinks' keys are those without recall, to the last bit
+        lminf = replace(WINDOW, n_recall=n_recall, recall_distance=WINDOW.n_local)
+        reader = LambdaReader(make_llama(nano_path, lminf=lminf, n_batch=100))
         reader.clear()
         for part in parts:
             for piece in reader.pieces(part, n_recalling):

@@ -79,7 +79,7 @@ def test_the_rule_in_float64(
 
 def test_token_by_token(nano_f32_path: str, transformer: Transformer, text: Tokens) -> None:
     few = text[:300]
-    expected = transformer.token_nll(few, Rule(40, 4, recall=Recall(16, 40, 1)))
+    expected = transformer.token_nll(few, Rule(40, 4, recall=Recall(16, 20, 1)))
     with NativeContext(nano_f32_path, 40, 4, n_ubatch=1, n_recall=16, **EXACTLY) as context:
         check(context.token_nll(few), expected, 1)
 
@@ -113,7 +113,9 @@ def test_the_papers_rule_on_a_trained_model(stories_path: Any, distance: int, si
 
 
 def test_sketches_find_nearly_the_same(nano_f32_path: str, tokens: Any) -> None:
-    """Of 2,900 candidates 1,024 are looked at, token by token; the archive is quantized in both."""
+    """Of 2,900 candidates 1,024 are looked at, token by token; the archive is quantized in both. Those that are not
+    looked at have no votes for their neighbors.
+    """
     many = np.array(tokens[:2900], dtype=np.int32)
     found = []
     for index in (EXACT, 1 - EXACT):
@@ -125,7 +127,7 @@ def test_sketches_find_nearly_the_same(nano_f32_path: str, tokens: Any) -> None:
     with NativeContext(nano_f32_path, N_LOCAL, N_GLOBAL, n_ubatch=64) as context:
         context.feed(many[:-100])
         without = context.token_nll(many[-100:])
-    assert np.abs(sketched - exact).mean() < 0.1 * np.abs(without - exact).mean()
+    assert np.abs(sketched - exact).mean() < 0.3 * np.abs(without - exact).mean()
 
 
 # --- what can be recalled ---------------------------------------------------------------------------------------------

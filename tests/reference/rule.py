@@ -29,8 +29,10 @@ class Recall:
     """What a layer attends to beside sinks and window, micro-batch by micro-batch.
 
     Candidates are the keys that no query of the micro-batch has in its window, sinks not counted. Every one of its last
-    n_votes queries gives each of its heads one vote, by the softmax of its scores of all candidates. The n candidates
-    with most votes are attended to by all queries, at this distance.
+    n_votes queries gives each of its heads one vote, by the softmax of its scores of all candidates. A vote counts
+    for the tokens around, too, at distance d as 1 - d / n_near. The one with most is chosen with its neighbors, n_span
+    tokens of the stream in all, half of them before it; then, of those not chosen yet, again the one with most, until
+    there are n. All queries attend to them, at this distance.
 
     n: tokens recalled.
     distance: where they stand for every query.
@@ -45,6 +47,8 @@ class Recall:
     since: int = 0
     paper: bool = False
     n_votes: int = 32
+    n_span: int = 16
+    n_near: int = 8
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def attend(
             candidates = np.flatnonzero((stream >= rule.n_global) & (stream <= last - n_local))
             q_pos = np.full(len(i), recall.distance)
             all_scores = scores(q[rows], q_pos, k[candidates], np.zeros(len(candidates), dtype=np.int64))
-            chosen, extra = choose(all_scores, recall)
+            chosen, extra = choose(all_scores, stream[candidates], recall)
             logits = np.concatenate([extra, logits], axis=-1)
             values = np.concatenate([v[candidates[chosen]], values])
         top = np.maximum(logits.max(axis=-1, keepdims=True), nothing)
@@ -189,10 +193,11 @@ def attend(
     return out
 
 
-def choose(scores: Array, recall: Recall) -> tuple[Positions, Array]:
+def choose(scores: Array, candidates: Positions, recall: Recall) -> tuple[Positions, Array]:
     """Which of the candidates are recalled, ascending, and their scores as they enter the softmax.
 
     scores: [n_head_kv, n_group, n_queries, n_candidates], with the recalled ones' distance.
+    candidates: [n_candidates], where they stand in the stream, ascending.
     """
     n_candidates = scores.shape[-1]
     if recall.paper:
@@ -207,6 +212,15 @@ def choose(scores: Array, recall: Recall) -> tuple[Positions, Array]:
     voting = scores[:, :, -recall.n_votes :]
     shares = np.exp(voting - voting.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
-    votes = shares.sum(axis=(0, 1, 2))
-    chosen = np.sort(np.argsort(-votes, kind="stable")[: recall.n])
+    apart = np.abs(candidates[:, None] - candidates)
+    votes = np.maximum(1 - apart / recall.n_near, 0) @ shares.sum(axis=(0, 1, 2))
+    width, is_chosen = min(recall.n_span, recall.n, n_candidates), np.zeros(n_candidates, dtype=bool)
+    offsets = sorted(range(-(width // 2), width - width // 2), key=lambda offset: (abs(offset), offset))
+    while is_chosen.sum() < min(recall.n, n_candidates):
+        hit = candidates[np.argmax(np.where(is_chosen, -1.0, votes))]
+        for offset in offsets:
+            at = np.flatnonzero(candidates == hit + offset)
+            if is_chosen.sum() < recall.n:
+                is_chosen[at] = True
+    chosen = np.flatnonzero(is_chosen)
     return chosen, scores[..., chosen]
