@@ -131,11 +131,11 @@ def test_without_recall_parameters_are_the_librarys() -> None:
     params, plain = Params.of(window, n_seq_max=0), native.load().default_params()
     names = [name for name in RECALL_PARAMETERS if name != "recall_distance"]
     assert [getattr(params, name) for name in names] == [getattr(plain, name) for name in names]
-    assert (plain.recall_distance, window.recall_distance) == (0, 100)  # the library's is max_distance
+    assert (plain.recall_distance, window.recall_distance) == (0, 100)  # without recall, where the sinks are
 
 
 @pytest.mark.parametrize(
-    ("settings", "distance"), [({}, 100), ({"max_distance": 500}, 500), ({"recall_distance": 7}, 7)]
+    ("settings", "distance"), [({}, 50), ({"max_distance": 500}, 250), ({"recall_distance": 7}, 7)]
 )
 def test_where_recalled_tokens_stand(settings: dict[str, int], distance: int) -> None:
     window = resolve(LMInfConfig(n_local=100, n_recall=5, **settings), None, 512)  # type: ignore[arg-type]

@@ -71,6 +71,7 @@ public:
             lp.n_local   = params.n_local;
             lp.n_global  = params.n_global;
             lp.n_recall  = params.n_recall;
+            lp.recall_distance = params.n_local; // where sinks stand
             lp.recall_index   = LMINF_RECALL_EXACT;
             lp.archive_type_k = GGML_TYPE_F32;
             lp.archive_type_v = GGML_TYPE_F32;
