@@ -313,7 +313,7 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int, n_most: in
         attention=config.attention,
         **{
             **config.recall_settings(),
-            "recall_distance": config.recall_distance or max(1, max_distance // 2 if config.n_recall else max_distance),
+            "recall_distance": config.recall_distance or max(1, max_distance // 2),
             "n_archive": config.n_archive or 0,
         },
         archive_in_files=int(config.archive != IN_MEMORY),

@@ -314,7 +314,7 @@ def test_passkey_reports_every_cell(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(report) == names
     assert (report["task"], report["lengths"], report["depths"]) == ("prose", [100, 300], [0.0, 1.0])
     assert report["window"] == {"n_global": 40, "n_local": 80, "max_distance": 80}
-    assert (report["recall"]["n_recall"], report["recall"]["recall_distance"]) == (8, 80)
+    assert (report["recall"]["n_recall"], report["recall"]["recall_distance"]) == (32, 40)
     assert list(report["policies"]) == POLICY_NAMES
     for policy in report["policies"].values():
         assert list(policy) == ["trials", "correct", "accuracy", "cells"]

@@ -131,7 +131,7 @@ def test_without_recall_parameters_are_the_librarys() -> None:
     params, plain = Params.of(window, n_seq_max=0), native.load().default_params()
     names = [name for name in RECALL_PARAMETERS if name != "recall_distance"]
     assert [getattr(params, name) for name in names] == [getattr(plain, name) for name in names]
-    assert (plain.recall_distance, window.recall_distance) == (0, 100)  # without recall, where the sinks are
+    assert (plain.recall_distance, window.recall_distance) == (0, 50)  # the library's is half of max_distance, too
 
 
 @pytest.mark.parametrize(

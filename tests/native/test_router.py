@@ -141,7 +141,8 @@ def test_several_adapters_are_a_mean_in_a_quantized_cache_too(quantizable: Path)
 
 
 # what is recalled depends on where micro-batches begin: places to go back to are multiples of 16
-RECALL = {"n_recall": 16, "archive_type_k": 0, "archive_type_v": 0}
+# where recalled tokens stand where sinks do, states without recall fit
+RECALL = {"n_recall": 16, "recall_distance": L, "archive_type_k": 0, "archive_type_v": 0}
 
 
 def test_a_window_made_anew_has_the_adapter_of_its_place(path: Path) -> None:
