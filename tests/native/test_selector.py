@@ -16,6 +16,7 @@ from native_context import F16, Q8_0, NativeContext
 from reference import kinds, random_model, stock, tiny_models
 from reference.random_model import ATTENTION, GATED, HEAD, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, Shapes
 from reference.rule import Rule
+from reference.unsupported_models import EXPERTS, N_EXPERT
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli import main
@@ -82,17 +83,9 @@ def test_keys_that_nobody_reads_take_a_micro_batch_of_memory(tmp_path: Path) -> 
     assert 0 <= sizes[0] - 2 * 2 * kinds.N_INDEX * 256 < 64  # what ggml aligns tensors to
 
 
-BLOCK, N_EXPERT = 8, 2
-SPARSE: Shapes = {
-    "ffn_norm.weight": (N_EMBD,),
-    "ffn_gate_inp.weight": (N_EXPERT, N_EMBD),
+BLOCK = 8
+SPARSE: Shapes = EXPERTS | {
     "exp_probs_b.bias": (N_EXPERT,),
-    "ffn_gate_exps.weight": (N_EXPERT, N_FF, N_EMBD),
-    "ffn_up_exps.weight": (N_EXPERT, N_FF, N_EMBD),
-    "ffn_down_exps.weight": (N_EXPERT, N_EMBD, N_FF),
-    "ffn_gate_shexp.weight": (N_FF, N_EMBD),
-    "ffn_up_shexp.weight": (N_FF, N_EMBD),
-    "ffn_down_shexp.weight": (N_EMBD, N_FF),
     "indexer.q_proj.weight": (N_HEAD_KV * kinds.N_INDEX, N_EMBD),
     "indexer.k_proj.weight": (kinds.N_INDEX, N_EMBD),
     "indexer.q_norm.weight": (kinds.N_INDEX,),
