@@ -133,6 +133,7 @@ class Side:
         self._blocks = blocks
         self.n_scored = n_scored  # tokens it will score
         self.position = 0
+        self.nll: list[float] = []  # of each token
         self.losses: list[float] = []  # sum per block of BATCH tokens
         self.seconds: list[float] = []
         self.kv_bytes: list[int] = []  # in use after each block
@@ -148,15 +149,18 @@ class Side:
         started = time.perf_counter()
         start, nll = next(self._blocks)
         self.seconds.append(time.perf_counter() - started)
+        self.nll.extend(nll.tolist())
         self.losses.append(float(nll.sum()))
         self.position = start + len(nll)
 
     def mean_nll(self, start: int, end: int) -> float:
-        """Mean loss of positions start..end, multiples of BATCH (the last block may be shorter)."""
-        return sum(self.losses[start // BATCH : math.ceil(end / BATCH)]) / (end - start)
+        """Mean loss of positions start..end."""
+        return sum(self.nll[start:end]) / (end - start)
 
     def rate(self, start: int, end: int) -> float:
-        return (end - start) / sum(self.seconds[start // BATCH : math.ceil(end / BATCH)])
+        """Tokens per second of the blocks that positions start..end are in."""
+        first, last = start // BATCH, math.ceil(end / BATCH)
+        return (min(last * BATCH, self.position) - first * BATCH) / sum(self.seconds[first:last])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -538,6 +538,20 @@ def test_demo_reports_both_readers(capfd: pytest.CaptureFixture[str]) -> None:
     assert report["summary"]
 
 
+def test_demo_stops_full_attention_within_a_block(capfd: pytest.CaptureFixture[str]) -> None:
+    """A bucket counts its own tokens, wherever it begins and ends."""
+    report = run_json(capfd, "demo", "--stock-tokens", "800", "--tokens", "2048")
+    whole = run_json(capfd, "demo", "--stock-tokens", "1024", "--tokens", "2048")
+    sums = [
+        sum(bucket["lminf"]["mean_nll"] * (bucket["end"] - bucket["start"]) for bucket in each["buckets"])
+        for each in (report, whole)
+    ]
+    assert [bucket["end"] for bucket in report["buckets"]] == [512, 800, 1024, 2048]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+    past, _, alone = report["buckets"][1:]
+    assert past["lminf"]["mean_nll"] == pytest.approx(alone["lminf"]["mean_nll"], abs=1)
+
+
 def test_demo_with_recall(capfd: pytest.CaptureFixture[str]) -> None:
     report = run_json(capfd, "demo", "--stock-tokens", "1024", "--tokens", "3000", "--recall", "4")
     kv_bytes = [bucket["lminf"]["kv_bytes"] for bucket in report["buckets"]]
