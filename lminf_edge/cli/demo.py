@@ -291,6 +291,11 @@ def summarize(buckets: Sequence[Row], n_ctx_train: int, is_hybrid: bool = False,
             f"{'grows until its archive is full' if n_recall else 'stays there'}. "
             f"Speed: {stock.tokens_per_second:.0f} against {bucket.lminf.tokens_per_second:.0f} tokens per second."
         )
+    elif last.end > n_ctx_train:
+        sentences.append(
+            f"Full attention stopped within the {n_ctx_train} tokens the model was trained on: "
+            "give larger --stock-tokens or --seconds to see a difference."
+        )
     else:
         sentences.append(
             f"The text ends within the {n_ctx_train} tokens the model was trained on: "

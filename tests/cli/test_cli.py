@@ -615,6 +615,13 @@ def test_demo_claims_nothing_within_the_training_length() -> None:
     assert "give a longer one" in sentence
 
 
+def test_demo_says_where_full_attention_stopped_too_early() -> None:
+    buckets = [Row(0, 300, figures(5.0), figures(5.0)), Row(300, 1024, None, figures(5.0))]
+    first, *_ = summarize(buckets, 512)
+    assert first.startswith("Full attention stopped within the 512 tokens")
+    assert "--stock-tokens" in first
+
+
 def test_buckets_meet_and_double() -> None:
     assert list(bucket_edges(512, 1000, 3000)) == [(0, 512), (512, 1000), (1000, 1024), (1024, 2048), (2048, 3000)]
     assert list(bucket_edges(128, 256, 256)) == [(0, 256)]
