@@ -287,6 +287,34 @@ struct lminf_recall_layer {
         }
     }
 
+    // The tokens with the best sketches, in order, and the neighbors of the best of them: a hit is found by the votes around it
+    void add_short(const lminf_recall_seq & seq, lminf_recall_work & w) const {
+        auto best = w.best[0].finish();
+
+        const int64_t first = seq.candidates.front().first;
+        for (const auto & [i, _] : best) {
+            w.tokens.push_back(first + i);
+        }
+
+        const size_t n_best = best.size()/16;
+        std::nth_element(best.begin(), best.begin() + n_best, best.end(), [](const auto & a, const auto & b) {
+            return a.second != b.second ? a.second > b.second : a.first < b.first;
+        });
+        for (size_t i = 0; i < n_best; ++i) {
+            for (int64_t j = first + best[i].first - lminf_recall::n_near + 1; j < first + best[i].first + lminf_recall::n_near; ++j) {
+                if (is_candidate(seq, j)) {
+                    w.tokens.push_back(j);
+                }
+            }
+        }
+        std::sort(w.tokens.begin(), w.tokens.end());
+        w.tokens.erase(std::unique(w.tokens.begin(), w.tokens.end()), w.tokens.end());
+    }
+
+    static bool is_candidate(const lminf_recall_seq & seq, int64_t i) {
+        return std::any_of(seq.candidates.begin(), seq.candidates.end(), [&](const auto & range) { return range.first <= i && i < range.second; });
+    }
+
     void list(const lminf_recall_seq & seq, lminf_recall_work & w) const {
         w.tokens.clear();
         w.rows.clear();
@@ -297,9 +325,7 @@ struct lminf_recall_layer {
                     w.tokens.push_back(i);
                 }
             }
-            for (const auto & [i, _] : w.best[0].finish()) {
-                w.tokens.push_back(seq.candidates.front().first + i);
-            }
+            add_short(seq, w);
         } else {
             for (const auto & [first, second] : seq.candidates) {
                 for (int64_t i = first; i < second; ++i) {
@@ -452,7 +478,7 @@ struct lminf_recall_layer {
             }
             for (int64_t k = 0; k < n_span && (int64_t) chosen.size() < seq.n_chosen; ++k) {
                 const int64_t j = k % 2 ? i - (k + 1)/2 : i + k/2;
-                if (std::any_of(seq.candidates.begin(), seq.candidates.end(), [&](const auto & range) { return range.first <= j && j < range.second; })) {
+                if (is_candidate(seq, j)) {
                     chosen.insert(j);
                 }
             }
