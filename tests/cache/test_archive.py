@@ -220,13 +220,16 @@ def test_without_the_axes_sketches_are_made_anew(
     assert kept is not None
     assert kept.parts[0].first == -1
     flip(folder_beside(path) / f"{kept.parts[0].name}.segment", -1)
+    plain = make_llama(lminf=window(n_recall=0))
+    plain.eval(tokens[: N_TOKENS + 200])
+    effect = np.abs(plain.scores[-1] - expected).mean()
     for place in ("ram", tmp_path / "archive"):
         llm = make_llama(lminf=window(archive=place))
         llm.restore(Checkpoint.load(path))
         assert llm.stream_info().forgotten == 0
         llm.eval(tokens[N_TOKENS : N_TOKENS + 200])
-        # learned from the archive's rounded keys: a token of the short list may be another
-        np.testing.assert_allclose(llm.scores[-1], expected, atol=1e-2)
+        # learned from the archive's rounded keys: tokens of the short list may be others, and a hit at times
+        assert np.abs(llm.scores[-1] - expected).mean() < 0.25 * effect
 
 
 def test_other_types_and_other_parameters(
