@@ -31,8 +31,11 @@ void lminf_recall::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
 
 namespace {
 
-// tokens of a short list that are scored at one go
+// tokens that are scored at one go
 constexpr int64_t n_tile = 128;
+
+// of all candidates, at most
+constexpr int64_t n_sample = 256;
 
 // rows of any type that a cache has
 void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type, void * dst) {
@@ -47,29 +50,55 @@ void convert_row(ggml_type type, const void * src, int64_t n, ggml_type dst_type
 
 }
 
+// tokens whose keys are read, and how much the queries that vote look for them
+struct lminf_recall_scores {
+    std::vector<int64_t> tokens;
+
+    // [n_head*n_votes][n] of each n_tile of them, one after the other, as exp(score - max); empty if they would be too many to keep
+    std::vector<float> scores;
+
+    // [tiles][n_head*n_votes]
+    std::vector<float> max;
+    std::vector<float> sum;
+
+    int64_t n_tiles() const { return ((int64_t) tokens.size() + n_tile - 1)/n_tile; }
+
+    int64_t tile_size(int64_t tile) const { return std::min(n_tile, (int64_t) tokens.size() - tile*n_tile); }
+};
+
 // what is found on the way to one stream's choice in one layer, between its phases
 struct lminf_recall_work {
     std::vector<float> q; // [n_head][n_queries][n_embd_head_k], the queries that vote, scaled
+
+    lminf_recall_scores sample; // where there are sketches, of all candidates; in the end of those that are not on the list
+    lminf_recall_scores list;
+
+    float n_each; // tokens that each one of the sample stands for
 
     // what the threads found that have finished a phase; with the paper's rule, of each head
     std::vector<lminf_best> best;
     std::mutex              mutex;
     int                     n_finished = 0;
 
-    std::vector<int64_t>      tokens; // the short list
-    std::vector<const char *> rows;   // their keys
-    std::vector<float>        votes;  // for each of them
-    std::vector<float>        spread; // and for those around it
+    std::vector<float> votes;  // for each of the list
+    std::vector<float> spread; // and for those around it
 
-    // [n_head*n_votes][n] of each n_tile of them, one after the other; empty if they would be too many to keep
-    std::vector<float> scores;
-
-    // [tiles][n_head*n_votes]
-    std::vector<float> max;
-    std::vector<float> sum;
+    // Every 2^k-th token: the same ones again for the next query, as long as it can be
+    void take_sample(const lminf_recall_seq & seq) {
+        int64_t step = 1;
+        while (step*n_sample < seq.n_candidates) {
+            step *= 2;
+        }
+        sample.tokens.clear();
+        for (const auto & [first, second] : seq.candidates) {
+            for (int64_t i = (first + step - 1)/step*step; i < second && (int64_t) sample.tokens.size() < n_sample; i += step) {
+                sample.tokens.push_back(i);
+            }
+        }
+    }
 };
 
-enum phase { SCAN, SCORE, VOTE, GATHER, N_PHASES };
+enum phase { SAMPLE, SCAN, SCORE, VOTE, GATHER, N_PHASES };
 
 struct lminf_recall_layer {
     struct node {
@@ -231,37 +260,48 @@ struct lminf_recall_layer {
         return (const float *) ((const char *) q->data + ((s + 1)*seq.n_tokens - n_queries(seq) + i)*q->nb[2] + h*q->nb[1]);
     }
 
-    void prepare(const lminf_recall_seq & seq, lminf_recall_work & w, const ggml_tensor * q, int64_t s, int ith, int nth) const {
-        for (int64_t i = ith; i < n_scores(seq); i += nth) {
+    // scaled
+    void load_queries(const lminf_recall_seq & seq, const ggml_tensor * q, int64_t s, float * dst) const {
+        for (int64_t i = 0; i < n_scores(seq); ++i) {
             const float * src = get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq));
-            std::transform(src, src + l.n_embd_head_k, w.q.data() + i*l.n_embd_head_k, [&](float x) { return scale*x; });
+            dst = std::transform(src, src + l.n_embd_head_k, dst, [&](float x) { return scale*x; });
         }
     }
 
-    void scan(const lminf_recall_seq & seq, const ggml_tensor * q, int64_t s, lminf_best & found, int ith, int nth) const {
+    // of exp(score), over all scores of a query
+    struct total {
+        float  max;
+        double sum; // of exp(score - max)
+    };
+
+    static void add(total & t, float max, double sum) {
+        const float both = std::max(t.max, max);
+
+        t = { both, t.sum*exp(t.max - both) + sum*exp(max - both) };
+    }
+
+    // the i-th of n_scores
+    total add_up(const lminf_recall_seq & seq, const lminf_recall_scores & x, int64_t i) const {
+        total res = { x.max[i], x.sum[i] };
+        for (int64_t tile = 1; tile < x.n_tiles(); ++tile) {
+            add(res, x.max[tile*n_scores(seq) + i], x.sum[tile*n_scores(seq) + i]);
+        }
+        return res;
+    }
+
+    void scan(const lminf_recall_seq & seq, const lminf_recall_work & w, lminf_best & found, int ith, int nth) const {
         const auto & axes = *seq.archive->get_axes(id);
 
         const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
 
-        // A query's scores of all candidates are taken to be normally distributed: that gives what it would divide its votes by
-        // (the free energy of that many random energies), so that queries of any temperature can be compared
-        const float bound = sqrtf(2.0f*logf((float) seq.n_candidates));
-
         std::vector<lminf_sketch_query> queries;
         for (int64_t i = 0; i < l.n_head_kv*n_q; ++i) {
-            const auto & a = axes[i/n_q];
-
             float y[lminf_n_dirs];
-            lminf_project_query(a, get_query(seq, q, s, i/n_queries(seq), i % n_queries(seq)), y);
+            const float mean = lminf_project_query(axes[i/n_q], w.q.data() + i*l.n_embd_head_k, y);
 
-            float var = 0.0f;
-            for (int64_t d = 0; d < lminf_n_dirs; ++d) {
-                y[d] *= scale;
-                var += a.var[d]*y[d]*y[d];
-            }
-            const float dev = sqrtf(var);
-
-            queries.emplace_back(y, dev < bound ? -0.5f*var : 0.5f*bound*bound - dev*bound);
+            // so that queries of any temperature can be compared: what its votes are divided by, as far as the sample tells
+            const auto t = add_up(seq, w.sample, i);
+            queries.emplace_back(y, mean - t.max - (float) log(t.sum));
         }
 
         // whole segments: the sketches of all heads lie there one after the other, as memory is fetched best
@@ -289,11 +329,13 @@ struct lminf_recall_layer {
 
     // The tokens with the best sketches, in order, and the neighbors of the best of them: a hit is found by the votes around it
     void add_short(const lminf_recall_seq & seq, lminf_recall_work & w) const {
+        auto & tokens = w.list.tokens;
+
         auto best = w.best[0].finish();
 
         const int64_t first = seq.candidates.front().first;
         for (const auto & [i, _] : best) {
-            w.tokens.push_back(first + i);
+            tokens.push_back(first + i);
         }
 
         const size_t n_best = best.size()/16;
@@ -303,12 +345,12 @@ struct lminf_recall_layer {
         for (size_t i = 0; i < n_best; ++i) {
             for (int64_t j = first + best[i].first - lminf_recall::n_near + 1; j < first + best[i].first + lminf_recall::n_near; ++j) {
                 if (is_candidate(seq, j)) {
-                    w.tokens.push_back(j);
+                    tokens.push_back(j);
                 }
             }
         }
-        std::sort(w.tokens.begin(), w.tokens.end());
-        w.tokens.erase(std::unique(w.tokens.begin(), w.tokens.end()), w.tokens.end());
+        std::sort(tokens.begin(), tokens.end());
+        tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
     }
 
     static bool is_candidate(const lminf_recall_seq & seq, int64_t i) {
@@ -316,54 +358,89 @@ struct lminf_recall_layer {
     }
 
     void list(const lminf_recall_seq & seq, lminf_recall_work & w) const {
-        w.tokens.clear();
-        w.rows.clear();
+        auto & tokens = w.list.tokens;
+
+        tokens.clear();
 
         if (has_sketches(seq) && (int64_t) w.best[0].finish().size() >= seq.n_chosen) { // else queries are not numbers
             for (const auto & [first, second] : seq.candidates) { // those without sketches: a few
                 for (int64_t i = first; i < std::min(second, seq.archive->get_learned().first); ++i) {
-                    w.tokens.push_back(i);
+                    tokens.push_back(i);
                 }
             }
             add_short(seq, w);
         } else {
             for (const auto & [first, second] : seq.candidates) {
                 for (int64_t i = first; i < second; ++i) {
-                    w.tokens.push_back(i);
+                    tokens.push_back(i);
                 }
             }
         }
 
-        const char * segment = nullptr;
-        for (const int64_t i : w.tokens) {
-            if (w.rows.empty() || i/n_segment != w.tokens[w.rows.size() - 1]/n_segment) {
-                segment = seq.archive->get_segment(i);
-            }
-            w.rows.push_back(segment + l.at_k + i % n_segment*l.size_k);
-        }
-
         constexpr size_t n_kept = 4 << 20;
 
-        const size_t n = w.tokens.size()*n_scores(seq);
-        w.scores.resize(n <= n_kept ? n : 0);
-        w.votes.resize(w.tokens.size());
-        w.max.resize(n_tiles(w)*n_scores(seq));
-        w.sum.resize(n_tiles(w)*n_scores(seq));
+        const size_t n = tokens.size()*n_scores(seq);
+        w.list.scores.resize(n <= n_kept ? n : 0);
+        w.list.max.resize(w.list.n_tiles()*n_scores(seq));
+        w.list.sum.resize(w.list.n_tiles()*n_scores(seq));
+        w.votes.resize(tokens.size());
+
+        if (has_sketches(seq)) {
+            leave_out_listed(seq, w);
+        }
     }
 
-    static int64_t n_tiles(const lminf_recall_work & w) { return ((int64_t) w.tokens.size() + n_tile - 1)/n_tile; }
+    // The sample stands for what is not on the list: with the list alone each query's votes would be shared out there, and those
+    // that look for nothing in particular would outvote the others
+    void leave_out_listed(const lminf_recall_seq & seq, lminf_recall_work & w) const {
+        auto & x = w.sample;
 
-    static int64_t tile_size(const lminf_recall_work & w, int64_t tile) { return std::min(n_tile, (int64_t) w.tokens.size() - tile*n_tile); }
+        int64_t n_left = 0;
+
+        auto listed = w.list.tokens.begin();
+
+        std::fill(x.sum.begin(), x.sum.end(), 0.0f);
+        for (int64_t tile = 0; tile < x.n_tiles(); ++tile) {
+            const int64_t n = x.tile_size(tile);
+            const float * scores = x.scores.data() + tile*n_tile*n_scores(seq);
+
+            for (int64_t k = 0; k < n; ++k) {
+                const int64_t token = x.tokens[tile*n_tile + k];
+                while (listed != w.list.tokens.end() && *listed < token) {
+                    ++listed;
+                }
+                if (listed != w.list.tokens.end() && *listed == token) {
+                    continue;
+                }
+                ++n_left;
+                for (int64_t i = 0; i < n_scores(seq); ++i) {
+                    x.sum[tile*n_scores(seq) + i] += scores[i*n + k];
+                }
+            }
+        }
+        w.n_each = n_left > 0 ? (float) (seq.n_candidates - (int64_t) w.list.tokens.size())/n_left : 0.0f;
+    }
 
     // a tile's scores [n_scores][its size]
-    void dot(const lminf_recall_seq & seq, const lminf_recall_work & w, int64_t tile, float * scores) const {
-        const int64_t n = tile_size(w, tile);
+    void dot(const lminf_recall_seq & seq, const lminf_recall_scores & x, const float * q, int64_t tile, float * scores) const {
+        const int64_t n = x.tile_size(tile);
+
+        const int64_t * tokens = x.tokens.data() + tile*n_tile;
+
+        std::array<const char *, n_tile> rows;
+        const char * segment = nullptr;
+        for (int64_t k = 0; k < n; ++k) {
+            if (k == 0 || tokens[k]/n_segment != tokens[k - 1]/n_segment) {
+                segment = seq.archive->get_segment(tokens[k]);
+            }
+            rows[k] = segment + l.at_k + tokens[k] % n_segment*l.size_k;
+        }
 
         const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
 
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
-            lminf_rows_dot(l.type_k, l.n_embd_head_k, w.rows.data() + tile*n_tile, h*ggml_row_size(l.type_k, l.n_embd_head_k), n,
-                    w.q.data() + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*n);
+            lminf_rows_dot(l.type_k, l.n_embd_head_k, rows.data(), h*ggml_row_size(l.type_k, l.n_embd_head_k), n,
+                    q + h*n_q*l.n_embd_head_k, n_q, scores + h*n_q*n);
         }
         for (int64_t i = 0; logit_softcap > 0.0f && i < n_scores(seq)*n; ++i) {
             scores[i] = logit_softcap*tanhf(scores[i]/logit_softcap);
@@ -371,29 +448,29 @@ struct lminf_recall_layer {
     }
 
     // a tile's scores become exp(score - max) of each query
-    void exponentiate(const lminf_recall_seq & seq, lminf_recall_work & w, int64_t tile, float * scores) const {
-        const int64_t n = tile_size(w, tile);
+    void exponentiate(const lminf_recall_seq & seq, lminf_recall_scores & x, int64_t tile, float * scores) const {
+        const int64_t n = x.tile_size(tile);
 
         for (int64_t i = 0; i < n_scores(seq); ++i) {
             const size_t at = tile*n_scores(seq) + i;
 
-            w.sum[at] = lminf_exp(scores + i*n, n, w.max[at]);
+            x.sum[at] = lminf_exp(scores + i*n, n, x.max[at]);
         }
     }
 
     //   found  of each head, with the paper's rule
-    void score(const lminf_recall_seq & seq, lminf_recall_work & w, std::vector<lminf_best> & found, int ith, int nth) const {
-        std::vector<float> buf(w.scores.empty() ? n_scores(seq)*n_tile : 0);
+    void score(const lminf_recall_seq & seq, lminf_recall_scores & x, const float * q, std::vector<lminf_best> & found, int ith, int nth) const {
+        std::vector<float> buf(x.scores.empty() ? n_scores(seq)*n_tile : 0);
 
-        for (int64_t tile = ith; tile < n_tiles(w); tile += nth) {
-            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + tile*n_tile*n_scores(seq);
-            dot(seq, w, tile, scores);
+        for (int64_t tile = ith; tile < x.n_tiles(); tile += nth) {
+            float * scores = x.scores.empty() ? buf.data() : x.scores.data() + tile*n_tile*n_scores(seq);
+            dot(seq, x, q, tile, scores);
 
             if (!is_paper()) {
-                exponentiate(seq, w, tile, scores);
+                exponentiate(seq, x, tile, scores);
                 continue;
             }
-            const int64_t n = tile_size(w, tile);
+            const int64_t n = x.tile_size(tile);
             for (int64_t h = 0; h < n_head; ++h) {
                 found[h].add(scores + h*n, n, tile*n_tile);
             }
@@ -401,48 +478,46 @@ struct lminf_recall_layer {
     }
 
     void vote(const lminf_recall_seq & seq, lminf_recall_work & w, int ith, int nth) const {
+        auto & x = w.list;
+
         const int64_t n_s = n_scores(seq);
 
-        std::vector<float>  max(n_s, -INFINITY);
-        std::vector<double> sum(n_s, 0.0);
-        for (int64_t tile = 0; tile < n_tiles(w); ++tile) {
-            for (int64_t i = 0; i < n_s; ++i) {
-                max[i] = std::max(max[i], w.max[tile*n_s + i]);
-            }
-        }
-        for (int64_t tile = 0; tile < n_tiles(w); ++tile) {
-            for (int64_t i = 0; i < n_s; ++i) {
-                sum[i] += (double) w.sum[tile*n_s + i]*expf(w.max[tile*n_s + i] - max[i]);
+        std::vector<total> totals;
+        for (int64_t i = 0; i < n_s; ++i) {
+            totals.push_back(add_up(seq, x, i));
+            if (has_sketches(seq)) {
+                const auto others = add_up(seq, w.sample, i);
+                add(totals[i], others.max, w.n_each*others.sum);
             }
         }
 
-        std::vector<float> buf(w.scores.empty() ? n_s*n_tile : 0);
+        std::vector<float> buf(x.scores.empty() ? n_s*n_tile : 0);
 
-        for (int64_t tile = ith; tile < n_tiles(w); tile += nth) {
-            const int64_t n = tile_size(w, tile);
+        for (int64_t tile = ith; tile < x.n_tiles(); tile += nth) {
+            const int64_t n = x.tile_size(tile);
 
-            float * scores = w.scores.empty() ? buf.data() : w.scores.data() + tile*n_tile*n_s;
-            if (w.scores.empty()) {
-                dot(seq, w, tile, scores);
-                exponentiate(seq, w, tile, scores);
+            float * scores = x.scores.empty() ? buf.data() : x.scores.data() + tile*n_tile*n_s;
+            if (x.scores.empty()) {
+                dot(seq, x, w.q.data(), tile, scores);
+                exponentiate(seq, x, tile, scores);
             }
 
             float * votes = w.votes.data() + tile*n_tile;
             std::fill(votes, votes + n, 0.0f);
             for (int64_t i = 0; i < n_s; ++i) {
-                lminf_add_scaled(votes, (float) (expf(w.max[tile*n_s + i] - max[i])/sum[i]), scores + i*n, n);
+                lminf_add_scaled(votes, (float) (exp(x.max[tile*n_s + i] - totals[i].max)/totals[i].sum), scores + i*n, n);
             }
         }
     }
 
     // Votes count for the tokens around, too, less and less: of words that come often those are found whose surroundings are looked for
     static void spread(lminf_recall_work & w) {
-        const int64_t n = w.tokens.size();
+        const int64_t n = w.list.tokens.size();
 
         w.spread.assign(w.votes.begin(), w.votes.end());
         for (int64_t i = 0; i < n; ++i) {
-            for (int64_t k = i + 1; k < n && w.tokens[k] - w.tokens[i] < lminf_recall::n_near; ++k) {
-                const float share = 1.0f - (float) (w.tokens[k] - w.tokens[i])/lminf_recall::n_near;
+            for (int64_t k = i + 1; k < n && w.list.tokens[k] - w.list.tokens[i] < lminf_recall::n_near; ++k) {
+                const float share = 1.0f - (float) (w.list.tokens[k] - w.list.tokens[i])/lminf_recall::n_near;
 
                 w.spread[i] += share*w.votes[k];
                 w.spread[k] += share*w.votes[i];
@@ -472,7 +547,7 @@ struct lminf_recall_layer {
 
         std::set<int64_t> chosen;
         for (const size_t hit : hits) {
-            const int64_t i = w.tokens[hit];
+            const int64_t i = w.list.tokens[hit];
             if (chosen.count(i)) {
                 continue;
             }
@@ -508,7 +583,7 @@ struct lminf_recall_layer {
             auto hits = best_first(w.best[h].finish(), batch.recall.params.n_recall);
             std::sort(hits.begin(), hits.end());
             for (const size_t hit : hits) {
-                heads.back().push_back(w.tokens[hit]);
+                heads.back().push_back(w.list.tokens[hit]);
             }
         }
     }
@@ -574,16 +649,25 @@ struct lminf_recall_layer {
 
             const auto lists = [&](int64_t n, int64_t n_best) { return std::vector<lminf_best>(n, lminf_best(n_best)); };
 
-            if (phase == SCAN) {
-                auto found = lists(has_sketches(seq) ? 1 : 0, n_short(seq));
-                prepare(seq, w, dst->src[0], s, ith, nth);
+            if (phase == SAMPLE) {
+                std::vector<float> q(n_scores(seq)*l.n_embd_head_k); // each thread needs all of them at once
+                load_queries(seq, dst->src[0], s, q.data());
+                if (ith == 0) {
+                    std::copy(q.begin(), q.end(), w.q.begin());
+                }
                 if (has_sketches(seq)) {
-                    scan(seq, dst->src[0], s, found[0], ith, nth);
+                    std::vector<lminf_best> found;
+                    score(seq, w.sample, q.data(), found, ith, nth);
+                }
+            } else if (phase == SCAN) {
+                auto found = lists(has_sketches(seq) ? 1 : 0, n_short(seq));
+                if (has_sketches(seq)) {
+                    scan(seq, w, found[0], ith, nth);
                 }
                 finish(w, std::move(found), nth, [&] { list(seq, w); });
             } else if (phase == SCORE) {
                 auto found = lists(is_paper() ? n_head : 0, batch.recall.params.n_recall);
-                score(seq, w, found, ith, nth);
+                score(seq, w.list, w.q.data(), found, ith, nth);
                 if (is_paper()) {
                     finish(w, std::move(found), nth, [&] { choose(seq, w, choice(s)); });
                 }
@@ -645,6 +729,8 @@ void lminf_recall_batch::set_seq(int64_t stream, llama_seq_id seq_id, int64_t in
         choice.n_tokens  = 0;
         choice.n_chosen  = seq.n_chosen;
         choice.n_changes = seq.archive->get_n_changes();
+
+        works[stream]->take_sample(seq);
     }
     choice.n_tokens += n_tokens;
 
@@ -677,7 +763,12 @@ ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q
     layer.logit_softcap = logit_softcap;
     layer.n_rows        = n_rows;
     for (auto & w : works) {
-        w->q.resize(std::max<size_t>(w->q.size(), q->ne[0]*q->ne[1]*std::min<int64_t>(q->ne[2]/seqs.size(), lminf_recall::n_votes)));
+        const size_t n = q->ne[1]*std::min<int64_t>(q->ne[2]/seqs.size(), lminf_recall::n_votes);
+
+        w->q.resize(std::max<size_t>(w->q.size(), q->ne[0]*n));
+        w->sample.scores.resize(std::max<size_t>(w->sample.scores.size(), n_sample*n));
+        w->sample.max   .resize(std::max<size_t>(w->sample.max   .size(), n_sample/n_tile*n));
+        w->sample.sum   .resize(w->sample.max.size());
     }
 
     const auto fun = [](ggml_tensor * dst, int ith, int nth, void * userdata) {
