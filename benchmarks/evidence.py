@@ -62,7 +62,7 @@ WEIGHTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 WINDOW = ("n_global", "n_local", "max_distance")
 N_BATCH = 512
 TAIL_WINDOW = 512  # tokens; also half of it
-LONG_PROMPT = 1 << 18  # tokens; of longer ones half as many are asked
+LONG_PROMPT = 1 << 18  # tokens; of longer ones half as many are asked; of a large model an eighth of that
 REAL_WINDOWS = (1024, 4096)
 LARGE = 1 << 26  # bytes of a model file: from there on depth has its price
 INTERRUPTED = 130
@@ -101,6 +101,7 @@ class Size:
     recall_lengths: tuple[int, ...] = (8192, 32768)
     recall_lengths_long: tuple[int, ...] = (131072, 1 << 20)
     recall_lengths_large: tuple[int, ...] = (4096, 8192)
+    recall_lengths_large_long: tuple[int, ...] = (32768, 65536)
     recall_depths: tuple[float, ...] = tuple(i / 4 for i in range(5))
     n_recall_trials: int = 4  # for each place
     n_recalling: int = 128  # last tokens of a long text
@@ -635,6 +636,7 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
     window = resolve(LMInfConfig(n_global=n_global, n_local=size - n_global, **recall), None, subject.n_train)
     setup = subject.setup(window, settings.get("kv_type", "f16"))
     task_name = settings.get("task", "prose")
+    long_prompt = LONG_PROMPT // (8 if subject.facts["n_bytes"] > LARGE else 1)
     policies = ["lminf", "recall"] if recall else settings["policies"]
     lists = {"policies": policies, "lengths": lengths, "depths": [f"{100 * depth:g}" for depth in depths]}
     command = (
@@ -657,7 +659,7 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
             cells = []
             with setup.reader(POLICIES[policy], max(its_lengths) + MAX_ANSWER) as reader:
                 for length, depth in itertools.product(its_lengths, depths):
-                    n = max(1, most // 2) if length > LONG_PROMPT else most
+                    n = max(1, most // 2) if length > long_prompt else most
                     done += length * n
                     cell = reached.get((name, length, depth))
                     if is_new := cell is None:
@@ -892,27 +894,28 @@ def experiments(
         is_large, half = n_bytes[model] > LARGE, model_header(model)[1].n_ctx_train // 2
         if model in EMBEDDED[1:] or not (is_large or model == main):
             continue  # what the smallest ones were not trained to answer
+        windows = (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (half,)
+        depths = list(size.recall_depths[: -1 if is_large else None])
         for task in ("facts", "chat") if is_large else ("prose",):
-            for window in (TAIL_WINDOW, 2 * TAIL_WINDOW) if is_large else (half,):
+            for window in windows:
                 add(
                     f"recall-{name}-{task}-{window}", model, measure_answers, kv_type="f16", task=task, window=window,
                     n_recall=32, ceiling=window - MAX_ANSWER,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
-                    depths=list(size.recall_depths[: -1 if is_large else None]),
-                    trials=size.n_recall_trials,
+                    depths=depths, trials=size.n_recall_trials,
                     n_ceiling=size.n_ceiling_trials, n_without=1,
                     # full attention does not depend on the window
                     policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],
                 )  # fmt: skip
-        if not is_large:
             # long texts are only read: what each micro-batch of them would recall takes several times as long
             add(
-                f"recall-{name}-prose-{half}-long", model, measure_answers, kv_type="f16", task="prose", window=half,
-                n_recall=32, n_recalling=size.n_recalling, ceiling=half - MAX_ANSWER,
-                lengths=list(size.recall_lengths_long), depths=list(size.recall_depths),
-                trials=size.n_recall_trials, n_ceiling=size.n_ceiling_trials, policies=["ceiling", "recall"],
+                f"recall-{name}-{task}-{windows[0]}-long", model, measure_answers, kv_type="f16", task=task,
+                window=windows[0], n_recall=32, n_recalling=size.n_recalling, ceiling=windows[0] - MAX_ANSWER,
+                lengths=list(size.recall_lengths_large_long if is_large else size.recall_lengths_long), depths=depths,
+                trials=max(1, size.n_recall_trials >> is_large), n_ceiling=size.n_ceiling_trials,
+                policies=["ceiling", "recall"],
             )  # fmt: skip
-        window = TAIL_WINDOW if is_large else half
+        window = windows[0]
         add(
             f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,
             tokens=size.n_recall_loss >> is_large, start=size.recall_loss_start, block=size.tail_block,
