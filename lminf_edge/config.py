@@ -43,7 +43,7 @@ KV_TYPES: dict[int, tuple[str, int, int]] = {
 KV_TYPE_DEFAULT = 1
 
 ARCHIVE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
-DEFAULT_ARCHIVE = 262144  # tokens, where they fit: prompts of 131072, a usual training length, and what follows
+DEFAULT_ARCHIVE = 262144  # tokens, where they fit, as in the library
 IN_MEMORY = "ram"  # of an archive
 DEFAULT_ARCHIVE_DISK = 16 << 30  # bytes
 MAX_RECALL = 4096
@@ -119,8 +119,8 @@ class LMInfConfig(Recall):
                    n_recall tokens for each query head, for the newest query of a batch alone (for comparison)
     recall_index   "sketch": 32 numbers of 2 bits for each key make a short list, whose keys are then looked at;
                    "exact": all keys are
-    n_archive      tokens of a stream that can be recalled, the newest; None: 262144, or in memory as many as
-                   archive_memory holds. Memory is taken as a stream grows
+    n_archive      tokens of a stream that can be recalled, the newest; None: 262144, or as many as fit: in memory into
+                   archive_memory, in files into its share of archive_disk. Both are taken as a stream grows
     archive_type_k, archive_type_v  "f32", "f16", "q8_0" or "q4_0": how their keys and values are kept
     archive        "ram": they are kept in memory; else a folder: all but the last 1024 tokens are kept in files there,
                    read as they are needed, so that an archive can be larger than memory (not on Windows)
@@ -185,9 +185,9 @@ class Window(Recall):
     pos_bound: int
     attention: Attention
     recall_distance: int = field(default=0, kw_only=True)
-    n_archive: int = field(default=0, kw_only=True)  # 0: the library chooses, see archive_tokens()
-    archive_in_files: int = 0
+    n_archive: int = field(default=0, kw_only=True)  # 0: the library chooses
     archive_bytes: int = 0  # of memory; 0: the library chooses
+    archive_disk: int = 0  # bytes of files; 0: archives are in memory
 
     @property
     def recall(self) -> dict[str, int]:
@@ -199,12 +199,6 @@ class Window(Recall):
             "recall_from": self.recall_from,
             "recall_rule": rule,
         }
-
-    def archive_tokens(self, token_bytes: int) -> int:
-        """Tokens that the archive of a stream holds, of token_bytes each."""
-        if self.n_archive or self.archive_in_files or not self.archive_bytes or not token_bytes:
-            return self.n_archive or DEFAULT_ARCHIVE
-        return min(self.archive_bytes // token_bytes, DEFAULT_ARCHIVE)
 
     @property
     def size(self) -> int:
@@ -237,6 +231,7 @@ class Parts:
     sliding_bytes: int  # of sliding windows
     recurrent_bytes: int  # of states
     archive_token_bytes: int = 0  # of one token in the archive of a sequence; archives come on top of all this
+    n_archive: int = 0  # tokens that the archive of a sequence holds
 
     @property
     def kv_bytes(self) -> int:
@@ -316,8 +311,8 @@ def resolve(config: LMInfConfig, n_ctx: int | None, n_ctx_train: int, n_most: in
             "recall_distance": config.recall_distance or max(1, max_distance // 2),
             "n_archive": config.n_archive or 0,
         },
-        archive_in_files=int(config.archive != IN_MEMORY),
         archive_bytes=config.archive_memory if config.archive_memory is not None else (physical_memory() or 0) // 2,
+        archive_disk=0 if config.archive == IN_MEMORY else config.archive_disk,
     )
     return window
 

@@ -221,7 +221,7 @@ class Model:
             place: Path | None = Path(config.archive).expanduser() / self.identity.folder_name / name
         else:
             place = None if folder is None else folder / "archive"
-        memory_budget, maps = self.window.archive_bytes or MAX_BYTES, bool(self.window.archive_in_files)
+        memory_budget, maps = self.window.archive_bytes or MAX_BYTES, bool(self.window.archive_disk)
         return ArchiveStore(self.sequences[0].new_archive, place, config.archive_disk, memory_budget, maps)
 
     # --- vocabulary ---------------------------------------------------------------------------------------------------

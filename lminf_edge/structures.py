@@ -35,8 +35,8 @@ class Params(ctypes.Structure):
         ("attention", ctypes.c_int32),
         ("n_seq_max", ctypes.c_int32),
         *((name, ctypes.c_int32) for name in RECALL_PARAMETERS),
-        ("archive_in_files", ctypes.c_int32),
         ("archive_bytes", ctypes.c_uint64),
+        ("archive_disk", ctypes.c_uint64),
     )
     n_global: int
     n_local: int
@@ -55,8 +55,8 @@ class Params(ctypes.Structure):
     n_archive: int
     archive_type_k: int
     archive_type_v: int
-    archive_in_files: int
     archive_bytes: int
+    archive_disk: int
 
     @classmethod
     def of(cls, window: Window, n_seq_max: int) -> Params:
@@ -118,6 +118,7 @@ class NativeParts(ctypes.Structure):
         ("sliding_bytes", ctypes.c_uint64),
         ("recurrent_bytes", ctypes.c_uint64),
         ("archive_token_bytes", ctypes.c_uint64),
+        ("n_archive", ctypes.c_uint64),
     )
 
 

@@ -262,10 +262,10 @@ class SegmentFolder:
         for name in gone:
             self._delete(name)
 
-    def _delete(self, name: str) -> None:
+    def _delete(self, name: str, unlinks: bool = True) -> None:
         with self._lock:
             is_there = self._sizes.pop(name, None) is not None
-        if is_there:
+        if is_there and unlinks:
             _unlink(self.path(name))
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -307,26 +307,37 @@ class SegmentFolder:
     def _read(self, part: Part) -> Bytes:
         """The contents of a file. Raises _BadSegmentError."""
         try:
-            file, n_bytes = open_regular(self.path(part.name), follow=False)
-        except FileNotFoundError:
-            raise _BadSegmentError(0, "is missing") from None
-        except OSError as error:
-            raise _BadSegmentError(0, f"cannot be read ({error.strerror})") from error
-        with file:
-            if n_bytes != DATA_AT + part.n_bytes:
-                raise _BadSegmentError(0, "is cut short or damaged")
-            if _HEAD.unpack(file.read(_HEAD.size)) != (MAGIC, VERSION, 0, part.n_bytes):
-                raise _BadSegmentError(0, "is not one of this version of lminf_edge")
-            file.seek(DATA_AT)
-            data = np.fromfile(file, dtype=np.uint8)
-        if data.nbytes != part.n_bytes or hashlib.sha256(data.data).hexdigest() != part.name:
-            raise _BadSegmentError(0, "is damaged")
+            data = _contents(self.path(part.name), part)
+        except _BadSegmentError as error:
+            # else it would be taken for what is to be written there
+            self._delete(part.name, unlinks=not error.errno)
+            raise
         with self._lock:
             if part.name in self._sizes:
                 self._sizes[part.name] = self._sizes.pop(part.name)
                 with contextlib.suppress(OSError):
                     os.utime(self.path(part.name))
         return data
+
+
+def _contents(path: Path, part: Part) -> Bytes:
+    """Raises _BadSegmentError, with an errno where the system could not read it."""
+    try:
+        file, n_bytes = open_regular(path, follow=False)
+    except FileNotFoundError:
+        raise _BadSegmentError(0, "is missing") from None
+    except OSError as error:
+        raise _BadSegmentError(error.errno or errno.EIO, f"cannot be read ({error.strerror})") from error
+    with file:
+        if n_bytes != DATA_AT + part.n_bytes:
+            raise _BadSegmentError(0, "is cut short or damaged")
+        if _HEAD.unpack(file.read(_HEAD.size)) != (MAGIC, VERSION, 0, part.n_bytes):
+            raise _BadSegmentError(0, "is not one of this version of lminf_edge")
+        file.seek(DATA_AT)
+        data = np.fromfile(file, dtype=np.uint8)
+    if data.nbytes != part.n_bytes or hashlib.sha256(data.data).hexdigest() != part.name:
+        raise _BadSegmentError(0, "is damaged")
+    return data
 
 
 def _remember(key: tuple[int, int], name: str) -> None:

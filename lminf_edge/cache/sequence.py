@@ -223,7 +223,7 @@ class CacheSequence:
         archive = self.new_archive()
         if archive is None or checkpoint.kept is None:
             return None
-        lost = SegmentFolder(folder).load(checkpoint.kept, archive, bool(self.window.archive_in_files))
+        lost = SegmentFolder(folder).load(checkpoint.kept, archive, bool(self.window.archive_disk))
         if lost:
             log.warning("%s", lost)
         return archive

@@ -228,7 +228,7 @@ def add_recall(parser: argparse.ArgumentParser, in_files: bool = True) -> None:
         dest="n_archive",
         metavar="N",
         type=whole_number(1),
-        help=f"tokens of a stream in the archive, the newest; default {DEFAULT_ARCHIVE}, or what fits in memory",
+        help=f"tokens of a stream in the archive, the newest; default {DEFAULT_ARCHIVE}, or what fits",
     )
     group.add_argument(
         "--archive-type",

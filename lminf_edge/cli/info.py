@@ -40,7 +40,7 @@ from lminf_edge.cli.common import (
     resolved_window,
     weightless,
 )
-from lminf_edge.config import DEFAULT_WINDOW, IN_MEMORY, Window, physical_memory, warn_of_window
+from lminf_edge.config import DEFAULT_WINDOW, IN_MEMORY, Parts, Window, physical_memory, warn_of_window
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header
 
@@ -137,25 +137,24 @@ def costs(
             "kv_type": args.kv_type,
             "kv_bytes": parts.kv_bytes,
         },
-        "recall": recall_report(window, parts.archive_token_bytes, args.archive),
+        "recall": recall_report(window, parts, args.archive),
         "stock_kv_bytes": model.stock_bytes(header.n_ctx_train or model.n_ctx_train, kv_type),
         "recommended": recommend(header, f16, model.n_swa if parts.n_layer_sliding else 0, window),
     }
 
 
-def recall_report(window: Window, token_bytes: int, archive: str) -> dict[str, Any] | None:
+def recall_report(window: Window, parts: Parts, archive: str) -> dict[str, Any] | None:
     """What is recalled, what the archive of a stream takes when it is full, and what archives in files take now; None
     without recall."""
     if window.n_recall == 0:
         return None
-    n_archive = window.archive_tokens(token_bytes)
     return {
         "n_recall": window.n_recall,
         "distance": window.recall_distance,
-        "archive_tokens": n_archive,
+        "archive_tokens": parts.n_archive,
         "archive_type": window.archive_type_k,
-        "archive_bytes_per_token": token_bytes or None,
-        "archive_bytes": n_archive * token_bytes or None,
+        "archive_bytes_per_token": parts.archive_token_bytes or None,
+        "archive_bytes": parts.n_archive * parts.archive_token_bytes or None,
         "files": None if archive == IN_MEMORY else archive_files(Path(archive)),
     }
 

@@ -118,8 +118,7 @@ def stream_settings(state: ServerState) -> dict[str, Any]:
 
 def recall_settings(scheduler: Scheduler) -> dict[str, Any]:
     """What is recalled of the tokens that have left the window; an archive is that of one conversation."""
-    window, token_bytes = scheduler.window, scheduler.model.parts.archive_token_bytes
-    n_archive, reading = window.archive_tokens(token_bytes), scheduler.reading
+    window, parts, reading = scheduler.window, scheduler.model.parts, scheduler.reading
     return {
         "n_recall": window.n_recall,
         "distance": window.recall_distance,
@@ -127,11 +126,11 @@ def recall_settings(scheduler: Scheduler) -> dict[str, Any]:
         "every": window.recall_every,
         "rule": window.recall_rule,
         "index": window.recall_index,
-        "archive_tokens": n_archive,
+        "archive_tokens": parts.n_archive,
         "archive_type_k": window.archive_type_k,
         "archive_type_v": window.archive_type_v,
-        "archive_bytes_per_token": token_bytes or None,
-        "archive_bytes_at_most": n_archive * token_bytes or None,
+        "archive_bytes_per_token": parts.archive_token_bytes or None,
+        "archive_bytes_at_most": parts.n_archive * parts.archive_token_bytes or None,
         "reading": None if reading is None else asdict(reading),
     }
 

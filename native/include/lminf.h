@@ -73,11 +73,12 @@ struct lminf_params {
     int32_t recall_every;    // a choice serves decoded tokens up to the next multiple of this, 1 or more
     int32_t recall_rule;     // enum lminf_recall_rule
     int32_t recall_index;    // enum lminf_recall_index
-    int32_t n_archive;       // tokens of each sequence that can be recalled, the newest; 0: 262144, or what archive_bytes holds
+    int32_t n_archive;       // tokens of each sequence that can be recalled, the newest; 0: 262144, or what memory or files hold
     int32_t archive_type_k;  // enum ggml_type: F32, F16, Q8_0 or Q4_0
     int32_t archive_type_v;
-    int32_t archive_in_files; // 1: full segments are put into files by lminf_archive_map, an archive may be larger than memory
-    uint64_t archive_bytes;   // of memory, that all archives of the process take at most; 0: half of the machine's
+    uint64_t archive_bytes;  // of memory, that all archives of the process take at most; 0: half of the machine's
+    uint64_t archive_disk;   // bytes of files for the archives of all sequences, as full segments are put into them by
+                             // lminf_archive_map and an archive may be larger than memory; 0: archives are in memory
 };
 
 struct lminf_info {
@@ -111,6 +112,7 @@ struct lminf_parts {
     uint64_t recurrent_bytes;
 
     uint64_t archive_token_bytes; // of a token in an archive, sketches included; 0 without recall
+    uint64_t n_archive;           // tokens that the archive of a sequence holds; 0 without recall
 };
 
 // what a model needs
@@ -122,7 +124,7 @@ enum lminf_support_type {
 
 // n_global 10, n_local 4096, max_distance 0, n_slack -1, sink_mode CEILING, pos_bound 0, attention AUTO, n_seq_max 0; n_recall 0,
 // recall_distance 0, recall_from 0, recall_every 1, recall_rule LAYER, recall_index SKETCH, n_archive 0, archive types Q8_0,
-// archive_in_files 0, archive_bytes 0
+// archive_bytes 0, archive_disk 0
 LLAMA_API struct lminf_params lminf_default_params(void);
 
 LLAMA_API int32_t lminf_support(const struct llama_model * model);

@@ -173,8 +173,8 @@ lminf_params lminf_default_params() {
         /*.n_archive       =*/ 0,
         /*.archive_type_k  =*/ GGML_TYPE_Q8_0,
         /*.archive_type_v  =*/ GGML_TYPE_Q8_0,
-        /*.archive_in_files =*/ 0,
         /*.archive_bytes   =*/ 0,
+        /*.archive_disk    =*/ 0,
     };
 }
 
@@ -213,8 +213,8 @@ bool lminf_set_next(const lminf_params * params) {
     next_params.n_archive       = params->n_archive;
     next_params.archive_type_k  = (ggml_type) params->archive_type_k;
     next_params.archive_type_v  = (ggml_type) params->archive_type_v;
-    next_params.archive_in_files = params->archive_in_files != 0;
     next_params.archive_bytes   = params->archive_bytes;
+    next_params.archive_disk    = params->archive_disk;
 
     return true;
 }
@@ -258,7 +258,7 @@ bool lminf_get_params(const llama_context * ctx, lminf_params * params) {
         p.n_global, p.n_local, p.max_distance, p.n_slack, p.sink_mode, p.pos_bound, p.attention,
         (int32_t) llama_n_seq_max(ctx),
         p.n_recall, p.recall_distance, p.recall_from, p.recall_every, p.recall_rule, p.recall_index, p.n_archive, p.archive_type_k, p.archive_type_v,
-        p.archive_in_files, p.archive_bytes,
+        p.archive_bytes, p.archive_disk,
     };
 
     return true;

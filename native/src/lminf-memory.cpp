@@ -60,31 +60,43 @@ static void check_memory(const std::map<ggml_backend_dev_t, uint64_t> & need) {
 }
 
 // how many tokens an archive has room for. It grows as a stream does: it is told in time that it never can be full
-static int32_t archive_tokens(const lminf_archive_layout & layout, int32_t n_tokens, bool in_files) {
+static int32_t archive_tokens(const lminf_archive_layout & layout, const lminf_cparams & params, uint32_t n_seq_max) {
     constexpr double MiB = 1024.0*1024.0;
 
+    constexpr int64_t n_segment = lminf_archive_layout::n_segment;
+
+    const double size = (double) layout.get_segment_size(); // 0 where no layer recalls
+
     // the newest tokens are in memory even where the others are in files
-    if (layout.get_max_bytes() < layout.get_segment_size()) {
+    if (layout.get_max_bytes() < size) {
         throw std::runtime_error(lminf_set_error(format(
             "the smallest archive needs %.1f MiB of memory, and archives may take %.1f MiB: choose smaller archive types or a larger archive_memory",
-            layout.get_segment_size()/MiB, layout.get_max_bytes()/MiB)));
-    }
-    if (n_tokens == 0) {
-        const uint64_t n_default  = lminf_archive_layout::n_default/lminf_archive_layout::n_segment;
-        const uint64_t n_bytes    = layout.get_segment_size(); // 0 where no layer recalls
-        const uint64_t n_segments = n_bytes > 0 ? layout.get_max_bytes()/n_bytes : n_default;
-        return lminf_archive_layout::n_segment*(in_files ? n_default : std::clamp<uint64_t>(n_segments, 1, n_default));
+            size/MiB, layout.get_max_bytes()/MiB)));
     }
 
-    const double size  = (double) layout.get_segment_size()*n_tokens/lminf_archive_layout::n_segment;
-    const double total = (double) layout.get_max_bytes();
+    const bool   in_files  = params.archive_disk > 0;
+    const double available = in_files ? (double) params.archive_disk/n_seq_max : (double) layout.get_max_bytes();
 
-    if (size > total && !in_files) {
+    int64_t n_most = INT32_MAX;
+    if (in_files && size > 0) {
+        // each of these files has a page for its head; the newest tokens are in none
+        n_most = n_segment*(int64_t) std::min(available/(size + 4096), (double) (INT32_MAX/n_segment));
+    } else if (size > 0) {
+        n_most = (int64_t) std::min(available/size*n_segment, (double) INT32_MAX);
+    }
+
+    if (params.n_archive == 0 && n_most >= n_segment) {
+        return std::min(lminf_archive_layout::n_default, n_most/n_segment*n_segment);
+    }
+
+    const int64_t n = params.n_archive == 0 ? n_segment : params.n_archive;
+    if (n > n_most) {
         throw std::runtime_error(lminf_set_error(format(
-            "an archive of %lld tokens needs %.1f MiB of memory, and archives may take %.1f MiB: choose a smaller n_archive, smaller archive types or a larger archive_memory",
-            (long long) n_tokens, size/MiB, total/MiB)));
+            "an archive of %lld tokens needs %.1f MiB of %s, and %s may take %.1f MiB: choose a smaller n_archive, smaller archive types or a larger %s",
+            (long long) n, size*n/n_segment/MiB, in_files ? "files" : "memory", in_files ? "that of each sequence" : "archives", available/MiB,
+            in_files ? "archive_disk" : "archive_memory")));
     }
-    return n_tokens;
+    return n;
 }
 
 // one layer's attention as a device would be asked to compute it
@@ -248,7 +260,7 @@ lminf_memory::lminf_memory(
 
     if (params.n_recall > 0) {
         auto layout = std::make_shared<lminf_archive_layout>(model, params, layers.full, layers.reuse);
-        params.n_archive = archive_tokens(*layout, params.n_archive, params.archive_in_files);
+        params.n_archive = archive_tokens(*layout, params, n_seq_max);
         recall = std::make_unique<lminf_recall>(params, std::move(layout), n_seq_max);
     }
 
@@ -854,6 +866,7 @@ lminf_parts lminf_memory::get_parts() const {
     res.sink_bytes      = sum(sinks->memory_breakdown()) + (selector ? sum(selector->get_cache().memory_breakdown()) : 0);
     res.sliding_bytes   = sliding   ? sum(sliding->get_cache().memory_breakdown())    : 0;
     res.archive_token_bytes = recall ? recall->get_layout().get_segment_size()/lminf_archive_layout::n_segment : 0;
+    res.n_archive           = params.n_archive;
 
     res.recurrent_bytes = recurrent ? sum(recurrent->get_memory().memory_breakdown()) : 0;
 

@@ -38,8 +38,8 @@ struct lminf_cparams {
     ggml_type archive_type_k = GGML_TYPE_Q8_0;
     ggml_type archive_type_v = GGML_TYPE_Q8_0;
 
-    bool     archive_in_files = false;
-    uint64_t archive_bytes    = 0; // 0: half of the machine's memory
+    uint64_t archive_bytes = 0; // 0: half of the machine's memory
+    uint64_t archive_disk  = 0; // 0: not in files
 
     // where the sinks' keys stand, so that the query at recall_distance has them at max_distance
     int32_t sink_pos() const { return recall_distance - max_distance; }

@@ -326,6 +326,50 @@ def test_an_archive_in_files_takes_little_memory(make_llama: MakeLlama, tokens: 
     assert not files(tmp_path)  # no checkpoint names them
 
 
+def test_files_hold_what_they_may(
+    make_llama: MakeLlama, tokens: Tokens, tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    probe = make_llama(lminf=window())
+    parts = probe.scheduler.model.parts
+    assert parts.n_archive == 262144
+    of_file = DATA_AT + 1024 * parts.archive_token_bytes
+    with pytest.raises(UserError, match=r"archive of 2049 tokens needs 3.4 MiB of files.* a larger archive_disk"):
+        make_llama(lminf=window(archive=tmp_path, archive_disk=2 * of_file, n_archive=2049))
+    with pytest.raises(UserError, match=r"archive of 1024 tokens needs 1.7 MiB of files"):
+        make_llama(lminf=window(archive=tmp_path, archive_disk=of_file - 1))
+    llm = make_llama(lminf=window(archive=tmp_path, archive_disk=3 * of_file - 1))
+    assert llm.scheduler.model.parts.n_archive == 2048
+    for start in range(0, 9000, 500):
+        llm.eval(tokens[start % 3000 : start % 3000 + 500])
+        llm.scheduler.store._writes.submit(int).result(5)
+        assert len(files(tmp_path)) <= 2
+    assert 1024 <= llm.stream_info().archived <= 2048
+    llm.close()
+    many = make_engine(lminf=window(archive=tmp_path, archive_disk=9 * of_file), n_parallel=4)
+    assert many.parts.n_archive == 9 // len(many.scheduler.model.sequences) * 1024
+
+
+def test_a_damaged_file_is_written_again(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> None:
+    llm = make_llama(lminf=window())
+    read(llm, tokens)
+    sequence = llm.slot.sequence
+    archive, folder = sequence.archive(), SegmentFolder(tmp_path)
+    assert archive is not None
+    kept, _ = folder.write(archive)
+    folder.hold(kept)
+    for damage in DAMAGES.values():
+        for part in kept.parts:
+            damage(folder.path(part.name))
+            if folder.path(part.name).is_dir():
+                folder.path(part.name).rmdir()
+            damaged, whole = sequence.new_archive(), sequence.new_archive()
+            assert damaged is not None
+            assert whole is not None
+            assert folder.load(kept, damaged) or part.first < 0
+            assert folder.write(archive) == (kept, None)
+            assert folder.load(kept, whole) is None
+
+
 def test_a_branch_does_not_change_what_is_in_files(make_llama: MakeLlama, tokens: Tokens, tmp_path: Path) -> None:
     llm = make_llama(lminf=window(archive=tmp_path))
     plain = make_llama(lminf=window())
@@ -582,14 +626,14 @@ def test_a_stream_has_the_memory_it_is_told(make_llama: MakeLlama, tokens: Token
 def test_by_default_it_holds_what_fits(make_llama: MakeLlama, tokens: Tokens) -> None:
     llm = make_llama(lminf=window())
     segment = llm.scheduler.model.parts.archive_token_bytes * 1024
-    assert llm.scheduler.window.archive_tokens(segment // 1024) == 262144
+    assert llm.scheduler.model.parts.n_archive == 262144
     before = in_use(llm)  # nothing is reserved
     read(llm, tokens[:500])
     assert in_use(llm) - before <= segment
     llm.close()
     gc.collect()
     small = make_llama(lminf=window(archive_memory=2 * segment + 100))
-    assert 2048 <= small.scheduler.window.archive_tokens(segment // 1024) < 2060
+    assert small.scheduler.model.parts.n_archive == 2048
     for start in range(0, 6000, 500):
         small.eval(tokens[start % 3000 : start % 3000 + 500])
     info = small.stream_info()

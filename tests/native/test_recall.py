@@ -114,8 +114,8 @@ def test_the_papers_rule_on_a_trained_model(stories_path: Any, distance: int, si
 
 def test_sketches_find_nearly_the_same(nano_f32_path: str, tokens: Any) -> None:
     """Of 2,900 candidates 1,024 are looked at, token by token, and the neighbors of the best 64; the archive is
-    quantized in both. Of the others some are a sample: without it, where only those looked at shared out a query's votes,
-    it was 0.09, and without the neighbors, too, 0.21.
+    quantized in both. A sample stands for the others: without it, where a query's votes were shared out among those
+    looked at, it was 0.09, and without the neighbors, too, 0.21.
     """
     many = np.array(tokens[:2900], dtype=np.int32)
     found = []
