@@ -169,6 +169,10 @@ def run(args: argparse.Namespace) -> int:
     if args.talk and not args.json:
         talk()
     path, header = model_header(args.model)
+    if not header.n_ctx_train:
+        raise CommandError(
+            f"{args.model} does not say what length the model was trained on, which demo goes past: try ppl."
+        )
     name, text = (args.file, read_text(args.file)) if args.file else ("Python's documentation", python_documentation())
     settings: dict[str, Any] = {"n_batch": BATCH, "n_ubatch": BATCH}
     with contextlib.ExitStack() as stack:

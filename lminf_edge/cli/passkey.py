@@ -238,8 +238,8 @@ def _print_tables(
         reachable, found = sum(cell.reachable for cell in measured), sum(cell.found for cell in measured)
         n_lost = sum(cell.trials for cell in measured) - reachable
         n_luck = sum(cell.correct for cell in measured) - found
-        shares = [("facts in reach", found, reachable), ("out of reach", n_luck, n_lost)]
-        print(f"{'':15} {', '.join(f'{label}: {right} of {all_}' for label, right, all_ in shares if all_)}\n")
+        shares = [("in reach", found, reachable), ("out of reach", n_luck, n_lost)]
+        print(f"{'':15} right {', '.join(f'{where} {right} of {all_}' for where, right, all_ in shares if all_)}\n")
 
 
 def _cell(cell: Cell) -> str:

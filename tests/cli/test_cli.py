@@ -552,6 +552,15 @@ def test_demo_stops_full_attention_within_a_block(capfd: pytest.CaptureFixture[s
     assert past["lminf"]["mean_nll"] == pytest.approx(alone["lminf"]["mean_nll"], abs=1)
 
 
+def test_demo_needs_a_training_length(nano_path: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "untold.gguf"
+    copy_with(nano_path, path, {"llama.context_length": 0})
+    assert main(["demo", "-m", str(path)]) == 1
+    assert capfd.readouterr().err == (
+        f"error: {path} does not say what length the model was trained on, which demo goes past: try ppl.\n"
+    )
+
+
 def test_demo_with_recall(capfd: pytest.CaptureFixture[str]) -> None:
     report = run_json(capfd, "demo", "--stock-tokens", "1024", "--tokens", "3000", "--recall", "4")
     kv_bytes = [bucket["lminf"]["kv_bytes"] for bucket in report["buckets"]]
