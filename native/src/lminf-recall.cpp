@@ -73,7 +73,7 @@ struct lminf_recall_work {
     lminf_recall_scores sample; // where there are sketches, of all candidates; in the end of those that are not on the list
     lminf_recall_scores list;
 
-    float n_each; // tokens that each one of the sample stands for
+    float n_each = 0.0f; // tokens that each one of the sample stands for
 
     // what the threads found that have finished a phase; with the paper's rule, of each head
     std::vector<lminf_best> best;
@@ -275,9 +275,11 @@ struct lminf_recall_layer {
     };
 
     static void add(total & t, float max, double sum) {
-        const float both = std::max(t.max, max);
-
-        t = { both, t.sum*exp(t.max - both) + sum*exp(max - both) };
+        if (max <= t.max) {
+            t.sum += sum*exp(max - t.max);
+        } else {
+            t = { max, t.sum*exp(t.max - max) + sum };
+        }
     }
 
     // the i-th of n_scores
@@ -399,22 +401,29 @@ struct lminf_recall_layer {
 
         auto listed = w.list.tokens.begin();
 
-        std::fill(x.sum.begin(), x.sum.end(), 0.0f);
+        std::vector<int64_t> left;
+
         for (int64_t tile = 0; tile < x.n_tiles(); ++tile) {
             const int64_t n = x.tile_size(tile);
-            const float * scores = x.scores.data() + tile*n_tile*n_scores(seq);
 
+            left.clear();
             for (int64_t k = 0; k < n; ++k) {
                 const int64_t token = x.tokens[tile*n_tile + k];
                 while (listed != w.list.tokens.end() && *listed < token) {
                     ++listed;
                 }
-                if (listed != w.list.tokens.end() && *listed == token) {
-                    continue;
+                if (listed == w.list.tokens.end() || *listed != token) {
+                    left.push_back(k);
                 }
-                ++n_left;
-                for (int64_t i = 0; i < n_scores(seq); ++i) {
-                    x.sum[tile*n_scores(seq) + i] += scores[i*n + k];
+            }
+            n_left += left.size();
+
+            const float * scores = x.scores.data() + tile*n_tile*n_scores(seq);
+            float * sums = x.sum.data() + tile*n_scores(seq);
+            for (int64_t i = 0; i < n_scores(seq); ++i) {
+                sums[i] = 0.0f;
+                for (const int64_t k : left) {
+                    sums[i] += scores[i*n + k];
                 }
             }
         }
