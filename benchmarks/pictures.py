@@ -35,13 +35,13 @@ def of_kind(name: str, record: Record) -> str:
 
 
 def recall_picture(records: dict[str, Record]) -> Record | None:
-    """The one that is drawn: that with most lengths, if it has several."""
-    found = {
-        len({cell["length"] for cell in record["policies"]["recall"]["cells"]}): record
-        for record in recall_records(records)
-        if "recall" in record["policies"]
-    }
-    return found[max(found)] if max(found, default=0) > 1 else None
+    """The one that is drawn: of those with several lengths that with most policies, and then with most lengths."""
+    found = {}
+    for record in recall_records(records):
+        if "recall" in record["policies"]:
+            n_lengths = len({cell["length"] for cell in record["policies"]["recall"]["cells"]})
+            found[n_lengths > 1, len(record["policies"]), n_lengths] = record
+    return found[max(found)] if max(found, default=(False,))[0] else None
 
 
 def draw(everything: dict[str, Record], folder: Path) -> None:

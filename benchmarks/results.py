@@ -240,7 +240,11 @@ def recall_claims(record: Record) -> list[list[str]]:
         if asked and best:
             share, ceiling = right / asked, best / tried
             name = f"full attention{at}" if policy == "full" else "the fact in the window"
-            what = f"{record['settings']['task']}{at * is_key}: right answers with recall, against {name}"
+            if policy != "full" and not is_key:
+                where = f" at {' and '.join(f'{each:,}' for each in lengths['recall'])}"
+            else:
+                where = at * is_key
+            what = f"{record['settings']['task']}{where}: right answers with recall, against {name}"
             measured = f"{right} of {asked} against {best} of {tried}: {share / ceiling:.0%}"
             rows.append(claim(record, what, measured, f"{target:.0%}", share >= target * ceiling))
     return rows

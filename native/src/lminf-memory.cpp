@@ -866,7 +866,7 @@ lminf_parts lminf_memory::get_parts() const {
     res.sink_bytes      = sum(sinks->memory_breakdown()) + (selector ? sum(selector->get_cache().memory_breakdown()) : 0);
     res.sliding_bytes   = sliding   ? sum(sliding->get_cache().memory_breakdown())    : 0;
     res.archive_token_bytes = recall ? recall->get_layout().get_segment_size()/lminf_archive_layout::n_segment : 0;
-    res.n_archive           = params.n_archive;
+    res.n_archive           = recall ? params.n_archive : 0;
 
     res.recurrent_bytes = recurrent ? sum(recurrent->get_memory().memory_breakdown()) : 0;
 
