@@ -47,6 +47,9 @@ lminf_archive_layout::lminf_archive_layout(const llama_model & model, const lmin
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
     }
+    if (!layers.empty()) {
+        at_tokens = add(n_segment*sizeof(llama_token));
+    }
 
     size_t free  = 0;
     size_t total = 0;
@@ -74,7 +77,7 @@ bool lminf_archive_layout::operator==(const lminf_archive_layout & other) const 
 }
 
 size_t lminf_archive_layout::get_packed_size(int64_t n) const {
-    size_t res = 0;
+    size_t res = layers.empty() ? 0 : n*sizeof(llama_token);
     for (const auto & l : layers) {
         res += n*(l.size_k + l.size_v) + l.n_head_kv*((n + lminf_n_lanes - 1)/lminf_n_lanes)*lminf_sketch_size();
     }
@@ -133,6 +136,11 @@ void lminf_archive::zero_rows(segment & s, int64_t row0, int64_t row1) const {
         memset(s.data.get() + l.at_k + row0*l.size_k, 0, (row1 - row0)*l.size_k);
         memset(s.data.get() + l.at_v + row0*l.size_v, 0, (row1 - row0)*l.size_v);
     }
+    memset(s.data.get() + layout->get_at_tokens() + row0*sizeof(llama_token), 0, (row1 - row0)*sizeof(llama_token));
+}
+
+llama_token lminf_archive::get_token(int64_t i) const {
+    return ((const llama_token *) (get_segment(i) + layout->get_at_tokens()))[i % n_segment];
 }
 
 bool lminf_archive::assign(const lminf_archive & other, int64_t i1, bool copies) {
@@ -171,8 +179,16 @@ bool lminf_archive::assign(const lminf_archive & other, int64_t i1, bool copies)
     return true;
 }
 
-void lminf_archive::append(int64_t i0, int64_t n) {
+void lminf_archive::append(int64_t i0, int64_t n, const llama_token * tokens) {
     const int64_t i1 = i0 + n;
+
+    const auto write = [&](segment & s, int64_t i, int64_t row0, int64_t row1) {
+        auto * dst = (llama_token *) (s.data.get() + layout->get_at_tokens());
+        for (int64_t row = row0; row < row1; ++row) {
+            dst[row] = tokens ? tokens[i*n_segment + row - i0] : LLAMA_TOKEN_NULL;
+        }
+        s.n_tokens = row1;
+    };
 
     truncate(i0);
 
@@ -200,7 +216,7 @@ void lminf_archive::append(int64_t i0, int64_t n) {
             } else if (s.n_tokens > row0) {
                 s.id = ++last_id;
             }
-            s.n_tokens = row1;
+            write(s, i, row0, row1);
             continue;
         }
 
@@ -226,7 +242,7 @@ void lminf_archive::append(int64_t i0, int64_t n) {
         } else {
             zero_rows(*made, 0, row0);
         }
-        made->n_tokens = row1;
+        write(*made, i, row0, row1);
         segments[i] = std::move(made);
     }
 
@@ -343,6 +359,9 @@ void lminf_archive::for_stretches(int64_t n, F fun) const {
         for (int64_t h = 0; h < l.n_head_kv; ++h) {
             fun(l.at_sketch + h*(n_segment/lminf_n_lanes*lminf_sketch_size()), size_head);
         }
+    }
+    if (layout->get_segment_size() > 0) {
+        fun(layout->get_at_tokens(), n*sizeof(llama_token));
     }
 }
 

@@ -5,6 +5,7 @@
 //   segment   for each layer: K  [n_segment][n_embd_k_gqa]  as finished by the model but un-rotated (position 0)
 //                             V  [n_segment][n_embd_v_gqa]  as the cache stores them; none with MLA, where they are a part of K
 //                             sketches [n_head_kv][n_segment/16] of K, see lminf-sketch.h
+//             tokens [n_segment]
 //
 // A segment can be kept in a file: it is read here, packed, and added to another archive. One that is full never changes, so its
 // file can take the place of its memory.
@@ -54,6 +55,9 @@ public:
 
     size_t get_segment_size() const { return segment_size; }
 
+    // of a segment's first token, an int32_t; those that are no text are LLAMA_TOKEN_NULL
+    size_t get_at_tokens() const { return at_tokens; }
+
     // of a segment's first n tokens without gaps between layers; that of all of them is the segment as it lies in memory
     size_t get_packed_size(int64_t n) const;
 
@@ -81,6 +85,7 @@ private:
     std::map<int32_t, size_t> map_layer_ids; // il -> index into layers
 
     size_t segment_size = 0;
+    size_t at_tokens    = 0;
     size_t max_bytes    = SIZE_MAX;
 };
 
@@ -92,7 +97,8 @@ public:
 
     // makes room for tokens [i0, i0 + n), of which none is there yet, and forgets the oldest if they would be more than n_max.
     // Where memory is short it forgets more, or all but what comes next.
-    void append(int64_t i0, int64_t n);
+    //   tokens   NULL: they are no text
+    void append(int64_t i0, int64_t n, const llama_token * tokens);
 
     // forgets the tokens from i0 on
     void truncate(int64_t i0);
@@ -120,6 +126,8 @@ public:
     // the segment that holds a token
     const char * get_segment(int64_t i) const { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
     char       * get_segment(int64_t i)       { return segments.at(i/lminf_archive_layout::n_segment)->data.get(); }
+
+    llama_token get_token(int64_t i) const;
 
     //
     // files: segments, the axes of their sketches as one more with `first` -1, and which of the tokens in them can be read

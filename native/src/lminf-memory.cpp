@@ -517,7 +517,7 @@ void lminf_memory::apply_ubatch(const llama_ubatch & ubatch) {
         for (uint32_t i = 0; i < ubatch.n_tokens; i += n_tokens) {
             const llama_seq_id seq_id = ubatch.seq_id[i][0];
 
-            recall->get_archive(seq_id).append(streams[seq_id].index(ubatch.pos[i]), n_tokens);
+            recall->get_archive(seq_id).append(streams[seq_id].index(ubatch.pos[i]), n_tokens, ubatch.token ? ubatch.token + i : nullptr);
         }
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {

@@ -550,22 +550,71 @@ struct lminf_recall_layer {
         return res;
     }
 
-    // A token is understood by those around it: each hit brings its span, from the middle outwards, until there are n_chosen
-    std::vector<int64_t> choose_spans(const lminf_recall_seq & seq, const lminf_recall_work & w, const std::vector<size_t> & hits) const {
-        const int64_t n_span = std::min(lminf_recall::n_span, seq.n_chosen);
+    using text = std::vector<llama_token>;
+
+    // tokens [i0, i1), those that are no text or no candidates as LLAMA_TOKEN_NULL
+    static text read_text(const lminf_recall_seq & seq, int64_t i0, int64_t i1) {
+        text res;
+        for (int64_t i = i0; i < i1; ++i) {
+            res.push_back(is_candidate(seq, i) ? seq.archive->get_token(i) : LLAMA_TOKEN_NULL);
+        }
+        return res;
+    }
+
+    // A token is understood by those around it: each hit brings its span, from the middle outwards, until there are n_chosen. One
+    // whose span reads as a text that is there already, or next to it, is left out with that span, as long as there are others
+    std::vector<int64_t> choose_spans(const lminf_recall_seq & seq, const lminf_recall_work & w) const {
+        constexpr int64_t n_span = lminf_recall::n_span;
+        constexpr int64_t n_near = lminf_recall::n_near;
 
         std::set<int64_t> chosen;
-        for (const size_t hit : hits) {
-            const int64_t i = w.list.tokens[hit];
-            if (chosen.count(i)) {
-                continue;
-            }
-            for (int64_t k = 0; k < n_span && (int64_t) chosen.size() < seq.n_chosen; ++k) {
+        std::set<int64_t> left_out;
+
+        std::vector<text> known; // around each hit
+
+        const auto is_copy = [&](int64_t i) {
+            const text span = read_text(seq, i - n_span/2, i + n_span/2);
+            return std::find(span.begin(), span.end(), LLAMA_TOKEN_NULL) == span.end() &&
+                std::any_of(known.begin(), known.end(), [&](const text & each) {
+                    return std::search(each.begin(), each.end(), span.begin(), span.end()) != each.end();
+                });
+        };
+        const auto add_span = [&](int64_t i, size_t n_most, std::set<int64_t> & to) {
+            for (int64_t k = 0; k < n_span && to.size() < n_most; ++k) {
                 const int64_t j = k % 2 ? i - (k + 1)/2 : i + k/2;
                 if (is_candidate(seq, j)) {
-                    chosen.insert(j);
+                    to.insert(j);
                 }
             }
+        };
+
+        const size_t n = w.list.tokens.size();
+
+        for (const bool spares_copies : { true, false }) {
+            for (size_t n_hits = std::min<size_t>(seq.n_chosen, n); (int64_t) chosen.size() < seq.n_chosen; n_hits = std::min(4*n_hits, n)) {
+                lminf_best best(n_hits);
+                best.add(w.spread.data(), n, 0);
+
+                for (const size_t hit : best_first(best.finish(), n_hits)) {
+                    const int64_t i = w.list.tokens[hit];
+                    if ((int64_t) chosen.size() == seq.n_chosen) {
+                        break;
+                    }
+                    if (chosen.count(i) || left_out.count(i)) {
+                        continue;
+                    }
+                    if (spares_copies && is_copy(i)) {
+                        add_span(i, SIZE_MAX, left_out);
+                        continue;
+                    }
+                    known.push_back(read_text(seq, i - n_span/2 - n_near + 1, i + n_span/2 + n_near - 1));
+                    add_span(i, seq.n_chosen, chosen);
+                }
+                if (n_hits == n) { // there were copies among the best
+                    break;
+                }
+            }
+            left_out.clear();
         }
         return { chosen.begin(), chosen.end() };
     }
@@ -580,9 +629,7 @@ struct lminf_recall_layer {
 
         if (!is_paper()) {
             spread(w);
-            lminf_best best(seq.n_chosen);
-            best.add(w.spread.data(), w.spread.size(), 0);
-            heads.push_back(choose_spans(seq, w, best_first(best.finish(), seq.n_chosen)));
+            heads.push_back(choose_spans(seq, w));
             return;
         }
         for (int64_t h = 0; h < n_head; ++h) {

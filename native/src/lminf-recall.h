@@ -7,6 +7,8 @@
 //   hit          the candidate with the largest sum over its neighbors i, itself too, of vote(i)*(1 - |i - j|/n_near), ties to the lower j
 //   chosen       the hit and the tokens around it, n_span = 16 of the stream, from 8 before it to 7 after; then the same with the hit
 //                among those not chosen yet, until there are n_recall
+//   left out     a hit, and the n_span tokens around it, if these read the same as n_span around a token less than n_near from an
+//                earlier hit: until there are no others
 //
 // With the paper's rule each query head h of the newest query of a batch chooses for itself, by K[j] · q[h] alone.
 //

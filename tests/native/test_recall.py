@@ -84,6 +84,24 @@ def test_token_by_token(nano_f32_path: str, transformer: Transformer, text: Toke
         check(context.token_nll(few), expected, 1)
 
 
+@pytest.mark.parametrize("recall", [Recall(64, 30, 32), Recall(200, 60, 50, since=1), Recall(330, 60, 50)])
+@pytest.mark.parametrize("n_alike", [16, 17, 38])
+def test_what_is_there_already_is_not_recalled_again(
+    nano_f32_path: str, transformer: Transformer, tokens: Any, n_alike: int, recall: Recall
+) -> None:
+    """A text that comes again and again, as a file that an agent reads several times. Many of the tokens that have left
+    the window are copies of others, and of 200 and 330 some have to be recalled as well. (What comes again is shorter
+    than the window: else the keys inside of it would be the same, and rounding would say which ones are chosen.)
+    """
+    alike, others = np.split(np.array(tokens[: n_alike + 300], dtype=np.int32), [n_alike])
+    parts = np.split(others, np.cumsum([20, 7, 1, 30, 12, 9, 25, 14, 3, 18]))
+    again = np.concatenate([x for part in parts for x in (alike, part)])[:450]
+    expected = transformer.token_nll(again, Rule(40, 4, recall=recall))
+    settings = {"n_recall": recall.n, "recall_distance": recall.distance, "recall_from": recall.since}
+    with NativeContext(nano_f32_path, 40, 4, n_ubatch=recall.n_batch, **EXACTLY, **settings) as context:
+        check(context.token_nll(again), expected, recall.n_batch)
+
+
 @pytest.mark.parametrize("n_batch", [1, 50])
 @pytest.mark.parametrize(("n", "distance"), [(5, 40), (2, 20)])
 def test_the_papers_rule(

@@ -171,7 +171,7 @@ def one_rope_for_all_layers(model: Transformer) -> Rule:
 def temperature_by_position(model: Transformer) -> Rule:
     temperature = model.temperature
     model.temperature = lambda block: temperature(  # type: ignore[method-assign]
-        Block(block.layer, Rule(), block.rope, block.positions)
+        Block(block.layer, Rule(), block.rope, block.positions, block.tokens)
     )
     return Rule(L, G)
 

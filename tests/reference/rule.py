@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from reference.gguf_file import Array
 
 Positions = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.integer[Any]]
 Mode = Literal["ceiling", "order", "true"]
 
 
@@ -32,7 +33,9 @@ class Recall:
     n_votes queries gives each of its heads one vote, by the softmax of its scores of all candidates. A vote counts
     for the tokens around, too, at distance d as 1 - d / n_near. The one with most is chosen with its neighbors, n_span
     tokens of the stream in all, half of them before it; then, of those not chosen yet, again the one with most, until
-    there are n. All queries attend to them, at this distance.
+    there are n. One is left out with its neighbors if these n_span tokens are the same, in the same order, as n_span
+    around a token less than n_near from one that was chosen so: it comes after all others. All queries attend to what
+    is chosen, at this distance.
 
     n: tokens recalled.
     distance: where they stand for every query.
@@ -130,6 +133,7 @@ def attend(
     block: int = 64,
     positions: Positions | None = None,
     learned_sinks: Array | None = None,
+    tokens: Tokens | None = None,
 ) -> Array:
     """Attention over a whole stream, by blocks of queries so that memory and time follow the window.
 
@@ -140,11 +144,13 @@ def attend(
     block: queries handled at once.
     positions: [n_tokens], ascending, where the tokens stand in the stream; 0, 1, 2, ... unless tokens were skipped.
     learned_sinks: [n_head], one more logit in the softmax of each head, that no value belongs to.
+    tokens: [n_tokens], what the tokens are; None where no two are the same.
     Returns [n_tokens, n_head, value_size].
     """
     n_tokens, n_head, head_size = q.shape
     n_head_kv = k.shape[1]
     stream = np.arange(n_tokens) if positions is None else positions
+    words = np.arange(n_tokens) if tokens is None else np.asarray(tokens)
     slopes = slopes.reshape(n_head_kv, -1, 1, 1)
     nothing = np.full(n_head, -np.inf) if learned_sinks is None else learned_sinks
     nothing = nothing.reshape(n_head_kv, -1, 1, 1)
@@ -182,7 +188,7 @@ def attend(
             candidates = np.flatnonzero((stream >= rule.n_global) & (stream <= last - n_local))
             q_pos = np.full(len(i), recall.distance)
             all_scores = scores(q[rows], q_pos, k[candidates], np.zeros(len(candidates), dtype=np.int64))
-            chosen, extra = choose(all_scores, stream[candidates], recall)
+            chosen, extra = choose(all_scores, stream[candidates], words[candidates], recall)
             logits = np.concatenate([extra, logits], axis=-1)
             values = np.concatenate([v[candidates[chosen]], values])
         top = np.maximum(logits.max(axis=-1, keepdims=True), nothing)
@@ -193,11 +199,12 @@ def attend(
     return out
 
 
-def choose(scores: Array, candidates: Positions, recall: Recall) -> tuple[Positions, Array]:
+def choose(scores: Array, candidates: Positions, tokens: Tokens, recall: Recall) -> tuple[Positions, Array]:
     """Which of the candidates are recalled, ascending, and their scores as they enter the softmax.
 
     scores: [n_head_kv, n_group, n_queries, n_candidates], with the recalled ones' distance.
     candidates: [n_candidates], where they stand in the stream, ascending.
+    tokens: [n_candidates], what they are.
     """
     n_candidates = scores.shape[-1]
     if recall.paper:
@@ -214,13 +221,30 @@ def choose(scores: Array, candidates: Positions, recall: Recall) -> tuple[Positi
     shares /= shares.sum(axis=-1, keepdims=True)
     apart = np.abs(candidates[:, None] - candidates)
     votes = np.maximum(1 - apart / recall.n_near, 0) @ shares.sum(axis=(0, 1, 2))
-    width, is_chosen = min(recall.n_span, recall.n, n_candidates), np.zeros(n_candidates, dtype=bool)
-    offsets = sorted(range(-(width // 2), width - width // 2), key=lambda offset: (abs(offset), offset))
-    while is_chosen.sum() < min(recall.n, n_candidates):
-        hit = candidates[np.argmax(np.where(is_chosen, -1.0, votes))]
+    half, n = recall.n_span // 2, min(recall.n, n_candidates)
+    offsets = sorted(range(-half, half), key=lambda offset: (abs(offset), offset))
+    words = dict(zip(candidates.tolist(), tokens.tolist(), strict=True))
+
+    def span(i: int) -> list[int | None]:
+        return [words.get(i + offset) for offset in range(-half, half)]
+
+    is_chosen, is_left_out = np.zeros((2, n_candidates), dtype=bool)
+    hits: list[int] = []
+    around = range(1 - recall.n_near, recall.n_near)
+    while is_chosen.sum() < n:
+        is_free = ~is_chosen & ~is_left_out
+        if not is_free.any():
+            is_left_out[:], around = False, range(0)  # now they come
+            continue
+        hit = int(candidates[np.argmax(np.where(is_free, votes, -1.0))])
+        is_copy = None not in span(hit) and any(span(other + k) == span(hit) for other in hits for k in around)
         for offset in offsets:
             at = np.flatnonzero(candidates == hit + offset)
-            if is_chosen.sum() < recall.n:
+            if is_copy:
+                is_left_out[at] = True
+            elif is_chosen.sum() < n:
                 is_chosen[at] = True
+        if not is_copy:
+            hits.append(hit)
     chosen = np.flatnonzero(is_chosen)
     return chosen, scores[..., chosen]

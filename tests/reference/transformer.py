@@ -82,12 +82,14 @@ class Block:
 
     rule: the one that its attention follows, which for a sliding layer is not the stream's.
     positions: [n_tokens], ascending, where the tokens stand in the stream.
+    tokens: [n_tokens], what they are.
     """
 
     layer: int
     rule: Rule
     rope: Rope
     positions: Positions
+    tokens: Tokens
 
     @property
     def at(self) -> str:
@@ -186,7 +188,7 @@ class Transformer:
         x = self.embed(tokens)
         stream = np.arange(len(tokens)) if positions is None else positions
         for layer in range(self.n_layer):
-            x = self.layer(x, self.block(layer, rule, len(tokens) if n_ctx is None else n_ctx, stream))
+            x = self.layer(x, self.block(layer, rule, tokens, len(tokens) if n_ctx is None else n_ctx, stream))
         return self.norm(x, "output_norm")
 
     def embed(self, tokens: Tokens) -> Array:
@@ -194,14 +196,14 @@ class Transformer:
         rows = self.tensors["token_embd.weight"][tokens]
         return rows * float(self.key("embedding_scale", math.sqrt(rows.shape[1]) if self.arch.root_scale else 1.0))
 
-    def block(self, layer: int, rule: Rule, n_ctx: int, positions: Positions) -> Block:
-        """The layer on a stream with this rule; n_ctx and positions as for logits."""
+    def block(self, layer: int, rule: Rule, tokens: Tokens, n_ctx: int, positions: Positions) -> Block:
+        """The layer on a stream with this rule; the others as for logits."""
         sliding = self.slides(layer)
         free = self.arch.rope_free_every and (layer + 1) % self.arch.rope_free_every == 0
         rope = Rope(np.zeros(0)) if free else self.rope(n_ctx, rule, sliding)
         if rule.recall and layer < rule.recall.since:
             rule = replace(rule, recall=None)
-        return Block(layer, self.sliding_rule(rule) if sliding else rule, rope, positions)
+        return Block(layer, self.sliding_rule(rule) if sliding else rule, rope, positions, tokens)
 
     def slides(self, layer: int) -> bool:
         """Whether the layer has a sliding window of its own."""
@@ -263,6 +265,7 @@ class Transformer:
             self.score,
             positions=block.positions,
             learned_sinks=learned_sinks,
+            tokens=block.tokens,
         )
         return out.reshape(len(x), -1)
 
