@@ -62,7 +62,7 @@ WEIGHTS = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
 WINDOW = ("n_global", "n_local", "max_distance")
 N_BATCH = 512
 TAIL_WINDOW = 512  # tokens; also half of it
-LONG_PROMPT = 1 << 18  # tokens; of longer ones half as many are asked; of a large model an eighth of that
+LONG_PROMPT = 1 << 15  # tokens; of longer ones a large model is asked half as many
 REAL_WINDOWS = (1024, 4096)
 LARGE = 1 << 26  # bytes of a model file: from there on depth has its price
 INTERRUPTED = 130
@@ -636,7 +636,7 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
     window = resolve(LMInfConfig(n_global=n_global, n_local=size - n_global, **recall), None, subject.n_train)
     setup = subject.setup(window, settings.get("kv_type", "f16"))
     task_name = settings.get("task", "prose")
-    long_prompt = LONG_PROMPT // (8 if subject.facts["n_bytes"] > LARGE else 1)
+    is_large = subject.facts["n_bytes"] > LARGE
     policies = ["lminf", "recall"] if recall else settings["policies"]
     lists = {"policies": policies, "lengths": lengths, "depths": [f"{100 * depth:g}" for depth in depths]}
     command = (
@@ -659,7 +659,7 @@ def measure_answers(subject: Subject, experiment: Experiment, save: Save) -> Res
             cells = []
             with setup.reader(POLICIES[policy], max(its_lengths) + MAX_ANSWER) as reader:
                 for length, depth in itertools.product(its_lengths, depths):
-                    n = max(1, most // 2) if length > long_prompt else most
+                    n = max(1, most // 2) if is_large and length > LONG_PROMPT else most
                     done += length * n
                     cell = reached.get((name, length, depth))
                     if is_new := cell is None:
