@@ -36,6 +36,9 @@ TITLES = {
     "positions": "Llama-3.2-1B, decode by stream position",
     "far": "Llama-3.2-1B, decode far into a stream",
     "sinks": "Sinks: the attention of Llama-3.2-1B with 256 feed-forward units and 512 tokens of vocabulary",
+    "recall": "Llama-3.2-1B, decode with recall",
+    "recall-far": "Llama-3.2-1B, decode with recall from a long archive",
+    "recall-prefill": "Llama-3.2-1B, prefill with recall",
     "made-up-cells": "Qwen3-0.6B, cells made up and cells computed",
 }
 
@@ -45,6 +48,7 @@ FULL: Choice = {"cache": "lambda", "depth": DEEP}
 EMPTY: Choice = {"cache": "lambda", "depth": 0}
 STOCK: Choice = {"cache": "window"}
 STOCK_EMPTY: Choice = {"cache": "full", "depth": 0}
+RECALL: Choice = {"cache": "recall"}
 Q8_0: Choice = {"cache": "lambda", "kv_type": "q8_0"}
 
 DECODE = "decode, full window of {window}, against better stock at {window}"
@@ -58,6 +62,7 @@ FOUR: list[tuple[str, list[Choice], list[Choice]]] = [
         [STOCK],
     ),
 ]
+RECALLING = "with {depth:,} tokens in the archive and {recall.n_recall} recalled, against no recall"
 HUGE = [("decode, full window of {window}, all memory of both in huge pages", [FULL], [STOCK])]
 QUESTIONS: dict[str, list[tuple[str, list[Choice], list[Choice]]]] = {
     "decode-llama-3.2-1b": FOUR,
@@ -71,6 +76,9 @@ QUESTIONS: dict[str, list[tuple[str, list[Choice], list[Choice]]]] = {
     "huge-pages-llama-2-7b": HUGE,
     "far": [("decode at position {depth:,}, against position {near:,}", [FULL], [FULL | {"depth": NEAR}])],
     "prefill": [("prefill, pp{n_tokens} at a full window of {window}, against better stock", [FULL], [STOCK])],
+    "recall": [(f"decode {RECALLING}", [RECALL], [FULL])],
+    "recall-far": [(f"decode {RECALLING}", [RECALL], [FULL])],
+    "recall-prefill": [(f"prefill, pp{{n_tokens}} {RECALLING}", [RECALL], [FULL])],
 }
 
 
@@ -107,7 +115,7 @@ def speed(value: float) -> str:
 def who(result: Result) -> str:
     c = result.contender
     cells = f", {c.kv_type} KV" if c.kv_type != "f16" else ""
-    return f"{'Λ' if c.cache == 'lambda' else f'stock, fa {int(c.flash_attn)}'}{cells}"
+    return f"{'Λ' if c.is_lambda else f'stock, fa {int(c.flash_attn)}'}{cells}"
 
 
 def compare(question: str, ours: Sequence[Result], other: Sequence[Result]) -> list[str]:
@@ -247,8 +255,8 @@ def details(records: dict[str, Record]) -> str:
         rows = []
         for r in results_of(record):
             c = r.contender
-            cache = f"{'Λ' if c.cache == 'lambda' else 'stock'}, {c.cache_label.removeprefix('Λ ')}"
-            flash = "–" if c.cache == "lambda" else str(int(c.flash_attn))
+            cache = f"{'Λ' if c.is_lambda else 'stock'}, {c.cache_label.removeprefix('Λ ')}"
+            flash = "–" if c.is_lambda else str(int(c.flash_attn))
             label = c.label + (f", ub {c.n_ubatch}" if c.test == "pp" else "")
             form = f"{{:.{0 if r.median >= 100 else 1 if r.median >= 10 else 2}f}}"
             least, most = (form.format(f(r.tokens_per_second)) for f in (min, max))

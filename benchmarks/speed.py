@@ -29,7 +29,7 @@ from lminf_edge import native
 from lminf_edge.bench.alternate import ROUNDS_PER_CONTEXT, Bench
 from lminf_edge.bench.contender import Contender
 from lminf_edge.bench.random_model import SHAPES, Shape, random_model
-from lminf_edge.config import default_ubatch
+from lminf_edge.config import LMInfConfig, Recall, default_ubatch
 from lminf_edge.models import find_model
 
 FIGURES = ROOT / "docs" / "performance"
@@ -47,6 +47,7 @@ class Size:
     n_gen_slow: int = 8  # for deep full attention and large models
     n_prompt: int = 512
     n_latency: int = 101_000  # the first thousand are not counted
+    archived: tuple[int, int] = (100_000, 1_000_000)
     most_rounds: int = 1000
 
     @property
@@ -72,6 +73,7 @@ TINY = Size(
     n_gen_slow=2,
     n_prompt=64,
     n_latency=200,
+    archived=(5000, 6000),
     most_rounds=2,
 )
 
@@ -155,6 +157,20 @@ def sinks(size: Size) -> list[Contender]:
     return [with_sinks, without, dataclasses.replace(without, depth=0)]
 
 
+def recalling(size: Size, depth: int) -> list[Contender]:
+    """Decoding with as many tokens in the archive, and without one."""
+    (without,) = ours(size, depth)
+    config = LMInfConfig(n_recall=32, n_archive=depth + 8 * size.n_prompt, archive_memory=20_000_000_000)
+    n_ubatch = default_ubatch(size.window, recalls=True)
+    recall = Recall(**config.recall_settings())
+    return [without, dataclasses.replace(without, cache="recall", recall=recall, n_ubatch=n_ubatch)]
+
+
+def recalling_prompts(size: Size) -> list[Contender]:
+    contenders = recalling(size, size.archived[0])
+    return [dataclasses.replace(c, test="pp", n_tokens=size.n_prompt) for c in contenders]
+
+
 def made_up(size: Size) -> list[Contender]:
     """Cells made up and cells really computed."""
     small = dataclasses.replace(size, window=size.window // 4)
@@ -173,6 +189,9 @@ EXPERIMENTS = {
     "far": Experiment("llama-3.2-1b", 8, far),
     "prefill": Experiment("llama-3.2-1b", 4, prefill),
     "sinks": Experiment("attention-1b", 20, sinks),
+    "recall": Experiment("llama-3.2-1b", 6, lambda size: recalling(size, size.archived[0])),
+    "recall-prefill": Experiment("llama-3.2-1b", 4, recalling_prompts),
+    "recall-far": Experiment("llama-3.2-1b", 4, lambda size: recalling(size, size.archived[1])),
     "made-up-cells": Experiment("qwen3-0.6b", 4, made_up),
 }
 LATENCY = "latency"

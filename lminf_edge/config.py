@@ -207,15 +207,16 @@ class Window(Recall):
 
     def default_ubatch(self, on_gpu: bool = False) -> int:
         """Default micro-batch, in tokens: see default_ubatch()."""
-        return default_ubatch(self.size, on_gpu)
+        return default_ubatch(self.size, on_gpu, recalls=self.n_recall > 0)
 
 
-def default_ubatch(window: int, on_gpu: bool = False) -> int:
-    """A quarter of the window, in tokens, as a power of two in 64..128, on a GPU in 64..512.
+def default_ubatch(window: int, on_gpu: bool = False, recalls: bool = False) -> int:
+    """A quarter of the window, in tokens, as a power of two in 64..128, with recall in 64..256, on a GPU in 64..512.
 
-    The cache holds one micro-batch of cells beside the window. Prefill on a CPU is as fast with 128 as with 512.
+    The cache holds one micro-batch of cells beside the window. Prefill on a CPU is as fast with 128 as with 512, but
+    each micro-batch searches the archive.
     """
-    return min(512 if on_gpu else 128, max(64, 1 << (window // 4 - 1).bit_length()))
+    return min(512 if on_gpu else 256 if recalls else 128, max(64, 1 << (window // 4 - 1).bit_length()))
 
 
 @dataclass(frozen=True)

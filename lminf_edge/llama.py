@@ -133,8 +133,8 @@ class Llama(RemoteLlama):
     - rpc_servers, "host:port,host:port" or a list of them, spreads the layers over machines that run `lminf-edge
       rpc-server`: all of them, unless n_gpu_layers says how many. If one of them is gone the process ends.
     - A quantized type_v turns flash_attn on, which llama.cpp requires for it.
-    - n_ubatch, if not given, is a quarter of the window (64 to 128, with n_gpu_layers 64 to 512): the cache holds
-      that many more cells.
+    - n_ubatch, if not given, is a quarter of the window (64 to 128, with recall to 256, with n_gpu_layers to 512): the
+      cache holds that many more cells.
     - logits_processor and stopping_criteria see the recent tokens of the stream, at least 16384, in an array that must
       not be written to or kept. `scores` has the logits of the last token, with logits_all of all tokens as
       llama_cpp's, as far back as 256 MiB reach; `input_ids` is a copy of the recent tokens. `eval_tokens` has the last

@@ -22,14 +22,14 @@ class Contender:
 
     library     "ours" or "stock"
     cache       "lambda": the Λ cache, its next token at stream position `depth`
-                "recall": the same, and each layer recalls tokens; those before the test are really processed
+                "recall": the same, and each layer recalls tokens
                 "full": llama.cpp's own, of `depth` tokens, and room for the test
                 "window": llama.cpp's own, of n_ctx = window tokens, which the test fills to the last one
                 "state": llama.cpp's own of a purely recurrent model, whose size and speed do not depend on depth
     test        "pp": n_tokens in batches, "tg": one after the other
     depth       tokens processed before the test; "window" has window - n_tokens of them
     window      n_global + n_local of a Λ cache, n_ctx of a "window" cache
-    prefilled   the tokens before the test were really processed; else their cells are made up (see state.py)
+    prefilled   the tokens before the test were really processed; else their cells and archive are made up (state.py)
     recall      what "recall" recalls
     """
 

@@ -2,7 +2,8 @@
 
 Filling 32,768 cells by prefill takes many minutes on a small machine. The time of a decode step depends on how many
 cells there are, not on what they hold: so a few are computed and saved, and a state with many more is assembled by
-repeating their contents. Layouts: llama_kv_cache::state_write and lminf_memory::state_write.
+repeating their contents. Layouts: llama_kv_cache::state_write and lminf_memory::state_write. Archives likewise: a scan
+reads all sketches, and a few tokens' keys from anywhere, so each segment gets memory of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import struct
 
 import numpy as np
 
+from lminf_edge.cache.archive import N_SEGMENT, Archive
 from lminf_edge.errors import UserError
+from lminf_edge.structures import Segment
 
 _POSITION_BLOCK = 256  # graph positions are moved back by multiples of this
 _LAMBDA_MAGIC, _LAMBDA_VERSION = 0x464E4D4C, 5
@@ -106,6 +109,28 @@ def stretch_lambda(state: bytes, stream_pos: int) -> bytearray:
         far.copy_bytes(end - far.offset)
         struct.pack_into("<Q", far.out, head + 8, len(far.out) - head - 16)
     return far.out
+
+
+def stretch_archive(archive: Archive, made: Archive, first: int, last: int, n_vocab: int) -> None:
+    """Makes `made`, an empty one, hold tokens [first, last): the full segments of `archive` in turn, as other text.
+
+    Raises UserError if there is no memory for it.
+    """
+    parts = [(part, archive.read(part)) for part in archive.segments() if part.first < 0 or part.n_tokens == N_SEGMENT]
+    full = [(part, data) for part, data in parts if part.first >= 0]
+    is_made = all(made.add(part, data) for part, data in parts if part.first < 0)
+    rng = np.random.default_rng(0)
+    for i in range(first // N_SEGMENT, -(-last // N_SEGMENT)):
+        _, data = full[i % len(full)]
+        # a segment ends with its tokens; what reads the same would be left out
+        data[-4 * N_SEGMENT :] = rng.integers(0, n_vocab, N_SEGMENT, dtype=np.int32).view(np.uint8)
+        is_made = is_made and made.add(Segment(0, i * N_SEGMENT, N_SEGMENT, data.nbytes), data)
+    if not is_made:
+        raise UserError(
+            f"An archive of {last - first} tokens does not fit into the memory that archives may have: choose another "
+            "archive type or a larger archive_memory."
+        )
+    made.ranges = ((first, last),)
 
 
 def _stretch_cache(state: _State, n_cells: int, first_pos: int, end: int) -> None:

@@ -33,13 +33,15 @@ from llama_cpp._logger import set_verbose
 
 from lminf_edge import native, rpc
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Contender
-from lminf_edge.bench.state import stretch, stretch_lambda
+from lminf_edge.bench.state import stretch, stretch_archive, stretch_lambda
+from lminf_edge.cache.archive import N_SEGMENT, Archive
 from lminf_edge.errors import UserError
 from lminf_edge.model import native_context, native_model
 
 N_BATCH = 512
 _N_SLICE = 1000  # tokens decoded, and pieces of steady work done, in turn
 _N_PREFILL = 32  # cells that are really computed before a state is stretched
+_N_ARCHIVED = 4 * N_SEGMENT + 1  # and with an archive: some of its segments, and what makes their sketches
 
 Tokens = npt.NDArray[np.int32]
 
@@ -98,10 +100,12 @@ class Context:
         self._goes_back = not bindings.llama_model_is_hybrid(model.model)
         self._is_prefilled = contender.prefilled
         self._filled = b""  # the state to go back to, where nothing can be rolled back
+        self._archive: Archive | None = None  # that goes with it
         try:
             self._fill()
             if contender.depth and not self._goes_back:
                 self._filled = self._save()
+                self._archive = self._archived()
             self._warm_up()
         except BaseException:
             self.close()
@@ -186,7 +190,7 @@ class Context:
             done = info.n_window == info.n_cells or self._native.rollback(self.ctx, depth)
         if not done and self._filled:
             self._restore(bytearray(self._filled))
-            done = True
+            done = self._archive is None or self._archive.give(self.ctx, 0)
         if not done:
             raise RuntimeError(f"The cache cannot go back to {depth} tokens.")
 
@@ -202,14 +206,17 @@ class Context:
 
     def _fill(self) -> None:
         contender, depth = self._contender, self._contender.depth
-        n_computed = max(_N_PREFILL, contender.n_global)
+        n_recall = contender.recall.n_recall if contender.cache == "recall" else 0
+        n_computed = max(_N_PREFILL, contender.n_global, _N_ARCHIVED if n_recall else 0)
         if depth == 0:
             return
+        if self._native and n_recall:
+            self._native.set_recall(self.ctx, 0)  # what is not measured takes less time
         if contender.prefilled or depth <= n_computed:
             self._decode(self._tokens(depth), self._n_batch)
         else:
             self._decode(self._tokens(n_computed), self._n_batch)
-            state = self._save()
+            state, archive = self._save(), self._archived()
             try:
                 stretched = stretch_lambda(state, depth) if self._native else stretch(state, depth)
             except UserError:  # a kind of cache whose states are laid out otherwise
@@ -217,7 +224,27 @@ class Context:
                 self._decode(self._tokens(depth - n_computed), self._n_batch)
             else:
                 self._restore(stretched)
+                if archive is not None:
+                    self._stretch_archive(archive)
+        if self._native and n_recall:
+            self._native.set_recall(self.ctx, n_recall)
         self._check_filled()
+
+    def _archived(self) -> Archive | None:
+        """What the sequence can recall; None without recall."""
+        if self._native is None or self._contender.cache != "recall":
+            return None
+        return Archive(self._native, self._native.archive_get(self.ctx, 0), (0, 0))
+
+    def _stretch_archive(self, archive: Archive) -> None:
+        """Lets the sequence recall `depth` tokens, or as many as it may, made up from these."""
+        assert self._native is not None
+        depth = self._contender.depth
+        first = depth - min(depth, self._native.parts(self.ctx).n_archive)
+        made = Archive(self._native, self._native.archive_new(self.ctx), archive.types)
+        stretch_archive(archive, made, first, depth, self._model.n_vocab)
+        if not made.give(self.ctx, 0) or self._native.info(self.ctx).n_archived != depth - first:
+            raise RuntimeError(f"The archive does not hold {depth - first} tokens.")
 
     def _check_filled(self) -> None:
         contender, depth = self._contender, self._contender.depth

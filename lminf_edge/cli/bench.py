@@ -6,11 +6,11 @@ these without and with flash attention (fa), in turn, round by round. Speeds are
 rounds, the least and the most. A ratio compares the faster setting of each side, taken round by round.
 
 The cells before a test are made up from a few real ones, as time does not depend on what they hold, or computed for
-kinds of caches where that cannot be done. With --recall the Λ cache is measured with recall and without, after tokens
-that were really processed; an archive comes on top of the size that is told. A purely recurrent model, which needs no Λ
-cache, is measured alone and at no depth: its speed does not depend on it. Without --stock-lib the other side is the
-same library with the feature off, which is bit for bit what stock llama.cpp computes. --shape makes a model with random
-weights (needs gguf: pip install 'lminf-edge[bench]').
+kinds of caches where that cannot be done. With --recall the Λ cache is measured with recall and without; an archive of
+all tokens before the test is made up from 4,096 real ones, and comes on top of the size that is told. A purely
+recurrent model, which needs no Λ cache, is measured alone and at no depth: its speed does not depend on it. Without
+--stock-lib the other side is the same library with the feature off, which is bit for bit what stock llama.cpp computes.
+--shape makes a model with random weights (needs gguf: pip install 'lminf-edge[bench]').
 
 --json prints
   model, n_params, n_bytes, n_threads, n_gpu_layers, rpc_servers (a list, or null)
@@ -27,7 +27,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -129,15 +129,18 @@ def run(args: argparse.Namespace) -> int:
     window = args.window or min(DEFAULT_WINDOW, header.n_ctx_train or DEFAULT_WINDOW, n_most)
     n_threads = args.threads or max(1, (os.cpu_count() or 2) // 2)
     depths = [0, window, 2 * window] if args.depth is None else args.depth
-    n_ubatch = default_ubatch(window, on_gpu=n_gpu_layers != 0)
+    on_gpu = n_gpu_layers != 0
     if is_constant:
         show_note(constant_note(header.architecture))
         groups = list(plan_constant(args.kv_type, args.n_prompt, args.n_gen))
     else:
         with options_named():
-            recall = Recall(**LMInfConfig(**recall_of(args)).recall_settings())
+            config = LMInfConfig(**recall_of(args))
+        # room for what a test adds
+        n_archive = config.n_archive or max(depths) + args.n_prompt + args.n_gen * (args.rounds + 1)
+        recall = Recall(**replace(config, n_archive=n_archive).recall_settings())
         sizes = (args.n_prompt, args.n_gen)
-        groups = list(plan(depths, window, args.n_global, args.kv_type, *sizes, n_ubatch, recall))
+        groups = list(plan(depths, window, args.n_global, args.kv_type, *sizes, on_gpu, recall))
     if not groups:
         raise CommandError("There is nothing to measure: give --n-prompt or --n-gen.")
 
@@ -214,10 +217,10 @@ def plan(
     kv_type: str,
     n_prompt: int,
     n_gen: int,
-    n_ubatch: int,
+    on_gpu: bool,
     recall: Recall,
 ) -> Iterator[list[Contender]]:
-    """Groups of contenders that are measured in turn: one for each depth and test. n_ubatch is that of the Λ cache."""
+    """Groups of contenders that are measured in turn: one for each depth and test."""
     flash = (True,) if is_quantized(kv_type) else (False, True)
     for depth in depths:
         for test, n_tokens in zip(TESTS, (n_prompt, n_gen), strict=True):
@@ -231,8 +234,7 @@ def plan(
             yield [
                 Contender(
                     *(library, cache, test, n_tokens, at, window, n_global, fa, kv_type),
-                    n_ubatch=n_ubatch if library == "ours" else 512,
-                    prefilled=bool(recall.n_recall) and library == "ours",
+                    n_ubatch=default_ubatch(window, on_gpu, cache == "recall") if library == "ours" else 512,
                     recall=recall if cache == "recall" else Recall(),
                 )
                 for library, cache, at in caches

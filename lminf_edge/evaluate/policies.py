@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.config import LMInfConfig, SinkMode, Window, default_ubatch
+from lminf_edge.config import LMInfConfig, SinkMode, Window
 from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Policy:
 
         Micro-batches are the same for all of them.
         """
-        n_ubatch = min(n_batch, default_ubatch(window.size, on_gpu))
+        n_ubatch = min(n_batch, window.default_ubatch(on_gpu))
         if self.sink_mode is None:
             if self.name == "shift":  # llama.cpp can only shift if sliding layers have as many cells as the others
                 return {"n_ctx": window.size, "n_ubatch": n_ubatch}

@@ -257,7 +257,7 @@ def test_bench_with_recall(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "-m", "nano", "--threads", "1", *options, "--archive-type", "f16", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     ours = [(r["cache"], r["prefilled"], r["recall"]["n_recall"]) for r in report["results"] if r["library"] == "ours"]
-    assert ours == [("lambda", True, 0), ("recall", True, 8)]
+    assert ours == [("lambda", False, 0), ("recall", False, 8)]
     assert [r["recall"]["archive_type_k"] for r in report["results"]][:2] == ["q8_0", "f16"]
     assert [r["to"] for r in report["ratios"]] == ["full", "window", "recall"]
     assert main(["bench", "-m", "nano", "--threads", "1", *options]) == 0
@@ -369,7 +369,7 @@ def test_speed_and_report(tmp_path: Path) -> None:
     run_benchmark("speed.py", "--tiny", *options)
     run_benchmark("report.py", "--figures", figures, "--page", page)
     records = {path.stem: json.loads(path.read_text()) for path in figures.glob("*.json")}
-    assert len(records) == 14
+    assert len(records) == 17
     for name, record in records.items():
         assert record["experiment"] == name
         assert record["machine"]["cpu"]
@@ -380,6 +380,7 @@ def test_speed_and_report(tmp_path: Path) -> None:
     assert all(result["tokens_per_second"] for result in records["busy"]["results"])
     assert "| `nano` | 1 | sleep |" in text
     assert "against full attention" in text
+    assert "with 5,000 tokens in the archive and 32 recalled, against no recall" in text
     assert (figures / "decode-speed.png").stat().st_size > 10_000
 
     plot = (figures / "decode-speed.png").read_bytes()

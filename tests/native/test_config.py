@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -162,6 +163,7 @@ def test_default_ubatch_is_a_quarter_of_the_window(size: int, n_ubatch: int) -> 
     window = Window(0, size, size, 64, "ceiling", 0, "auto")
     assert window.default_ubatch(on_gpu=True) == n_ubatch
     assert window.default_ubatch() == min(n_ubatch, 128)
+    assert replace(window, n_recall=32).default_ubatch() == min(n_ubatch, 256)
 
 
 def test_kv_types() -> None:
