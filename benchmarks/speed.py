@@ -160,9 +160,8 @@ def sinks(size: Size) -> list[Contender]:
 def recalling(size: Size, depth: int) -> list[Contender]:
     """Decoding with as many tokens in the archive, and without one."""
     (without,) = ours(size, depth)
-    config = LMInfConfig(n_recall=32, n_archive=depth + 8 * size.n_prompt, archive_memory=20_000_000_000)
+    recall = Recall(**LMInfConfig(n_recall=32, n_archive=depth + 8 * size.n_prompt).recall_settings())
     n_ubatch = default_ubatch(size.window, recalls=True)
-    recall = Recall(**config.recall_settings())
     return [without, dataclasses.replace(without, cache="recall", recall=recall, n_ubatch=n_ubatch)]
 
 

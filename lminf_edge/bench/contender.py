@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lminf_edge.config import KV_TYPES, LMInfConfig, Recall, Window, resolve
+from lminf_edge.config import KV_TYPES, LMInfConfig, Recall, Window, physical_memory, resolve
 from lminf_edge.errors import UserError
 
 KV_TYPE_NUMBERS = {name: number for number, (name, _, _) in KV_TYPES.items()}
@@ -83,9 +83,10 @@ class Contender:
         return f"n_ctx {self.window}" if self.cache == "window" else "full attention"
 
     def lambda_window(self) -> Window:
-        """The parameters of the Λ cache; distances do not matter here."""
+        """The parameters of the Λ cache; distances do not matter here, and an archive may take all memory."""
         recall = self.recall.recall_settings() if self.cache == "recall" else {}
-        return resolve(LMInfConfig(n_global=self.n_global, **recall), self.window, self.window)
+        config = LMInfConfig(n_global=self.n_global, archive_memory=physical_memory(), **recall)
+        return resolve(config, self.window, self.window)
 
 
 def is_quantized(kv_type: str) -> bool:

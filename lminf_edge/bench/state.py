@@ -127,8 +127,8 @@ def stretch_archive(archive: Archive, made: Archive, first: int, last: int, n_vo
         is_made = is_made and made.add(Segment(0, i * N_SEGMENT, N_SEGMENT, data.nbytes), data)
     if not is_made:
         raise UserError(
-            f"An archive of {last - first} tokens does not fit into the memory that archives may have: choose another "
-            "archive type or a larger archive_memory."
+            f"An archive of {last - first} tokens does not fit into memory: choose a smaller depth, n_archive or "
+            "archive type."
         )
     made.ranges = ((first, last),)
 
