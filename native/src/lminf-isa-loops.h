@@ -17,6 +17,30 @@
 
 // --- sketches -----------------------------------------------------------------------------------------------------------
 
+// N blocks and Q queries at once: a sum takes several cycles, and the next one of the same does not wait for it
+template <int N, int Q>
+static inline void sketch_max_queries(const I (&x)[N][8], const F * scale, const lminf_sketch_query * q, F * top) {
+    I sum[N][Q];
+    for (int b = 0; b < N; ++b) {
+        for (int i = 0; i < Q; ++i) {
+            sum[b][i] = set_int(0);
+        }
+    }
+    for (int j = 0; j < 8; ++j) {
+        for (int i = 0; i < Q; ++i) {
+            for (int b = 0; b < N; ++b) {
+                sum[b][i] = dot4(x[b][j], set_int(q[i].x[j]), sum[b][i]);
+            }
+        }
+    }
+    for (int i = 0; i < Q; ++i) {
+        for (int b = 0; b < N; ++b) {
+            const F res = mul(add(to_float(sum[b][i]), set(q[i].start)), set(q[i].scale));
+            top[b] = max(fma(res, scale[b], set(q[i].offset)), top[b]);
+        }
+    }
+}
+
 template <int N>
 static inline void sketch_max_blocks(const char * blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
     I x[N][8];
@@ -35,15 +59,12 @@ static inline void sketch_max_blocks(const char * blocks, const lminf_sketch_que
         scale[b] = load_half((const uint16_t *) (block + 128));
         top[b]   = load(best + 16*b);
     }
-    for (int64_t i = 0; i < n_q; ++i) {
-        for (int b = 0; b < N; ++b) {
-            I sum = set_int(0);
-            for (int j = 0; j < 8; ++j) {
-                sum = dot4(x[b][j], set_int(q[i].x[j]), sum);
-            }
-            const F res = mul(add(to_float(sum), set(q[i].start)), set(q[i].scale));
-            top[b] = max(fma(res, scale[b], set(q[i].offset)), top[b]);
-        }
+    int64_t i = 0;
+    for (; i + N_QUERIES <= n_q; i += N_QUERIES) {
+        sketch_max_queries<N, N_QUERIES>(x, scale, q + i, top);
+    }
+    for (; i < n_q; ++i) {
+        sketch_max_queries<N, 1>(x, scale, q + i, top);
     }
     for (int b = 0; b < N; ++b) {
         store(best + 16*b, top[b]);

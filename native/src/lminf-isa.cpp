@@ -71,6 +71,7 @@ typedef __m512i I;
 
 constexpr int N_SUMS     = 8;
 constexpr int N_SKETCHES = 2;
+constexpr int N_QUERIES  = 4;
 
 static inline F    load     (const float * p)    { return _mm512_loadu_ps(p); }
 static inline F    load_half(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
@@ -173,6 +174,7 @@ struct I { __m256i a, b; };
 
 constexpr int N_SUMS     = 4;
 constexpr int N_SKETCHES = 1;
+constexpr int N_QUERIES  = 1;
 
 static inline F    load     (const float * p)    { return { _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8) }; }
 static inline F    load_half(const uint16_t * p) {
@@ -273,6 +275,7 @@ struct I { int8x16_t   v[4]; };
 
 constexpr int N_SUMS     = 4;
 constexpr int N_SKETCHES = 1;
+constexpr int N_QUERIES  = 1;
 
 static inline F    load     (const float * p)    { LMINF_EACH(F, vld1q_f32(p + 4*i)); }
 static inline F    load_half(const uint16_t * p) { LMINF_EACH(F, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4*i)))); }
@@ -395,6 +398,7 @@ struct I { uint32_t v[16]; }; // of four bytes the first is the lowest: see load
 
 constexpr int N_SUMS     = 4;
 constexpr int N_SKETCHES = 1;
+constexpr int N_QUERIES  = 1;
 
 static inline F    load     (const float * p)    { LMINF_EACH(F, p[i]); }
 static inline F    load_half(const uint16_t * p) { LMINF_EACH(F, ggml_fp16_to_fp32(p[i])); }
