@@ -47,9 +47,7 @@ lminf_archive_layout::lminf_archive_layout(const llama_model & model, const lmin
         map_layer_ids[il] = layers.size();
         layers.push_back(l);
     }
-    if (!layers.empty()) {
-        at_tokens = add(n_segment*sizeof(llama_token));
-    }
+    at_tokens = add(n_segment*get_token_size());
 
     size_t free  = 0;
     size_t total = 0;
@@ -77,7 +75,7 @@ bool lminf_archive_layout::operator==(const lminf_archive_layout & other) const 
 }
 
 size_t lminf_archive_layout::get_packed_size(int64_t n) const {
-    size_t res = layers.empty() ? 0 : n*sizeof(llama_token);
+    size_t res = n*get_token_size();
     for (const auto & l : layers) {
         res += n*(l.size_k + l.size_v) + l.n_head_kv*((n + lminf_n_lanes - 1)/lminf_n_lanes)*lminf_sketch_size();
     }
@@ -136,7 +134,7 @@ void lminf_archive::zero_rows(segment & s, int64_t row0, int64_t row1) const {
         memset(s.data.get() + l.at_k + row0*l.size_k, 0, (row1 - row0)*l.size_k);
         memset(s.data.get() + l.at_v + row0*l.size_v, 0, (row1 - row0)*l.size_v);
     }
-    memset(s.data.get() + layout->get_at_tokens() + row0*sizeof(llama_token), 0, (row1 - row0)*sizeof(llama_token));
+    memset(s.data.get() + layout->get_at_tokens() + row0*layout->get_token_size(), 0, (row1 - row0)*layout->get_token_size());
 }
 
 llama_token lminf_archive::get_token(int64_t i) const {
@@ -184,7 +182,7 @@ void lminf_archive::append(int64_t i0, int64_t n, const llama_token * tokens) {
 
     const auto write = [&](segment & s, int64_t i, int64_t row0, int64_t row1) {
         auto * dst = (llama_token *) (s.data.get() + layout->get_at_tokens());
-        for (int64_t row = row0; row < row1; ++row) {
+        for (int64_t row = row0; row < row1 && layout->get_token_size() > 0; ++row) {
             dst[row] = tokens ? tokens[i*n_segment + row - i0] : LLAMA_TOKEN_NULL;
         }
         s.n_tokens = row1;
@@ -360,9 +358,7 @@ void lminf_archive::for_stretches(int64_t n, F fun) const {
             fun(l.at_sketch + h*(n_segment/lminf_n_lanes*lminf_sketch_size()), size_head);
         }
     }
-    if (layout->get_segment_size() > 0) {
-        fun(layout->get_at_tokens(), n*sizeof(llama_token));
-    }
+    fun(layout->get_at_tokens(), n*layout->get_token_size());
 }
 
 template <typename F>

@@ -55,8 +55,9 @@ public:
 
     size_t get_segment_size() const { return segment_size; }
 
-    // of a segment's first token, an int32_t; those that are no text are LLAMA_TOKEN_NULL
-    size_t get_at_tokens() const { return at_tokens; }
+    // of a segment's first token and of each; those that are no text are LLAMA_TOKEN_NULL
+    size_t get_at_tokens()  const { return at_tokens; }
+    size_t get_token_size() const { return layers.empty() ? 0 : sizeof(llama_token); } // where no layer recalls nothing is stored
 
     // of a segment's first n tokens without gaps between layers; that of all of them is the segment as it lies in memory
     size_t get_packed_size(int64_t n) const;
