@@ -122,8 +122,8 @@ def stretch_archive(archive: Archive, made: Archive, first: int, last: int, n_vo
     rng = np.random.default_rng(0)
     for i in range(first // N_SEGMENT, -(-last // N_SEGMENT)):
         _, data = full[i % len(full)]
-        # a segment ends with its tokens; what reads the same would be left out
-        data[-4 * N_SEGMENT :] = rng.integers(0, n_vocab, N_SEGMENT, dtype=np.int32).view(np.uint8)
+        if data.nbytes:  # else no layer recalls. A segment ends with its tokens; what reads the same would be left out
+            data[-4 * N_SEGMENT :] = rng.integers(0, n_vocab, N_SEGMENT, dtype=np.int32).view(np.uint8)
         is_made = is_made and made.add(Segment(0, i * N_SEGMENT, N_SEGMENT, data.nbytes), data)
     if not is_made:
         raise UserError(

@@ -266,6 +266,15 @@ def test_bench_with_recall(capfd: pytest.CaptureFixture[str]) -> None:
     assert "times as fast as with 8 recalled" in output
 
 
+@pytest.mark.parametrize("name", ["lfm2", "jamba"])
+def test_bench_with_recall_of_other_kinds(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """No layer that recalls; a recurrent state, which goes back by being restored, and its archive with it."""
+    options = ["--window", "64", "--n-gen", "2", "--n-prompt", "0", "--depth", "6000", "--recall", "8", "--threads", "1"]
+    assert main(["bench", "-m", str(models.write(name, tmp_path)), *options, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert [len(r["tokens_per_second"]) for r in report["results"] if r["cache"] == "recall"] == [3]
+
+
 def test_what_was_measured_before_there_was_recall_can_be_read() -> None:
     result = Result(Contender("ours", "lambda", "tg", 4, 0), 0, (10.0,))
     old = result.as_json()
