@@ -269,7 +269,8 @@ def test_bench_with_recall(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["lfm2", "jamba"])
 def test_bench_with_recall_of_other_kinds(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     """No layer that recalls; a recurrent state, which goes back by being restored, and its archive with it."""
-    options = "--window 64 --n-gen 2 --n-prompt 0 --depth 6000 --recall 8 --threads 1".split()
+    sizes = ["--window", "64", "--n-gen", "2", "--n-prompt", "0", "--depth", "6000"]
+    options = [*sizes, "--recall", "8", "--threads", "1"]
     assert main(["bench", "-m", str(models.write(name, tmp_path)), *options, "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert [len(r["tokens_per_second"]) for r in report["results"] if r["cache"] == "recall"] == [3]
