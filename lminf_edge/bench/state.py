@@ -116,15 +116,18 @@ def stretch_archive(archive: Archive, made: Archive, first: int, last: int, n_vo
 
     Raises UserError if there is no memory for it.
     """
-    parts = [(part, archive.read(part)) for part in archive.segments() if part.first < 0 or part.n_tokens == N_SEGMENT]
-    full = [(part, data) for part, data in parts if part.first >= 0]
-    is_made = all(made.add(part, data) for part, data in parts if part.first < 0)
+    parts = [(part, archive.read(part)) for part in archive.segments()]
+    full = [data for part, data in parts if part.n_tokens == N_SEGMENT]
     rng = np.random.default_rng(0)
-    for i in range(first // N_SEGMENT, -(-last // N_SEGMENT)):
-        _, data = full[i % len(full)]
+
+    def add(i: int) -> bool:
+        data = full[i % len(full)]
         if data.nbytes:  # else no layer recalls. A segment ends with its tokens; what reads the same would be left out
             data[-4 * N_SEGMENT :] = rng.integers(0, n_vocab, N_SEGMENT, dtype=np.int32).view(np.uint8)
-        is_made = is_made and made.add(Segment(0, i * N_SEGMENT, N_SEGMENT, data.nbytes), data)
+        return made.add(Segment(0, i * N_SEGMENT, N_SEGMENT, data.nbytes), data)
+
+    is_made = all(made.add(part, data) for part, data in parts if part.first < 0)
+    is_made = is_made and all(add(i) for i in range(first // N_SEGMENT, -(-last // N_SEGMENT)))
     if not is_made:
         raise UserError(
             f"An archive of {last - first} tokens does not fit into memory: choose a smaller depth, n_archive or "
