@@ -9,8 +9,8 @@
 //   transpose   of a matrix of 16 rows
 //   append_ge   writes first + i for each a[i] >= b[i]; returns how many; what it writes behind them, up to 16, does not count
 //   load_bytes, set_int, to_float
-//   quarter<N>  of each byte the two bits from bit N on
-//   dot4        c + the four products in each lane: bytes from 0 to 3 by signed ones
+//   twice<N>    of each byte twice the two bits from bit N on
+//   dot4        c + the four products in each lane: bytes from 0 to 6 by signed ones
 //
 // Nothing of the standard library in here: it would be compiled for this instruction set, and the linker might take that
 // for everybody.
@@ -23,7 +23,7 @@ static inline void sketch_max_queries(const I (&x)[N][8], const F * scale, const
     I sum[N][Q];
     for (int b = 0; b < N; ++b) {
         for (int i = 0; i < Q; ++i) {
-            sum[b][i] = set_int(0);
+            sum[b][i] = set_int(q[i].start);
         }
     }
     for (int j = 0; j < 8; ++j) {
@@ -35,29 +35,33 @@ static inline void sketch_max_queries(const I (&x)[N][8], const F * scale, const
     }
     for (int i = 0; i < Q; ++i) {
         for (int b = 0; b < N; ++b) {
-            const F res = mul(add(to_float(sum[b][i]), set(q[i].start)), set(q[i].scale));
-            top[b] = max(fma(res, scale[b], set(q[i].offset)), top[b]);
+            top[b] = max(fma(to_float(sum[b][i]), scale[b], set(q[i].offset)), top[b]);
         }
     }
 }
 
+// a block at the same place in each of N parts
+//   best [N][n]
 template <int N>
-static inline void sketch_max_blocks(const char * blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
+static inline void sketch_max_blocks(const char * const * parts, size_t offset, const lminf_sketch_query * q, int64_t n_q, float q_scale, float * best, int64_t n) {
     I x[N][8];
     F scale[N];
     F top[N];
     for (int b = 0; b < N; ++b) {
-        const char * block = blocks + b*LMINF_SKETCH_SIZE;
+        const char * block = parts[b] + offset;
+
+        // processors fetch ahead by themselves, but not far enough. Behind the end of a part this does nothing
+        prefetch(block + 2048, LMINF_SKETCH_SIZE);
 
         for (int j = 0; j < 2; ++j) {
             const I bytes = load_bytes(block + 64*j);
-            x[b][4*j    ] = quarter<0>(bytes);
-            x[b][4*j + 1] = quarter<2>(bytes);
-            x[b][4*j + 2] = quarter<4>(bytes);
-            x[b][4*j + 3] = quarter<6>(bytes);
+            x[b][4*j    ] = twice<0>(bytes);
+            x[b][4*j + 1] = twice<2>(bytes);
+            x[b][4*j + 2] = twice<4>(bytes);
+            x[b][4*j + 3] = twice<6>(bytes);
         }
-        scale[b] = load_half((const uint16_t *) (block + 128));
-        top[b]   = load(best + 16*b);
+        scale[b] = mul(load_half((const uint16_t *) (block + 128)), set(q_scale));
+        top[b]   = load(best + b*n);
     }
     int64_t i = 0;
     for (; i + N_QUERIES <= n_q; i += N_QUERIES) {
@@ -67,19 +71,20 @@ static inline void sketch_max_blocks(const char * blocks, const lminf_sketch_que
         sketch_max_queries<N, 1>(x, scale, q + i, top);
     }
     for (int b = 0; b < N; ++b) {
-        store(best + 16*b, top[b]);
+        store(best + b*n, top[b]);
     }
 }
 
-static void sketch_max(const char * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
-    int64_t ib = 0;
-    for (; ib + N_SKETCHES <= n_blocks; ib += N_SKETCHES) {
-        // processors fetch ahead by themselves, but not far enough. Behind the end of an array this does nothing
-        prefetch(blocks + ib*LMINF_SKETCH_SIZE + 2048, N_SKETCHES*LMINF_SKETCH_SIZE);
-        sketch_max_blocks<N_SKETCHES>(blocks + ib*LMINF_SKETCH_SIZE, q, n_q, best + 16*ib);
-    }
-    for (; ib < n_blocks; ++ib) {
-        sketch_max_blocks<1>(blocks + ib*LMINF_SKETCH_SIZE, q, n_q, best + 16*ib);
+static void sketch_max(const char * const * parts, int64_t n_parts, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float scale, float * best) {
+    const int64_t n = 16*n_blocks;
+    for (int64_t ib = 0; ib < n_blocks; ++ib) {
+        int64_t p = 0;
+        for (; p + N_SKETCHES <= n_parts; p += N_SKETCHES) {
+            sketch_max_blocks<N_SKETCHES>(parts + p, ib*LMINF_SKETCH_SIZE, q, n_q, scale, best + p*n + 16*ib, n);
+        }
+        for (; p < n_parts; ++p) {
+            sketch_max_blocks<1>(parts + p, ib*LMINF_SKETCH_SIZE, q, n_q, scale, best + p*n + 16*ib, n);
+        }
     }
 }
 

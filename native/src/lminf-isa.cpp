@@ -135,7 +135,7 @@ static inline I set_int   (int32_t x)      { return _mm512_set1_epi32(x); }
 static inline F to_float  (I x)            { return _mm512_cvtepi32_ps(x); }
 
 template <int N>
-static inline I quarter(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, N), _mm512_set1_epi8(3)); }
+static inline I twice(I x) { return _mm512_and_si512(N == 0 ? _mm512_slli_epi16(x, 1) : _mm512_srli_epi16(x, N - 1), _mm512_set1_epi8(6)); }
 
 } // namespace avx512_ops
 
@@ -251,9 +251,9 @@ static inline I set_int   (int32_t x) { return { _mm256_set1_epi32(x), _mm256_se
 static inline F to_float  (I x)       { return { _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b) }; }
 
 template <int N>
-static inline __m256i quarter(__m256i x) { return _mm256_and_si256(_mm256_srli_epi16(x, N), _mm256_set1_epi8(3)); }
+static inline __m256i twice(__m256i x) { return _mm256_and_si256(N == 0 ? _mm256_slli_epi16(x, 1) : _mm256_srli_epi16(x, N - 1), _mm256_set1_epi8(6)); }
 template <int N>
-static inline I quarter(I x) { return { quarter<N>(x.a), quarter<N>(x.b) }; }
+static inline I twice(I x) { return { twice<N>(x.a), twice<N>(x.b) }; }
 
 static inline __m256i dot4(__m256i a, __m256i b, __m256i c) {
     return _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
@@ -341,9 +341,9 @@ static inline I set_int   (int32_t x)      { LMINF_EACH(I, vreinterpretq_s8_s32(
 static inline F to_float  (I x)            { LMINF_EACH(F, vcvtq_f32_s32(vreinterpretq_s32_s8(x.v[i]))); }
 
 template <int N>
-static inline I quarter(I x) {
-    const auto shift = [](uint8x16_t y) { return N == 0 ? y : vshrq_n_u8(y, N == 0 ? 1 : N); };
-    LMINF_EACH(I, vreinterpretq_s8_u8(vandq_u8(shift(vreinterpretq_u8_s8(x.v[i])), vdupq_n_u8(3))));
+static inline I twice(I x) {
+    const auto shift = [](uint8x16_t y) { return N == 0 ? vshlq_n_u8(y, 1) : vshrq_n_u8(y, N == 0 ? 1 : N - 1); };
+    LMINF_EACH(I, vreinterpretq_s8_u8(vandq_u8(shift(vreinterpretq_u8_s8(x.v[i])), vdupq_n_u8(6))));
 }
 
 } // namespace neon_ops
@@ -449,7 +449,7 @@ static inline I set_int (int32_t x) { LMINF_EACH(I, (uint32_t) x); }
 static inline F to_float(I x)       { LMINF_EACH(F, (float) (int32_t) x.v[i]); }
 
 template <int N>
-static inline I quarter(I x) { LMINF_EACH(I, x.v[i] >> N & 0x03030303); }
+static inline I twice(I x) { LMINF_EACH(I, (N == 0 ? x.v[i] << 1 : x.v[i] >> (N == 0 ? 0 : N - 1)) & 0x06060606); }
 
 static inline int32_t byte(uint32_t x, int j) { return (int8_t) (x >> 8*j); }
 static inline I dot4(I a, I b, I c) {

@@ -19,7 +19,7 @@ struct lminf_isa {
     const char * name;
 
     // sketches
-    void    (*sketch_max)(const char * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best);
+    void    (*sketch_max)(const char * const * parts, int64_t n_parts, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float scale, float * best);
     int64_t (*find)      (const float * scores, int64_t n, float threshold, int32_t * found);
     void    (*project)   (int64_t n, const float * rows, const float * x, float * res);
 

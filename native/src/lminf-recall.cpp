@@ -296,62 +296,83 @@ struct lminf_recall_layer {
 
         const int64_t n_q = n_queries(seq)*(n_head/l.n_head_kv);
 
-        std::vector<lminf_sketch_query> queries;
+        std::vector<float> y(l.n_head_kv*n_q*lminf_n_dirs);
+        std::vector<float> offset;
         for (int64_t i = 0; i < l.n_head_kv*n_q; ++i) {
-            float y[lminf_n_dirs];
-            const float mean = lminf_project_query(axes[i/n_q], w.q.data() + i*l.n_embd_head_k, y);
+            const float mean = lminf_project_query(axes[i/n_q], w.q.data() + i*l.n_embd_head_k, &y[i*lminf_n_dirs]);
 
             // so that queries of any temperature can be compared: what its votes are divided by, as far as the sample tells
             const auto t = add_up(seq, w.sample, i);
-            queries.emplace_back(y, mean - t.max - (float) log(t.sum));
+            offset.push_back(mean - t.max - (float) log(t.sum));
+        }
+        std::vector<lminf_sketch_queries> queries;
+        for (int64_t h = 0; h < l.n_head_kv; ++h) {
+            queries.emplace_back(&y[h*n_q*lminf_n_dirs], &offset[h*n_q], n_q);
         }
 
-        // whole segments: the sketches of all heads lie there one after the other, as memory is fetched best
-        constexpr int64_t n_piece = n_segment;
+        // Whole segments: the sketches of all heads lie there one after the other, as memory is fetched best; this thread's, four
+        // at a time
+        struct piece { int64_t i0, first, second; };
+
+        std::vector<piece> pieces;
 
         int64_t i_piece = 0;
         for (const auto & [first_candidate, second] : seq.candidates) {
             const int64_t first = std::max(first_candidate, seq.archive->get_learned().first);
 
-            for (int64_t i0 = first/n_piece*n_piece; i0 < second; i0 += n_piece) {
-                if (i_piece++ % nth != ith) {
-                    continue;
+            for (int64_t i0 = first/n_segment*n_segment; i0 < second; i0 += n_segment) {
+                if (i_piece++ % nth == ith) {
+                    pieces.push_back({ i0, std::max(first, i0), std::min(second, i0 + n_segment) });
                 }
-                float best[n_piece];
-                std::fill(best, best + n_piece, -INFINITY);
-                for (int64_t h = 0; h < l.n_head_kv; ++h) {
-                    const char * blocks = seq.archive->get_segment(i0) + l.at_sketch + h*n_segment/lminf_n_lanes*lminf_sketch_size();
-                    lminf_sketch_max(blocks, n_piece/lminf_n_lanes, queries.data() + h*n_q, n_q, best);
+            }
+        }
+
+        constexpr size_t n_at_once = 4;
+
+        std::vector<float> best(n_at_once*n_segment);
+
+        for (size_t i = 0; i < pieces.size(); i += n_at_once) {
+            const size_t n = std::min(n_at_once, pieces.size() - i);
+
+            std::fill(best.begin(), best.end(), -INFINITY);
+            for (int64_t h = 0; h < l.n_head_kv; ++h) {
+                const char * parts[n_at_once];
+                for (size_t k = 0; k < n; ++k) {
+                    parts[k] = seq.archive->get_segment(pieces[i + k].i0) + l.at_sketch + h*n_segment/lminf_n_lanes*lminf_sketch_size();
                 }
-                const int64_t from = std::max(first, i0);
-                found.add(best + (from - i0), std::min(second, i0 + n_piece) - from, from - seq.candidates.front().first);
+                lminf_sketch_max(parts, n, n_segment/lminf_n_lanes, queries[h], best.data());
+            }
+            for (size_t k = 0; k < n; ++k) {
+                const auto & [i0, first, second] = pieces[i + k];
+                found.add(&best[k*n_segment + first - i0], second - first, first - seq.candidates.front().first);
             }
         }
     }
 
     // The tokens with the best sketches, in order, and the neighbors of the best of them: a hit is found by the votes around it
-    void add_short(const lminf_recall_seq & seq, lminf_recall_work & w) const {
-        auto & tokens = w.list.tokens;
-
-        auto best = w.best[0].finish();
-
+    static void add_short(const lminf_recall_seq & seq, std::vector<lminf_best::entry> best, std::vector<int64_t> & tokens) {
         const int64_t first = seq.candidates.front().first;
         for (const auto & [i, _] : best) {
             tokens.push_back(first + i);
         }
+        const auto n_before = tokens.size();
 
-        const size_t n_best = best.size()/16;
-        std::nth_element(best.begin(), best.begin() + n_best, best.end(), [](const auto & a, const auto & b) {
+        const auto end = best.begin() + best.size()/16;
+        std::nth_element(best.begin(), end, best.end(), [](const auto & a, const auto & b) {
             return a.second != b.second ? a.second > b.second : a.first < b.first;
         });
-        for (size_t i = 0; i < n_best; ++i) {
-            for (int64_t j = first + best[i].first - lminf_recall::n_near + 1; j < first + best[i].first + lminf_recall::n_near; ++j) {
-                if (is_candidate(seq, j)) {
-                    tokens.push_back(j);
+        std::sort(best.begin(), end);
+
+        int64_t next = 0;
+        for (auto it = best.begin(); it != end; ++it) {
+            const int64_t i = first + it->first;
+            for (next = std::max(next, i - lminf_recall::n_near + 1); next < i + lminf_recall::n_near; ++next) {
+                if (is_candidate(seq, next)) {
+                    tokens.push_back(next);
                 }
             }
         }
-        std::sort(tokens.begin(), tokens.end());
+        std::inplace_merge(tokens.begin(), tokens.begin() + n_before, tokens.end());
         tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
     }
 
@@ -364,13 +385,15 @@ struct lminf_recall_layer {
 
         tokens.clear();
 
-        if (has_sketches(seq) && (int64_t) w.best[0].finish().size() >= seq.n_chosen) { // else queries are not numbers
+        const auto best = has_sketches(seq) ? w.best[0].finish() : std::vector<lminf_best::entry>();
+
+        if (has_sketches(seq) && (int64_t) best.size() >= seq.n_chosen) { // else queries are not numbers
             for (const auto & [first, second] : seq.candidates) { // those without sketches: a few
                 for (int64_t i = first; i < std::min(second, seq.archive->get_learned().first); ++i) {
                     tokens.push_back(i);
                 }
             }
-            add_short(seq, w);
+            add_short(seq, best, tokens);
         } else {
             for (const auto & [first, second] : seq.candidates) {
                 for (int64_t i = first; i < second; ++i) {

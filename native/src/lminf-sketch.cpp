@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <numeric>
 
 static constexpr ggml_fp16_t F16_NAN = 0x7E00;
 
@@ -101,31 +102,37 @@ void lminf_sketch_load(const void * block, int64_t lane, float * x) {
     flip(x);
 }
 
-lminf_sketch_query::lminf_sketch_query(const float * q, float offset) : x{ 0 }, start(0.0f), scale(NAN), offset(offset) {
-    float y[lminf_n_dirs];
-    std::copy(q, q + lminf_n_dirs, y);
-    lminf_turn(y);
-    if (!are_finite(y, lminf_n_dirs)) {
-        return;
-    }
+lminf_sketch_queries::lminf_sketch_queries(const float * q, const float * offset, int64_t n) : each(n), scale(0.0f) {
+    std::vector<float> turned(q, q + n*lminf_n_dirs);
+
     float far = 0.0f;
-    for (float a : y) {
-        far = std::max(far, std::fabs(a));
+    for (int64_t i = 0; i < n; ++i) {
+        float * y = &turned[i*lminf_n_dirs];
+        lminf_turn(y);
+        each[i] = { {}, 0, offset[i] };
+        if (!are_finite(y, lminf_n_dirs)) {
+            each[i].offset = NAN;
+            std::fill(y, y + lminf_n_dirs, 0.0f);
+        }
+        far = std::accumulate(y, y + lminf_n_dirs, far, [](float a, float b) { return std::max(a, std::fabs(b)); });
     }
-    scale = far/127.0f;
+    const float step = far/127.0f;
+    const float inv  = step >= FLT_MIN ? 1.0f/step : 0.0f;
 
-    const float inv = scale >= FLT_MIN ? 1.0f/scale : 0.0f;
+    scale = 0.5f*step; // as a scan counts halves of a sketch's steps
 
-    int8_t bytes[lminf_n_dirs];
-    for (int i = 0; i < lminf_n_dirs; ++i) {
-        bytes[i] = (int8_t) ((int) (y[i]*inv + 128.5f) - 128); // rounded; the conversion cuts
-        start -= 1.5f*bytes[i];
+    for (int64_t i = 0; i < n; ++i) {
+        int8_t bytes[lminf_n_dirs];
+        for (int j = 0; j < lminf_n_dirs; ++j) {
+            bytes[j] = (int8_t) ((int) (turned[i*lminf_n_dirs + j]*inv + 128.5f) - 128); // rounded; the conversion cuts
+            each[i].start -= 3*bytes[j];
+        }
+        memcpy(each[i].x, bytes, sizeof(bytes));
     }
-    memcpy(x, bytes, sizeof(x));
 }
 
-void lminf_sketch_max(const void * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best) {
-    lminf_get_isa().sketch_max((const char *) blocks, n_blocks, q, n_q, best);
+void lminf_sketch_max(const char * const * parts, int64_t n_parts, int64_t n_blocks, const lminf_sketch_queries & q, float * best) {
+    lminf_get_isa().sketch_max(parts, n_parts, n_blocks, q.each.data(), q.each.size(), q.scale, best);
 }
 
 // --- principal axes -----------------------------------------------------------------------------------------------------

@@ -27,18 +27,24 @@ void   lminf_sketch_load (const void * block, int64_t lane, float * x);
 // x [32] by a fixed orthogonal matrix
 void lminf_turn(float * x);
 
-// q [32] at 8 bits
+// one of lminf_sketch_queries, at 8 bits
 struct lminf_sketch_query {
     int32_t x[8];   // 4 signed bytes each, as they lie in memory
-    float   start;  // -1.5 times their sum
-    float   scale;
+    int32_t start;  // -3 times their sum
     float   offset;
-
-    lminf_sketch_query(const float * q, float offset);
 };
 
-// best [n_blocks*16] = max(best, max over i of q[i]·x + offset[i]). What is not a number loses
-void lminf_sketch_max(const void * blocks, int64_t n_blocks, const lminf_sketch_query * q, int64_t n_q, float * best);
+// queries that look into the same sketches: q [n][32], offset [n]. They have one scale, so that a scan multiplies with it once
+struct lminf_sketch_queries {
+    std::vector<lminf_sketch_query> each;
+    float                           scale;
+
+    lminf_sketch_queries(const float * q, const float * offset, int64_t n);
+};
+
+// best [n_parts][n_blocks*16] = max(best, max over i of q[i]·x + offset[i]); what is not a number loses. Parts that lie far from
+// each other are read in turn: a processor fetches ahead in each of them
+void lminf_sketch_max(const char * const * parts, int64_t n_parts, int64_t n_blocks, const lminf_sketch_queries & q, float * best);
 
 // --- principal axes of one head's keys --------------------------------------------------------------------------------
 

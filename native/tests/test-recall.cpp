@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -324,27 +325,33 @@ static void test_sketch(int64_t n_blocks, int64_t n_q) {
         }
     }
     auto best = before;
-    std::vector<lminf_sketch_query> queries;
-    for (int64_t i = 0; i < n_q; ++i) {
-        queries.emplace_back(&q[n_dirs*i], offset[i]);
+    // the blocks in parts of the same size
+    const int64_t n_parts = n_blocks % 4 == 0 ? 4 : n_blocks % 3 == 0 ? 3 : n_blocks % 2 == 0 ? 2 : 1, n_each = n_blocks/n_parts;
+    std::vector<const char *> parts;
+    for (int64_t i = 0; i < n_parts; ++i) {
+        parts.push_back(&blocks[i*n_each*size]);
     }
-    lminf_sketch_max(blocks.data(), n_blocks, queries.data(), n_q, best.data());
+    lminf_sketch_max(parts.data(), n_parts, n_each, lminf_sketch_queries(q.data(), offset.data(), n_q), best.data());
 
     auto turned_x = x, turned_q = q;
     for (int64_t t = 0; t < n_tokens; ++t) {
         lminf_turn(&turned_x[n_dirs*t]);
     }
+    double far = 0.0; // of all queries, as they have one scale
     for (int64_t i = 0; i < n_q; ++i) {
-        lminf_turn(&turned_q[n_dirs*i]);
+        float * y = &turned_q[n_dirs*i];
+        lminf_turn(y);
+        if (std::all_of(y, y + n_dirs, [](float a) { return std::isfinite(a); })) {
+            far = std::accumulate(y, y + n_dirs, far, [](double a, float b) { return std::max<double>(a, std::fabs(b)); });
+        }
     }
     for (int64_t t = 0; t < n_tokens; ++t) {
         double expected = before[t], error = 0.0;
         for (int64_t i = 0; i < n_q; ++i) {
-            double sum = offset[i], sum_abs = 0.0, far = 0.0;
+            double sum = offset[i], sum_abs = 0.0;
             for (int j = 0; j < n_dirs; ++j) {
                 sum     += (double) q[n_dirs*i + j]*x[n_dirs*t + j];
                 sum_abs += std::fabs(turned_x[n_dirs*t + j]);
-                far      = std::max<double>(far, std::fabs(turned_q[n_dirs*i + j]));
             }
             if (std::isfinite(sum)) {
                 expected = std::max(expected, sum);
