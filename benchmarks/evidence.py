@@ -45,9 +45,9 @@ from lminf_edge.errors import UserError
 from lminf_edge.evaluate import Reader, divergence_blocks, nll_blocks, token_nll
 from lminf_edge.evaluate.buckets import BucketMeans, even_edges, log_edges
 from lminf_edge.evaluate.nll import nll_from_logits
-from lminf_edge.evaluate.passkey import MAX_ANSWER, Cell, measure
+from lminf_edge.evaluate.passkey import MAX_ANSWER, Cell, answer_next, measure, right_answers
 from lminf_edge.evaluate.policies import POLICIES, WITHOUT_RECALL
-from lminf_edge.evaluate.prompts import Prompts
+from lminf_edge.evaluate.prompts import Prompt, Prompts
 from lminf_edge.evaluate.reader import LambdaReader
 from lminf_edge.gguf_header import Header
 from lminf_edge.models import embedded_models
@@ -108,6 +108,11 @@ class Size:
     n_ceiling_trials: int = 4
     n_recall_loss: int = 8192  # of each text; of a large model half
     recall_loss_start: int = 1024
+    n_ring: int = 1 << 20
+    ring_ends: tuple[int, ...] = (2, 6, 10)  # times n_ring
+    ring_length: int = 1 << 16
+    ring_depths: tuple[float, ...] = (0.25, 0.75)
+    n_ring_trials: int = 10  # for each place
     n_real: int = 1 << 17  # what Λ reads of each text with a real model
     n_real_others: int = 1 << 15  # and the other policies, and Λ in other windows
     n_real_sweep: int = 1 << 13
@@ -144,6 +149,11 @@ TINY = Size(
     n_recall_trials=1,
     n_ceiling_trials=1,
     n_recall_loss=2048,
+    n_ring=4096,
+    ring_ends=(2, 3),
+    ring_length=1024,
+    ring_depths=(0.5,),
+    n_ring_trials=1,
     n_real=4096,
     n_real_others=2048,
     n_real_sweep=1024,
@@ -715,6 +725,61 @@ def measure_recall_loss(subject: Subject, experiment: Experiment, save: Save) ->
     }
 
 
+def measure_ring(subject: Subject, experiment: Experiment, save: Save) -> Results:
+    """A stream much longer than its archive: what that takes, and what is recalled of it, further and further on.
+
+    Each time the stream goes on with a text that it has not read, with and without recall, and with prompts that tell
+    something once and ask for it at their end: candidates are all tokens that the archive has.
+    """
+    settings, n_text = experiment.settings, experiment.settings["text"]
+    recall = {"n_recall": settings["n_recall"], "n_archive": settings["n_archive"]}
+    config = LMInfConfig(n_global=N_GLOBAL, n_local=settings["window"] - N_GLOBAL, **recall)
+    window = resolve(config, None, subject.n_train)
+    stream = np.concatenate([*subject.texts.values()])
+    stream, text = stream[:-n_text], stream[-n_text:]
+    asked = list(itertools.product(settings["depths"], range(settings["trials"])))
+    with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
+        task = Prompts(vocabulary, settings["task"], subject.prose)
+        prompts = [task.prompt(settings["length"], depth, trial) for depth, trial in asked]
+        ends: list[Results] = []
+        done, begun = 0, time.perf_counter()
+        with subject.setup(window, settings["kv_type"]).reader(POLICIES["recall"], 0) as reader:
+            assert isinstance(reader, LambdaReader)
+            sequence = reader.llm.slot.sequence
+            for end in settings["ends"]:
+                sequence.set_recall(0)
+                sums, n_read = 0.0, done
+                for start, nll in nll_blocks(reader, stream, end + 1, subject.n_bos, n_read):
+                    sums += float(nll.sum())
+                    done = start + len(nll)
+                info, checkpoint = stream_info(reader), reader.llm.checkpoint()
+                mean = round(sums / (done - n_read), 5)
+                losses = {}
+                for n in (0, settings["n_recall"]):
+                    sequence.set_recall(n)
+                    batches = [text[i : i + N_BATCH + 1] for i in range(0, n_text - 1, N_BATCH)]
+                    read = [nll_from_logits(reader.read(batch[:-1]), batch[1:]) for batch in batches]
+                    losses[str(n)] = round(float(np.concatenate(read).mean()), 5)
+                    reader.restore(checkpoint)
+                correct = 0
+                for prompt in prompts:
+                    following = Prompt(prompt.tokens[subject.n_bos :], prompt.wanted)
+                    said = answer_next(reader, following, vocabulary.detokenize, settings["n_recalling"])
+                    correct += sum(right_answers(said, prompt.wanted))
+                    reader.restore(checkpoint)
+                ends.append({
+                    "tokens": done, "mean_nll": mean, "text_nll": losses, "correct": correct, "trials": len(prompts),
+                    "n_archived": info.archived, "archive_bytes": info.archive_bytes, "kv_bytes": info.kv_bytes,
+                    "resident_bytes": resident_bytes(), "seconds": round(time.perf_counter() - begun, 1),
+                })  # fmt: skip
+                say(f"{done} tokens: {correct} of {len(prompts)} right, {losses}, {info.archive_bytes >> 20} MiB")
+                results = {"window": window_facts(window), "tokens": done, "ends": ends}
+                save(results)
+    options = f"--tokens {done + 1} --repeat --policies recall --recall {window.n_recall}"
+    archive = f"--archive-tokens {settings['n_archive']}"
+    return results | {"command": ppl(subject, "texts", window, settings["kv_type"], f"{options} {archive}")}
+
+
 def measure_generation(subject: Subject, experiment: Experiment, save: Save) -> Results:
     """Text that the model writes far beyond its window, with penalties: whether it repeats itself, and its loss.
 
@@ -921,6 +986,12 @@ def experiments(
             tokens=size.n_recall_loss >> is_large, start=size.recall_loss_start, block=size.tail_block,
             n_recall=[0, 8, 32, 64, 256], **({"n_texts": 1} if is_large else {}),
         )  # fmt: skip
+    add(
+        f"ring-{Path(main).stem}-{n_train // 2}", main, measure_ring, kv_type="f16", task="prose", window=n_train // 2,
+        n_recall=32, n_archive=size.n_ring, ends=[size.n_ring * n for n in size.ring_ends], text=size.n_recall_loss,
+        length=size.ring_length, depths=list(size.ring_depths), trials=size.n_ring_trials,
+        n_recalling=size.n_recalling,
+    )  # fmt: skip
     stream = {"kv_type": "f16", "start": 10_000}
     add("stream", main, measure_stream, **stream, tokens=size.n_stream, block=size.stream_block)
     longest = {"tokens": size.n_longest, "block": size.longest_block}

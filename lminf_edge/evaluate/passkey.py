@@ -52,6 +52,16 @@ def answer(
     Starts a new stream. With recall the last n_recalling tokens of the prompt recall, and the answer; None: all.
     """
     reader.clear()
+    return answer_next(reader, prompt, detokenize, n_recalling), [
+        all(any(all(map(reader.sees, range(*span))) for span in fact) for fact in wanted.tellings)
+        for wanted in prompt.wanted
+    ]
+
+
+def answer_next(
+    reader: Reader, prompt: Prompt, detokenize: Callable[[list[int]], bytes], n_recalling: int | None = None
+) -> str:
+    """The same to a prompt with which the stream goes on, and the answer alone."""
     for piece in reader.pieces(prompt.tokens, n_recalling):
         logits = reader.read(piece, logits_all=False)
     said: list[int] = []
@@ -64,10 +74,7 @@ def answer(
         if "\n" in text.lstrip() or len(said) == MAX_ANSWER or _is_enough(text, prompt.wanted):
             break
         logits = reader.read(as_tokens(said[-1:]), logits_all=False)
-    return detokenize(said).decode("utf-8", errors="ignore").strip(), [
-        all(any(all(map(reader.sees, range(*span))) for span in fact) for fact in wanted.tellings)
-        for wanted in prompt.wanted
-    ]
+    return detokenize(said).decode("utf-8", errors="ignore").strip()
 
 
 def _is_enough(text: str, wanted: Sequence[Wanted]) -> bool:
