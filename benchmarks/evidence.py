@@ -972,14 +972,14 @@ def experiments(
                     # full attention does not depend on the window
                     policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],
                 )  # fmt: skip
-            # long texts are only read: what each micro-batch of them would recall takes several times as long
-            add(
-                f"recall-{name}-{task}-{windows[0]}-long", model, measure_answers, kv_type="f16", task=task,
-                window=windows[0], n_recall=32, n_recalling=size.n_recalling, ceiling=windows[0] - MAX_ANSWER,
-                lengths=list(size.recall_lengths_large_long if is_large else size.recall_lengths_long), depths=depths,
-                trials=max(1, size.n_recall_trials >> is_large), n_ceiling=size.n_ceiling_trials,
-                policies=["ceiling", "recall"],
-            )  # fmt: skip
+                # long texts are only read: what each micro-batch of them would recall takes several times as long
+                add(
+                    f"recall-{name}-{task}-{window}-long", model, measure_answers, kv_type="f16", task=task,
+                    window=window, n_recall=32, n_recalling=size.n_recalling, ceiling=window - MAX_ANSWER,
+                    lengths=list(size.recall_lengths_large_long if is_large else size.recall_lengths_long),
+                    depths=depths, trials=max(1, size.n_recall_trials >> is_large), n_ceiling=size.n_ceiling_trials,
+                    policies=["ceiling", "recall"],
+                )  # fmt: skip
         window = windows[0]
         add(
             f"recall-loss-{name}-{window}", model, measure_recall_loss, kv_type="f16", window=window,
