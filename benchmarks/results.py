@@ -520,6 +520,32 @@ def recall_loss(records: Records) -> str:
     return table(["", "blocks", "Λ", *(f"R = {way}" for way in ways)], rows, 2) + "\n" + sources(found)
 
 
+def ring(records: Records) -> str:
+    """A stream much longer than its archive."""
+    parts = []
+    for record in (record for name, record in records.items() if name.startswith("ring-")):
+        settings, columns = record["settings"], []
+        for end in record["ends"]:
+            plain, recalled = end["text_nll"].values()
+            columns.append([
+                f"{end['tokens']:,}", f"{end['correct']} of {end['trials']}", f"{plain:.4f}",
+                f"{recalled - plain:+.4f}", f"{end['mean_nll']:.4f}", f"{end['n_archived']:,}",
+                *(human_bytes(end[f"{what}_bytes"]) for what in ("archive", "kv", "resident")),
+            ])  # fmt: skip
+        names = [
+            "tokens read", "right answers", f"loss of {settings['text']:,} tokens that are new",
+            f"with {settings['n_recall']} recalled", "loss of what was read since", "tokens in the archive",
+            "archive", "KV", "resident memory",
+        ]  # fmt: skip
+        rows = [[name, *(column[i] for column in columns)] for i, name in enumerate(names)]
+        parts.append(
+            f"{model_of(record)}, {window_of(record)}, an archive of {settings['n_archive']:,} tokens; keys are told "
+            f"once, up to {settings['length']:,} tokens before they are asked for. {sources([record])}\n"
+            + table(rows[0], rows[1:])
+        )
+    return "\n".join(parts)
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -697,7 +723,13 @@ SECTIONS: dict[str, Callable[[Records], str]] = {
     "recall-loss": recall_loss,
 }
 OF_REAL = {"far": far, "generation": generation}
-OF_TOYS = {"kv-type": sweep("kv"), "weights": sweep("weights"), "divergence": divergence, "passkey": passkey}
+OF_TOYS = {
+    "ring": ring,
+    "kv-type": sweep("kv"),
+    "weights": sweep("weights"),
+    "divergence": divergence,
+    "passkey": passkey,
+}
 BLOCKS: dict[str, pages.Block] = {
     **{name: of(True, make) for name, make in (SECTIONS | OF_REAL).items()},
     **{f"toy-{name}": of(False, make) for name, make in (SECTIONS | OF_TOYS).items()},

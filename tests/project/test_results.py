@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "recall-loss-nano-256",
     "recall-nano-prose-256",
     "recall-nano-prose-256-long",
+    "ring-nano-256",
     "stream",
     "sweep-distance",
     "sweep-global",
@@ -217,6 +218,16 @@ def test_what_recall_finds(records: dict[str, Record]) -> None:
     assert len(plain) == (2048 - 1024) // losses["settings"]["block"]
     for way in losses["ways"]:
         assert np.corrcoef(measured.recall_blocks(losses, way), plain)[0, 1] > 0.9
+
+
+def test_a_ring_keeps_its_size(records: dict[str, Record]) -> None:
+    first, second = records["ring-nano-256"]["ends"]
+    assert (first["tokens"], second["tokens"]) == (2 * 4096, 3 * 4096)
+    assert first["n_archived"] == second["n_archived"] == 4096
+    assert first["archive_bytes"] == second["archive_bytes"] > 0
+    assert first["trials"] == second["trials"] == 1
+    for end in (first, second):
+        assert end["text_nll"]["32"] != pytest.approx(end["text_nll"]["0"], abs=1e-4)
 
 
 def test_keys_are_compared_at_each_length_and_facts_at_all() -> None:
