@@ -28,7 +28,7 @@ from lminf_edge.files import open_regular, sync_folder
 from lminf_edge.structures import Segment
 
 MAGIC = b"LMINFSEG"
-VERSION = 2
+VERSION = 3
 SUFFIX = ".segment"
 DATA_AT = 4096  # in a file, so that it can be mapped
 

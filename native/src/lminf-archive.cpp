@@ -85,7 +85,7 @@ size_t lminf_archive_layout::get_packed_size(int64_t n) const {
 size_t lminf_archive_layout::get_axes_size() const {
     size_t res = 2*sizeof(int64_t);
     for (const auto & l : layers) {
-        res += l.n_head_kv*(l.n_embd_head_k*(1 + lminf_n_dirs) + lminf_n_dirs)*sizeof(float);
+        res += l.n_head_kv*l.n_embd_head_k*(1 + lminf_n_dirs)*sizeof(float);
     }
     return res;
 }
@@ -365,7 +365,7 @@ template <typename F>
 void lminf_archive::for_floats(std::vector<std::shared_ptr<axes>> & layers_axes, F fun) {
     for (const auto & axes_of_layer : layers_axes) {
         for (auto & head : *axes_of_layer) {
-            for (auto * part : { &head.mean, &head.axes, &head.var }) {
+            for (auto * part : { &head.mean, &head.axes }) {
                 fun(part->data(), part->size());
             }
         }
@@ -429,7 +429,6 @@ bool lminf_archive::add(lminf_segment & part, const char * src) {
                 head.n_embd = l.n_embd_head_k;
                 head.mean.resize(l.n_embd_head_k);
                 head.axes.resize(l.n_embd_head_k*lminf_n_dirs);
-                head.var .resize(lminf_n_dirs);
             }
         }
         for_floats(all, [&](float * x, size_t n) {

@@ -217,7 +217,6 @@ lminf_axes lminf_find_axes(const float * k, int64_t n_rows, int64_t n_embd) {
     res.n_embd = n;
     res.mean.resize(n);
     res.axes.resize(lminf_n_dirs*n);
-    res.var.resize(lminf_n_dirs);
 
     std::vector<float>  x;
     std::vector<double> mean(n);
@@ -307,7 +306,6 @@ lminf_axes lminf_find_axes(const float * k, int64_t n_rows, int64_t n_embd) {
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return inner[a*n_vec + a] > inner[b*n_vec + b]; });
 
     for (int64_t r = 0; r < std::min(lminf_n_dirs, n_vec); ++r) {
-        res.var[r] = (float) std::max(0.0, inner[order[r]*n_vec + order[r]]);
         for (int64_t s = 0; s < n_vec; ++s) {
             const float a = (float) rotation[order[r]*n_vec + s];
             for (int64_t i = 0; i < n; ++i) {

@@ -53,7 +53,6 @@ struct lminf_axes {
 
     std::vector<float> mean; // [n_embd]
     std::vector<float> axes; // [32][n_embd], orthonormal, by falling variance; n_embd < 32: the rest are zeros
-    std::vector<float> var;  // [32]
 };
 
 // of the rows of k [n_rows][n_embd] that are finite; the same rows give the same axes
