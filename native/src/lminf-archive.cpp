@@ -107,22 +107,17 @@ std::shared_ptr<lminf_archive::segment> lminf_archive::new_segment() const {
         return nullptr;
     }
 
-    // untouched pages take no memory: nothing is zeroed that need not be
-    const auto alignment = std::align_val_t(size < lminf_huge_page ? 64 : lminf_huge_page);
-
-    char * data = static_cast<char *>(::operator new[](size, alignment, std::nothrow));
-    if (!data) {
+    const std::shared_ptr<char[]> pages = lminf_new_pages(size);
+    if (!pages) {
         return nullptr;
     }
-    lminf_use_huge_pages(data, size);
     n_bytes_alive += size;
 
+    char * data = pages.get();
+
     auto res = std::make_shared<segment>();
-    res->data = std::shared_ptr<char[]>(data, [size, alignment](char * p) {
-        ::operator delete[](p, alignment);
-        n_bytes_alive -= size;
-    });
-    res->id = ++last_id;
+    res->data = std::shared_ptr<char[]>(data, [size, pages](char *) { n_bytes_alive -= size; });
+    res->id   = ++last_id;
     for (const auto & l : layout->get_layers()) { // not all of them get to be written
         memset(data + l.at_sketch, 0, n_segment/lminf_n_lanes*l.n_head_kv*lminf_sketch_size());
     }

@@ -1,10 +1,12 @@
 #include "lminf-pages.h"
 
+#include <cstdint>
+#include <new>
+
 #if defined(__linux__)
 
 #include <sys/mman.h>
 
-#include <cstdint>
 #include <fstream>
 #include <string>
 
@@ -30,7 +32,7 @@ static void advise(void * data, size_t size, int advice) {
     }
 }
 
-void lminf_use_huge_pages(void * data, size_t size) {
+static void wish_for_huge_pages(void * data, size_t size) {
     if (!is_forbidden()) {
         advise(data, size, MADV_HUGEPAGE); // a wish that the system fulfils in its own time, or at the first touch
     }
@@ -43,7 +45,7 @@ void lminf_use_huge_pages(ggml_backend_buffer_t buffer) {
     void       * data = ggml_backend_buffer_get_base(buffer);
     const size_t size = ggml_backend_buffer_get_size(buffer);
 
-    lminf_use_huge_pages(data, size);
+    wish_for_huge_pages(data, size);
     advise(data, size, MADV_COLLAPSE); // now
 }
 
@@ -53,14 +55,20 @@ void lminf_use_huge_pages(ggml_backend_buffer_t buffer) {
     GGML_UNUSED(buffer);
 }
 
-void lminf_use_huge_pages(void * data, size_t size) {
+#if !defined(_WIN32)
+static void wish_for_huge_pages(void * data, size_t size) {
     GGML_UNUSED(data);
     GGML_UNUSED(size);
 }
+#endif
 
 #endif
 
 #if defined(_WIN32)
+
+std::shared_ptr<char[]> lminf_new_pages(size_t size) {
+    return std::shared_ptr<char[]>(new (std::nothrow) char[size]);
+}
 
 std::shared_ptr<char[]> lminf_map_file(const char * path, size_t offset, size_t size) {
     GGML_UNUSED(path);
@@ -75,6 +83,22 @@ std::shared_ptr<char[]> lminf_map_file(const char * path, size_t offset, size_t 
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+std::shared_ptr<char[]> lminf_new_pages(size_t size) {
+    const size_t n_all = size < lminf_huge_page ? size : size + lminf_huge_page; // huge ones begin at multiples of their size
+
+    void * all = mmap(nullptr, n_all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) {
+        return nullptr;
+    }
+    char * data = (char *) all;
+    if (n_all > size) {
+        data = (char *) (((uintptr_t) all + lminf_huge_page - 1)/lminf_huge_page*lminf_huge_page);
+    }
+    wish_for_huge_pages(data, size);
+
+    return std::shared_ptr<char[]>(data, [all, n_all](char *) { munmap(all, n_all); });
+}
 
 std::shared_ptr<char[]> lminf_map_file(const char * path, size_t offset, size_t size) {
     const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);

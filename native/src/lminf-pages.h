@@ -12,8 +12,9 @@
 // cannot or, by its setting, must not do stays undone. Linux only: macOS has no such call, Windows wants a privilege for it.
 void lminf_use_huge_pages(ggml_backend_buffer_t buffer);
 
-// the same of memory that nobody has touched yet: it comes in huge pages then
-void lminf_use_huge_pages(void * data, size_t size);
+// Memory of its own pages, in huge ones if it fills one: what goes is the system's again at once, where an allocator would keep it,
+// in pieces that fit nothing else. What was never touched takes none. NULL if there is none
+std::shared_ptr<char[]> lminf_new_pages(size_t size);
 
 // a part of a file as memory, which the system reads when it is looked at and can take back; what is written to it stays in memory.
 // The file must keep its size. NULL if it has not so many bytes, cannot be opened, or the system has no such call
