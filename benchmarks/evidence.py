@@ -737,6 +737,7 @@ def measure_ring(subject: Subject, experiment: Experiment, save: Save) -> Result
     window = resolve(config, None, subject.n_train)
     stream = np.concatenate([*subject.texts.values()])
     stream, text = stream[:-n_text], stream[-n_text:]
+    batches = [text[i : i + N_BATCH + 1] for i in range(0, n_text - 1, N_BATCH)]
     asked = list(itertools.product(settings["depths"], range(settings["trials"])))
     with contextlib.closing(load(subject.path, vocab_only=True)) as vocabulary:
         task = Prompts(vocabulary, settings["task"], subject.prose)
@@ -757,7 +758,6 @@ def measure_ring(subject: Subject, experiment: Experiment, save: Save) -> Result
                 losses = {}
                 for n in (0, settings["n_recall"]):
                     sequence.set_recall(n)
-                    batches = [text[i : i + N_BATCH + 1] for i in range(0, n_text - 1, N_BATCH)]
                     read = [nll_from_logits(reader.read(batch[:-1]), batch[1:]) for batch in batches]
                     losses[str(n)] = round(float(np.concatenate(read).mean()), 5)
                     reader.restore(checkpoint)
@@ -963,21 +963,22 @@ def experiments(
         depths = list(size.recall_depths[: -1 if is_large else None])
         for task in ("facts", "chat") if is_large else ("prose",):
             for window in windows:
+                recalled: Results = {
+                    "kv_type": "f16", "task": task, "window": window, "n_recall": 32, "depths": depths,
+                    "ceiling": window - MAX_ANSWER, "n_ceiling": size.n_ceiling_trials,
+                }  # fmt: skip
                 add(
-                    f"recall-{name}-{task}-{window}", model, measure_answers, kv_type="f16", task=task, window=window,
-                    n_recall=32, ceiling=window - MAX_ANSWER,
+                    f"recall-{name}-{task}-{window}", model, measure_answers, **recalled,
                     lengths=list(size.recall_lengths_large if is_large else size.recall_lengths),
-                    depths=depths, trials=size.n_recall_trials,
-                    n_ceiling=size.n_ceiling_trials, n_without=1,
+                    trials=size.n_recall_trials, n_without=1,
                     # full attention does not depend on the window
                     policies=["ceiling", "lminf", "recall", *(["full"] if is_large and window == TAIL_WINDOW else [])],
                 )  # fmt: skip
                 # long texts are only read: what each micro-batch of them would recall takes several times as long
                 add(
-                    f"recall-{name}-{task}-{window}-long", model, measure_answers, kv_type="f16", task=task,
-                    window=window, n_recall=32, n_recalling=size.n_recalling, ceiling=window - MAX_ANSWER,
+                    f"recall-{name}-{task}-{window}-long", model, measure_answers, **recalled,
                     lengths=list(size.recall_lengths_large_long if is_large else size.recall_lengths_long),
-                    depths=depths, trials=max(1, size.n_recall_trials >> is_large), n_ceiling=size.n_ceiling_trials,
+                    trials=max(1, size.n_recall_trials >> is_large), n_recalling=size.n_recalling,
                     policies=["ceiling", "recall"],
                 )  # fmt: skip
         window = windows[0]

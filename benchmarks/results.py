@@ -537,7 +537,7 @@ def ring(records: Records) -> str:
             f"with {settings['n_recall']} recalled", "loss of what was read since", "tokens in the archive",
             "archive", "KV", "resident memory",
         ]  # fmt: skip
-        rows = [[name, *(column[i] for column in columns)] for i, name in enumerate(names)]
+        rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)]
         parts.append(
             f"{model_of(record)}, {window_of(record)}, an archive of {settings['n_archive']:,} tokens; keys are told "
             f"once, up to {settings['length']:,} tokens before they are asked for. {sources([record])}\n"
