@@ -329,7 +329,7 @@ static void test_sketch(int64_t n_blocks, int64_t n_q) {
     const int64_t n_parts = n_blocks % 4 == 0 ? 4 : n_blocks % 3 == 0 ? 3 : n_blocks % 2 == 0 ? 2 : 1, n_each = n_blocks/n_parts;
     std::vector<const char *> parts;
     for (int64_t i = 0; i < n_parts; ++i) {
-        parts.push_back(&blocks[i*n_each*size]);
+        parts.push_back(blocks.data() + i*n_each*size); // there may be none
     }
     lminf_sketch_max(parts.data(), n_parts, n_each, lminf_sketch_queries(q.data(), offset.data(), n_q), best.data());
 
