@@ -470,6 +470,16 @@ ggml_tensor * lminf_attn::layer_mask() const {
     return is_fused() ? mask : ggml_cont(graph.ctx0, mask);
 }
 
+ggml_tensor * lminf_attn::add_confidence(ggml_tensor * mask) const {
+    const auto & mem = inp->mctx->get_memory();
+
+    // with ALiBi each head multiplies its mask by its slope
+    if (!rows || mem.get_params().recall_rule == LMINF_RECALL_PAPER || graph.hparams.use_alibi) {
+        return mask;
+    }
+    return ggml_add(graph.ctx0, mask, inp->recall->build_confidence(graph.ctx0, mask->ne[0], [&](ggml_tensor * t) { on_cpu(t); }));
+}
+
 bool lminf_attn::is_sliding() const {
     return graph.hparams.is_swa(il);
 }
@@ -530,7 +540,7 @@ ggml_tensor * lminf_attn::build_fused(
         v_sink = view_v_rows();
     }
 
-    ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, layer_mask(), head_sinks, q_sink, k_sink, v_sink,
+    ggml_tensor * cur = ggml_lminf_attn(ctx, q_cur, k_cur, v_cur, add_confidence(layer_mask()), head_sinks, q_sink, k_sink, v_sink,
             score_scale(kq_scale), graph.hparams.f_max_alibi_bias, logit_softcap());
 
     if (!graph.cparams.offload_kqv) {
@@ -549,7 +559,7 @@ ggml_tensor * lminf_attn::build_fused(
     return cur;
 }
 
-ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq, float kq_scale) const {
+ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq, ggml_tensor *& kq_mask, float kq_scale) const {
     if (n_rows() == 0) {
         return kq;
     }
@@ -557,6 +567,7 @@ ggml_tensor * lminf_attn::build_kq(ggml_tensor * kq, float kq_scale) const {
     ggml_context * ctx = graph.ctx0;
 
     build_rows(kq_scale);
+    kq_mask = add_confidence(kq_mask);
 
     ggml_tensor * kq_rows = ggml_mul_mat(ctx, view_k_rows(), view_q_sink(kq->ne[3]));
     ggml_prec_set_acc(kq_rows, GGML_PREC_F32);

@@ -6,7 +6,8 @@
 //   q_sink  = q rotated on from its position i to where the rule wants it, e.g. to max_distance: by (D - i)
 //   K_sink  = keys rotated back by their own position: as if at 0
 //
-// With recall, tokens of the archive are further rows in front of the sinks (lminf-recall.h), and q_sink stands at recall_distance.
+// With recall, tokens of the archive are further rows in front of the sinks (lminf-recall.h), q_sink stands at recall_distance, and
+// the layer's confidence in them joins the mask.
 //
 // The rotation is read off the model's own RoPE node, so no architecture needs to be known here.
 
@@ -79,8 +80,8 @@ public:
     ggml_tensor * build_fused(
             ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * v_mla, ggml_tensor * head_sinks, float kq_scale) const;
 
-    // kq [n_kv, n_tokens, n_head, n_stream] -> [n_rows + n_kv, n_tokens, n_head, n_stream]
-    ggml_tensor * build_kq(ggml_tensor * kq, float kq_scale) const;
+    // kq [n_kv, n_tokens, n_head, n_stream] -> [n_rows + n_kv, n_tokens, n_head, n_stream]; kq_mask becomes the one for it
+    ggml_tensor * build_kq(ggml_tensor * kq, ggml_tensor *& kq_mask, float kq_scale) const;
 
     // v [n_kv, n_embd_head_v, n_head_kv, n_stream], kq the softmax over all -> [n_embd_head_v, n_tokens, n_head, n_stream]
     ggml_tensor * build_kqv(ggml_tensor * v, ggml_tensor * kq) const;
@@ -102,6 +103,9 @@ private:
 
     // the layer's mask, without the rows that it does not have
     ggml_tensor * layer_mask() const;
+
+    // with its confidence in what it recalls, if `rows` are such
+    ggml_tensor * add_confidence(ggml_tensor * mask) const;
 
     // keys or values of these rows, [n_embd_head, n_rows, n_head_kv, n_stream]
     ggml_tensor * view_k_rows() const;

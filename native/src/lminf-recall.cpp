@@ -80,6 +80,8 @@ struct lminf_recall_work {
     std::mutex              mutex;
     int                     n_finished = 0;
 
+    std::vector<float> log_totals; // [n_head*n_votes], of all candidates' exp(score)
+
     std::vector<float> votes;  // for each of the list
     std::vector<float> spread; // and for those around it
 
@@ -98,7 +100,7 @@ struct lminf_recall_work {
     }
 };
 
-enum phase { SAMPLE, SCAN, SCORE, VOTE, GATHER, N_PHASES };
+enum phase { SAMPLE, SCAN, SCORE, VOTE, GATHER, CONFIDENCE, N_PHASES };
 
 struct lminf_recall_layer {
     struct node {
@@ -114,6 +116,8 @@ struct lminf_recall_layer {
     const size_t il;
 
     std::array<node, N_PHASES> nodes;
+
+    ggml_tensor * chosen = nullptr; // what the last node before GATHER made: no contents
 
     int64_t n_head        = 0;
     float   scale         = 1.0f;
@@ -522,6 +526,10 @@ struct lminf_recall_layer {
                 add(totals[i], others.max, w.n_each*others.sum);
             }
         }
+        if (ith == 0) {
+            w.log_totals.resize(n_s);
+            std::transform(totals.begin(), totals.end(), w.log_totals.begin(), [](const total & t) { return t.max + (float) log(t.sum); });
+        }
 
         std::vector<float> buf(x.scores.empty() ? n_s*n_tile : 0);
 
@@ -642,10 +650,32 @@ struct lminf_recall_layer {
         return { chosen.begin(), chosen.end() };
     }
 
+    // The logarithm of the largest share that a query gives to those chosen; 0 where all are, or scores are not numbers
+    float find_log_confidence(const lminf_recall_seq & seq, const lminf_recall_work & w, const std::vector<int64_t> & chosen) const {
+        if ((int64_t) chosen.size() == seq.n_candidates) {
+            return 0.0f;
+        }
+        lminf_recall_scores x;
+        x.tokens = chosen;
+        x.max.resize(x.n_tiles()*n_scores(seq));
+        x.sum.resize(x.max.size());
+
+        std::vector<lminf_best> found;
+        score(seq, x, w.q.data(), found, 0, 1);
+
+        float res = -INFINITY;
+        for (int64_t i = 0; i < n_scores(seq); ++i) {
+            const auto t = add_up(seq, x, i);
+            res = std::max(res, t.max + (float) log(t.sum) - w.log_totals[i]); // not if that is NaN
+        }
+        return std::isfinite(res) ? std::min(res, 0.0f) : 0.0f;
+    }
+
     void choose(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_recall_choice & c) const {
         const int64_t group = n_head/l.n_head_kv;
 
-        c.tokens.resize(std::max(c.tokens.size(), il + 1));
+        c.tokens   .resize(std::max(c.tokens.size(), il + 1));
+        c.log_confidence.resize(c.tokens.size());
 
         auto & heads = c.tokens[il];
         heads.clear();
@@ -653,6 +683,7 @@ struct lminf_recall_layer {
         if (!is_paper()) {
             spread(w);
             heads.push_back(choose_spans(seq, w));
+            c.log_confidence[il] = find_log_confidence(seq, w, heads[0]);
             return;
         }
         for (int64_t h = 0; h < n_head; ++h) {
@@ -713,12 +744,24 @@ struct lminf_recall_layer {
         }
     }
 
+    void write_confidence(const lminf_recall_seq & seq, const lminf_recall_choice & c, ggml_tensor * dst, int64_t s, int ith, int nth) const {
+        auto * data = (float *) ((char *) dst->data + s*dst->nb[3]);
+
+        for (int64_t r = ith; r < dst->ne[0]; r += nth) {
+            data[r] = r < seq.n_chosen ? c.log_confidence[il] : 0.0f;
+        }
+    }
+
     void run(enum phase phase, ggml_tensor * dst, int ith, int nth) {
         for (int64_t s = 0; s < (int64_t) batch.seqs.size(); ++s) {
             const auto & seq = batch.seqs[s];
 
             if (phase == GATHER) {
                 gather(seq, choice(s), dst, s, ith, nth);
+                continue;
+            }
+            if (phase == CONFIDENCE) {
+                write_confidence(seq, choice(s), dst, s, ith, nth);
                 continue;
             }
             if (!seq.chooses || seq.n_chosen == 0) {
@@ -830,6 +873,11 @@ ggml_tensor * lminf_recall_batch::build_store(ggml_context * ctx, ggml_tensor * 
     }, GGML_N_TASKS_MAX, layers.back().get());
 }
 
+static void run_node(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    const auto & node = *(const lminf_recall_layer::node *) userdata;
+    node.layer->run(node.phase, dst, ith, nth);
+}
+
 ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_sink, ggml_tensor * v_sink, ggml_tensor * stored,
         ggml_type type, int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu) {
     const auto * l = recall.layout->find(il);
@@ -850,24 +898,31 @@ ggml_tensor * lminf_recall_batch::build_rows(ggml_context * ctx, ggml_tensor * q
         w->sample.sum   .resize(w->sample.max.size());
     }
 
-    const auto fun = [](ggml_tensor * dst, int ith, int nth, void * userdata) {
-        const auto & node = *(const lminf_recall_layer::node *) userdata;
-        node.layer->run(node.phase, dst, ith, nth);
-    };
-
     ggml_tensor * cur = stored;
     for (int phase = 0; phase < GATHER; ++phase) {
         ggml_tensor * args[] = { q, cur };
 
-        cur = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, cur ? 2 : 1, fun, GGML_N_TASKS_MAX, &layer.nodes[phase]);
+        cur = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, cur ? 2 : 1, run_node, GGML_N_TASKS_MAX, &layer.nodes[phase]);
         on_cpu(cur);
     }
+    layer.chosen = cur;
 
     ggml_tensor * args[] = { cur, k_sink, v_sink };
 
     cur = ggml_custom_4d(ctx, type, l->n_embd_head_k*l->n_head_kv + l->n_embd_v_gqa,
-            n_rows + (k_sink ? k_sink->ne[1] : 0), seqs.size(), 1, args, !k_sink ? 1 : !v_sink ? 2 : 3, fun, GGML_N_TASKS_MAX, &layer.nodes[GATHER]);
+            n_rows + (k_sink ? k_sink->ne[1] : 0), seqs.size(), 1, args, !k_sink ? 1 : !v_sink ? 2 : 3, run_node, GGML_N_TASKS_MAX, &layer.nodes[GATHER]);
     on_cpu(cur);
 
     return cur;
+}
+
+ggml_tensor * lminf_recall_batch::build_confidence(ggml_context * ctx, int64_t n_columns, const std::function<void(ggml_tensor *)> & on_cpu) {
+    auto & layer = *layers.back();
+
+    ggml_tensor * args[] = { layer.chosen };
+
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, n_columns, 1, 1, seqs.size(), args, 1, run_node, GGML_N_TASKS_MAX, &layer.nodes[CONFIDENCE]);
+    on_cpu(res);
+
+    return res;
 }

@@ -9,6 +9,8 @@
 //                among those not chosen yet, until there are n_recall
 //   left out     a hit, and the n_span tokens around it, if these read the same as n_span around a token less than n_near from an
 //                earlier hit: until there are no others
+//   confidence   the largest sum over those chosen of the softmax above, of all voting queries and heads. Its logarithm is added to
+//                their scores: of many tokens some are like what is looked for by chance, but no more than others that are left out
 //
 // With the paper's rule each query head h of the newest query of a batch chooses for itself, by K[j] · q[h] alone.
 //
@@ -47,6 +49,8 @@ struct lminf_recall_choice {
 
     // [n_layer][n_head_kv, or 1 where all heads have the same][n_chosen], indices of tokens
     std::vector<std::vector<std::vector<int64_t>>> tokens;
+
+    std::vector<float> log_confidence; // [n_layer]
 };
 
 class lminf_recall {
@@ -116,6 +120,10 @@ public:
     //   on_cpu          called for each node
     ggml_tensor * build_rows(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k_sink, ggml_tensor * v_sink, ggml_tensor * stored,
             ggml_type type, int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu);
+
+    // what is added to the scores of the layer whose rows were built last, F32 [n_columns, 1, 1, n_stream]: its confidence in what it
+    // recalls, for the first columns
+    ggml_tensor * build_confidence(ggml_context * ctx, int64_t n_columns, const std::function<void(ggml_tensor *)> & on_cpu);
 
 private:
     friend struct lminf_recall_layer;

@@ -35,7 +35,8 @@ class Recall:
     tokens of the stream in all, half of them before it; then, of those not chosen yet, again the one with most, until
     there are n. One is left out with its neighbors if these n_span tokens are the same, in the same order, as n_span
     around a token less than n_near from one that was chosen so: it comes after all others. All queries attend to what
-    is chosen, at this distance.
+    is chosen, at this distance; the logarithm of the largest share of its softmax that any vote gave to all of them
+    together is added to their scores.
 
     n: tokens recalled.
     distance: where they stand for every query.
@@ -247,4 +248,5 @@ def choose(scores: Array, candidates: Positions, tokens: Tokens, recall: Recall)
         if not is_copy:
             hits.append(hit)
     chosen = np.flatnonzero(is_chosen)
-    return chosen, scores[..., chosen]
+    confidence = shares[..., chosen].sum(axis=-1).max() if n < n_candidates else 1.0
+    return chosen, scores[..., chosen] + np.log(confidence)
