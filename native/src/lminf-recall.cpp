@@ -650,7 +650,7 @@ struct lminf_recall_layer {
         return { chosen.begin(), chosen.end() };
     }
 
-    // The logarithm of the largest share that a query gives to those chosen; 0 where all are, or scores are not numbers
+    // What is added to the scores of those chosen; nothing where all are, or where scores are not numbers
     float find_log_confidence(const lminf_recall_seq & seq, const lminf_recall_work & w, const std::vector<int64_t> & chosen) const {
         if ((int64_t) chosen.size() == seq.n_candidates) {
             return 0.0f;
@@ -663,12 +663,18 @@ struct lminf_recall_layer {
         std::vector<lminf_best> found;
         score(seq, x, w.q.data(), found, 0, 1);
 
-        float res = -INFINITY;
-        for (int64_t i = 0; i < n_scores(seq); ++i) {
-            const auto t = add_up(seq, x, i);
-            res = std::max(res, t.max + (float) log(t.sum) - w.log_totals[i]); // not if that is NaN
+        const int64_t n_q = n_queries(seq);
+
+        double confidence = 0.0;
+        for (int64_t i = 0; i < n_q; ++i) {
+            double largest = 0.0;
+            for (int64_t h = 0; h < n_head; ++h) {
+                const auto t = add_up(seq, x, h*n_q + i);
+                largest = std::max(largest, t.sum*exp(t.max - w.log_totals[h*n_q + i])); // not if that is NaN
+            }
+            confidence += largest/n_q;
         }
-        return std::isfinite(res) ? std::min(res, 0.0f) : 0.0f;
+        return confidence > 0.0 ? (float) std::min(0.0, log(confidence/lminf_recall::sure)) : 0.0f;
     }
 
     void choose(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_recall_choice & c) const {

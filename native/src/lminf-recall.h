@@ -9,8 +9,9 @@
 //                among those not chosen yet, until there are n_recall
 //   left out     a hit, and the n_span tokens around it, if these read the same as n_span around a token less than n_near from an
 //                earlier hit: until there are no others
-//   confidence   the largest sum over those chosen of the softmax above, of all voting queries and heads. Its logarithm is added to
-//                their scores: of many tokens some are like what is looked for by chance, but no more than others that are left out
+//   confidence   the sum over those chosen of the softmax above, of the head that has the largest, in the mean over the voting queries.
+//                log(min(1, confidence/sure)) is added to their scores: of many tokens some are like what is looked for by chance,
+//                but not much more than others that are left out
 //
 // With the paper's rule each query head h of the newest query of a batch chooses for itself, by K[j] · q[h] alone.
 //
@@ -77,6 +78,9 @@ public:
     static constexpr int64_t n_span = 16;
     static constexpr int64_t n_near = 8;
 
+    // a layer that is at least this confident in what it recalls attends to it as to the window
+    static constexpr double sure = 0.25;
+
     // where there are no more candidates than this, all are looked at
     static constexpr int64_t n_all = 2048;
 
@@ -122,7 +126,7 @@ public:
             ggml_type type, int64_t n_rows, float scale, float logit_softcap, int il, const std::function<void(ggml_tensor *)> & on_cpu);
 
     // what is added to the scores of the layer whose rows were built last, F32 [n_columns, 1, 1, n_stream]: its confidence in what it
-    // recalls, for the first columns
+    // recalls, for the columns of that
     ggml_tensor * build_confidence(ggml_context * ctx, int64_t n_columns, const std::function<void(ggml_tensor *)> & on_cpu);
 
 private:

@@ -35,8 +35,9 @@ class Recall:
     tokens of the stream in all, half of them before it; then, of those not chosen yet, again the one with most, until
     there are n. One is left out with its neighbors if these n_span tokens are the same, in the same order, as n_span
     around a token less than n_near from one that was chosen so: it comes after all others. All queries attend to what
-    is chosen, at this distance; the logarithm of the largest share of its softmax that any vote gave to all of them
-    together is added to their scores.
+    is chosen, at this distance. Confidence is the share of the softmax that all of them have, for each
+    query that of the head with the largest, in the mean over those that vote: log(min(1, confidence / sure)) is added
+    to their scores.
 
     n: tokens recalled.
     distance: where they stand for every query.
@@ -53,6 +54,7 @@ class Recall:
     n_votes: int = 32
     n_span: int = 16
     n_near: int = 8
+    sure: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -248,5 +250,5 @@ def choose(scores: Array, candidates: Positions, tokens: Tokens, recall: Recall)
         if not is_copy:
             hits.append(hit)
     chosen = np.flatnonzero(is_chosen)
-    confidence = shares[..., chosen].sum(axis=-1).max() if n < n_candidates else 1.0
-    return chosen, scores[..., chosen] + np.log(confidence)
+    confidence = shares[..., chosen].sum(axis=-1).max(axis=(0, 1)).mean()
+    return chosen, scores[..., chosen] + np.log(min(1.0, confidence / recall.sure))
