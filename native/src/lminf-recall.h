@@ -79,7 +79,7 @@ public:
     static constexpr int64_t n_near = 8;
 
     // a layer that is at least this confident in what it recalls attends to it as to the window
-    static constexpr double sure = 0.25;
+    static constexpr double sure = 0.125;
 
     // where there are no more candidates than this, all are looked at
     static constexpr int64_t n_all = 2048;

@@ -54,7 +54,7 @@ class Recall:
     n_votes: int = 32
     n_span: int = 16
     n_near: int = 8
-    sure: float = 0.25
+    sure: float = 0.125
 
 
 @dataclass(frozen=True)
