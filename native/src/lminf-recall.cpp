@@ -680,7 +680,7 @@ struct lminf_recall_layer {
     void choose(const lminf_recall_seq & seq, lminf_recall_work & w, lminf_recall_choice & c) const {
         const int64_t group = n_head/l.n_head_kv;
 
-        c.tokens   .resize(std::max(c.tokens.size(), il + 1));
+        c.tokens.resize(std::max(c.tokens.size(), il + 1));
         c.log_confidence.resize(c.tokens.size());
 
         auto & heads = c.tokens[il];
