@@ -36,7 +36,8 @@ class Recall:
     there are n. One is left out with its neighbors if these n_span tokens are the same, in the same order, as n_span
     around a token less than n_near from one that was chosen so: it comes after all others. All queries attend to what
     is chosen, at this distance. Confidence is the share of the softmax that all of them have, for each query that of
-    the head with the largest, in the mean over those that vote: log(min(1, confidence / sure)) is added to their scores.
+    the head with the largest, in the mean over those that vote: log(min(1, confidence / sure)) is added to their
+    scores.
 
     n: tokens recalled.
     distance: where they stand for every query.
