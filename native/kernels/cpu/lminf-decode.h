@@ -119,10 +119,14 @@ static void scores(const kv_rows & k, int n, int n_head, int n_embd, const head_
                 }
             }, std::make_integer_sequence<int, H>());
 
-            float sums[N_ACC]; // [H][C][N]
-            vf_sums(acc, sums);
-            for (int h = 0; h < H && h0 + h < n_head; ++h) {
-                memcpy(res.data + (h0 + h)*res.stride + c0*N, sums + h*C*N, C*N*sizeof(float));
+            if constexpr (H == 1) {
+                vf_sums(acc, res.data + h0*res.stride + c0*N);
+            } else {
+                float sums[N_ACC]; // [H][C][N]
+                vf_sums(acc, sums);
+                for (int h = 0; h < H && h0 + h < n_head; ++h) {
+                    memcpy(res.data + (h0 + h)*res.stride + c0*N, sums + h*C*N, C*N*sizeof(float));
+                }
             }
         }
     }

@@ -194,9 +194,14 @@ static inline void vf_load16_i4(const uint8_t * p, int shift, vf * res) {
 }
 
 static inline void vf_sums(const vf * a, float * res) {
-    const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-    const __m256 hi = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
-    _mm256_storeu_ps(res, _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31)));
+    // as above; half of a sum is taken where it lies, as blending is cheaper than shuffling
+    __m256 x[4];
+    for (int j = 0; j < 4; ++j) {
+        x[j] = _mm256_add_ps(_mm256_blend_ps(a[2*j], a[2*j + 1], 0xCC), _mm256_shuffle_ps(a[2*j], a[2*j + 1], 0x4E));
+    }
+    const __m256 lo = _mm256_add_ps(_mm256_shuffle_ps(x[0], x[1], 0x88), _mm256_shuffle_ps(x[0], x[1], 0xDD));
+    const __m256 hi = _mm256_add_ps(_mm256_shuffle_ps(x[2], x[3], 0x88), _mm256_shuffle_ps(x[2], x[3], 0xDD));
+    _mm256_storeu_ps(res, _mm256_add_ps(_mm256_blend_ps(lo, hi, 0xF0), _mm256_permute2f128_ps(lo, hi, 0x21)));
 }
 
 typedef __m256i vi8;
