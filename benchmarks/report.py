@@ -22,6 +22,7 @@ PLOT = "decode-speed.png"
 DEEP, NEAR = -1, -2  # as depths: the largest there is, the smallest
 GPU = "gpu-"  # before the names of the experiments of benchmarks/gpu.py
 NEIGHBOR = "ik-"  # before those of benchmarks/ik.py
+AVX2 = "avx2-"  # before those of a processor without AVX-512
 
 NAMES = {"llama-3.2-1b": "Llama-3.2-1B", "qwen3-0.6b": "Qwen3-0.6B", "llama-2-7b": "Llama-2-7B"}
 
@@ -317,6 +318,13 @@ def neighbor(records: dict[str, Record]) -> str:
     return "\n".join(parts)
 
 
+# --- a processor without AVX-512 --------------------------------------------------------------------------------------
+
+
+def avx2(records: dict[str, Record]) -> str:
+    return summary({name.removeprefix(AVX2): record for name, record in records.items() if name.startswith(AVX2)})
+
+
 # --- GPUs -------------------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +411,7 @@ BLOCKS: dict[str, pages.Block] = {
     "busy": block("busy", busy),
     "memory": memory,
     "neighbor": neighbor,
+    "avx2": avx2,
     "gpu-card": card,
     "gpu-decode": lambda records: gpu_models(records, "decode"),
     "gpu-prefill": lambda records: gpu_models(records, "prefill"),
@@ -454,7 +463,8 @@ def plot(records: dict[str, Record], folder: Path) -> None:
 def load(folder: Path) -> dict[str, Record]:
     gpu = pages.load_records(folder / "cuda")
     gpu = {GPU + name: record for name, record in gpu.items()}
-    return pages.load_records(folder) | pages.load_records(folder / "neighbor") | gpu
+    avx2 = {AVX2 + name: record for name, record in pages.load_records(folder / "avx2").items()}
+    return pages.load_records(folder) | pages.load_records(folder / "neighbor") | avx2 | gpu
 
 
 if __name__ == "__main__":
