@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pace import within
 from served import Served, serve
 
 from lminf_edge import LMInfConfig
@@ -65,11 +66,10 @@ def choose(**choice: Any) -> dict[str, Any]:
     ],
 )
 def test_a_sentence_for_what_breaks_servers(served: Served, path: str, body: dict[str, Any], reason: str) -> None:
-    start = time.perf_counter()
-    answer = httpx.post(served.url + path, json={"max_tokens": 4, **body}, timeout=60)
+    with within(20, time.monotonic):  # these took minutes, or hours
+        answer = httpx.post(served.url + path, json={"max_tokens": 4, **body}, timeout=60)
     assert answer.status_code == 400, answer.text[:500]
     assert reason in answer.json()["error"]["message"]
-    assert time.perf_counter() - start < 20  # these took minutes, or hours
 
 
 def test_many_parts_of_a_turn(served: Served) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pace import within
 from repository import ROOT
 
 from lminf_edge.engine.request import RequestCancelled
@@ -204,6 +205,7 @@ def test_a_library_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPat
 # --- what must not end or hang the process ----------------------------------------------------------------------------
 
 LONG = "{% set n = namespace(s='x ') %}{% for i in range(20) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+MOST = 100.0  # seconds of work; 30 with sanitizers
 HOSTILE = {
     "loops": "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
     "a range": "{{ range(10000000000) | length }}",
@@ -250,10 +252,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates(name: str) -> None:
-    began = time.process_time()
-    with pytest.raises(ChatError) as refused:
+    with within(MOST), pytest.raises(ChatError) as refused:
         Templates(None, HOSTILE[name]).apply({"messages": ASKED})
-    assert time.process_time() - began < 100  # with sanitizers, 30
     assert len(str(refused.value)) < 600
 
 
@@ -277,10 +277,8 @@ def test_values_nest_deep(name: str) -> None:
         + LATER[name]
         + "{% endif %}{{ messages[0].content }}",
     )
-    began = time.process_time()
-    with contextlib.suppress(ChatError):
+    with within(MOST), contextlib.suppress(ChatError):
         chat.apply({"messages": [*ASKED, {"role": "user", "content": "x" * 10**6}]})
-    assert time.process_time() - began < 100  # with sanitizers, 30
     assert chat.apply({"messages": ASKED[1:]})["prompt"] == ASKED[1]["content"]
 
 
@@ -326,10 +324,8 @@ def test_hostile_requests() -> None:
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
         {},
     ):
-        began = time.process_time()
-        with contextlib.suppress(ChatError):
+        with within(MOST), contextlib.suppress(ChatError):
             assert opened("Qwen-Qwen2.5-7B-Instruct").apply(more)["prompt"]
-        assert time.process_time() - began < 100  # with sanitizers, 30
 
 
 def test_a_call_can_be_cancelled() -> None:
@@ -338,10 +334,8 @@ def test_a_call_can_be_cancelled() -> None:
     )
     cancelled = threading.Event()
     threading.Timer(0.05, cancelled.set).start()
-    began = time.monotonic()
-    with pytest.raises(RequestCancelled):
+    with within(5), pytest.raises(RequestCancelled):
         chat.apply({"messages": [*ASKED, {"role": "user", "content": "x" * 10**6}]}, cancelled.is_set)
-    assert time.monotonic() - began < 5
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_cpp import llama_grammar
 from llama_cpp.llama_grammar import LlamaGrammar
+from pace import pace, within
 from repository import STOCK, SUPPORT
 from served import Served, serve
 
@@ -160,8 +161,9 @@ class Process:
         line = self._read()
         assert line, "the process has ended"
         result: dict[str, Any] = json.loads(line)
-        assert result["made"] < 2 * MOST, result
-        assert result.get("step", 0) < MOST, result
+        most = MOST * pace(time.process_time)
+        assert result["made"] < 2 * most, result
+        assert result.get("step", 0) < most, result
         if "error" in result:
             assert result["error"].endswith(".")
             assert result.get("status", 400) == 400
@@ -385,9 +387,8 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": objects({"x"
 def test_hostile_requests_are_refused_soon(server: Served, request_: tuple[str, dict[str, Any]]) -> None:
     path, body = request_
     with httpx.Client(base_url=server.url, timeout=WAIT) as client:
-        began = time.monotonic()
-        answer = client.post(path, json=body)
+        with within(4, time.monotonic):
+            answer = client.post(path, json=body)
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["message"].endswith(".")
-        assert time.monotonic() - began < 4
         assert client.get("/health").status_code == 200
