@@ -14,12 +14,13 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from lminf_edge.server.budget import SMALL
+from lminf_edge.server.budget import OBJECT_BYTES, SMALL, Share
 from lminf_edge.server.errors import ApiError, invalid
 from lminf_edge.server.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
 
+_OBJECT = re.compile(rb'\{\s*"')  # its beginning; within a string the quote would have a backslash
 _BOM = b"\xef\xbb\xbf"
 # escapes of JSON text, in groups: a pair of surrogates, half of one, or any other
 _ESCAPE = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..)|(u[dD][89a-fA-F]..)|.)", re.S)
@@ -41,6 +42,12 @@ def parse(model: type[M], data: bytes) -> M:
                 400, "The body of the request has a number that JSON does not have.", "invalid_json"
             ) from None
     return parsed
+
+
+def parse_long(model: type[M], data: bytes, share: Share) -> M:
+    """Like parse; first takes what the objects of the body will need. Raises ApiError also if there is no room."""
+    share.take(OBJECT_BYTES * sum(1 for _ in _OBJECT.finditer(data)))
+    return parse(model, data)
 
 
 def _finite(number: str) -> float:
@@ -88,7 +95,9 @@ class BodyRoute(APIRoute):
             else:
                 state = ServerState.of(request)
                 async with state.parsing:
-                    parsed = await asyncio.wrap_future(state.submit(partial(parse, model, data)))
+                    parsed = await asyncio.wrap_future(
+                        state.submit(partial(parse_long, model, data, request.state.share))
+                    )
             return await handle(_Parsed(request, parsed))
 
         return handle_parsed

@@ -8,6 +8,7 @@ from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.server.errors import ApiError
 
 SMALL = 256 << 10  # bytes of each request that do not count
+OBJECT_BYTES = 128  # that an object counts for, beside its own: a message of one word takes 3.5 KB until it is rendered
 LATER = {"Retry-After": "1"}
 
 
@@ -41,8 +42,11 @@ class Share:
                 raise RequestCancelled
             n_more = max(0, self._n_bytes + n_bytes - SMALL) - self.n_held
             if self.n_held + n_more > budget.n_most:
-                what = f"This conversation has {self._n_bytes + n_bytes:,} bytes, and {budget.n_most:,} may be held"
-                raise ApiError(413, f"{what}: compact it, or begin a new one.")
+                raise ApiError(
+                    413,
+                    f"This request has {self._n_bytes + n_bytes:,} bytes, with {OBJECT_BYTES} more for each message or "
+                    f"other object, and {budget.n_most:,} may be held: compact its conversation, or begin a new one.",
+                )
             if budget.n_held + n_more > budget.n_most:
                 raise ApiError(503, "Other long requests are being answered: try again later.", headers=LATER)
             budget.n_held += n_more

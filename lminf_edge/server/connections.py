@@ -10,11 +10,12 @@ import struct
 from functools import partial
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lminf_edge.server.security import MAX_HEADER_BYTES
+from lminf_edge.server.security import MAX_HEADER_BYTES, is_open
 from lminf_edge.server.settings import Settings
 from lminf_edge.server.state import ServerState
 
@@ -26,15 +27,42 @@ except ImportError:  # Windows
 
 log = logging.getLogger("lminf_edge.server")
 
+READ_BYTES = 16 << 10  # that are taken from a socket at a time, and parsed before others have their turn
+FEW_CHUNKS = 1024  # of a body, which may be of any size
+CHUNK_BYTES = 32  # that the chunks beyond those have at least, on average
+
+
+class Parser(h11.Connection):
+    """h11's, which takes some 20 µs for a chunk: bodies in many small ones are refused."""
+
+    refusal = ""  # why what has arrived is refused
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEADER_BYTES)
+        self._n_chunks = self._n_bytes = 0  # of the current body
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._n_chunks = self._n_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._n_chunks += event.chunk_start
+            self._n_bytes += len(event.data)
+            if self._n_chunks > FEW_CHUNKS + self._n_bytes // CHUNK_BYTES:
+                self.refusal = "The body of the request comes in too many small chunks: send larger ones."
+                raise h11.RemoteProtocolError(self.refusal)
+        return event
+
 
 class Connection(H11Protocol):
     """A connection that is closed if no request head arrives in time, or if the client stops reading.
 
-    Bodies are timed by the guard. A connection without a complete request can always be dropped for a new one.
+    Bodies are timed by the guard. A connection can be dropped for a new one unless its request counts as an open one.
     """
 
     def __init__(self, *args: Any, settings: Settings, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = self._parser = Parser()
         self._settings = settings
         self._since = 0.0  # when waiting for the next head began
         self._head_timer: asyncio.TimerHandle | None = None
@@ -50,10 +78,17 @@ class Connection(H11Protocol):
     def has_whole_request(self) -> bool:
         return self.has_request and not self.cycle.more_body
 
+    @property
+    def counts(self) -> bool:
+        """Whether it has a request of which there can be `max_requests` only, or one that will soon be refused."""
+        return self.has_whole_request and not is_open(self.cycle.scope["path"])
+
     # --- the head -----------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        with contextlib.suppress(AttributeError):  # another event loop than asyncio's
+            transport.max_size = READ_BYTES  # type: ignore[attr-defined]
         self._expect_head()
         self._make_room()
 
@@ -85,13 +120,23 @@ class Connection(H11Protocol):
         self._head_timer = self.loop.call_later(self._settings.write_seconds, self.transport.abort)
 
     def _make_room(self) -> None:
-        """Drops a connection if there are too many: the oldest without a request head, else without a whole request."""
+        """Drops a connection if there are too many.
+
+        The oldest without a request head, else without a whole request, else with one that needs no key.
+        """
         others = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
         if len(others) <= self._settings.max_connections:
             return
-        waiting = [each for each in others if each is not self and not each.has_whole_request]
-        given_up = min(waiting, key=lambda each: (each.has_request, each._since), default=self)
+        waiting = [each for each in others if each is not self and not each.counts]
+        given_up = min(waiting, key=lambda each: (each.has_whole_request, each.has_request, each._since), default=self)
         given_up.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Of what cannot be parsed; after the response, as of a body that was refused, nothing more can be said."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(self._parser.refusal or msg)
+        else:
+            self.transport.close()
 
     # --- a client that does not read ----------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from lminf_edge.server.turns import Block, Step, check_path, count_prompt, found
 from lminf_edge.text.service import Exchange
 
 WIRE = Wire(
-    error=lambda error, _: error.anthropic_body(), is_typed=True, keep_alive='event: ping\ndata: {"type":"ping"}\n\n'
+    error=lambda error, _: error.anthropic_body(), is_typed=True, keep_alive=b'event: ping\ndata: {"type":"ping"}\n\n'
 )
 
 _COMPACTED = "The server keeps the conversation so far, under this name: "

@@ -21,11 +21,11 @@ from lminf_edge.server.streaming import Wire, encoded, in_thread
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse}, **PROBLEMS}
 
 
-def _failed(error: ApiError, last: dict[str, Any] | None) -> dict[str, Any]:
-    """An error that ends a stream, as the event after `last`."""
+def _failed(error: ApiError, last: int | None) -> dict[str, Any]:
+    """An error that ends a stream, as the event after that with the sequence number `last`."""
     inner = error.body()["error"]
     flat = {name: inner[name] for name in ("code", "message", "param")}
-    return {"type": "error", "sequence_number": last["sequence_number"] + 1 if last else 0, **flat, "error": inner}
+    return {"type": "error", "sequence_number": 0 if last is None else last + 1, **flat, "error": inner}
 
 
 WIRE = Wire(error=_failed, is_typed=True)

@@ -56,7 +56,7 @@ class SecurityMiddleware:
                 await self.app(scope, receive, send)
             return
         body = _Body(Share(self._budget))
-        counts = not _is_open(scope["path"])
+        counts = not is_open(scope["path"])
         n_places = 0
         try:
             scope.setdefault("state", {})["owner"] = self._check(scope)
@@ -104,7 +104,7 @@ class SecurityMiddleware:
         owner = owner_of(key.strip(b" \t"))
         known = [hmac.compare_digest(owner, each) for each in self._owners]  # always all of them: constant time
         is_preflight = scope["method"] == "OPTIONS"
-        if self._owners and not any(known) and not _is_open(scope["path"]) and not is_preflight:
+        if self._owners and not any(known) and not is_open(scope["path"]) and not is_preflight:
             message = "The API key is missing or wrong: send it as Authorization: Bearer KEY or X-Api-Key: KEY."
             raise ApiError(401, message, "invalid_api_key")
         return owner if any(known) else ""
@@ -176,7 +176,8 @@ def owner_of(key: bytes) -> str:
     return hashlib.blake2b(key, digest_size=16).hexdigest()
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether a path needs no key; requests for it do not count as open ones."""
     return path in _OPEN or path.startswith(_OPEN_FOLDERS)
 
 

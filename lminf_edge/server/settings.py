@@ -38,7 +38,7 @@ class Settings:
     slot_folder      where clients may save what a slot holds; None: nowhere
     max_body         bytes of a request's body
     max_requests     requests answered at a time
-    max_connections  open connections; one more replaces one that has not sent a whole request
+    max_connections  open connections; one more replaces one without a whole request, or with one that needs no key
     head_seconds     for the head of a request to arrive, since the connection or the last response
     body_seconds     for its body to arrive, plus a second for each `min_rate` bytes of it
     write_seconds    for a client that has stopped reading to resume, at `min_rate` bytes per second
@@ -60,7 +60,7 @@ class Settings:
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
     slot_folder: Path | None = None
-    max_body: int = 16 << 20  # three million tokens; parsed, a body may take thirty times its bytes
+    max_body: int = 16 << 20  # three million tokens; parsed and rendered, a body may take thirty times its bytes
     max_requests: int = 64
     max_connections: int = 320
     head_seconds: float = 10.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lminf_edge.engine.request import Request as EngineRequest
+from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.server.errors import ApiError, as_api_error, shutting_down
 from lminf_edge.server.responses import progress_chunk
 from lminf_edge.server.state import ServerState
@@ -22,7 +24,7 @@ from lminf_edge.text.service import Exchange
 
 T = TypeVar("T")
 
-MAX_UNREAD = 10_000  # events queued for a client that does not read
+MAX_UNREAD = 1 << 20  # bytes of events that wait for a slow client; then generation waits
 
 _FIRST_SECONDS = 0.5  # for an error to get a status of its own
 _READY = object()
@@ -111,18 +113,24 @@ class ProgressReporter:
 class Wire:
     """How an API writes its events.
 
-    error       an error, as the event that comes after the last one, None if it is the first
+    error       an error, as the event that comes after the one with this sequence number, None if it is the first
     is_typed    each event has a type, which is also its name
     keep_alive  what is sent while there is nothing else
     """
 
-    error: Callable[[ApiError, dict[str, Any] | None], dict[str, Any]] = lambda error, _: error.body()
+    error: Callable[[ApiError, int | None], dict[str, Any]] = lambda error, _: error.body()
     is_typed: bool = False
-    keep_alive: str = ": keep-alive\n\n"
+    keep_alive: bytes = b": keep-alive\n\n"
 
-    def sent(self, event: dict[str, Any]) -> str:
+    def sent(self, event: dict[str, Any]) -> bytes:
         name = f"event: {event['type']}\n" if self.is_typed else ""
-        return f"{name}data: {as_json(event)}\n\n"
+        return f"{name}data: {as_json(event)}\n\n".encode()
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    data: bytes
+    number: int | None  # its sequence number, where an API counts events
 
 
 class EventStream:
@@ -137,11 +145,27 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._next: asyncio.Future[Any] | None = None
+        self._n_unread = 0  # bytes of events in the queue
+        self._is_over = False
+        self._changed = threading.Condition()
 
-    def put(self, event: Any) -> None:
+    def put(self, event: dict[str, Any]) -> None:
         """From any thread."""
+        encoded = _Encoded(self._wire.sent(event), event.get("sequence_number"))
+        with self._changed:
+            self._n_unread += len(encoded.data)
+        self._hand_over(encoded)
+
+    def _hand_over(self, item: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is listening
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    def _wait_for_reader(self) -> None:
+        """Raises RequestCancelled once the response is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_unread <= MAX_UNREAD or self._is_over)
+            if self._is_over:
+                raise RequestCancelled
 
     async def respond(
         self,
@@ -158,14 +182,13 @@ class EventStream:
         def run() -> None:
             try:
                 prepared = prepare()
-                self.put(_READY)
+                self._hand_over(_READY)
                 for event in chunks(prepared):
                     self.put(event)
-                    if self._queue.qsize() > MAX_UNREAD:
-                        raise ApiError(500, "The client does not read its answer.")
-                self.put(_END)
+                    self._wait_for_reader()
+                self._hand_over(_END)
             except BaseException as error:
-                self.put(error)
+                self._hand_over(error)
 
         self._state.submit(run, self._request.state.is_long)
         ping_seconds = self._ping_seconds
@@ -174,8 +197,11 @@ class EventStream:
         def finish() -> None:
             exchange.cancel()
             waiting.close()
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
 
-        first: list[Any] = []
+        first: list[_Encoded] = []
         try:
             # an invalid request fails at once, and gets its own status; a long prompt must not delay the head
             for seconds in (ping_seconds, min(_FIRST_SECONDS, ping_seconds)):
@@ -191,8 +217,8 @@ class EventStream:
             finish()
             return _gone()
 
-        async def body() -> AsyncIterator[str]:
-            last: dict[str, Any] | None = None
+        async def body() -> AsyncIterator[bytes]:
+            last: int | None = None
             while not waiting.is_gone:
                 try:
                     event = first.pop() if first else await self._event(waiting, ping_seconds)
@@ -204,10 +230,10 @@ class EventStream:
                     yield self._wire.sent(self._wire.error(as_api_error(event), last))
                     break
                 if event is not _READY:
-                    yield self._wire.keep_alive if event is None else self._wire.sent(event)
-                    last = event or last
+                    yield self._wire.keep_alive if event is None else event.data
+                    last = last if event is None else event.number
             if done is not None:
-                yield f"data: {done}\n\n"
+                yield f"data: {done}\n\n".encode()
 
         return _Events(body(), finish)
 
@@ -217,13 +243,17 @@ class EventStream:
         if not await waiting(self._next, timeout):
             return None
         event, self._next = self._next.result(), None
+        if isinstance(event, _Encoded):
+            with self._changed:
+                self._n_unread -= len(event.data)
+                self._changed.notify_all()
         return event
 
 
 class _Events(StreamingResponse):
     """Server-sent events; `finish` is called at the end in any case."""
 
-    def __init__(self, body: AsyncIterator[str], finish: Callable[[], None]) -> None:
+    def __init__(self, body: AsyncIterator[bytes], finish: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(body, media_type="text/event-stream", headers=headers)
         self._finish = finish

@@ -23,7 +23,7 @@ from served import Served, serve
 from lminf_edge import LMInfConfig
 from lminf_edge.engine.loading import load_engine
 from lminf_edge.errors import UserError
-from lminf_edge.server import Settings, create_app, openai_routes
+from lminf_edge.server import Settings, create_app, openai_routes, streaming
 from lminf_edge.server.budget import SMALL, Budget
 from lminf_edge.server.connections import Server
 from lminf_edge.server.security import SecurityMiddleware, owner_of
@@ -132,6 +132,98 @@ def test_health_answers_while_all_places_are_taken(door: Served) -> None:
         refused = chat(door)
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
+
+
+CHUNKED = HEAD.partition("Content-Length")[0] + "Transfer-Encoding: chunked\r\n\r\n"
+LARGE_FILE = b"GET /docs/ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"  # 1.5 MB, without a key
+
+
+def test_who_needs_no_key_keeps_nobody_out(door: Served) -> None:
+    """However much of an answer is still to be sent to them."""
+    with ExitStack() as stack:
+        for _ in range(40):
+            connection = stack.enter_context(closing(socket.socket()))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            url = httpx.URL(door.url)
+            connection.connect((url.host, url.port))
+            with suppress(OSError):  # it has been dropped
+                connection.sendall(LARGE_FILE * 4)
+        for _ in range(3):
+            assert httpx.get(f"{door.url}/v1/models", timeout=30).status_code == 200
+        assert len(door.server.server_state.connections) <= 13  # one may be on its way out
+    assert len(httpx.get(f"{door.url}/docs/ui/swagger-ui-bundle.js").content) > 1 << 20
+
+
+def body_in_chunks(n: int, size: int) -> bytes:
+    text = json.dumps({"messages": QUESTION, "max_tokens": 2}).encode()
+    rest = n * size - len(text)
+    text += b" " * rest
+    return b"".join(b"%x\r\n%s\r\n" % (size, text[i : i + size]) for i in range(0, len(text), size)) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(("n", "size"), [(100, 1000), (1000, 1), (20_000, 40)])
+def test_a_body_in_chunks(door: Served, n: int, size: int) -> None:
+    with closing(connect(door)) as connection:
+        connection.sendall(CHUNKED.encode() + body_in_chunks(n, size))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("key", ["key", "wrong"])
+def test_a_body_in_tiny_chunks_is_refused(nano_path: str, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each takes the event loop some work; also when the request itself is refused already."""
+    head = CHUNKED.replace("Host", f"X-Api-Key: {key}\r\nHost").encode()
+    settings = Settings(model_name="nano", api_keys=("key",))
+    with serve(nano_path, settings, lminf=WINDOW) as served, closing(connect(served)) as connection:
+        connection.sendall(head)
+        if key == "wrong":
+            assert connection.recv(65536).startswith(b"HTTP/1.1 401")
+        n_sent, answer = 0, b""
+        with suppress(OSError):  # it is closed
+            connection.sendall(b"1\r\n \r\n" * 1100)
+            answer = read_all(connection)
+            while n_sent < 10_000:
+                connection.sendall(b"1\r\n \r\n" * 1000)
+                n_sent += 1
+        assert n_sent < 10_000
+        if key == "key":
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert b"too many small chunks: send larger ones." in answer
+        assert httpx.get(f"{served.url}/health").status_code == 200
+    assert not [each for each in caplog.records if each.exc_info]
+
+
+def test_many_objects_need_more_than_their_bytes(door: Served) -> None:
+    """A message takes kilobytes until it is rendered."""
+    few, many = ([{"role": "user", "content": "a" * n}] * (930_000 // (n + 30)) for n in (2000, 1))
+    assert httpx.post(f"{door.url}/apply-template", json={"messages": few}).status_code == 200
+    refused = httpx.post(f"{door.url}/apply-template", json={"messages": many})
+    assert refused.status_code == 413
+    assert "for each message" in refused.json()["error"]["message"]
+
+
+def test_generation_waits_for_who_reads_slowly(nano_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written for a client is held within a bound, and none of it is lost."""
+    monkeypatch.setattr(streaming, "MAX_UNREAD", 100_000)
+    n_tokens = 600
+    options = {"n_predict": n_tokens, "n_probs": 20, "stream": True, "ignore_eos": True}
+    body = json.dumps({"prompt": "a", **options}).encode()
+    head = f"POST /completion HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serve(nano_path, lminf=WINDOW) as served, closing(socket.socket()) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        served.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.settimeout(60)
+        url = httpx.URL(served.url)
+        connection.connect((url.host, url.port))
+        connection.sendall(head.encode() + body)
+        n_written, n_before = 0, -1
+        while n_written != n_before:
+            n_before = n_written
+            time.sleep(1)
+            n_written = served.engine.counters.batches  # one for each token
+        assert 10 < n_written < n_tokens // 2
+        answer = read_all(connection)
+        assert answer.count(b"data: ") == n_tokens + 1
+        assert chat(served).status_code == 200
 
 
 def test_bodies_are_held_within_a_budget(door: Served) -> None:
