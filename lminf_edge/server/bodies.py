@@ -20,7 +20,8 @@ from lminf_edge.server.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
 
-_OBJECT = re.compile(rb'\{\s*"')  # its beginning; within a string the quote would have a backslash
+# the beginning of an object; within a string the quote would have a backslash, unless it ends the string
+_OBJECT = re.compile(rb'\{\s*"')
 _BOM = b"\xef\xbb\xbf"
 # escapes of JSON text, in groups: a pair of surrogates, half of one, or any other
 _ESCAPE = re.compile(rb"\\(?:(u[dD][89abAB]..\\u[dD][c-fC-F]..)|(u[dD][89a-fA-F]..)|.)", re.S)
@@ -29,8 +30,9 @@ _ZEROS = bytes.maketrans(b"123456789E", b"000000000e")
 _MAYBE_ENDLESS = (b"NaN", b"Infinity", b"e000", b"e+000", b"0" * 300)
 
 
-def parse(model: type[M], data: bytes) -> M:
-    """Parses and validates a request body. Raises ApiError if it is invalid."""
+def parse(model: type[M], data: bytes, share: Share) -> M:
+    """Parses and validates a request body. Raises ApiError if it is invalid, or if its objects need too much memory."""
+    share.take(OBJECT_BYTES * sum(1 for _ in _OBJECT.finditer(data)))
     data = data.removeprefix(_BOM)
     parsed = _validated(model, data)
     zeros = data.translate(_ZEROS)
@@ -42,12 +44,6 @@ def parse(model: type[M], data: bytes) -> M:
                 400, "The body of the request has a number that JSON does not have.", "invalid_json"
             ) from None
     return parsed
-
-
-def parse_long(model: type[M], data: bytes, share: Share) -> M:
-    """Like parse; first takes what the objects of the body will need. Raises ApiError also if there is no room."""
-    share.take(OBJECT_BYTES * sum(1 for _ in _OBJECT.finditer(data)))
-    return parse(model, data)
 
 
 def _finite(number: str) -> float:
@@ -89,15 +85,13 @@ class BodyRoute(APIRoute):
 
         async def handle_parsed(request: Request) -> Response:
             data = await request.body() or b"{}"
-            parsed: BaseModel
+            parsing = partial(parse, model, data, request.state.share)
             if len(data) <= SMALL:
-                parsed = parse(model, data)
+                parsed = parsing()
             else:
                 state = ServerState.of(request)
                 async with state.parsing:
-                    parsed = await asyncio.wrap_future(
-                        state.submit(partial(parse_long, model, data, request.state.share))
-                    )
+                    parsed = await asyncio.wrap_future(state.submit(parsing))
             return await handle(_Parsed(request, parsed))
 
         return handle_parsed

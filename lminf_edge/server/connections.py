@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 import struct
 from functools import partial
 from typing import Any
 
 import h11
+import h11._readers
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -28,8 +30,26 @@ except ImportError:  # Windows
 log = logging.getLogger("lminf_edge.server")
 
 READ_BYTES = 16 << 10  # that are taken from a socket at a time, and parsed before others have their turn
-FEW_CHUNKS = 1024  # of a body, which may be of any size
+FEW_CHUNKS = 128  # of a body, which may be of any size
 CHUNK_BYTES = 32  # that the chunks beyond those have at least, on average
+
+
+MOST_SPACES = 64  # side by side in a line of a head, or of what is around chunks
+
+
+class _FewSpaces:
+    """One of h11's patterns for lines, whose time grows with the square of the spaces that are side by side."""
+
+    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+        self._pattern = pattern
+
+    def fullmatch(self, line: bytes) -> re.Match[bytes] | None:
+        is_wide = b" " * MOST_SPACES in line.replace(b"\t", b" ")
+        return None if is_wide else self._pattern.fullmatch(line)
+
+
+for _name in ("header_field_re", "chunk_header_re"):
+    setattr(h11._readers, _name, _FewSpaces(getattr(h11._readers, _name)))
 
 
 class Parser(h11.Connection):
@@ -94,7 +114,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.has_request and self._head_timer is not None:
+        if self.has_request and self._head_timer is not None and not self.transport.is_closing():
             self._head_timer.cancel()
 
     def on_response_complete(self) -> None:
@@ -122,21 +142,35 @@ class Connection(H11Protocol):
     def _make_room(self) -> None:
         """Drops a connection if there are too many.
 
-        The oldest without a request head, else without a whole request, else with one that needs no key.
+        The oldest of those that are closed once their client has read, else of those without a request head, else
+        without a whole request, else with one that needs no key.
         """
-        others = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
+        others = [each for each in self.connections if isinstance(each, Connection) and not each._has_ended]
         if len(others) <= self._settings.max_connections:
             return
-        waiting = [each for each in others if each is not self and not each.counts]
-        given_up = min(waiting, key=lambda each: (each.has_whole_request, each.has_request, each._since), default=self)
-        given_up.transport.abort()
+        waiting = [each for each in others if each is not self and (each.transport.is_closing() or not each.counts)]
+        min(waiting, key=Connection._use, default=self).transport.abort()
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.transport.is_closing() and self.transport.get_write_buffer_size() == 0
+
+    def _use(self) -> tuple[bool, bool, bool, float]:
+        """The least is the first to be given up."""
+        return not self.transport.is_closing(), self.has_whole_request, self.has_request, self._since
 
     def send_400_response(self, msg: str) -> None:
-        """Of what cannot be parsed; after the response, as of a body that was refused, nothing more can be said."""
+        """Of what cannot be parsed. Once a response has begun nothing more can be said."""
+        if self.cycle is not None:  # nobody is to wait for the rest of its body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state is h11.SEND_BODY:
+            self.transport.abort()
+            return
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(self._parser.refusal or msg)
-        else:
-            self.transport.close()
+            with contextlib.suppress(h11.LocalProtocolError):  # the response to HEAD has no text
+                super().send_400_response(self._parser.refusal or msg)
+        self._close()
 
     # --- a client that does not read ----------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ class ResponseReply(Reply):
     # --- events -------------------------------------------------------------------------------------------------------
 
     def opening(self, request: EngineRequest | None) -> list[dict[str, Any]]:
-        blank = {**self.response, "output": []}  # events are written later, when there may be some
+        blank = {**self.response, "output": []}
         return [self._event(f"response.{kind}", response=blank) for kind in ("created", "in_progress")]
 
     def events(self, exchange: Exchange, asked: AskedChat) -> Iterator[dict[str, Any]]:

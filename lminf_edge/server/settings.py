@@ -60,7 +60,7 @@ class Settings:
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
     slot_folder: Path | None = None
-    max_body: int = 16 << 20  # three million tokens; parsed and rendered, a body may take thirty times its bytes
+    max_body: int = 16 << 20  # three million tokens; what counts of a body takes up to thirty times as much memory
     max_requests: int = 64
     max_connections: int = 320
     head_seconds: float = 10.0

@@ -224,7 +224,7 @@ class CachedTokenizer:
     ) -> Tokens:
         """What llama_cpp's tokenizer makes of a text: int32 (n_tokens,), a long one in parts where that is the same.
 
-        Raises RequestCancelled, with some tokenizers between two of them only.
+        Raises RequestCancelled, with BPE vocabularies once a part has been cut into words.
         """
         made = []
         for i, part in enumerate(self._parts(text)):

@@ -136,6 +136,7 @@ def test_health_answers_while_all_places_are_taken(door: Served) -> None:
 
 CHUNKED = HEAD.partition("Content-Length")[0] + "Transfer-Encoding: chunked\r\n\r\n"
 LARGE_FILE = b"GET /docs/ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"  # 1.5 MB, without a key
+SMALL_FILE = b"GET /page/page.css HTTP/1.1\r\nHost: localhost\r\n\r\n"  # which the sockets do not hold
 
 
 def test_who_needs_no_key_keeps_nobody_out(door: Served) -> None:
@@ -161,7 +162,7 @@ def body_in_chunks(n: int, size: int) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (size, text[i : i + size]) for i in range(0, len(text), size)) + b"0\r\n\r\n"
 
 
-@pytest.mark.parametrize(("n", "size"), [(100, 1000), (1000, 1), (20_000, 40)])
+@pytest.mark.parametrize(("n", "size"), [(100, 1000), (100, 1), (20_000, 40)])
 def test_a_body_in_chunks(door: Served, n: int, size: int) -> None:
     with closing(connect(door)) as connection:
         connection.sendall(CHUNKED.encode() + body_in_chunks(n, size))
@@ -179,7 +180,7 @@ def test_a_body_in_tiny_chunks_is_refused(nano_path: str, key: str, caplog: pyte
             assert connection.recv(65536).startswith(b"HTTP/1.1 401")
         n_sent, answer = 0, b""
         with suppress(OSError):  # it is closed
-            connection.sendall(b"1\r\n \r\n" * 1100)
+            connection.sendall(b"1\r\n \r\n" * 200)
             answer = read_all(connection)
             while n_sent < 10_000:
                 connection.sendall(b"1\r\n \r\n" * 1000)
@@ -190,6 +191,61 @@ def test_a_body_in_tiny_chunks_is_refused(nano_path: str, key: str, caplog: pyte
             assert b"too many small chunks: send larger ones." in answer
         assert httpx.get(f"{served.url}/health").status_code == 200
     assert not [each for each in caplog.records if each.exc_info]
+
+
+SPACES = " \t" * 12_000
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        f"GET /health HTTP/1.1\r\nHost: localhost\r\nX:{SPACES}\0\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\r\n" + " \r\n" * 8000 + "\0\r\n\r\n",
+        f"{CHUNKED}1;{SPACES}\nx\r\n",
+        f"{CHUNKED}0\r\nX:{SPACES}\0\r\n\r\n",
+        f"{CHUNKED.replace('POST', 'HEAD')}ZZ\r\n",
+    ],
+)
+def test_lines_that_are_much_work_or_none(served: Served, request_: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A pattern for headers took the square of the spaces that are side by side: seconds."""
+    with within(1), closing(connect(served)) as connection:
+        connection.sendall(request_.encode())
+        assert read_all(connection).startswith(b"HTTP/1.1 400")
+    assert not [each for each in caplog.records if each.exc_info]
+
+
+def deaf(served: Served) -> socket.socket:
+    """A connection that takes little at a time; the server's half of it, too."""
+    served.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    url = httpx.URL(served.url)
+    connection.connect((url.host, url.port))
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (LARGE_FILE.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), b"x"),
+        (SMALL_FILE, CHUNKED.replace("/v1/chat/completions", "/health").encode() + b"ZZ\r\n"),
+    ],
+)
+def test_who_is_refused_and_does_not_read_is_given_up(nano_path: str, first: bytes, then: bytes) -> None:
+    """In the middle of a response, or with a part of one that is not read."""
+    settings = Settings(model_name="nano", max_connections=5, write_seconds=1.0)
+    with serve(nano_path, settings, lminf=WINDOW) as served, ExitStack() as stack:
+        for _ in range(10):
+            connection = stack.enter_context(closing(deaf(served)))
+            with suppress(OSError):  # it has been dropped
+                connection.sendall(first)
+                time.sleep(0.1)
+                connection.sendall(then)
+        time.sleep(0.2)
+        assert len(served.server.server_state.connections) <= 5
+        time.sleep(2)
+        assert not served.server.server_state.connections
 
 
 def test_many_objects_need_more_than_their_bytes(door: Served) -> None:
@@ -208,12 +264,7 @@ def test_generation_waits_for_who_reads_slowly(nano_path: str, monkeypatch: pyte
     options = {"n_predict": n_tokens, "n_probs": 20, "stream": True, "ignore_eos": True}
     body = json.dumps({"prompt": "a", **options}).encode()
     head = f"POST /completion HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    with serve(nano_path, lminf=WINDOW) as served, closing(socket.socket()) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        served.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        connection.settimeout(60)
-        url = httpx.URL(served.url)
-        connection.connect((url.host, url.port))
+    with serve(nano_path, lminf=WINDOW) as served, closing(deaf(served)) as connection:
         connection.sendall(head.encode() + body)
         n_written, n_before = 0, -1
         while n_written != n_before:
