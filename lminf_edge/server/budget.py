@@ -44,8 +44,8 @@ class Share:
             if self.n_held + n_more > budget.n_most:
                 raise ApiError(
                     413,
-                    f"This request has {self._n_bytes + n_bytes:,} bytes, with {OBJECT_BYTES} more for each message or "
-                    f"other object, and {budget.n_most:,} may be held: compact its conversation, or begin a new one.",
+                    f"This conversation has {self._n_bytes + n_bytes:,} bytes, with {OBJECT_BYTES} more for each "
+                    f"message or other object, and {budget.n_most:,} may be held: compact it, or begin a new one.",
                 )
             if budget.n_held + n_more > budget.n_most:
                 raise ApiError(503, "Other long requests are being answered: try again later.", headers=LATER)

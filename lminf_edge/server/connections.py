@@ -29,7 +29,7 @@ except ImportError:  # Windows
 
 log = logging.getLogger("lminf_edge.server")
 
-READ_BYTES = 16 << 10  # that are taken from a socket at a time, and parsed before others have their turn
+READ_BYTES = 64 << 10  # that are taken from a socket at a time, and parsed before others have their turn
 FEW_CHUNKS = 128  # of a body, which may be of any size
 CHUNK_BYTES = 32  # that the chunks beyond those have at least, on average
 
