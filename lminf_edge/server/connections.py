@@ -32,8 +32,6 @@ log = logging.getLogger("lminf_edge.server")
 READ_BYTES = 64 << 10  # that are taken from a socket at a time, and parsed before others have their turn
 FEW_CHUNKS = 128  # of a body, which may be of any size
 CHUNK_BYTES = 32  # that the chunks beyond those have at least, on average
-
-
 MOST_SPACES = 64  # side by side in a line of a head, or of what is around chunks
 
 
@@ -49,7 +47,9 @@ class _FewSpaces:
 
 
 for _name in ("header_field_re", "chunk_header_re"):
-    setattr(h11._readers, _name, _FewSpaces(getattr(h11._readers, _name)))
+    _pattern = getattr(h11._readers, _name, None)
+    if isinstance(_pattern, re.Pattern):  # as it is in h11 0.16
+        setattr(h11._readers, _name, _FewSpaces(_pattern))
 
 
 class Parser(h11.Connection):
