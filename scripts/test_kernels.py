@@ -29,7 +29,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".venv" / "bin"
@@ -116,6 +119,12 @@ def run(command: Sequence[str | Path], quiet: bool = False, cwd: Path = ROOT, **
         raise Failed(f"{Path(command[0]).name} ended with status {result.returncode}")
 
 
+def run_together(commands: Sequence[Sequence[str | Path]], **options: Any) -> None:
+    """Runs commands, each most of its time on one core, on all cores; `options` are run's."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(partial(run, **options), commands))
+
+
 def build(folder: str, targets: Sequence[str], *options: str) -> Path:
     """Configures and builds in build/`folder`; returns where the programs are."""
     where = ROOT / "build" / folder
@@ -144,9 +153,8 @@ def test_device() -> None:
 def test_cpu() -> None:
     variants = cpu_variants()
     programs = build("kernels", [*(f"test-attn-cpu-{variant}" for variant in variants), "test-recall"])
-    for variant in variants:
-        run([programs / f"test-attn-cpu-{variant}"])
-    run([programs / "test-recall"])
+    commands = [[programs / f"test-attn-cpu-{variant}"] for variant in variants]
+    run_together([*commands, [programs / "test-recall"]])
     if IS_X86 and "avx512" not in variants:
         raise Skipped("this processor has no AVX-512 (the others passed)")
 
@@ -159,9 +167,8 @@ def build_sanitized(*targets: str) -> Path:
 def test_sanitize() -> None:
     variants = [variant for variant in cpu_variants() if variant not in ("avx512", "avx512vnni")]
     programs = build_sanitized(*(f"test-attn-cpu-{variant}" for variant in variants), "test-recall")
-    for variant in variants:
-        run([programs / f"test-attn-cpu-{variant}", "50"])
-    run([programs / "test-recall"])
+    commands: list[list[str | Path]] = [[programs / f"test-attn-cpu-{variant}", "50"] for variant in variants]
+    run_together([*commands, [programs / "test-recall"]])
 
 
 def test_library() -> None:
@@ -199,8 +206,8 @@ def test_neon() -> None:
         "-DGGML_NATIVE=OFF",
         "-DGGML_OPENMP=OFF",
     )
-    for command in (["test-attn-cpu-neon", "40"], ["test-recall"]):
-        run([emulator, "-L", "/usr/aarch64-linux-gnu", programs / command[0], *command[1:]])
+    emulated = [emulator, "-L", "/usr/aarch64-linux-gnu"]
+    run_together([[*emulated, programs / "test-attn-cpu-neon", "40"], [*emulated, programs / "test-recall"]])
 
 
 def test_cuda() -> None:
@@ -235,8 +242,8 @@ def test_chat() -> None:
     if platform.system() != "Linux":
         raise Skipped("they use what only libraries of Linux export")
     programs = build("kernels", UPSTREAM_CHAT)
-    for name in UPSTREAM_CHAT:
-        run([programs / name], quiet=True, cwd=ROOT / "build" / "upstream" / "llama.cpp")
+    commands = [[programs / name] for name in UPSTREAM_CHAT]
+    run_together(commands, quiet=True, cwd=ROOT / "build" / "upstream" / "llama.cpp")
 
 
 TESTS: dict[str, Callable[[], None]] = {
