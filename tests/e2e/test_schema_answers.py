@@ -31,7 +31,7 @@ def test_answers_are_valid(smollm: Llama, name: str) -> None:
     schema = SCHEMAS[name]
     asked = f"Write an example of this JSON schema, and nothing else:\n{json.dumps(schema)}"
     n_whole = 0
-    for seed in range(4):
+    for seed in range(40):  # which of them come to an end is another matter on each processor
         done: Any = smollm.create_chat_completion(
             [{"role": "user", "content": asked}],
             response_format={"type": "json_schema", "json_schema": {"name": "it", "schema": schema}},
@@ -43,4 +43,6 @@ def test_answers_are_valid(smollm: Llama, name: str) -> None:
         if choice["finish_reason"] == "stop":
             n_whole += 1
             jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+        if n_whole and seed >= 3:
+            break
     assert n_whole
