@@ -124,6 +124,19 @@ def parallel(record: Record) -> str:
     return table(["weights", "one", "four", "ratio", "target", "stock, batches of 4 tokens and of 1"], rows)
 
 
+def hostile(record: Record) -> str:
+    rows = []
+    for each in record["requests"]:
+        before, during = each["before"], each["during"]
+        rows.append([
+            each["request"], str(each["status"]), f"{each['seconds']:.2f} s",
+            *(f"{1000 * gaps['p99']:.0f} ms, {1000 * gaps['most']:.0f} ms" for gaps in (before, during)),
+            f"{during['p99'] / before['p99']:.2f} ×", met(during["p99"] <= 2 * before["p99"]),
+        ])  # fmt: skip
+    header = ["request", "status", "answered in", "gaps before: p99, longest", "meanwhile", "ratio of p99", "target"]
+    return table(header, rows) + loaded(record)
+
+
 def mixed(record: Record) -> str:
     first, after = record["first_token"], record["resident_after_5_minutes"]
     growth = after["most"] / after["least"] - 1
@@ -145,7 +158,7 @@ def mixed(record: Record) -> str:
     return table(["", ""], rows) + "\n" + table(["minute", *map(str, minutes)], [sizes]) + loaded(record)
 
 
-SECTIONS = (first_token, agent, unseen, cold, memory, parallel, mixed)
+SECTIONS = (first_token, agent, unseen, cold, memory, parallel, hostile, mixed)
 BLOCKS: dict[str, pages.Block] = {
     **{make.__name__: block(make.__name__, make) for make in SECTIONS},
     "machines": machines,

@@ -39,6 +39,41 @@ from lminf_edge.engine.request import Request
 FIRST_WINDOW = 512  # the training length of nano
 FIGURES = ROOT / "docs" / "server-performance"
 
+CHAIN = "".join(f"r{i} ::= r{i + 1} | r{i + 1} r{i + 1}\n" for i in range(24)) + 'r24 ::= "a"'
+# requests that are too much work: what they are, where they go, and what they say
+HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
+    'grammar `root ::= ("a"?){1000}`': ("/completion", {"grammar": 'root ::= ("a"?){1000}'}),
+    "grammar, 24 rules that are one or two of the next": ("/completion", {"grammar": "root ::= r0\n" + CHAIN}),
+    "grammar, 60,000 alternatives": ("/completion", {"grammar": "root ::= " + " | ".join(['"a"'] * 60_000)}),
+    "grammar, 20,000 alternatives in a loop": (
+        "/completion",
+        {"grammar": "root ::= (" + " | ".join(f'"{i}"' for i in range(20_000)) + ")*"},
+    ),
+    "schema, pattern `^(a?){1000}$`": ("/completion", {"json_schema": {"type": "string", "pattern": "^(a?){1000}$"}}),
+    "tools, 12 schemas of 800 properties": (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "?"}],
+            "tool_choice": "required",
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": f"f{i}",
+                        "parameters": {
+                            "type": "object",
+                            "properties": {f"p{j}": {"type": "integer"} for j in range(800)},
+                            "required": [f"p{j}" for j in range(800)],
+                        },
+                    },
+                }
+                for i in range(12)
+            ],
+        },
+    ),
+    "text, a million characters that have no token": ("/tokenize", {"content": "\ufffd" * 1_000_000}),
+}
+
 Messages = list[dict[str, Any]]
 Figures = dict[str, Any]
 
@@ -539,6 +574,51 @@ def mixed(args: argparse.Namespace) -> Figures:
         }
 
 
+def hostile(args: argparse.Namespace) -> Figures:
+    """Gaps between the tokens of 8 streams, before and while a request comes that is too much work."""
+    n_quiet, n_streams = (1.0, 2) if args.tiny else (6.0, 8)
+    arrived: list[list[float]] = [[] for _ in range(n_streams)]
+    done = threading.Event()
+
+    def stream(times: list[float]) -> None:
+        body = {"prompt": "Once upon a time", "n_predict": 10**6, "ignore_eos": True, "stream": True}
+        with server.client.stream("POST", "/completion", json=body) as response:
+            for line in response.iter_lines():
+                if line:
+                    times.append(time.perf_counter())
+                if done.is_set():
+                    return
+
+    def gaps(since: float, until: float) -> dict[str, float]:
+        at = [np.array(list(times)) for times in arrived]  # of which there come more meanwhile
+        found = [np.diff(times)[(times[1:] >= since) & (times[1:] <= until)] for times in at]
+        return {"p99": float(np.quantile(np.concatenate(found), 0.99)), "most": float(np.concatenate(found).max())}
+
+    requests = []
+    with (
+        Server("nano", "--parallel", str(n_streams + 1), "--disk", "0", "--threads", "1") as server,
+        ThreadPoolExecutor(n_streams) as pool,
+    ):
+        streams = [pool.submit(stream, times) for times in arrived]
+        try:
+            for name, (path, body) in HOSTILE.items():
+                data = json.dumps({"prompt": "a", "n_predict": 1, "max_tokens": 1, **body}).encode()
+                time.sleep(n_quiet)
+                began = time.perf_counter()
+                answer = server.client.post(path, content=data)
+                ended = time.perf_counter()
+                time.sleep(max(0.5, began + 2 - ended))
+                requests.append({
+                    "request": name, "status": answer.status_code, "seconds": ended - began,
+                    "before": gaps(began - n_quiet, began), "during": gaps(began, max(ended, began + 2)),
+                })  # fmt: skip
+        finally:
+            done.set()
+        for each in streams:
+            each.result()
+    return {"streams": n_streams, "requests": requests, "load": os.getloadavg()[0]}
+
+
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "first_token": first_token,
     "agent": agent,
@@ -546,6 +626,7 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "cold": cold,
     "memory": memory,
     "parallel": parallel,
+    "hostile": hostile,
     "mixed": mixed,
 }
 

@@ -10,7 +10,7 @@ from benchmark_script import run_benchmark
 
 def test_figures_and_page(tmp_path: Path) -> None:
     figures, page = tmp_path / "server-performance", tmp_path / "server-performance.md"
-    names = ["first_token", "agent", "unseen", "cold", "memory", "mixed"]  # the other takes a model of 700 MB
+    names = ["first_token", "agent", "unseen", "cold", "memory", "hostile", "mixed"]  # parallel's model has 700 MB
     only = [argument for name in names for argument in ("--only", name)]
     run_benchmark("server_speed.py", "--tiny", "--minutes", 0.1, "--out", figures, *only)
     run_benchmark("server_report.py", "--figures", figures, "--page", page)
