@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,14 +283,13 @@ def test_choices_without_end_are_looked_at_in_no_time() -> None:
     many = {"anyOf": [{"type": "string", "maxLength": i} for i in range(1, 700)]}
     wrapped = {f"x{i}": {"anyOf": [{"$ref": "#/$defs/many"}]} for i in range(700)}
     parameters = {"type": "object", "properties": wrapped, "required": [*wrapped], "$defs": {"many": many}}
-    with within(5):
-        assert unheld("GLM-4.6", parameters) == "the parameter 'x0' of 'f'"
     loop = {
         "type": "object",
         "properties": {"x": {"$ref": "#/$defs/a"}},
         "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}},
     }
-    with within(5):
+    with within(5, time.monotonic):
+        assert unheld("GLM-4.6", parameters) == "the parameter 'x0' of 'f'"
         assert unheld("GLM-4.6", loop) is None
 
 
