@@ -261,9 +261,10 @@ def default_folder() -> Path:
 def run(args: argparse.Namespace) -> int:
     from lminf_edge.server import Settings, create_app
     from lminf_edge.server.connections import Server
-    from lminf_edge.server.state import use_one_heap
+    from lminf_edge.server.state import switch_threads_often, use_one_heap
 
     use_one_heap()
+    switch_threads_often()
     keys = api_keys(args)
     for host in args.host:
         if host not in LOOPBACK and not keys:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
 
 from lminf_edge.engine.scheduler import Scheduler
 from lminf_edge.server.arguments import (
@@ -42,6 +43,8 @@ from lminf_edge.text.chat import ChatPrompt
 from lminf_edge.text.service import Exchange
 
 router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
+
+PART = 2048  # tokens that are encoded at once: 0.1 ms
 
 
 @router.get("/health")
@@ -196,19 +199,21 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 
     def work() -> Response:
         add_bos, special = bool(body.add_special), bool(body.parse_special)
-        tokens = state.service.tokenizer.tokenize(body.content, add_bos, special, cancelled.is_set).tolist()
+        tokens = state.service.tokenizer.tokenize(body.content, add_bos, special, cancelled.is_set)
+        parts: Iterator[list[Any]] = (part.tolist() for part in np.split(tokens, range(PART, len(tokens), PART)))
         if body.with_pieces:
-            texts = {token: piece_of(llm.detokenize([token], special=True)) for token in set(tokens)}
-            return encoded_list("tokens", [{"id": token, "piece": texts[token]} for token in tokens])
-        return encoded_list("tokens", tokens)
+            ids = np.unique(tokens).tolist()
+            texts = {token: piece_of(llm.detokenize([token], special=True)) for token in ids}
+            parts = ([{"id": token, "piece": texts[token]} for token in part] for part in parts)
+        return encoded_list("tokens", parts)
 
     return await in_thread(request, work, cancelled.set)
 
 
-def encoded_list(name: str, values: list[Any]) -> Response:
-    """{name: values} as JSON, encoded in parts: the encoder holds the GIL."""
-    parts = [json.dumps(values[i : i + 10_000], ensure_ascii=False)[1:-1] for i in range(0, len(values), 10_000)]
-    return Response(f'{{"{name}":[{",".join(parts)}]}}'.encode(), media_type="application/json")
+def encoded_list(name: str, parts: Iterable[list[Any]]) -> Response:
+    """{name: [the parts' values]} as JSON: in parts, as the encoder holds the GIL."""
+    values = b",".join(to_json(part)[1:-1] for part in parts)
+    return Response(b'{"%s":[%s]}' % (name.encode(), values), media_type="application/json")
 
 
 def piece_of(piece: bytes) -> str | list[int]:

@@ -23,6 +23,7 @@ from lminf_edge import Llama, LMInfConfig
 from lminf_edge.cli.serve import listen
 from lminf_edge.server import Settings
 from lminf_edge.server.embedder import Embedder
+from lminf_edge.server.llama_cpp_routes import PART
 from lminf_edge.server.security import host_name
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.state import ServerState
@@ -318,6 +319,17 @@ def test_tokenize_and_detokenize(client: httpx.Client) -> None:
     pieces = client.post("/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]
     assert [piece["id"] for piece in pieces] == tokens
     assert_error(client.post("/detokenize", json={"tokens": [10**6]}), 400)
+
+
+def test_a_long_text_is_tokenized_whole(client: httpx.Client, server: Served) -> None:
+    """Its answer is encoded in parts."""
+    text = "The ferry left at six, and nobody slept. " * 500
+    expected = server.engine.model.llama.tokenize(text.encode(), add_bos=False)
+    assert len(expected) > 2 * PART
+    assert client.post("/tokenize", json={"content": text}).json() == {"tokens": expected}
+    pieces = client.post("/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]
+    assert [piece["id"] for piece in pieces] == expected
+    assert client.post("/tokenize", json={"content": ""}).json() == {"tokens": []}
 
 
 def test_llama_cpp_completion(client: httpx.Client) -> None:
