@@ -12,20 +12,16 @@
 
 #include <limits>
 
+// of one sequence: the keys of the others stay where they are
 static ggml_tensor * build_shift(
-        ggml_context * ctx, const llama_context & lctx, ggml_tensor * k, ggml_tensor * shift, ggml_tensor * rot, int il) {
-    const auto & hparams = lctx.get_model().hparams;
-    const auto & rope    = lminf_get_memory(&lctx)->get_rope(il);
-
-    // a layer without attention has never been built, one without RoPE has nothing to rotate
-    if (!rope.known || rope.n_dims == 0) {
-        return nullptr;
-    }
-
+        ggml_context * ctx, const llama_hparams & hparams, const lminf_rope & rope, ggml_tensor * k, ggml_tensor * shift, ggml_tensor * rot,
+        int il, uint32_t stream) {
     const int64_t n_embd_head = hparams.n_embd_head_k(il);
 
-    ggml_tensor * cur = ggml_view_3d(ctx, k, n_embd_head, hparams.n_head_kv(il), k->ne[1]*k->ne[2],
-            ggml_row_size(k->type, n_embd_head), k->nb[1], 0);
+    ggml_tensor * cur = ggml_view_3d(ctx, k, n_embd_head, hparams.n_head_kv(il), k->ne[1],
+            ggml_row_size(k->type, n_embd_head), k->nb[1], stream*k->nb[2]);
+
+    shift = ggml_view_1d(ctx, shift, k->ne[1], stream*k->ne[1]*shift->nb[0]);
 
     // without a copy of the window, which can be larger than all that an evaluation needs
     if (k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16) {
@@ -49,8 +45,17 @@ bool lminf_build_shift(ggml_context * ctx, const llama_context & lctx, ggml_cgra
     if (!lctx.get_cparams().lminf.enabled) {
         return false;
     }
-    if (ggml_tensor * cur = build_shift(ctx, lctx, k, shift, rot, il)) {
-        ggml_build_forward_expand(gf, cur);
+    auto       * mem  = lminf_get_memory(&lctx);
+    const auto & rope = mem->get_rope(il);
+
+    // a layer without attention has never been built, one without RoPE has nothing to rotate
+    if (!rope.known || rope.n_dims == 0) {
+        return true;
+    }
+    for (const lminf_kv * kv : mem->caches()) {
+        for (const uint32_t stream : kv->shifted_streams(k)) {
+            ggml_build_forward_expand(gf, build_shift(ctx, lctx.get_model().hparams, rope, k, shift, rot, il, stream));
+        }
     }
     return true;
 }

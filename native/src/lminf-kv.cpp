@@ -110,6 +110,20 @@ void lminf_kv::shift(llama_seq_id seq_id, llama_pos by) {
     }
 }
 
+std::vector<uint32_t> lminf_kv::shifted_streams(const ggml_tensor * k) const {
+    std::vector<uint32_t> res;
+
+    if (std::none_of(layers.begin(), layers.end(), [&](const layer & l) { return l.k == k; })) {
+        return res;
+    }
+    for (uint32_t s = 0; s < p.n_seq_max; ++s) {
+        if (get_cells(s).get_has_shift()) {
+            res.push_back(cache->get_stream(s));
+        }
+    }
+    return res;
+}
+
 void lminf_kv::copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst) {
     mark_dirty(seq_id_src);
 

@@ -45,6 +45,9 @@ public:
     // moves all positions of a sequence back; its keys are rotated by the next update
     void shift(llama_seq_id seq_id, llama_pos by);
 
+    // the streams of these keys that the next update has to rotate; none if they are another cache's
+    std::vector<uint32_t> shifted_streams(const ggml_tensor * k) const;
+
     void copy(llama_seq_id seq_id_src, llama_seq_id seq_id_dst);
 
     // a sequence has these n tokens from now on, from graph position p0 on, and no others. Their keys come un-rotated, and are rotated

@@ -150,6 +150,9 @@ public:
 
     bool is_fused(int32_t il) const { return fused.count(il) > 0; }
 
+    // window and, where there are any, the cells of sliding layers
+    std::vector<lminf_kv *> caches() const;
+
 private:
     friend class lminf_memory_context;
     friend class lminf_memory_update;
@@ -159,9 +162,6 @@ private:
 
     // which layers the fused operation computes; throws if it must compute all and cannot
     void choose_attention(const llama_cparams & cparams, ggml_type type_k, ggml_type type_v);
-
-    // window and, where there are any, the cells of sliding layers
-    std::vector<lminf_kv *> caches() const;
 
     // the parts' contexts, in the class that the model's graph expects
     llama_memory_context_ptr wrap(llama_memory_context_ptr ctx_window, llama_memory_context_ptr ctx_sliding,

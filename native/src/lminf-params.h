@@ -51,7 +51,8 @@ void lminf_take_next(const llama_model & model, llama_cparams & cparams);
 // the Λ memory for a model, or an exception with one sentence that says why not
 llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
-// rotates a layer's whole K cache by shift, one entry per cell, if it has RoPE; false without a Λ cache
+// rotates the keys of a layer, if it has RoPE, by shift, one entry per cell, of the sequences whose positions have been moved; false
+// without a Λ cache
 //   rot: the Hadamard matrix that quantized keys are stored under, or NULL
 bool lminf_build_shift(ggml_context * ctx, const llama_context & lctx, ggml_cgraph * gf, ggml_tensor * k, ggml_tensor * shift,
         ggml_tensor * rot, int il);

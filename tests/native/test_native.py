@@ -501,6 +501,21 @@ def test_sequences_have_streams_of_their_own(llama: Path) -> None:
         assert context.info(2).stream_pos == 0
 
 
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_a_rebase_leaves_other_sequences_alone(wide: Path, kv_type: str) -> None:
+    """Keys are rotated of those alone that have passed the bound, and of all of their layers."""
+    settings: dict[str, Any] = {"type_k": TYPES[kv_type], "type_v": TYPES[kv_type], "flash_attn": True}
+    with NativeContext(wide, L, G, n_ubatch=16, n_seq_max=3, pos_bound=560, **settings) as context:
+        for seq_id in (0, 2):
+            context.feed(TOKENS[seq_id : 90 + seq_id], seq_id)
+        before = [context.save(seq_id) for seq_id in (0, 2)]
+        logits = context.feed(np.concatenate([TOKENS, TOKENS]), 1)
+        assert context.info(1).n_rebase >= 2
+        assert [context.save(seq_id) for seq_id in (0, 2)] == before
+    with NativeContext(wide, L, G, n_ubatch=16, pos_bound=560, **settings) as context:
+        assert np.array_equal(context.feed(np.concatenate([TOKENS, TOKENS])), logits)
+
+
 def test_copying_and_keeping_a_sequence(llama: Path) -> None:
     expected = fresh(llama, TOKENS[:211], n_ubatch=16)
     with NativeContext(llama, L, G, n_ubatch=16, n_seq_max=3) as context:
