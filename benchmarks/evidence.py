@@ -127,14 +127,14 @@ class Size:
 
 
 TINY = Size(
-    n_loss=4096,
+    n_loss=2048,
     n_sweep=1024,
     far_loss=1024,
     far_sweep=512,
     block=128,
-    n_stream=18_000,
+    n_stream=11_000,
     stream_block=1024,
-    n_longest=18_000,
+    n_longest=11_000,
     longest_block=1024,
     n_stretches=4,
     lengths=(128, 512),

@@ -69,8 +69,10 @@ def check(actual: Nll, expected: Nll, max_mean: float = 5e-5) -> None:
 @pytest.mark.parametrize("n_ubatch", [1, 7, 64, 512])
 @pytest.mark.parametrize(("n_local", "n_global"), WINDOWS)
 def test_pretrained_model_follows_the_rule(model: Pretrained, n_local: int, n_global: int, n_ubatch: int) -> None:
+    # one by one they take as long as all the others: three training lengths of them
+    n_tokens = N_TOKENS if n_ubatch > 1 else 1536
     with NativeContext(model.path, n_local, n_global, n_ubatch=n_ubatch) as context:
-        check(context.token_nll(model.tokens), model.reference(n_local, n_global))
+        check(context.token_nll(model.tokens[:n_tokens]), model.reference(n_local, n_global)[: n_tokens - 1])
 
 
 @pytest.mark.parametrize("attention", ["fused", "stock"])
