@@ -34,11 +34,6 @@ from typing import Literal
 from lminf_edge.bench.contender import KV_TYPE_NUMBERS, Cache, Contender, is_quantized
 from lminf_edge.cli.common import (
     CommandError,
-    add_hub,
-    add_recall,
-    add_rpc,
-    expand_home,
-    file_path,
     human_bytes,
     model_header,
     options_named,
@@ -46,8 +41,9 @@ from lminf_edge.cli.common import (
     recall_of,
     show_note,
     weightless,
-    whole_number,
 )
+from lminf_edge.cli.options import add_hub, add_recall, add_rpc
+from lminf_edge.cli.values import expand_home, file_path, whole_number
 from lminf_edge.config import DEFAULT_WINDOW, LMInfConfig, Recall, default_ubatch
 
 HELP = "speed beside stock llama.cpp"

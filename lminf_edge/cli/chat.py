@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.cli.common import (
-    CommandError,
+from lminf_edge.cli.common import CommandError, check_output, human_bytes, print_json, read_text
+from lminf_edge.cli.options import (
     add_chat_template,
     add_compute,
     add_drafts,
@@ -32,14 +32,9 @@ from lminf_edge.cli.common import (
     add_prefill,
     add_sampling,
     add_window,
-    check_output,
-    expand_home,
-    human_bytes,
-    print_json,
-    read_text,
-    whole_number,
 )
 from lminf_edge.cli.progress import Progress as ProgressBar
+from lminf_edge.cli.values import expand_home, whole_number
 
 if TYPE_CHECKING:
     from lminf_edge.engine.request import Request

@@ -21,19 +21,15 @@ import time
 
 from lminf_edge.cli.common import (
     CommandError,
-    add_compute,
-    add_model,
-    add_sampling,
-    add_window,
-    expand_home,
     human_bytes,
     open_model,
     print_json,
     read_text,
     require_vocabulary,
     sampling_params,
-    whole_number,
 )
+from lminf_edge.cli.options import add_compute, add_model, add_sampling, add_window
+from lminf_edge.cli.values import expand_home, whole_number
 
 HELP = "continue a prompt, for as long as you like"
 

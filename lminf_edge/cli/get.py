@@ -15,7 +15,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lminf_edge.cli.common import CommandError, add_hub, human_bytes, print_json
+from lminf_edge.cli.common import CommandError, human_bytes, print_json
+from lminf_edge.cli.options import add_hub
 from lminf_edge.models import download
 from lminf_edge.models.named import NAMED_MODELS, cache_folder, is_present
 

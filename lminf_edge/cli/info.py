@@ -30,8 +30,6 @@ from typing import TYPE_CHECKING, Any
 from lminf_edge.cli.common import (
     KV_TYPE_NUMBERS,
     CommandError,
-    add_model,
-    add_window,
     describe_layers,
     human_bytes,
     model_header,
@@ -40,6 +38,7 @@ from lminf_edge.cli.common import (
     resolved_window,
     weightless,
 )
+from lminf_edge.cli.options import add_model, add_window
 from lminf_edge.config import DEFAULT_WINDOW, IN_MEMORY, Parts, Window, physical_memory, warn_of_window
 from lminf_edge.errors import UserError
 from lminf_edge.gguf_header import Header

@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lminf_edge.cli.agents import AGENTS, KEY_VARIABLE, Agent, Setup
-from lminf_edge.cli.common import CommandError, expand_home, print_json
+from lminf_edge.cli.common import CommandError, print_json
+from lminf_edge.cli.values import expand_home
 from lminf_edge.models import download_from_hub, find_model, path_from_hub
 
 HELP = "start an agent (codex, claude, opencode, continue) against a server of ours"

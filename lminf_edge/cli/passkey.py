@@ -27,25 +27,20 @@ from typing import Any
 
 from lminf_edge.cli.common import (
     CommandError,
-    add_compute,
-    add_model,
-    add_window,
     check_output,
-    expand_home,
-    file_path,
     load,
     model_header,
-    number,
     print_json,
     read_text,
     require_vocabulary,
-    whole_number,
 )
 from lminf_edge.cli.demo import python_documentation
+from lminf_edge.cli.options import add_compute, add_model, add_window
 from lminf_edge.cli.policies import EPILOG as POLICIES_EPILOG
 from lminf_edge.cli.policies import policies, set_up
 from lminf_edge.cli.ppl import INTERRUPTED
 from lminf_edge.cli.progress import Progress
+from lminf_edge.cli.values import expand_home, file_path, number, whole_number
 from lminf_edge.config import Window
 from lminf_edge.evaluate.passkey import MAX_ANSWER, Cell, measure
 from lminf_edge.evaluate.policies import POLICIES, recall_of

@@ -21,7 +21,8 @@ import time
 from collections.abc import Sequence
 
 from lminf_edge import rpc
-from lminf_edge.cli.common import CommandError, human_bytes, print_json, whole_number
+from lminf_edge.cli.common import CommandError, human_bytes, print_json
+from lminf_edge.cli.values import whole_number
 
 HELP = "lend this machine to a model on another one (--rpc)"
 

@@ -17,9 +17,7 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,16 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from lminf_edge.cli.common import (
     CommandError,
-    add_chat_template,
-    add_compute,
-    add_drafts,
-    add_model,
-    add_prefill,
-    add_sampling,
-    add_window,
     chat_defaults,
     describe_layers,
-    file_path,
     gpu_note,
     human_bytes,
     model_header,
@@ -46,11 +36,19 @@ from lminf_edge.cli.common import (
     require_vocabulary,
     sampling_params,
     show_note,
-    size,
     weightless,
-    whole_number,
     window_config,
 )
+from lminf_edge.cli.options import (
+    add_chat_template,
+    add_compute,
+    add_drafts,
+    add_model,
+    add_prefill,
+    add_sampling,
+    add_window,
+)
+from lminf_edge.cli.values import addresses, file_path, names, size, whole_number
 from lminf_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,9 +64,6 @@ KEY_VARIABLE = "LMINF_API_KEY"
 MAX_PARALLEL = 64
 FAILED = 1
 CLOSE_SECONDS = 1.0  # for worker threads whose clients are gone
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# origins of desktop apps made with Tauri, such as Jan; no web page has them
-APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.localhost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,19 +146,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
     add_window(parser)
     add_compute(parser, stock=False)
-
-
-def names(text: str) -> tuple[str, ...]:
-    """An argparse type: names with commas between them, in the order of the alphabet."""
-    found = sorted({name.strip() for name in text.split(",")} - {""})
-    if not found:
-        raise argparse.ArgumentTypeError("must be a name, or several with commas between them")
-    return tuple(found)
-
-
-def addresses(text: str) -> tuple[str, ...]:
-    """An argparse type: addresses with commas between them."""
-    return tuple(dict.fromkeys(host for host in map(str.strip, text.split(",")) if host)) or ("127.0.0.1",)
 
 
 def add_conversations(parser: argparse.ArgumentParser) -> None:
@@ -260,7 +242,9 @@ def default_folder() -> Path:
 
 def run(args: argparse.Namespace) -> int:
     from lminf_edge.server import Settings, create_app
-    from lminf_edge.server.connections import Server
+    from lminf_edge.server.connections import Server, listen
+    from lminf_edge.server.security import LOOPBACK, allowed_hosts
+    from lminf_edge.server.settings import APP_ORIGINS
     from lminf_edge.server.state import switch_threads_often, use_one_heap
 
     use_one_heap()
@@ -348,30 +332,6 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     if not all(keys):
         raise CommandError("The API key is empty.")
     return tuple(dict.fromkeys(keys))
-
-
-def allowed_hosts(hosts: Sequence[str], more: list[str]) -> tuple[str, ...]:
-    """Names that a Host header may carry: this machine's, those listed, and the addresses that are no wildcards."""
-    names = [*LOOPBACK, *more, *(host for host in hosts if host not in ("0.0.0.0", "::"))]
-    return tuple(dict.fromkeys(name.lower() for name in names))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises CommandError if the address cannot be used."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only if the protocol is given; it would delay responses by 40 ms
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        if family == socket.AF_INET6:  # or it would take the place of the IPv4 address beside it
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
-        if os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        raise CommandError(f"Port {port} of {host} cannot be used: {error.strerror}.") from error
-    return sock
 
 
 def generates(name_or_path: str) -> bool:

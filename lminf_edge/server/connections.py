@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import socket
 import struct
@@ -17,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lminf_edge.errors import UserError
 from lminf_edge.server.security import MAX_HEADER_BYTES, is_open
 from lminf_edge.server.settings import Settings
 from lminf_edge.server.state import ServerState
@@ -33,6 +35,24 @@ READ_BYTES = 64 << 10  # that are taken from a socket at a time, and parsed befo
 FEW_CHUNKS = 128  # of a body, which may be of any size
 CHUNK_BYTES = 32  # that the chunks beyond those have at least, on average
 MOST_SPACES = 64  # side by side in a line of a head, or of what is around chunks
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError if the address cannot be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's algorithm off only if the protocol is given; it would delay responses by 40 ms
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if family == socket.AF_INET6:  # or it would take the place of the IPv4 address beside it
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise UserError(f"Port {port} of {host} cannot be used: {error.strerror}.") from error
+    return sock
 
 
 class _FewSpaces:

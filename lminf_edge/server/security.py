@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ from lminf_edge.server.settings import Settings, origin_pattern
 from lminf_edge.server.state import give_back_memory
 
 # paths that need no key: the page, which asks for one, and the health check
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 _OPEN = ("/", "/health", "/v1/health", "/docs", "/openapi.json")
 _OPEN_FOLDERS = ("/page/", "/docs/")
 
@@ -187,3 +190,9 @@ def host_name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
+
+
+def allowed_hosts(hosts: Sequence[str], more: list[str]) -> tuple[str, ...]:
+    """Names that a Host header may carry: this machine's, those listed, and the addresses that are no wildcards."""
+    names = [*LOOPBACK, *more, *(host for host in hosts if host not in ("0.0.0.0", "::"))]
+    return tuple(dict.fromkeys(name.lower() for name in names))

@@ -17,6 +17,9 @@ ORIGINS = {
     r"|https?://tauri\.localhost",
 }
 
+# origins of desktop apps made with Tauri, such as Jan; no web page has them
+APP_ORIGINS = ("tauri://localhost", "http://tauri.localhost", "https://tauri.localhost")
+
 
 def origin_pattern(origins: tuple[str, ...]) -> str:
     """A regular expression for all of an Origin header."""

@@ -19,8 +19,8 @@ from conftest import TEXT
 from lminf_edge import Llama
 from lminf_edge.cli import main
 from lminf_edge.cli.chat import Chat
-from lminf_edge.cli.serve import allowed_hosts
 from lminf_edge.errors import UserError
+from lminf_edge.server.security import allowed_hosts
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.formats import BuiltinFormat, ChatDefaults, builtin_templates, find_format
 

@@ -22,13 +22,13 @@ from reference import models, tiny_models
 from reference.gguf_file import copy_with
 
 from lminf_edge import Llama, LMInfConfig, backends, native
+from lminf_edge.cli import curves, main
 from lminf_edge.cli import doctor as cli_doctor
 from lminf_edge.cli import info as cli_info
-from lminf_edge.cli import main
-from lminf_edge.cli import ppl as cli_ppl
 from lminf_edge.cli.common import KV_TYPE_NUMBERS, human_bytes, options_named, sampling_params
-from lminf_edge.cli.demo import Row, Tally, bucket_edges, python_documentation, sparkline, summarize
+from lminf_edge.cli.demo import Row, Tally, bucket_edges, python_documentation, summarize
 from lminf_edge.cli.main import build_parser
+from lminf_edge.cli.screen import sparkline
 from lminf_edge.engine.params import SamplingParams
 from lminf_edge.errors import UserError
 from lminf_edge.evaluate import nll, token_nll
@@ -379,7 +379,7 @@ def test_passkey_in_the_dark(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_perplexity_beyond_numbers_is_infinite() -> None:
     one = {"buckets": [], "tokens": 3, "mean_nll": 1e37}  # of a token that Chameleon masks
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        cli_ppl._print_one(one)
+        curves.print_one(one)
     assert printed.getvalue().endswith("perplexity inf\n")
 
 

@@ -20,8 +20,8 @@ import pytest
 from served import Served, kept_alive, serve
 
 from lminf_edge import Llama, LMInfConfig
-from lminf_edge.cli.serve import listen
 from lminf_edge.server import Settings
+from lminf_edge.server.connections import listen
 from lminf_edge.server.embedder import Embedder
 from lminf_edge.server.llama_cpp_routes import PART
 from lminf_edge.server.security import host_name
