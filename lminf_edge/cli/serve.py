@@ -245,10 +245,9 @@ def run(args: argparse.Namespace) -> int:
     from lminf_edge.server.connections import Server, listen
     from lminf_edge.server.security import LOOPBACK, allowed_hosts
     from lminf_edge.server.settings import APP_ORIGINS
-    from lminf_edge.server.state import switch_threads_often, use_one_heap
+    from lminf_edge.server.state import freeze_heap, prepare_process
 
-    use_one_heap()
-    switch_threads_often()
+    prepare_process()
     keys = api_keys(args)
     for host in args.host:
         if host not in LOOPBACK and not keys:
@@ -288,6 +287,7 @@ def run(args: argparse.Namespace) -> int:
         host = f"[{args.host[0]}]" if ":" in args.host[0] else args.host[0]
         url = f"http://{host}:{port}"
         announce(args, service.engine if service else None, name, url)
+        freeze_heap()
         server.run(sockets=sockets)
     return FAILED if server.has_failed else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import json
 import logging
 import sys
@@ -39,24 +40,26 @@ def give_back_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def use_one_heap() -> None:
-    """Lets all threads allocate from one heap: of glibc's one per thread each keeps what another could use.
+def prepare_process() -> None:
+    """For a process that serves: to be called before there are threads.
 
-    To be called before there are threads. With this and one budget for texts and checkpoints, half an hour of mixed
-    load adds 2 % to what is taken after five minutes, not 6.
+    Threads allocate from one heap: of glibc's one per thread each keeps what another could use. With this and one
+    budget for texts and checkpoints, half an hour of mixed load adds 2 % to what is taken after five minutes, not 6.
+
+    A thread that waits for the GIL has it after 0.1 ms, not Python's 5: for each step the engine's thread takes it
+    dozens of times. Beside a request whose JSON is large that made 300 ms of 20; alone or among 8 streams nothing is
+    slower for it (benchmarks/server_speed.py, `hostile`).
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
-def switch_threads_often() -> None:
-    """Lets a thread that waits for the GIL have it after 0.1 ms, not Python's 5.
-
-    For each step the engine's thread takes it dozens of times. Beside a request whose JSON is large that made 300 ms of
-    20; alone or among 8 streams nothing is slower for it (benchmarks/server_speed.py, `hostile`).
-    """
     sys.setswitchinterval(1e-4)
+
+
+def freeze_heap() -> None:
+    """To be called once all is loaded: Python's garbage collector held everybody up for 50 ms to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class ServerState:
