@@ -610,7 +610,7 @@ def hostile(args: argparse.Namespace) -> Figures:
         streams = [pool.submit(stream, times) for times in arrived]
         try:
             for name, (path, body) in HOSTILE.items():
-                data = json.dumps({"prompt": "a", "n_predict": 1, "max_tokens": 1, **body}).encode()
+                data = json.dumps({"prompt": "a", "n_predict": 64, "max_tokens": 64, **body}).encode()
                 time.sleep(n_quiet)
                 began = time.perf_counter()
                 status, seconds = elsewhere.submit(post, server.facts["url"] + path, data).result()

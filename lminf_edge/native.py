@@ -186,7 +186,7 @@ class Native:
         return bool(self._seq_set_recall(ctx, seq_id, n_recall))
 
     def grammar_overran(self) -> bool:
-        """Whether this thread's last call into a grammar was aborted because it took too much work."""
+        """Whether this thread's last call into a grammar was aborted because it took too much work. Forgets it."""
         return bool(self._grammar_overran())
 
     def tokenize(

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lminf_edge.cli.common import CommandError, check_output, human_bytes, print_json, read_text
+from lminf_edge.cli.common import CommandError, check_output, human_bytes, print_error, print_json, read_text
 from lminf_edge.cli.options import (
     add_chat_template,
     add_compute,
@@ -292,8 +292,8 @@ class Terminal:
             print()
         except KeyboardInterrupt:
             print("\n[stopped]", file=sys.stderr)
-        except (ValueError, RuntimeError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        except Exception as error:
+            print_error(error)
             answer.close()  # type: ignore[attr-defined]
             self.chat.rewind(1)
             self.chat.preface = preface

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from lminf_edge.config import (
     resolve,
 )
 from lminf_edge.engine.params import SamplingParams
-from lminf_edge.errors import UserError
+from lminf_edge.errors import UserError, wants_debug
 from lminf_edge.gguf_header import Header, read_header
 from lminf_edge.models import download_from_hub, find_model
 
@@ -300,6 +301,27 @@ def check_output(path: Path) -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def print_error(error: Exception) -> None:
+    """One sentence on stderr, with --debug after the traceback."""
+    if wants_debug():
+        traceback.print_exception(error)
+    print(f"error: {' '.join(_sentence(error).split())}", file=sys.stderr)
+
+
+def _sentence(error: Exception) -> str:
+    """The message for the user: what to do, or to report a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return str(error) or "There is not enough memory."
+    if isinstance(error, ImportError) and str(error).endswith("."):  # raised by us, in a sentence; Python's has no stop
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # of the system: a file, a full disk
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    what = f"{type(error).__name__}: {error}"
+    return f"This is a bug in lminf-edge ({what}): run it again with --debug and report what it prints."
 
 
 def describe_layers(parts: Parts) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -13,8 +12,8 @@ from typing import Any, NoReturn
 import lminf_edge
 from lminf_edge import native
 from lminf_edge.cli import bench, chat, demo, doctor, generate, get, info, launch, passkey, ppl, rpc_server, serve
-from lminf_edge.cli.common import use_hub
-from lminf_edge.errors import DEBUG_VARIABLE, UserError, wants_debug
+from lminf_edge.cli.common import print_error, use_hub
+from lminf_edge.errors import DEBUG_VARIABLE, wants_debug
 
 COMMANDS = (chat, serve, launch, generate, ppl, passkey, bench, info, doctor, demo, get, rpc_server)
 
@@ -83,24 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if wants_debug():
-            traceback.print_exception(error)
-        print(f"error: {' '.join(_sentence(error).split())}", file=sys.stderr)
+        print_error(error)
         return FAILED
-
-
-def _sentence(error: Exception) -> str:
-    """The message for the user: what to do, or to report a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return str(error) or "There is not enough memory."
-    if isinstance(error, ImportError) and str(error).endswith("."):  # raised by us, in a sentence; Python's has no stop
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:  # of the system: a file, a full disk
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    what = f"{type(error).__name__}: {error}"
-    return f"This is a bug in lminf-edge ({what}): run it again with --debug and report what it prints."
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

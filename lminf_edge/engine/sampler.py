@@ -22,6 +22,10 @@ from lminf_edge.scores import check_numbers
 
 TOO_MUCH = "This grammar takes too much work: give it fewer optional parts, repetitions and alternatives"
 GRAMMAR_UNUSABLE = "The grammar cannot be used: it is none in llama.cpp's GBNF, or takes too much work."
+NOTHING_LEFT = (
+    "No token is left to draw: the grammar allows no token of this model here, or logit_bias or a logits processor "
+    "excludes them all."
+)
 MAX_LAST_N = 1 << 16  # tokens that penalties look back at most, unless the window is larger: each costs memory
 MIROSTAT_CANDIDATES = 100  # llama.cpp's m
 MIN_TEMPERATURE = 1e-6  # below, logits divided by it might not be numbers any more: taken as 0
@@ -38,6 +42,7 @@ class Sampler(LlamaSampler):
         self._n_vocab = int(model.n_vocab())
         self.is_greedy = False  # it draws the likeliest token
         self._failures: list[BaseException] = []  # of logits processors, as C code cannot pass them on
+        self.raised: BaseException | None = None  # by a logits processor: no bug of ours
         self._n_window = n_window
         self._model = model
 
@@ -73,7 +78,8 @@ class Sampler(LlamaSampler):
             return token, after
         finally:
             if self._failures:  # what a logits processor did is the reason
-                raise self._failures.pop()
+                self.raised = self._failures.pop()
+                raise self.raised
 
     # --- the parts of the chain ---------------------------------------------------------------------------------------
 
@@ -164,7 +170,7 @@ def sample_checked(sampler: LlamaSampler, logits: Logits) -> int:
 def _drawn(sampler: LlamaSampler, logits: Logits) -> tuple[int, Any]:
     """What llama_sampler_sample draws, and the candidates that were left to draw from, as an array of _TOKEN_DATA.
 
-    Raises UserError if there is no grammar, as it could not be parsed, if it allows no token, or if it takes too much
+    Raises UserError if a grammar could not be parsed, if nothing is left to draw from, or if a grammar takes too much
     work: llama.cpp would go on without it, end the process, or go on for ever.
     """
     chain = sampler.sampler
@@ -175,16 +181,16 @@ def _drawn(sampler: LlamaSampler, logits: Logits) -> tuple[int, Any]:
     data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
     array = llama_cpp.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
     library = native.load()
+    library.grammar_overran()  # forgets what an earlier chain's did
     with native.captured_errors():
         bindings.llama_sampler_apply(chain, array)
-        overran = library.grammar_overran()  # in a chain without a grammar, it is of an earlier one
         if not 0 <= array.selected < array.size:
             raise UserError("No token could be drawn.")
         chosen = array.data[array.selected]
         if not np.isfinite(chosen.logit):
-            raise UserError(f"{TOO_MUCH}." if overran else "The grammar allows no token of this model here.")
+            raise UserError(f"{TOO_MUCH}." if library.grammar_overran() else NOTHING_LEFT)
         bindings.llama_sampler_accept(chain, chosen.id)
-        if library.grammar_overran() and not overran:
+        if library.grammar_overran():
             raise UserError(f"{TOO_MUCH}.")
     return int(chosen.id), candidates[: array.size]
 

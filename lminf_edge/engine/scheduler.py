@@ -352,7 +352,8 @@ class Scheduler:
             self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if not isinstance(error, UserError):
+        is_callers = request.sampler is not None and error is request.sampler.raised
+        if not isinstance(error, UserError) and not is_callers:
             self.counters.failed += 1
             log.error("a request failed", exc_info=error)
         work = self._work.get(request)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Coroutine
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -20,6 +21,10 @@ from lminf_edge.server.state import ServerState
 
 M = TypeVar("M", bound=BaseModel)
 
+# Python makes what a body consists of with its lock held, a microsecond for each of these
+MAX_PARTS = 250_000  # objects, lists and names of values
+# a string to its end or that of the body, a name if a colon follows; or the beginning of an object or list
+_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"(\s*:)?|\\?\Z)|([\[{])', re.S)
 # the beginning of an object; within a string the quote would have a backslash, unless it ends the string
 _OBJECT = re.compile(rb'\{\s*"')
 _BOM = b"\xef\xbb\xbf"
@@ -31,7 +36,8 @@ _MAYBE_ENDLESS = (b"NaN", b"Infinity", b"e000", b"e+000", b"0" * 300)
 
 
 def parse(model: type[M], data: bytes, share: Share) -> M:
-    """Parses and validates a request body. Raises ApiError if it is invalid, or if its objects need too much memory."""
+    """Parses and validates a request body. Raises ApiError if it is invalid, or too much for its bytes."""
+    _check_parts(data)
     share.take(OBJECT_BYTES * sum(1 for _ in _OBJECT.finditer(data)))
     data = data.removeprefix(_BOM)
     parsed = _validated(model, data)
@@ -44,6 +50,18 @@ def parse(model: type[M], data: bytes, share: Share) -> M:
                 400, "The body of the request has a number that JSON does not have.", "invalid_json"
             ) from None
     return parsed
+
+
+def _check_parts(data: bytes) -> None:
+    if sum(map(data.count, (b"{", b"[", b":"))) <= MAX_PARTS:  # in strings, too
+        return
+    parts = (match for match in _PART.finditer(data) if match.lastindex)
+    if next(islice(parts, MAX_PARTS, None), None) is not None:
+        raise ApiError(
+            413,
+            f"The body of the request has more than {MAX_PARTS:,} objects, lists and names: send fewer or longer "
+            "messages, and leave out what is not needed.",
+        )
 
 
 def _finite(number: str) -> float:

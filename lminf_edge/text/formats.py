@@ -6,6 +6,7 @@ import ctypes
 import functools
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from lminf_edge.text.strict import Strictness
 
 # of the library's grammars: small models are fond of white space
 MAX_KEYS = 1024  # of an object in a request
+MAX_VALUES = 50_000  # of all that a template is given beside messages and tools, but for the text in strings
 
 _TEXT_BEFORE_CALLS = re.compile(r"\buntil-[0-9]+\??(?: space)? (?=tool-call)")  # where a call must come
 _SPACE_RULE = re.compile(r"^space ::= .*$", re.MULTILINE)
@@ -142,7 +144,8 @@ class LibraryFormat:
         }
         if options.parallel_tool_calls is not None:
             request["parallel_tool_calls"] = options.parallel_tool_calls
-        check_sizes([request["messages"], request["template_kwargs"]])
+        check_sizes([request["messages"]])
+        check_sizes([request["template_kwargs"]], MAX_VALUES)
         return request
 
     def _apply(self, request: dict[str, Any], is_cancelled: Callable[[], bool]) -> dict[str, Any]:
@@ -298,8 +301,11 @@ class LlamaCppFormat:
         if grammar is None and options.json_schema is not None:
             grammar = library.load().schema_grammar(options.json_schema, is_cancelled)
         more = {"tools": list(options.tools), "tool_choice": options.tool_choice} if options.tools else {}
+        plain: Any = [_plain(each) for each in messages]
         try:
-            made = self._formatter(messages=[_plain(each) for each in messages], **more, **options.template_kwargs)  # type: ignore[misc]
+            made = self._formatter(messages=plain, **more, **options.template_kwargs)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a template does with what the client sent
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise UserError(f"The chat format refuses these messages: {reason}.") from error
@@ -343,10 +349,17 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": text_of(message)}
 
 
-def check_sizes(values: list[Any]) -> None:
-    """Raises UserError for objects with many keys, each of which llama.cpp compares with all before it."""
+def check_sizes(values: list[Any], most: float = math.inf) -> None:
+    """Raises UserError for more than `most` values, or objects with many keys.
+
+    Each key is compared by llama.cpp with all before it, and a value becomes half a KB there.
+    """
+    n_values = 0
     while values:
         value = values.pop()
+        n_values += 1 + (len(value) if isinstance(value, list) else 0)
+        if n_values > most:
+            raise UserError(f"chat_template_kwargs may hold {most:,} values at most.")
         if isinstance(value, Mapping):
             if len(value) > MAX_KEYS:
                 raise UserError(f"An object in a request may have {MAX_KEYS:,} keys at most, not {len(value):,}.")

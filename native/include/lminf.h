@@ -246,8 +246,8 @@ LLAMA_API bool lminf_seq_start(struct llama_context * ctx, llama_seq_id seq_id, 
 LLAMA_API uint64_t lminf_memory_bytes(const struct llama_context * ctx);
 
 // Whether this thread's last call into a grammar (llama_sampler_init_grammar, or a grammar's turn in
-// llama_sampler_apply, _accept and _sample) was given up because it took too much work. Such a grammar is not made,
-// or allows no token any more.
+// llama_sampler_apply, _accept and _sample) was given up because it took too much work; asked again, it is not. Such a
+// grammar is not made, or allows no token any more.
 LLAMA_API bool lminf_grammar_overran(void);
 
 // llama_tokenize that can be ended: INT32_MIN once `is_cancelled` is true, which the calling thread is asked every few

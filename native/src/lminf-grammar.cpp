@@ -12,6 +12,7 @@
 #include <exception>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
 
 // An enumeration of 3000 words takes most of them, a schema of 200 fields or a grammar of C a tenth; classes of many
 // ranges take up to fifty for each candidate. All of them are spent in a few tens of milliseconds.
@@ -116,7 +117,7 @@ void lminf_grammar_accept(llama_grammar & grammar, llama_token token) {
 }
 
 bool lminf_grammar_overran(void) {
-    return work.overran;
+    return std::exchange(work.overran, false);
 }
 
 llama_grammar_candidates lminf_grammar_reject_by_char(

@@ -132,7 +132,9 @@ def test_json_is_for_one_question(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--json needs --prompt" in capsys.readouterr().err
 
 
-def test_an_answer_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_fails_leaves_the_conversation_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lminf_edge.cli.chat import Terminal
 
     class Refusing:
@@ -149,8 +151,13 @@ def test_an_answer_that_fails_leaves_the_conversation_as_it_was(monkeypatch: pyt
         yield
 
     monkeypatch.setattr(talk, "answer", fail)
-    Terminal(talk).print_answer("What?")
-    assert talk.messages == [{"role": "system", "content": "Be brief."}]
+    for debug in ("0", "1"):
+        monkeypatch.setenv("LMINF_DEBUG", debug)
+        Terminal(talk).print_answer("What?")
+        assert talk.messages == [{"role": "system", "content": "Be brief."}]
+        said = capsys.readouterr().err
+        assert "This is a bug in lminf-edge (ValueError: no)" in said
+        assert ("Traceback" in said) == (debug == "1")
 
 
 # --- serve ------------------------------------------------------------------------------------------------------------

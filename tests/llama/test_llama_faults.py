@@ -329,7 +329,7 @@ def test_a_bias_of_what_is_no_token(make_llama: MakeLlama, bias: Any) -> None:
 
 @pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt(), AssertionError("mine")])
 def test_what_a_processor_raises_ends_the_completion(
-    either: Llama, error: BaseException, capfd: pytest.CaptureFixture[str]
+    either: Llama, error: BaseException, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = []
 
@@ -354,6 +354,7 @@ def test_what_a_processor_raises_ends_the_completion(
         either.sample(logits_processor=[lambda ids, scores: 1 / 0])
     assert either("Anna", max_tokens=4, temperature=0.0)["choices"] == expected["choices"]
     assert capfd.readouterr().err == ""
+    assert caplog.records == []  # it is no bug of ours
 
 
 def test_a_processor_must_return_scores(either: Llama) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -74,10 +75,53 @@ def test_a_sentence_for_what_breaks_servers(served: Served, path: str, body: dic
 
 def test_many_parts_of_a_turn(served: Served) -> None:
     """They are joined in a time that grows as they do."""
-    parts = [{"type": "text", "text": "word"} for _ in range(120_000)]
+    parts = [{"type": "text", "text": "word"} for _ in range(80_000)]
     body = {"messages": [{"role": "user", "content": parts}]}
     answer = httpx.post(f"{served.url}{MESSAGES}/count_tokens", json=body, timeout=120)
-    assert answer.json()["input_tokens"] > 120_000
+    assert answer.json()["input_tokens"] > 80_000
+
+
+# as JSON text, each too much; with names, objects, lists, and after what only looks like a string's end
+TOO_MANY = {
+    "lists": "[" + "[]," * 250_000 + "1]",
+    "objects": "[" + "{} ," * 250_000 + "1]",
+    "names": "{" + ",".join(f'"{i}" : 1' for i in range(250_001)) + "}",
+    "objects with names": "[" + ",".join('{"a":1}' for _ in range(125_001)) + "]",
+    "after an escape": '["\\\\",' + "[]," * 250_000 + "1]",
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES, "/completion", "/tokenize"])
+@pytest.mark.parametrize("kind", TOO_MANY)
+def test_more_values_than_a_body_may_have(served: Served, path: str, kind: str) -> None:
+    """Python holds its lock while it makes them, be they of a field that nobody reads: everybody waited for seconds."""
+    whole = json.dumps({"messages": SAID, "input": "x", "prompt": "x", "content": "x", "max_tokens": 1})
+    refused = httpx.post(served.url + path, content=f'{whole[:-1]}, "x": {TOO_MANY[kind]}}}'.encode(), timeout=60)
+    assert refused.status_code == 413, refused.text[:500]
+    assert "more than 250,000 objects, lists and names" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("text", ["[]{}: ", '\\"[', '":[', "\\\\", "\n{"])
+def test_what_stands_in_a_text_does_not_count(served: Served, text: str) -> None:
+    body = {"content": text * 130_000 + "\\"}
+    assert httpx.post(f"{served.url}/tokenize", json=body, timeout=120).status_code == 200
+
+
+@pytest.mark.parametrize("end", ["", "\\", '"'])
+def test_a_text_without_an_end(served: Served, end: str) -> None:
+    """Looked through once, not from each of its quotes."""
+    data = '{"x": "' + '\\":' * 300_000 + end
+    with within(10, time.monotonic):
+        refused = httpx.post(f"{served.url}/tokenize", content=data.encode(), timeout=60)
+    assert refused.status_code == 400
+
+
+def test_more_values_than_a_template_is_given(served: Served) -> None:
+    for values in ([0] * 50_001, [[]] * 50_001, [{"a": [1, 2]}] * 20_000):
+        body = {"messages": SAID, "max_tokens": 1, "chat_template_kwargs": {"a": values}}
+        refused = httpx.post(served.url + CHAT, json=body, timeout=60)
+        assert refused.status_code == 400, refused.text[:500]
+        assert "50,000 values at most" in refused.json()["error"]["message"]
 
 
 # --- the three APIs judge alike ---------------------------------------------------------------------------------------

@@ -351,6 +351,8 @@ def test_a_sentence_from_every_face(
         complete(grammar=LlamaGrammar(_grammar=text), logit_bias=bias)
     assert complete(temperature=0.0) == 4
     assert complete(temperature=0.0, logit_bias={2: float("-inf")}) == 4  # no grammar, and looked at all the same
+    with pytest.raises(UserError, match="excludes them all"):  # whatever the grammar before it did
+        complete(logit_bias=dict.fromkeys(range(n_vocab), float("-inf")))
 
 
 def test_sample_alone_is_checked(make_llama: MakeLlama) -> None:
