@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lminf_edge.engine.request import Request
 from lminf_edge.server.arguments import AskedLlamaCpp
@@ -66,7 +66,7 @@ def llama_cpp_chunks(
             "tokens_predicted": usage.n_completion,
             "tokens_cached": usage.n_cached,
             "generation_settings": asked.settings,
-            "prompt": llm.detokenize(prompt.tokens.tolist(), special=True).decode("utf-8", errors="replace"),
+            "prompt": llm.detokenize(cast(Any, prompt.tokens), special=True).decode("utf-8", errors="replace"),
             "has_new_line": has_new_line,
             "truncated": False,
             "stop_type": answer.text.stop_type,

@@ -41,10 +41,9 @@ from lminf_edge.server.state import ServerState
 from lminf_edge.server.streaming import encoded, in_thread
 from lminf_edge.text.chat import ChatPrompt
 from lminf_edge.text.service import Exchange
+from lminf_edge.text.tokenizer import N_AT_ONCE
 
 router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
-
-PART = 2048  # tokens that are encoded at once: 0.1 ms
 
 
 @router.get("/health")
@@ -200,7 +199,9 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     def work() -> Response:
         add_bos, special = bool(body.add_special), bool(body.parse_special)
         tokens = state.service.tokenizer.tokenize(body.content, add_bos, special, cancelled.is_set)
-        parts: Iterator[list[Any]] = (part.tolist() for part in np.split(tokens, range(PART, len(tokens), PART)))
+        parts: Iterator[list[Any]] = (
+            part.tolist() for part in np.split(tokens, range(N_AT_ONCE, len(tokens), N_AT_ONCE))
+        )
         if body.with_pieces:
             ids = np.unique(tokens).tolist()
             texts = {token: piece_of(llm.detokenize([token], special=True)) for token in ids}

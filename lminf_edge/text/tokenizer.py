@@ -29,6 +29,7 @@ from lminf_edge.engine.request import RequestCancelled
 from lminf_edge.errors import UserError
 
 _PART = 1 << 17  # characters of a long text that are tokenized at a time, where it can be cut
+N_AT_ONCE = 2048  # tokens that become text or JSON at once: other threads wait for 0.1 ms
 LONG_TEXT = 1 << 18  # characters of a text that is tokenized alone
 _OVERHEAD = 300  # bytes of a remembered piece besides its text and tokens, about
 
@@ -73,11 +74,15 @@ class Tokenizer(LlamaTokenizer):
     ) -> bytes:
         """The text of tokens (n_tokens,). Raises UserError if one is not in the vocabulary."""
         model = self._model
-        ids = check_ids(as_tokens(tokens), model.n_vocab()).tolist()
-        pieces = {token: _piece(model.vocab, token, special) for token in set(ids)}
-        text = b"".join(map(pieces.__getitem__, ids))
+        ids = check_ids(as_tokens(tokens), model.n_vocab())
+        pieces, texts = dict[int, bytes](), list[bytes]()
+        for begin in range(0, len(ids), N_AT_ONCE):
+            part = ids[begin : begin + N_AT_ONCE].tolist()
+            pieces |= {token: _piece(model.vocab, token, special) for token in set(part) - pieces.keys()}
+            texts.append(b"".join(map(pieces.__getitem__, part)))
+        text = b"".join(texts)
         # as in llama_cpp: at the beginning of a text the leading space is dropped
-        return text[1:] if ids and ids[0] == model.token_bos() and text[:1] == b" " else text
+        return text[1:] if len(ids) and ids[0] == model.token_bos() and text[:1] == b" " else text
 
 
 def use_tokenizer(llm: llama_cpp.Llama) -> None:

@@ -23,10 +23,10 @@ from lminf_edge import Llama, LMInfConfig
 from lminf_edge.server import Settings
 from lminf_edge.server.connections import listen
 from lminf_edge.server.embedder import Embedder
-from lminf_edge.server.llama_cpp_routes import PART
 from lminf_edge.server.security import host_name
 from lminf_edge.server.settings import ENDLESS
 from lminf_edge.server.state import ServerState
+from lminf_edge.text.tokenizer import N_AT_ONCE
 
 WINDOW = LMInfConfig(n_global=4, n_local=128)
 QUESTION = [{"role": "user", "content": "The ferry left at six, an hour before the sun came over the hills."}]
@@ -325,8 +325,9 @@ def test_a_long_text_is_tokenized_whole(client: httpx.Client, server: Served) ->
     """Its answer is encoded in parts."""
     text = "The ferry left at six, and nobody slept. " * 500
     expected = server.engine.model.llama.tokenize(text.encode(), add_bos=False)
-    assert len(expected) > 2 * PART
+    assert len(expected) > 2 * N_AT_ONCE
     assert client.post("/tokenize", json={"content": text}).json() == {"tokens": expected}
+    assert client.post("/detokenize", json={"tokens": expected}).json()["content"].strip() == text.strip()
     pieces = client.post("/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]
     assert [piece["id"] for piece in pieces] == expected
     assert client.post("/tokenize", json={"content": ""}).json() == {"tokens": []}
