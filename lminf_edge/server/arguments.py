@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,8 @@ from lminf_edge.server.requests import (
 )
 from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
-from lminf_edge.text.formats import check_sizes
 from lminf_edge.text.service import Exchange, TextService
+from lminf_edge.text.sizes import MAX_PARTS, check_text, check_values
 from lminf_edge.text.tools import ToolError, check_tools
 
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
@@ -186,13 +185,16 @@ def _answer_grammar(service: TextService, request: ChatRequest) -> tuple[Grammar
 def checked_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages as the chat library takes them. Raises ApiError for pictures and the like."""
     called: set[str] = set()
+    n_values = 0
     for i, message in enumerate(messages):
         _check_content(message, i)
         for name in ("reasoning_content", "tool_call_id", "name", "tool_calls"):
             if name in message and not message[name]:
                 del message[name]
         for call in message.get("tool_calls", ()):
-            called.add(_checked_call(call, i))
+            if (n_values := n_values + _check_call(call, i)) > MAX_PARTS:
+                raise ApiError(400, f"messages: arguments of calls may hold {MAX_PARTS:,} values in all.")
+            called.add(call["id"])
         if message["role"] == "tool" and called and message.get("tool_call_id", "") not in called:
             call_id = str(message.get("tool_call_id"))[:100]
             raise ApiError(400, f"messages.{i}.tool_call_id: no call before has the id {call_id!r}.", param="messages")
@@ -224,27 +226,29 @@ def part_text(part: Any, kinds: tuple[str, ...]) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _checked_call(call: dict[str, Any], i: int) -> str:
-    """Completes a call that a message has; returns its id."""
+def _check_call(call: dict[str, Any], i: int) -> int:
+    """Completes a call that a message has; returns how many values its arguments hold."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ApiError(400, f"messages.{i}.tool_calls: a call has a function with a name.", param="messages")
-    arguments = function.get("arguments")
+    arguments, what, n_values = function.get("arguments"), "arguments of calls", 0
     if isinstance(arguments, str):
         try:
-            check_sizes([json.loads(arguments or "{}")])
+            n_values = check_text(arguments or "{}", what, MAX_PARTS)
         except ValueError as error:
             reason = str(error).rstrip(".")
             raise ApiError(400, f"messages.{i}.tool_calls: arguments are JSON: {reason}.", param="messages") from None
         except RecursionError:
             raise ApiError(400, f"messages.{i}.tool_calls: arguments nest too deep.", param="messages") from None
-    elif not isinstance(arguments, dict):
+    elif isinstance(arguments, dict):
+        n_values = check_values([arguments], what, MAX_PARTS)
+    else:
         raise ApiError(400, f"messages.{i}.tool_calls: a function has arguments.", param="messages")
     function["arguments"] = arguments or "{}"
     call["type"] = "function"
     if not isinstance(call.setdefault("id", ""), str):
         raise ApiError(400, f"messages.{i}.tool_calls: an id is text.", param="messages")
-    return str(call["id"])
+    return n_values
 
 
 def check_continued(messages: list[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Coroutine
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -18,13 +17,10 @@ from pydantic import BaseModel, ValidationError
 from lminf_edge.server.budget import OBJECT_BYTES, SMALL, Share
 from lminf_edge.server.errors import ApiError, invalid
 from lminf_edge.server.state import ServerState
+from lminf_edge.text.sizes import MAX_PARTS, has_more_parts
 
 M = TypeVar("M", bound=BaseModel)
 
-# Python makes what a body consists of with its lock held, a microsecond for each of these
-MAX_PARTS = 250_000  # objects, lists and names of values
-# a string to its end or that of the body, a name if a colon follows; or the beginning of an object or list
-_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"(\s*:)?|\\?\Z)|([\[{])', re.S)
 # the beginning of an object; within a string the quote would have a backslash, unless it ends the string
 _OBJECT = re.compile(rb'\{\s*"')
 _BOM = b"\xef\xbb\xbf"
@@ -37,7 +33,12 @@ _MAYBE_ENDLESS = (b"NaN", b"Infinity", b"e000", b"e+000", b"0" * 300)
 
 def parse(model: type[M], data: bytes, share: Share) -> M:
     """Parses and validates a request body. Raises ApiError if it is invalid, or too much for its bytes."""
-    _check_parts(data)
+    if has_more_parts(data):
+        raise ApiError(
+            413,
+            f"The body of the request has more than {MAX_PARTS:,} objects, lists and names: send fewer or longer "
+            "messages, and leave out what is not needed.",
+        )
     share.take(OBJECT_BYTES * sum(1 for _ in _OBJECT.finditer(data)))
     data = data.removeprefix(_BOM)
     parsed = _validated(model, data)
@@ -50,18 +51,6 @@ def parse(model: type[M], data: bytes, share: Share) -> M:
                 400, "The body of the request has a number that JSON does not have.", "invalid_json"
             ) from None
     return parsed
-
-
-def _check_parts(data: bytes) -> None:
-    if sum(map(data.count, (b"{", b"[", b":"))) <= MAX_PARTS:  # in strings, too
-        return
-    parts = (match for match in _PART.finditer(data) if match.lastindex)
-    if next(islice(parts, MAX_PARTS, None), None) is not None:
-        raise ApiError(
-            413,
-            f"The body of the request has more than {MAX_PARTS:,} objects, lists and names: send fewer or longer "
-            "messages, and leave out what is not needed.",
-        )
 
 
 def _finite(number: str) -> float:

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import inspect
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,11 +23,10 @@ from lminf_edge.text import library
 from lminf_edge.text.answer import ArgumentsReader, MessageReader, NamedCallReader, NewReader, PlainReader
 from lminf_edge.text.chat import ChatFormat, ChatOptions, Messages, Rendered, text_of
 from lminf_edge.text.library import ChatError, ChatGrammar, Templates
+from lminf_edge.text.sizes import MAX_PARTS, MAX_VALUES, check_values
 from lminf_edge.text.strict import Strictness
 
 # of the library's grammars: small models are fond of white space
-MAX_KEYS = 1024  # of an object in a request
-MAX_VALUES = 50_000  # of all that a template is given beside messages and tools, but for the text in strings
 
 _TEXT_BEFORE_CALLS = re.compile(r"\buntil-[0-9]+\??(?: space)? (?=tool-call)")  # where a call must come
 _SPACE_RULE = re.compile(r"^space ::= .*$", re.MULTILINE)
@@ -144,8 +142,8 @@ class LibraryFormat:
         }
         if options.parallel_tool_calls is not None:
             request["parallel_tool_calls"] = options.parallel_tool_calls
-        check_sizes([request["messages"]])
-        check_sizes([request["template_kwargs"]], MAX_VALUES)
+        check_values([request["messages"]], "messages", 2 * MAX_PARTS)
+        check_values([request["template_kwargs"]], "chat_template_kwargs", MAX_VALUES)
         return request
 
     def _apply(self, request: dict[str, Any], is_cancelled: Callable[[], bool]) -> dict[str, Any]:
@@ -347,22 +345,3 @@ def asks_for_format(llm: llama_cpp.Llama) -> bool:
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content is one text, as llama_cpp's formats want it."""
     return {**message, "content": text_of(message)}
-
-
-def check_sizes(values: list[Any], most: float = math.inf) -> None:
-    """Raises UserError for more than `most` values, or objects with many keys.
-
-    Each key is compared by llama.cpp with all before it, and a value becomes half a KB there.
-    """
-    n_values = 0
-    while values:
-        value = values.pop()
-        n_values += 1 + (len(value) if isinstance(value, list) else 0)
-        if n_values > most:
-            raise UserError(f"chat_template_kwargs may hold {most:,} values at most.")
-        if isinstance(value, Mapping):
-            if len(value) > MAX_KEYS:
-                raise UserError(f"An object in a request may have {MAX_KEYS:,} keys at most, not {len(value):,}.")
-            values += value.values()
-        elif isinstance(value, list):
-            values += value

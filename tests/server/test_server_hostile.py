@@ -124,6 +124,33 @@ def test_more_values_than_a_template_is_given(served: Served) -> None:
         assert "50,000 values at most" in refused.json()["error"]["message"]
 
 
+def calls(*arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": each}} for each in arguments]}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (calls('{"a": [' + "[]," * 250_000 + "[]]}"), "250,000 values at most"),
+        (calls('{"a": [' + "0," * 250_000 + "0]}"), "250,000 values at most"),
+        (calls(*['{"a": [' + "0," * 60_000 + "0]}"] * 5), "250,000 values in all"),
+        ({**SAID[0], "x": [0] * 500_000}, "500,000 values at most"),
+    ],
+)
+def test_more_values_than_messages_may_hold(served: Served, message: dict[str, Any], reason: str) -> None:
+    """They stand in a text, so that they are no part of the body, or have no names."""
+    refused = httpx.post(served.url + CHAT, json={"messages": [message, *SAID], "max_tokens": 1}, timeout=60)
+    assert refused.status_code == 400, refused.text[:500]
+    assert reason in refused.json()["error"]["message"]
+
+
+def test_a_call_that_writes_a_long_file(served: Served) -> None:
+    """What stands in its texts does not count."""
+    message = calls(json.dumps({"path": "a.py", "text": 'x[0] = {"a": [1, 2]}\n' * 30_000}))
+    body = {"messages": [message, {"role": "user", "content": "Go on."}], "max_tokens": 1}
+    assert httpx.post(served.url + CHAT, json=body, timeout=120).status_code == 200
+
+
 # --- the three APIs judge alike ---------------------------------------------------------------------------------------
 
 

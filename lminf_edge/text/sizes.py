@@ -1,0 +1,50 @@
+"""How much JSON a request may hold, whatever its bytes: each value costs time with the GIL held, and memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from lminf_edge.errors import UserError
+
+MAX_PARTS = 250_000  # objects, lists and names of values: Python makes each in a microsecond, with the GIL held
+MAX_VALUES = 50_000  # of chat_template_kwargs: each becomes half a KB in a template
+MAX_KEYS = 1024  # of an object that llama.cpp gets: each is compared with all before it
+
+# a string to its end or that of the text, a name if a colon follows; or the beginning of an object or list
+_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"(\s*:)?|\\?\Z)|([\[{])', re.S)
+
+
+def has_more_parts(text: bytes, most: int = MAX_PARTS) -> bool:
+    """Whether JSON text has more than `most` objects, lists and names, which are no strings."""
+    if sum(map(text.count, (b"{", b"[", b":"))) <= most:  # in strings, too
+        return False
+    parts = (match for match in _PART.finditer(text) if match.lastindex)
+    return next(islice(parts, most, None), None) is not None
+
+
+def check_values(values: list[Any], what: str, most: int) -> int:
+    """How many values these consist of. Raises UserError for more than `most`, or an object of too many keys."""
+    n_values = 0
+    while values:
+        value = values.pop()
+        n_values += 1 + (len(value) if isinstance(value, list) else 0)
+        if n_values > most:
+            raise UserError(f"{what} may hold {most:,} values at most.")
+        if isinstance(value, Mapping):
+            if len(value) > MAX_KEYS:
+                raise UserError(f"An object in a request may have {MAX_KEYS:,} keys at most, not {len(value):,}.")
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+    return n_values
+
+
+def check_text(text: str, what: str, most: int) -> int:
+    """The same for JSON text. Raises ValueError and RecursionError if it is none, too."""
+    if has_more_parts(text.encode("utf-8", "replace"), most):
+        raise UserError(f"{what} may hold {most:,} values at most.")
+    return check_values([json.loads(text)], what, most)
