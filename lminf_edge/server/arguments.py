@@ -24,7 +24,7 @@ from lminf_edge.server.requests import (
 from lminf_edge.server.requests import Sampling as SamplingRequest
 from lminf_edge.text.chat import ChatOptions
 from lminf_edge.text.service import Exchange, TextService
-from lminf_edge.text.sizes import MAX_PARTS, check_text, check_values
+from lminf_edge.text.sizes import MAX_ARGUMENTS, check_text, check_values
 from lminf_edge.text.tools import ToolError, check_tools
 
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's word for a new one each time
@@ -192,8 +192,8 @@ def checked_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if name in message and not message[name]:
                 del message[name]
         for call in message.get("tool_calls", ()):
-            if (n_values := n_values + _check_call(call, i)) > MAX_PARTS:
-                raise ApiError(400, f"messages: arguments of calls may hold {MAX_PARTS:,} values in all.")
+            if (n_values := n_values + _check_call(call, i)) > MAX_ARGUMENTS:
+                raise ApiError(400, f"messages: arguments of calls may hold {MAX_ARGUMENTS:,} values in all.")
             called.add(call["id"])
         if message["role"] == "tool" and called and message.get("tool_call_id", "") not in called:
             call_id = str(message.get("tool_call_id"))[:100]
@@ -234,14 +234,14 @@ def _check_call(call: dict[str, Any], i: int) -> int:
     arguments, what, n_values = function.get("arguments"), "arguments of calls", 0
     if isinstance(arguments, str):
         try:
-            n_values = check_text(arguments or "{}", what, MAX_PARTS)
+            n_values = check_text(arguments or "{}", what, MAX_ARGUMENTS)
         except ValueError as error:
             reason = str(error).rstrip(".")
             raise ApiError(400, f"messages.{i}.tool_calls: arguments are JSON: {reason}.", param="messages") from None
         except RecursionError:
             raise ApiError(400, f"messages.{i}.tool_calls: arguments nest too deep.", param="messages") from None
     elif isinstance(arguments, dict):
-        n_values = check_values([arguments], what, MAX_PARTS)
+        n_values = check_values([arguments], what, MAX_ARGUMENTS)
     else:
         raise ApiError(400, f"messages.{i}.tool_calls: a function has arguments.", param="messages")
     function["arguments"] = arguments or "{}"

@@ -36,7 +36,7 @@ def parse(model: type[M], data: bytes, share: Share) -> M:
     if has_more_parts(data):
         raise ApiError(
             413,
-            f"The body of the request has more than {MAX_PARTS:,} objects, lists and names: send fewer or longer "
+            f"The body of the request has more than {MAX_PARTS:,} objects, lists and texts: send fewer or longer "
             "messages, and leave out what is not needed.",
         )
     share.take(OBJECT_BYTES * sum(1 for _ in _OBJECT.finditer(data)))

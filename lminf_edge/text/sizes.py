@@ -10,20 +10,21 @@ from typing import Any
 
 from lminf_edge.errors import UserError
 
-MAX_PARTS = 250_000  # objects, lists and names of values: Python makes each in a microsecond, with the GIL held
+MAX_PARTS = 500_000  # objects, lists and texts of a body: Python makes each in a microsecond at most, with the GIL held
 MAX_VALUES = 50_000  # of chat_template_kwargs: each becomes half a KB in a template
+MAX_ARGUMENTS = 250_000  # values in the arguments of all calls
 MAX_KEYS = 1024  # of an object that llama.cpp gets: each is compared with all before it
 
-# a string to its end or that of the text, a name if a colon follows; or the beginning of an object or list
-_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"(\s*:)?|\\?\Z)|([\[{])', re.S)
+# of JSON text without escaped quotes: a text, to its end or that of all, or the beginning of an object or list
+_PART = re.compile(rb'"[^"]*"?|[\[{]')
 
 
 def has_more_parts(text: bytes, most: int = MAX_PARTS) -> bool:
-    """Whether JSON text has more than `most` objects, lists and names, which are no strings."""
-    if sum(map(text.count, (b"{", b"[", b":"))) <= most:  # in strings, too
+    """Whether JSON text consists of more than `most` objects, lists and texts, names among them."""
+    if text.count(b"{") + text.count(b"[") + text.count(b'"') // 2 <= most:  # within texts, too
         return False
-    parts = (match for match in _PART.finditer(text) if match.lastindex)
-    return next(islice(parts, most, None), None) is not None
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return next(islice(_PART.finditer(bare), most, None), None) is not None
 
 
 def check_values(values: list[Any], what: str, most: int) -> int:
